@@ -1,0 +1,39 @@
+"""normnorm: normality normalization for PyTorch.
+
+Layers that standardize, Gaussianize by a Yeo-Johnson transform with an estimated exponent, and
+add scaled noise in training: Eftekhari and Papyan, "On the Importance of Gaussianizing
+Representations", ICML 2025 (arXiv 2505.00685).
+"""
+
+from normnorm import functional
+from normnorm.backends import available_backends, use_backend
+from normnorm.functional import estimate_lmbda, yeo_johnson
+from normnorm.modules import (
+    BatchNormalNorm1d,
+    BatchNormalNorm2d,
+    BatchNormalNorm3d,
+    GroupNormalNorm,
+    InstanceNormalNorm1d,
+    InstanceNormalNorm2d,
+    InstanceNormalNorm3d,
+    LayerNormalNorm,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormalNorm1d",
+    "BatchNormalNorm2d",
+    "BatchNormalNorm3d",
+    "GroupNormalNorm",
+    "InstanceNormalNorm1d",
+    "InstanceNormalNorm2d",
+    "InstanceNormalNorm3d",
+    "LayerNormalNorm",
+    "__version__",
+    "available_backends",
+    "estimate_lmbda",
+    "functional",
+    "use_backend",
+    "yeo_johnson",
+]

@@ -1,0 +1,152 @@
+"""Which backend serves: the registry, the user's switch, and the reasons why not.
+
+A backend is four callables with the argument order of the op schemas in ``normnorm/ops.py``.
+It is resolved once at each forward pass and handed to its backward pass by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from normnorm.backends import cpu, reference
+
+__all__ = ["Backend", "available_backends", "get", "resolve", "use_backend"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    Attributes:
+        name: what :func:`use_backend` and the ops' ``backend`` argument call it.
+        device_type: the kind of device it serves; None for every device.
+        forward, backward, infer, fold: the ops, positional arguments in schema order.
+    """
+
+    name: str
+    device_type: str | None
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    infer: Callable[..., Any]
+    fold: Callable[..., Any]
+
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+_UNAVAILABLE: dict[str, str] = {
+    "cuda": "this version of normnorm has no CUDA kernels",
+    "triton": "this version of normnorm has no Triton kernels",
+}
+_backends: dict[str, Backend] = {
+    "reference": Backend(
+        "reference",
+        None,
+        reference.normal_norm_forward,
+        reference.normal_norm_backward,
+        reference.normal_norm_infer,
+        reference.fold_running_,
+    )
+}
+# Which of them serves a kind of device when the user leaves the choice to us.
+_automatic: dict[str, Backend] = {}
+
+_selected = os.environ.get("NORMNORM_BACKEND", "auto")
+
+
+def _register_compiled(name: str, device_type: str, reason: str | None) -> None:
+    """Takes in a backend whose ops a loaded library implements in ``normnorm_<name>``."""
+    if reason is not None:
+        _UNAVAILABLE[name] = reason
+        return
+    ops = getattr(torch.ops, f"normnorm_{name}")
+    backend = Backend(
+        name,
+        device_type,
+        ops.normal_norm_forward.default,
+        ops.normal_norm_backward.default,
+        ops.normal_norm_infer.default,
+        ops.fold_running_.default,
+    )
+    _backends[name] = backend
+    _automatic[device_type] = backend
+
+
+def register_compiled_backends() -> None:
+    """Called by ``normnorm.ops`` once it has defined the schemas that compiled code fills in."""
+    _register_compiled(cpu.NAME, cpu.DEVICE_TYPE, cpu.unavailable_reason())
+
+
+def _unavailable(name: str) -> Exception:
+    if name not in NAMES:
+        return ValueError(f"backend must be 'auto' or one of {', '.join(NAMES)}; got '{name}'")
+    return RuntimeError(f"backend '{name}' is unavailable: {_UNAVAILABLE[name]}")
+
+
+def get(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it cannot run here; the sentence says why.
+    """
+    backend = _backends.get(name)
+    if backend is None:
+        raise _unavailable(name)
+    return backend
+
+
+def resolve(device: torch.device, name: str | None = None) -> Backend:
+    """The backend for tensors on ``device``: the user's choice, or the fastest that serves.
+
+    Raises:
+        ValueError: the chosen name (or NORMNORM_BACKEND) names no backend.
+        RuntimeError: the chosen backend cannot run here or does not serve this device.
+    """
+    name = _selected if name is None else name
+    if name == "auto":
+        return _automatic.get(device.type, _backends["reference"])
+    backend = get(name)
+    if backend.device_type is not None and device.type not in (backend.device_type, "meta"):
+        raise RuntimeError(
+            f"backend '{name}' serves {backend.device_type} tensors; got one on {device}"
+        )
+    return backend
+
+
+class use_backend:  # noqa: N801 (a function to its callers, as torch.no_grad is)
+    """Chooses the backend for every layer from here on; as a context manager, for its block.
+
+    ``use_backend("reference")`` or ``with use_backend("cpu"): ...``. The environment variable
+    ``NORMNORM_BACKEND`` sets the choice at import. The choice is a plain module global, shared
+    by all threads, read at each forward pass; a backward pass follows its forward.
+
+    Args:
+        name: "auto" (the fastest that serves the tensor's device), "reference", "cpu", "cuda"
+            or "triton".
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: that backend cannot run here; the sentence says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _selected
+        if name != "auto":
+            get(name)
+        self._previous, _selected = _selected, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _selected
+        _selected = self._previous
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it can run and the reason where it cannot."""
+    return {name: None if name in _backends else _UNAVAILABLE[name] for name in NAMES}

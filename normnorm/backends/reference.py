@@ -1,0 +1,231 @@
+"""The ops by the definition in ``normnorm/reference.py``: any device, any floating dtype.
+
+The backward pass is the definition's own derivative, taken by automatic differentiation, so
+that it shares no formula with the compiled backends it is the oracle of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normnorm.checks import check_backward, check_fold, check_forward
+from normnorm.reference import normal_norm, pack_running
+from normnorm.statistics import Row, statistics_dtype
+
+__all__ = [
+    "definition",
+    "fold_running_",
+    "gradients",
+    "normal_norm_backward",
+    "normal_norm_forward",
+    "normal_norm_infer",
+]
+
+
+def _like_input(result: Tensor, input: Tensor) -> Tensor:
+    """The result with the strides that the ops promise: those of ``empty_like(input)``."""
+    output = torch.empty_like(input)
+    return result if result.stride() == output.stride() else output.copy_(result)
+
+
+def normal_norm_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    running_lmbda: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    noise_scale: Tensor | None,
+    kind: str,
+    num_groups: int,
+    normalized_ndim: int,
+    eps: float,
+    noise_train: float,
+    alpha: float,
+    order: int,
+    transform_eps: float,
+    stream: int,
+    channels_last: bool,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``normnorm::normal_norm_forward``; differentiable, since the definition is."""
+    running = (running_mean, running_var, running_lmbda)
+    check_forward(
+        input, running, weight, bias, residual, seed, noise_scale, kind, num_groups,
+        normalized_ndim, eps, noise_train, alpha, order, transform_eps, activation,
+    )  # fmt: skip
+    frozen = None
+    if running_mean is not None and running_var is not None and running_lmbda is not None:
+        dtype = statistics_dtype(input.dtype)
+        frozen = pack_running(running_mean, running_var, running_lmbda, eps, dtype)
+    output, stats = normal_norm(
+        input, weight, bias, kind=kind, num_groups=num_groups, normalized_ndim=normalized_ndim,
+        eps=eps, noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
+        seed=seed, stream=stream, channels_last=channels_last, noise_scale=noise_scale,
+        frozen=frozen,
+    )  # fmt: skip
+    return _like_input(output, input), stats
+
+
+def normal_norm_infer(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    running_lmbda: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    num_groups: int,
+    normalized_ndim: int,
+    eps: float,
+    alpha: float,
+    order: int,
+    transform_eps: float,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """``normnorm::normal_norm_infer``: the forward without noise, its statistics not kept."""
+    return normal_norm_forward(
+        input, running_mean, running_var, running_lmbda, weight, bias, residual, None, None,
+        kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, False,
+        activation, backend,
+    )[0]  # fmt: skip
+
+
+def definition(
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    frozen: bool,
+    kind: str,
+    num_groups: int,
+    normalized_ndim: int,
+    eps: float,
+    noise_train: float,
+    alpha: float,
+    order: int,
+    transform_eps: float,
+    stream: int,
+    channels_last: bool,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """The forward pass that gave ``stats``, as a function to differentiate: the noise scale is
+    the saved one, a constant by definition, and so is every statistic of a frozen layer."""
+    return normal_norm(
+        input, weight, bias, kind=kind, num_groups=num_groups, normalized_ndim=normalized_ndim,
+        eps=eps, noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
+        seed=seed, stream=stream, channels_last=channels_last,
+        noise_scale=stats.select(0, Row.NOISE_SCALE), frozen=stats if frozen else None,
+    )[0]  # fmt: skip
+
+
+def gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    frozen: bool,
+    *config: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(grad_input, grad_weight, grad_bias), None for absent parameters; differentiable again
+    in grad_output, input and weight, which is the double backward of every backend."""
+    given = [parameter for parameter in (weight, bias) if parameter is not None]
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        rest = iter(parameters)
+        w = None if weight is None else next(rest)
+        b = None if bias is None else next(rest)
+        return definition(x, stats, w, b, seed, frozen, *config)
+
+    grad_input, *rest = torch.func.vjp(function, input, *given)[1](grad_output)
+    grad_weight = None if weight is None else rest.pop(0)
+    return grad_input, grad_weight, rest.pop(0) if rest else None
+
+
+def normal_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    frozen: bool,
+    kind: str,
+    num_groups: int,
+    normalized_ndim: int,
+    eps: float,
+    noise_train: float,
+    alpha: float,
+    order: int,
+    transform_eps: float,
+    stream: int,
+    channels_last: bool,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``normnorm::normal_norm_backward``; a gradient not asked for is an empty tensor."""
+    check_backward(
+        grad_output, input, stats, weight, bias, residual, seed, needs_weight, needs_bias, kind,
+        num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, activation,
+    )  # fmt: skip
+    noise_train = noise_train if needs_weight else 0.0  # it reaches no other gradient
+    found = gradients(
+        grad_output, input, stats, weight, bias, seed, frozen, kind, num_groups, normalized_ndim,
+        eps, noise_train, alpha, order, transform_eps, stream, channels_last, activation, backend,
+    )  # fmt: skip
+    grad_input, grad_weight, grad_bias = (
+        gradient if gradient is not None and needed else input.new_empty(0)
+        for gradient, needed in zip(found, (needs_input, needs_weight, needs_bias), strict=True)
+    )
+    return _like_input(grad_input, input) if needs_input else grad_input, grad_weight, grad_bias
+
+
+def fold_running_(
+    stats: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    running_lmbda: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    count: int,
+    eps: float,
+    backend: str,
+) -> None:
+    """``normnorm::fold_running_``: moves the running statistics towards a batch's, in place."""
+    check_fold(
+        stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps
+    )
+    channels = running_mean.size(0)
+    mean, low, rstd, lmbda = (
+        stats[row].double().reshape(-1, channels)
+        for row in (Row.MEAN, Row.MEAN_LOW, Row.RSTD, Row.LMBDA)
+    )
+    biased = (rstd.reciprocal().square() - eps).clamp_min(0.0)
+    batch = (mean + low, biased * (count / (count - 1)), lmbda)
+    factor: float | Tensor
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        assert num_batches_tracked is not None  # check_fold saw to it
+        factor = num_batches_tracked.double().reciprocal()
+    else:
+        factor = momentum
+    for running, value in zip((running_mean, running_var, running_lmbda), batch, strict=True):
+        old = running.double()
+        running.copy_(old + factor * (value.mean(0) - old))

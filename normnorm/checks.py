@@ -1,0 +1,356 @@
+"""What every op accepts, and the sentence that says so when it does not.
+
+Called by each backend written in Python and by the shape inference of the ops; the compiled
+backends hold the same rules in front of their first pointer. Nothing here reads a tensor's
+values, so nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from normnorm.statistics import Row, statistics_dtype
+
+__all__ = [
+    "check_backward",
+    "check_fold",
+    "check_forward",
+    "check_transform",
+    "group_count",
+    "group_size",
+    "per_channel_or_row",
+]
+
+KINDS = ("batch", "layer", "group", "instance")
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def group_count(input: Tensor, kind: str, num_groups: int, normalized_ndim: int) -> int:
+    """How many groups an input has: the second size of its statistics tensor."""
+    if kind == "batch":
+        return input.size(1)
+    if kind == "layer":
+        return math.prod(input.shape[: input.dim() - normalized_ndim])
+    return input.size(0) * (num_groups if kind == "group" else input.size(1))
+
+
+def group_size(input: Tensor, kind: str, num_groups: int, normalized_ndim: int) -> int:
+    """How many elements one group has."""
+    if kind == "layer":
+        return math.prod(input.shape[input.dim() - normalized_ndim :])
+    spatial = math.prod(input.shape[2:])
+    if kind == "batch":
+        return input.size(0) * spatial
+    return spatial * (input.size(1) // num_groups if kind == "group" else 1)
+
+
+def per_channel_or_row(input: Tensor, kind: str, normalized_ndim: int) -> tuple[int, ...]:
+    """The shape that weight and bias must have."""
+    if kind == "layer":
+        return tuple(input.shape[input.dim() - normalized_ndim :])
+    return (input.size(1),)
+
+
+def _check_geometry(input: Tensor, kind: str, num_groups: int, normalized_ndim: int) -> None:
+    if input.dtype not in _FLOATING:
+        raise TypeError(
+            f"input must be float64, float32, bfloat16 or float16; got {input.dtype}"
+        )
+    _require(kind in KINDS, f"kind must be one of {', '.join(KINDS)}; got '{kind}'")
+    if kind == "layer":
+        _require(
+            1 <= normalized_ndim <= input.dim(),
+            f"kind 'layer' normalizes between 1 and all of the input's trailing dimensions; "
+            f"got normalized_ndim {normalized_ndim} for an input of shape {_shape(input)}",
+        )
+    else:
+        _require(
+            normalized_ndim == 0,
+            f"normalized_ndim belongs to kind 'layer'; got {normalized_ndim} for kind '{kind}'",
+        )
+        _require(
+            input.dim() >= 2,
+            f"kind '{kind}' wants an input of shape (N, C, ...); got shape {_shape(input)}",
+        )
+    if kind == "group":
+        _require(num_groups >= 1, f"num_groups must be positive; got {num_groups}")
+        _require(
+            input.size(1) % num_groups == 0,
+            f"num_channels ({input.size(1)}) must be divisible by num_groups ({num_groups})",
+        )
+    else:
+        _require(
+            num_groups == 0, f"num_groups belongs to kind 'group'; got {num_groups} for '{kind}'"
+        )
+
+
+def _check_group_size(input: Tensor, kind: str) -> None:
+    if kind == "batch":
+        _require(
+            group_size(input, kind, 0, 0) != 1,
+            f"Expected more than 1 value per channel when training, "
+            f"got input size {list(input.shape)}",
+        )
+    elif kind == "instance":
+        _require(
+            group_size(input, kind, 0, 0) != 1,
+            f"Expected more than 1 spatial element when training, "
+            f"got input size {list(input.shape)}",
+        )
+
+
+def check_transform(eps: float, alpha: float, order: int, transform_eps: float) -> None:
+    """The numbers that shape the transform."""
+    _require(math.isfinite(eps) and eps > 0.0, f"eps must be positive and finite; got {eps}")
+    _require(math.isfinite(alpha), f"alpha must be finite; got {alpha}")
+    _require(order in (1, 2), f"order must be 1 or 2; got {order}")
+    _require(
+        math.isfinite(transform_eps) and transform_eps >= 0.0,
+        f"transform_eps must be finite and at least 0; got {transform_eps}",
+    )
+
+
+def _check_reserved(residual: Tensor | None, activation: str) -> None:
+    _require(
+        residual is None, "residual is reserved in the schema and not built yet; got a tensor"
+    )
+    _require(
+        activation == "",
+        f"activation is reserved in the schema and not built yet; got '{activation}'",
+    )
+
+
+def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{name} must be on the input's device {input.device}; got {tensor.device}"
+        )
+
+
+def _check_parameters(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
+) -> None:
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        _check_device(name, parameter, input)
+        _require(
+            _shape(parameter) == shape,
+            f"{name} must have shape {shape} for this input; got {_shape(parameter)}",
+        )
+        if parameter.dtype not in (input.dtype, statistics_dtype(input.dtype)):
+            raise TypeError(
+                f"{name} must have the input's dtype {input.dtype} or "
+                f"{statistics_dtype(input.dtype)}; got {parameter.dtype}"
+            )
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(
+            f"weight and bias must have one dtype; got {weight.dtype} and {bias.dtype}"
+        )
+
+
+def _check_noise(
+    input: Tensor, noise_train: float, seed: Tensor | None, noise_scale: Tensor | None, groups: int
+) -> None:
+    _require(
+        math.isfinite(noise_train) and noise_train >= 0.0,
+        f"noise_train must be finite and at least 0; got {noise_train}",
+    )
+    if noise_train > 0.0:
+        _require(seed is not None, "noise_train > 0 needs a seed tensor; got None")
+    if seed is not None:
+        _check_device("seed", seed, input)
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor; got {seed.dtype}")
+        _require(
+            _shape(seed) == (1,), f"seed must have shape (1,); got shape {_shape(seed)}"
+        )
+    if noise_scale is not None:
+        _check_device("noise_scale", noise_scale, input)
+        _require(
+            _shape(noise_scale) == (groups,),
+            f"noise_scale must have shape ({groups},), one for each group; "
+            f"got {_shape(noise_scale)}",
+        )
+        if noise_scale.dtype != statistics_dtype(input.dtype):
+            raise TypeError(
+                f"noise_scale must be {statistics_dtype(input.dtype)} for this input; "
+                f"got {noise_scale.dtype}"
+            )
+
+
+def _check_running(input: Tensor, kind: str, running: tuple[Tensor | None, ...]) -> None:
+    given = [tensor for tensor in running if tensor is not None]
+    if not given:
+        return
+    _require(
+        len(given) == 3,
+        "running_mean, running_var and running_lmbda must be given together or not at all; "
+        f"got {len(given)} of them",
+    )
+    _require(kind == "batch", f"running statistics belong to kind 'batch'; got kind '{kind}'")
+    for name, tensor in zip(("running_mean", "running_var", "running_lmbda"), given, strict=True):
+        _check_device(name, tensor, input)
+        _check_channel_buffer(name, tensor, input.size(1))
+
+
+def _check_channel_buffer(name: str, tensor: Tensor, channels: int) -> None:
+    _require(
+        _shape(tensor) == (channels,),
+        f"{name} must have shape ({channels},), one for each channel; got {_shape(tensor)}",
+    )
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}"
+        )
+
+
+def check_forward(
+    input: Tensor,
+    running: tuple[Tensor | None, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    noise_scale: Tensor | None,
+    kind: str,
+    num_groups: int,
+    normalized_ndim: int,
+    eps: float,
+    noise_train: float,
+    alpha: float,
+    order: int,
+    transform_eps: float,
+    activation: str,
+) -> None:
+    """Everything that ``normal_norm_forward`` and ``normal_norm_infer`` ask of their arguments."""
+    _check_geometry(input, kind, num_groups, normalized_ndim)
+    check_transform(eps, alpha, order, transform_eps)
+    _check_reserved(residual, activation)
+    _check_running(input, kind, running)
+    if running[0] is None:
+        _check_group_size(input, kind)
+    groups = group_count(input, kind, num_groups, normalized_ndim)
+    _check_noise(input, noise_train, seed, noise_scale, groups)
+    _check_parameters(input, weight, bias, per_channel_or_row(input, kind, normalized_ndim))
+
+
+def check_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    needs_weight: bool,
+    needs_bias: bool,
+    kind: str,
+    num_groups: int,
+    normalized_ndim: int,
+    eps: float,
+    noise_train: float,
+    alpha: float,
+    order: int,
+    transform_eps: float,
+    activation: str,
+) -> None:
+    """Everything that ``normal_norm_backward`` asks of its arguments."""
+    _check_geometry(input, kind, num_groups, normalized_ndim)
+    check_transform(eps, alpha, order, transform_eps)
+    _check_reserved(residual, activation)
+    _check_device("grad_output", grad_output, input)
+    _require(
+        _shape(grad_output) == _shape(input),
+        f"grad_output must have the input's shape {_shape(input)}; got {_shape(grad_output)}",
+    )
+    if grad_output.dtype != input.dtype:
+        raise TypeError(
+            f"grad_output must have the input's dtype {input.dtype}; got {grad_output.dtype}"
+        )
+    groups = group_count(input, kind, num_groups, normalized_ndim)
+    _check_device("stats", stats, input)
+    _require(
+        _shape(stats) == (len(Row), groups),
+        f"stats must have shape ({len(Row)}, {groups}) for this input; got {_shape(stats)}",
+    )
+    if stats.dtype != statistics_dtype(input.dtype):
+        raise TypeError(
+            f"stats must be {statistics_dtype(input.dtype)} for this input; got {stats.dtype}"
+        )
+    _check_noise(input, noise_train, seed, None, groups)
+    _check_parameters(input, weight, bias, per_channel_or_row(input, kind, normalized_ndim))
+    _require(not needs_weight or weight is not None, "needs_weight asks for weight; got None")
+    _require(not needs_bias or bias is not None, "needs_bias asks for bias; got None")
+
+
+def check_fold(
+    stats: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    running_lmbda: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    count: int,
+    eps: float,
+) -> None:
+    """Everything that ``fold_running_`` asks of its arguments."""
+    _require(math.isfinite(eps) and eps > 0.0, f"eps must be positive and finite; got {eps}")
+    _require(
+        count >= 2, f"running statistics need at least 2 elements a group; got count {count}"
+    )
+    _require(
+        stats.dim() == 2 and stats.size(0) == len(Row),
+        f"stats must have shape ({len(Row)}, groups); got {_shape(stats)}",
+    )
+    if stats.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"stats must be float32 or float64; got {stats.dtype}")
+    _require(
+        running_mean.dim() == 1,
+        f"running_mean must have shape (C,); got {_shape(running_mean)}",
+    )
+    channels = running_mean.size(0)
+    for name, buffer in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("running_lmbda", running_lmbda),
+    ):
+        _check_channel_buffer(name, buffer, channels)
+        _check_device_of_stats(name, buffer, stats)
+    _require(
+        channels > 0 and stats.size(1) > 0 and stats.size(1) % channels == 0,
+        f"stats must hold a multiple of the {channels} channels; got {stats.size(1)} groups",
+    )
+    if num_batches_tracked is not None:
+        _check_device_of_stats("num_batches_tracked", num_batches_tracked, stats)
+        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
+            raise TypeError(
+                "num_batches_tracked must be one int64; got "
+                f"{num_batches_tracked.dtype} of shape {_shape(num_batches_tracked)}"
+            )
+    if momentum is None:
+        _require(
+            num_batches_tracked is not None,
+            "momentum None (a cumulative average) needs num_batches_tracked; got None",
+        )
+    else:
+        _require(math.isfinite(momentum), f"momentum must be finite or None; got {momentum}")
+
+
+def _check_device_of_stats(name: str, tensor: Tensor, stats: Tensor) -> None:
+    if tensor.device != stats.device:
+        raise ValueError(
+            f"{name} must be on the statistics' device {stats.device}; got {tensor.device}"
+        )

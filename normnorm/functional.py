@@ -1,0 +1,420 @@
+"""Normality normalization as functions, in torch.nn.functional's argument order.
+
+Each standardizes groups of elements, estimates a Yeo-Johnson exponent lambda by one Newton step,
+transforms the elements towards a Gaussian, adds scaled Gaussian noise in training, and applies an
+affine map (Eftekhari and Papyan, ICML 2025; formulae in ``docs/mathematics.md``).
+
+What the functions share:
+
+* dtypes float64, float32, bfloat16 and float16 (half types compute in float32); the output has
+  the input's dtype, shape and memory format;
+* ``noise_train``: weight of the noise, in units of the group's mean absolute deviation;
+* ``alpha``: length of the Newton step; with ``alpha=0`` and no noise each function equals its
+  counterpart in torch.nn.functional;
+* ``order``: 2 for Newton's step, 1 for a plain gradient step;
+* ``transform_eps``: 0 for the exact Yeo-Johnson transform; ``math.sqrt(eps)`` shifts its exponent
+  as the authors' code does;
+* ``seed``: makes the noise reproducible: an int or an int64 tensor of shape (1,) on the input's
+  device. None draws one from the device's default generator;
+* errors: ValueError or TypeError, a sentence with what was got and what was wanted; no buffer
+  has changed then. ``eps`` must be positive (torch's own layer_norm accepts 0);
+* RuntimeError where the chosen backend cannot serve (:func:`normnorm.use_backend`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normnorm import backends, reference
+from normnorm.autograd import Running, normal_norm, transforms_active
+from normnorm.checks import check_transform, group_size
+from normnorm.noise import as_seed
+from normnorm.ops import Config
+from normnorm.statistics import statistics_dtype
+
+__all__ = [
+    "batch_normal_norm",
+    "estimate_lmbda",
+    "group_normal_norm",
+    "instance_normal_norm",
+    "layer_normal_norm",
+    "yeo_johnson",
+]
+
+_NO_RUNNING: Running = (None, None, None)
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    """Whether the input lies densely in (N, spatial..., C) order and not in row-major order.
+
+    From the strides, since torch.vmap answers no question about memory formats.
+    """
+    if input.dim() not in (4, 5) or input.is_contiguous():
+        return False
+    expected = 1
+    for dim in (1, *range(input.dim() - 1, 1, -1), 0):
+        if input.size(dim) != 1:
+            if input.stride(dim) != expected:
+                return False
+            expected *= input.size(dim)
+    return True
+
+
+def _configure(
+    input: Tensor,
+    kind: str,
+    num_groups: int,
+    normalized_ndim: int,
+    eps: float,
+    noise_train: float,
+    alpha: float,
+    order: int,
+    transform_eps: float,
+) -> Config:
+    """The op's configuration: the caller's, the noise's order, and the backend that serves."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor; got {type(input).__name__}")
+    if not 0.0 <= noise_train < math.inf:
+        raise ValueError(f"noise_train must be finite and at least 0; got {noise_train}")
+    channels_last = noise_train > 0.0 and _is_channels_last(input)
+    return Config(
+        kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, 0,
+        channels_last, "", backends.resolve(input.device).name,
+    )  # fmt: skip
+
+
+def _apply(
+    input: Tensor,
+    running: Running,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | int | None,
+    config: Config,
+    keep_statistics: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The op, its seed drawn where there is noise: (output, statistics)."""
+    seed_tensor = as_seed(seed, input.device) if config.noise_train > 0.0 else None
+    return normal_norm(input, running, weight, bias, seed_tensor, None, config, keep_statistics)
+
+
+def _fold(
+    statistics: Tensor,
+    running: Running,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    count: int,
+    config: Config,
+) -> None:
+    """Moves the running statistics towards the batch's, by one op."""
+    arguments = (
+        statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or transforms_active():
+        torch.ops.normnorm.fold_running_(*arguments)
+    else:
+        backends.get(config.backend).fold(*arguments)
+
+
+def _check_running(running: Running) -> bool:
+    """Whether running statistics were given; all three or none may be."""
+    given = sum(tensor is not None for tensor in running)
+    if given not in (0, 3):
+        raise ValueError(
+            "running_mean, running_var and running_lmbda must be given together or not at all; "
+            f"got {given} of them"
+        )
+    return given == 3
+
+
+def _check_fold(
+    running: Running, input: Tensor, momentum: float | None, tracked: Tensor | None
+) -> None:
+    """What the fold needs, said before anything is computed or drawn."""
+    channels = input.size(1) if input.dim() > 1 else 0
+    for name, tensor in zip(("running_mean", "running_var", "running_lmbda"), running, strict=True):
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise ValueError(
+                f"{name} must have shape ({channels},) for an input of shape "
+                f"{tuple(input.shape)}; got {tuple(tensor.shape)}"
+            )
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{name} must be on the input's device {input.device}; got {tensor.device}"
+            )
+    if momentum is None and tracked is None:
+        raise ValueError(
+            "momentum None (a cumulative average) needs num_batches_tracked; got None"
+        )
+
+
+def batch_normal_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    running_lmbda: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    noise_train: float = 0.4,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+    seed: Tensor | int | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Batch normality normalization: a group is one channel over the batch and its positions.
+
+    In training the batch's own statistics are used, noise is added, and the running statistics,
+    where given, move towards the batch's by ``momentum`` (the variance unbiased, lambda as it
+    is). Otherwise the running statistics are used, lambda included, and no noise is added.
+
+    Args:
+        input: (N, C) or (N, C, *).
+        running_mean, running_var, running_lmbda: (C,), all three or none; updated in place in
+            training, required otherwise.
+        weight, bias: (C,).
+        training: whether to use the batch's statistics and add noise.
+        momentum: weight of the batch in the running statistics; None averages over all batches
+            and needs ``num_batches_tracked``.
+        eps: added to the variance; its root also damps the Newton step.
+        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+        num_batches_tracked: int64, one element, incremented in training.
+
+    Raises:
+        ValueError: also for a single value per channel in training.
+    """
+    running: Running = (running_mean, running_var, running_lmbda)
+    tracked = _check_running(running)
+    if not training and not tracked:
+        raise ValueError(
+            "Expected running_mean, running_var and running_lmbda to be given when training=False"
+        )
+    if training and tracked:
+        _check_fold(running, input, momentum, num_batches_tracked)
+    noise = noise_train if training else 0.0
+    config = _configure(input, "batch", 0, 0, eps, noise, alpha, order, transform_eps)
+    if not training:
+        return _apply(input, running, weight, bias, seed, config)[0]
+    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)
+    if tracked:
+        if input.numel() > 0:
+            assert statistics is not None  # they were asked for
+            count = group_size(input, "batch", 0, 0)
+            _fold(statistics, running, num_batches_tracked, momentum, count, config)
+        elif num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+    return output
+
+
+def layer_normal_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    training: bool = False,
+    noise_train: float = 1.0,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """Layer normality normalization: a group is the trailing dimensions of one sample.
+
+    Args:
+        input: (*, *normalized_shape).
+        normalized_shape: sizes of the trailing dimensions to normalize over.
+        weight, bias: of shape ``normalized_shape``.
+        eps: added to the variance; its root also damps the Newton step.
+        training: whether to add noise.
+        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+
+    Raises:
+        ValueError: also where the input does not end in ``normalized_shape``.
+    """
+    shape = tuple(normalized_shape)
+    if not shape or tuple(input.shape[max(input.dim() - len(shape), 0) :]) != shape:
+        raise ValueError(
+            f"Given normalized_shape={list(shape)}, expected input with shape "
+            f"[*, {', '.join(map(str, shape))}], but got input of size {list(input.shape)}"
+        )
+    noise = noise_train if training else 0.0
+    config = _configure(input, "layer", 0, len(shape), eps, noise, alpha, order, transform_eps)
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config)[0]
+
+
+def group_normal_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    training: bool = False,
+    noise_train: float = 0.4,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """Group normality normalization: a group is C / num_groups channels of one sample.
+
+    Args:
+        input: (N, C, *).
+        num_groups: must divide C.
+        weight, bias: (C,).
+        eps: added to the variance; its root also damps the Newton step.
+        training: whether to add noise.
+        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+
+    Raises:
+        ValueError: also where one group holds the batch's only value, as in torch.
+    """
+    if input.dim() < 2:
+        raise ValueError(f"Expected at least 2 dimensions for input tensor but got {input.dim()}")
+    if num_groups >= 1 and input.size(1) % num_groups == 0:
+        size = group_size(input, "group", num_groups, 0)
+        if input.size(0) * size == 1:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, "
+                f"got input size {list(input.shape)}"
+            )
+    noise = noise_train if training else 0.0
+    config = _configure(input, "group", num_groups, 0, eps, noise, alpha, order, transform_eps)
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config)[0]
+
+
+def instance_normal_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    running_lmbda: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    training: bool = False,
+    noise_train: float = 0.4,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+    seed: Tensor | int | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Instance normality normalization: a group is one channel of one sample.
+
+    Args:
+        input: (N, C, *).
+        running_mean, running_var, running_lmbda: (C,), all three or none. With
+            ``use_input_stats`` they move towards the mean of the samples' statistics; without
+            it they are used in place of them.
+        weight, bias: (C,).
+        use_input_stats: whether each instance is normalized by its own statistics.
+        momentum: weight of the batch in the running statistics; None averages over all batches
+            and needs ``num_batches_tracked``.
+        eps: added to the variance; its root also damps the Newton step.
+        training: whether to add noise.
+        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+        num_batches_tracked: int64, one element, incremented with the running statistics.
+
+    Raises:
+        ValueError: also for a single spatial element with ``use_input_stats``.
+    """
+    running: Running = (running_mean, running_var, running_lmbda)
+    tracked = _check_running(running)
+    if not use_input_stats:
+        if not tracked:
+            raise ValueError(
+                "Expected running_mean, running_var and running_lmbda to be given when "
+                "use_input_stats=False"
+            )
+        # Frozen statistics know no samples: this is the batch layer's evaluation.
+        config = _configure(input, "batch", 0, 0, eps, 0.0, alpha, order, transform_eps)
+        return _apply(input, running, weight, bias, seed, config)[0]
+    if tracked:
+        _check_fold(running, input, momentum, num_batches_tracked)
+    noise = noise_train if training else 0.0
+    config = _configure(input, "instance", 0, 0, eps, noise, alpha, order, transform_eps)
+    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)
+    if tracked and input.numel() > 0:
+        assert statistics is not None  # they were asked for
+        count = group_size(input, "instance", 0, 0)
+        _fold(statistics, running, num_batches_tracked, momentum, count, config)
+    return output
+
+
+def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) -> Tensor:
+    """The Yeo-Johnson power transform (Yeo and Johnson, Biometrika 2000), elementwise.
+
+    Differentiable in ``h`` and ``lmbda`` to any order, with exact limits at lambda 0 and 2.
+
+    Args:
+        h: any shape, floating; half types compute in float32.
+        lmbda: broadcastable to h; a number or a tensor.
+        transform_eps: distance that the exponent keeps from zero; 0 for the exact transform.
+
+    Returns:
+        A tensor of the broadcast shape in h's dtype.
+
+    Raises:
+        TypeError: h is not a floating tensor.
+        ValueError: transform_eps is negative or not finite.
+    """
+    _check_floating("h", h)
+    check_transform(1.0, 1.0, 2, transform_eps)
+    dtype = statistics_dtype(h.dtype)
+    if isinstance(lmbda, Tensor):
+        lmbda = lmbda.to(dtype)
+    return reference.yeo_johnson(h.to(dtype), lmbda, transform_eps).to(h.dtype)
+
+
+def estimate_lmbda(
+    h: Tensor,
+    dim: int | Sequence[int] | None = None,
+    *,
+    eps: float = 1e-5,
+    alpha: float = 1.0,
+    order: int = 2,
+    keepdim: bool = False,
+) -> Tensor:
+    """Lambda by one Newton step from 1 on the Yeo-Johnson negative log-likelihood.
+
+    Args:
+        h: standardized values (mean 0, variance 1 over ``dim``), floating.
+        dim: the dimensions that one estimate spans; None for all.
+        eps: its root is added to the second derivative.
+        alpha: length of the step.
+        order: 2 for Newton's step, 1 for a plain gradient step.
+        keepdim: whether the reduced dimensions stay as size 1.
+
+    Returns:
+        Lambda in float32 (float64 for float64 input), differentiable in ``h``.
+
+    Raises:
+        TypeError: h is not a floating tensor.
+        ValueError: eps, alpha or order out of range.
+    """
+    _check_floating("h", h)
+    check_transform(eps, alpha, order, 0.0)
+    if dim is None:
+        dims = tuple(range(h.dim()))
+    else:
+        dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    lmbda = reference.estimate_lmbda(h.to(statistics_dtype(h.dtype)), dims, eps, alpha, order)
+    return lmbda if keepdim else lmbda.squeeze(dims)
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating tensor; got {got}")

@@ -1,0 +1,431 @@
+"""The layers: torch.nn's constructors and state, normality normalization inside.
+
+Every class takes its torch counterpart's arguments in the same order, and by keyword
+``noise_train``, ``alpha``, ``order`` and ``transform_eps`` (:mod:`normnorm.functional`), which are
+plain attributes that may change between steps. Noise is added in training only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normnorm import functional as F
+
+__all__ = [
+    "BatchNormalNorm1d",
+    "BatchNormalNorm2d",
+    "BatchNormalNorm3d",
+    "GroupNormalNorm",
+    "InstanceNormalNorm1d",
+    "InstanceNormalNorm2d",
+    "InstanceNormalNorm3d",
+    "LayerNormalNorm",
+]
+
+
+class _Transform:
+    """What every layer has of its own beside its torch base class."""
+
+    noise_train: float
+    alpha: float
+    order: int
+    transform_eps: float
+
+    def _set_transform(
+        self, noise_train: float, alpha: float, order: int, transform_eps: float
+    ) -> None:
+        self.noise_train = noise_train
+        self.alpha = alpha
+        self.order = order
+        self.transform_eps = transform_eps
+
+    def _transform(self) -> dict[str, Any]:
+        return {
+            "noise_train": self.noise_train,
+            "alpha": self.alpha,
+            "order": self.order,
+            "transform_eps": self.transform_eps,
+        }
+
+    def _transform_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self._transform().items())
+
+
+class _RunningNorm(_Transform, _NormBase):
+    """Base of the layers that may keep running statistics.
+
+    Derived from the common base of torch's batch and instance layers, never from
+    ``_BatchNorm``: ``SyncBatchNorm.convert_sync_batchnorm`` and its like would replace such a
+    subclass by a plain BatchNorm without a word.
+    """
+
+    # 3: running_lmbda, absent from torch's own checkpoints, is filled in with 1.
+    _version = 3
+
+    running_lmbda: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        noise_train: float = 0.4,
+        alpha: float = 1.0,
+        order: int = 2,
+        transform_eps: float = 0.0,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        if not bias:
+            self.register_parameter("bias", None)
+        running_lmbda = (
+            torch.ones(num_features, device=device, dtype=dtype) if track_running_stats else None
+        )
+        self.register_buffer("running_lmbda", running_lmbda)
+        # Buffers in the order of their names' meaning; num_batches_tracked came from the base.
+        self._set_transform(noise_train, alpha, order, transform_eps)
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, variance 1, lambda 1, no batches."""
+        super().reset_running_stats()
+        running_lmbda = self._buffers.get("running_lmbda")  # absent while the base constructs
+        if running_lmbda is not None:
+            running_lmbda.fill_(1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self.bias is not None}, "
+            f"track_running_stats={self.track_running_stats}, {self._transform_repr()}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        version = local_metadata.get("version", None)
+        if version is None or version < 3:
+            # A checkpoint of torch's layer has no lambda: 1 is the identity. One of the authors'
+            # layer carries a running_norm that no formula reads.
+            state_dict.pop(prefix + "running_norm", None)
+            running_lmbda = self._buffers.get("running_lmbda")
+            if running_lmbda is not None:
+                state_dict.setdefault(
+                    prefix + "running_lmbda",
+                    torch.ones(running_lmbda.shape, dtype=running_lmbda.dtype),
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class _BatchNormalNorm(_RunningNorm):
+    """Batch normality normalization over inputs of the ranks ``_ranks``."""
+
+    _ranks: tuple[int, ...]
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._ranks:
+            wanted = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"expected {wanted} input (got {input.dim()}D input)")
+        if input.size(1) != self.num_features:
+            raise ValueError(
+                f"expected an input of {self.num_features} channels (num_features); "
+                f"got shape {tuple(input.shape)}"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        # In training without track_running_stats the buffers are None; in evaluation they may be
+        # set by hand, and are used then, as in torch.
+        own_statistics = self.running_mean is None and self.running_var is None
+        update = self.training and self.track_running_stats
+        buffers = (self.running_mean, self.running_var, self.running_lmbda)
+        if self.training and not update:
+            buffers = (None, None, None)
+        return F.batch_normal_norm(
+            input,
+            *buffers,
+            self.weight,
+            self.bias,
+            self.training or own_statistics,
+            self.momentum,
+            self.eps,
+            noise_train=self.noise_train if self.training else 0.0,
+            alpha=self.alpha,
+            order=self.order,
+            transform_eps=self.transform_eps,
+            num_batches_tracked=self.num_batches_tracked if update else None,
+        )
+
+
+class BatchNormalNorm1d(_BatchNormalNorm):
+    r"""Batch normality normalization of features, (N, C) or (N, C, L).
+
+    Standardizes each channel over the batch, estimates a Yeo-Johnson exponent lambda by one
+    Newton step, transforms the channel towards a Gaussian, adds Gaussian noise in training, and
+    applies an affine map: Eftekhari and Papyan, "On the Importance of Gaussianizing
+    Representations", ICML 2025.
+
+    Args:
+        num_features: C.
+        eps: added to the variance; its root also damps the Newton step.
+        momentum: weight of a batch in the running statistics; None averages over all batches.
+        affine: whether to learn ``weight``, and ``bias`` unless ``bias=False``.
+        track_running_stats: whether to keep running statistics for evaluation. Without them the
+            batch's own statistics are used there too.
+        device, dtype: of parameters and buffers.
+        bias: whether the affine map has a bias.
+        noise_train: weight of the noise in training, in units of the channel's mean absolute
+            deviation; 0 for none.
+        alpha: length of the Newton step. ``alpha=0, noise_train=0`` is torch's layer.
+        order: 2 for Newton's step, 1 for a plain gradient step.
+        transform_eps: 0 for the exact Yeo-Johnson transform. The authors' code shifts its
+            exponent: a checkpoint of theirs (loaded as it is; its unused ``running_norm`` is
+            dropped) gives their outputs with ``transform_eps=math.sqrt(eps)``.
+
+    Buffers: ``running_mean``, ``running_var`` (unbiased), ``running_lmbda``,
+    ``num_batches_tracked``. A torch BatchNorm checkpoint loads strictly, with lambda 1.
+
+    Raises:
+        ValueError: wrong rank or channel count, a single value per channel in training,
+            ``eps`` <= 0, negative or non-finite ``noise_train``, unknown ``order``; nothing has
+            changed then.
+        TypeError: an input that is not floating, or parameters of another dtype.
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNormalNorm2d(_BatchNormalNorm):
+    """Batch normality normalization of images, (N, C, H, W): see :class:`BatchNormalNorm1d`.
+
+    channels_last inputs stay channels_last.
+    """
+
+    _ranks = (4,)
+
+
+class BatchNormalNorm3d(_BatchNormalNorm):
+    """Batch normality normalization of volumes, (N, C, D, H, W): see :class:`BatchNormalNorm1d`."""
+
+    _ranks = (5,)
+
+
+class _InstanceNormalNorm(_RunningNorm):
+    """Instance normality normalization over inputs of rank ``_rank``, or one less unbatched."""
+
+    _rank: int
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        noise_train: float = 0.4,
+        alpha: float = 1.0,
+        order: int = 2,
+        transform_eps: float = 0.0,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias,
+            noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (self._rank - 1, self._rank):
+            raise ValueError(
+                f"expected {self._rank - 1}D or {self._rank}D input (got {input.dim()}D input)"
+            )
+        if input.size(-self._rank + 1) != self.num_features:
+            raise ValueError(
+                f"expected input's size at dim={input.dim() - self._rank + 1} to match "
+                f"num_features ({self.num_features}), but got: {input.size(-self._rank + 1)}."
+            )
+        batched = input.dim() == self._rank
+        output = F.instance_normal_norm(
+            input if batched else input.unsqueeze(0),
+            self.running_mean,
+            self.running_var,
+            self.running_lmbda,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            self.momentum,
+            self.eps,
+            training=self.training,
+            **self._transform(),
+            num_batches_tracked=self.num_batches_tracked,
+        )
+        return output if batched else output.squeeze(0)
+
+
+class InstanceNormalNorm1d(_InstanceNormalNorm):
+    """Instance normality normalization, (N, C, L) or (C, L).
+
+    Standardizes and Gaussianizes each channel of each sample: :class:`BatchNormalNorm1d` tells
+    how and what the arguments mean. As in torch, ``affine`` and ``track_running_stats`` are
+    False by default; lambda is estimated in evaluation too unless running statistics are kept.
+    """
+
+    _rank = 3
+
+
+class InstanceNormalNorm2d(_InstanceNormalNorm):
+    """Instance normality normalization, (N, C, H, W) or (C, H, W): see
+    :class:`InstanceNormalNorm1d`."""
+
+    _rank = 4
+
+
+class InstanceNormalNorm3d(_InstanceNormalNorm):
+    """Instance normality normalization, (N, C, D, H, W) or (C, D, H, W): see
+    :class:`InstanceNormalNorm1d`."""
+
+    _rank = 5
+
+
+class LayerNormalNorm(_Transform, nn.LayerNorm):
+    """Layer normality normalization over the trailing dimensions of each sample.
+
+    Standardizes each sample's trailing dimensions, estimates its lambda (in evaluation too),
+    Gaussianizes, adds noise in training, and applies an elementwise affine map: Eftekhari and
+    Papyan, ICML 2025.
+
+    Args:
+        normalized_shape: sizes of the trailing dimensions, or the size of the last one.
+        eps: added to the variance; its root also damps the Newton step. Must be positive, where
+            torch's layer accepts 0.
+        elementwise_affine: whether to learn ``weight``, and ``bias`` unless ``bias=False``.
+        bias: whether the affine map has a bias.
+        device, dtype: of the parameters.
+        noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
+
+    Raises:
+        ValueError: an input that does not end in ``normalized_shape``, ``eps`` <= 0, negative or
+            non-finite ``noise_train``, unknown ``order``.
+        TypeError: an input that is not floating, or parameters of another dtype.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        noise_train: float = 1.0,
+        alpha: float = 1.0,
+        order: int = 2,
+        transform_eps: float = 0.0,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._set_transform(noise_train, alpha, order, transform_eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_normal_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            training=self.training,
+            **self._transform(),
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
+            f"{self._transform_repr()}"
+        )
+
+
+class GroupNormalNorm(_Transform, nn.GroupNorm):
+    """Group normality normalization, (N, C, *), over groups of channels of each sample.
+
+    Standardizes and Gaussianizes C / num_groups channels of one sample together, with a lambda
+    of their own (in evaluation too): Eftekhari and Papyan, ICML 2025. Arguments in torch's
+    order; the authors' class takes the first two the other way round.
+
+    Args:
+        num_groups: must divide ``num_channels``.
+        num_channels: C.
+        eps: added to the variance; its root also damps the Newton step.
+        affine: whether to learn ``weight``, and ``bias`` unless ``bias=False``.
+        device, dtype: of the parameters.
+        bias: whether the affine map has a bias.
+        noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
+
+    Raises:
+        ValueError: groups that do not divide, a wrong channel count, ``eps`` <= 0, negative or
+            non-finite ``noise_train``, unknown ``order``.
+        TypeError: an input that is not floating, or parameters of another dtype.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        noise_train: float = 0.4,
+        alpha: float = 1.0,
+        order: int = 2,
+        transform_eps: float = 0.0,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self._set_transform(noise_train, alpha, order, transform_eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() >= 2 and input.size(1) != self.num_channels:
+            raise ValueError(
+                f"expected an input of {self.num_channels} channels (num_channels); "
+                f"got shape {tuple(input.shape)}"
+            )
+        return F.group_normal_norm(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            training=self.training,
+            **self._transform(),
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
+            f"bias={self.bias is not None}, {self._transform_repr()}"
+        )

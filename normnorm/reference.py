@@ -1,0 +1,230 @@
+"""The definition of normality normalization, in plain differentiable PyTorch.
+
+This file is what everything else is compared with. It runs on any device and floating dtype,
+under every PyTorch transform (autograd to any order, torch.func, torch.compile, export), and
+serves as the path of double backward, of export and of last resort. Formulae and their
+derivation: ``docs/mathematics.md``; source: Eftekhari and Papyan, "On the Importance of
+Gaussianizing Representations", ICML 2025 (arXiv 2505.00685), and Yeo and Johnson (2000).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from normnorm.noise import standard_normals
+from normnorm.statistics import Row, statistics_dtype
+
+__all__ = ["estimate_lmbda", "normal_norm", "pack_running", "standardize", "yeo_johnson"]
+
+# The exponent of the power transform saturates here, so that a frozen lambda and an input far
+# outside what it was estimated on still give finite outputs. A group normalized by its own
+# statistics never comes near.
+_LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
+
+# 1/(k+1)! : below |a| = 1/2 the series of (exp(a) - 1)/a and of its first three derivatives
+# is exact to float64 rounding, where the quotient would cancel.
+_SERIES = tuple(1.0 / math.factorial(k + 1) for k in range(19))
+_SERIES_RADIUS = 0.5
+
+
+def _half_to_float(tensor: Tensor) -> Tensor:
+    return tensor.to(statistics_dtype(tensor.dtype))
+
+
+def _split_sign(h: Tensor) -> tuple[Tensor, Tensor]:
+    """(sign, abs(h)) with sign +1 at zero, so that the derivative at zero is the true one."""
+    sign = torch.where(h < 0, -1.0, 1.0).to(h.dtype)
+    return sign, h * sign
+
+
+def standardize(u: Tensor, dim: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h = (u - mean) / sqrt(var + eps) over ``dim``, with the biased variance.
+
+    The mean is taken twice: u is first re-centred by the rounded mean, then by the mean of
+    what is left, so that an offset of 1e4 standard deviations costs no digits in float32 and
+    a constant group gives zeros exactly.
+
+    Returns:
+        (h, mean, mean_low, rstd), the last three with ``dim`` kept as size 1.
+    """
+    mean = u.mean(dim, keepdim=True).detach()
+    centred = u - mean
+    mean_low = centred.mean(dim, keepdim=True)
+    centred = centred - mean_low
+    rstd = torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)
+    return centred * rstd, mean, mean_low, rstd
+
+
+def lmbda_newton_step(
+    h: Tensor, dim: tuple[int, ...], eps: float, alpha: float, order: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lmbda, A, D, Q) of standardized h: see :func:`estimate_lmbda`."""
+    sign, t = _split_sign(h)
+    log = torch.log1p(t)
+    q = (1.0 + t) * log
+    d = q - t
+    mean_hd = (h * d).mean(dim, keepdim=True)
+    mean_log = (sign * log).mean(dim, keepdim=True)
+    mean_d = d.mean(dim, keepdim=True)
+    mean_e = (d.square() + t * (q * log - 2.0 * d)).mean(dim, keepdim=True)
+    slope = mean_hd - mean_log
+    # log Var(psi) is convex in lambda: the clamp only absorbs rounding.
+    curvature = (mean_e - mean_d.square() - 2.0 * mean_hd.square()).clamp_min(0.0) + math.sqrt(eps)
+    step = slope / curvature if order == 2 else slope
+    return 1.0 - alpha * step, mean_hd, mean_d, curvature
+
+
+def estimate_lmbda(
+    h: Tensor, dim: tuple[int, ...], eps: float = 1e-5, alpha: float = 1.0, order: int = 2
+) -> Tensor:
+    """One Newton step from lambda 1 on the Yeo-Johnson negative log-likelihood of h.
+
+    ``1 - alpha L'(1) / (L''(1) + sqrt(eps))``, or ``1 - alpha L'(1)`` for order 1, with h taken
+    as standardized. The reduced dimensions are kept as size 1.
+    """
+    return lmbda_newton_step(h, dim, eps, alpha, order)[0]
+
+
+def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) -> Tensor:
+    """The Yeo-Johnson power transform psi(h; lmbda), elementwise and broadcasting.
+
+    With eta = lmbda for h >= 0 and 2 - lmbda below, t = abs(h):
+    ``psi = sign(h) ((1 + t) ** eta - 1) / eta`` and its limit ``sign(h) log(1 + t)`` at eta 0.
+    ``transform_eps`` > 0 moves eta away from zero by that much and takes the limit within it,
+    as the authors' code does with sqrt(eps).
+    """
+    sign, t = _split_sign(h)
+    log = torch.log1p(t)
+    eta = 1.0 + sign * (lmbda - 1.0)
+    if transform_eps > 0.0:
+        away = torch.full_like(eta, transform_eps)
+        shifted = eta + torch.where(eta < 0, -away, away)
+        eta = torch.where(eta.abs() <= transform_eps, torch.zeros_like(eta), shifted)
+    exponent = eta * log
+    small = exponent.abs() < _SERIES_RADIUS
+    # The branch not taken computes on a harmless value, or its gradient would be 0 * inf.
+    near = torch.where(small, exponent, torch.zeros_like(exponent))
+    series = torch.full_like(near, _SERIES[-1])
+    for coefficient in _SERIES[-2::-1]:
+        series = series * near + coefficient
+    far = torch.where(small, torch.ones_like(exponent), exponent)
+    far = far.clamp_max(_LARGEST_EXPONENT[statistics_dtype(far.dtype)])
+    quotient = torch.expm1(far) / torch.where(small, torch.ones_like(eta), eta)
+    return sign * torch.where(small, log * series, quotient)
+
+
+def _group_dims(u: Tensor, kind: str, normalized_ndim: int) -> tuple[int, ...]:
+    """The dimensions that one group spans (``group`` inputs have their groups split off)."""
+    if kind == "batch":
+        return (0, *range(2, u.dim()))
+    if kind == "layer":
+        return tuple(range(u.dim() - normalized_ndim, u.dim()))
+    return tuple(range(2, u.dim()))
+
+
+def pack_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    running_lmbda: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Running statistics of shape (C,) as a statistics tensor of shape (8, C)."""
+    mean, var, lmbda = (s.to(dtype) for s in (running_mean, running_var, running_lmbda))
+    zero = torch.zeros_like(mean)
+    return torch.stack([mean, zero, torch.rsqrt(var + eps), lmbda, zero, zero, zero, zero])
+
+
+def normal_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    kind: str,
+    num_groups: int = 0,
+    normalized_ndim: int = 0,
+    eps: float = 1e-5,
+    noise_train: float = 0.0,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    channels_last: bool = False,
+    z: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+    frozen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normality normalization of any layer kind, differentiable in input, weight and bias.
+
+    Args:
+        input: (N, C, *) for kinds ``batch``, ``group`` and ``instance``; any shape for ``layer``.
+            Half types are computed in float32.
+        weight, bias: (C,), or the trailing ``normalized_ndim`` sizes for kind ``layer``.
+        kind: ``batch`` (a group is a channel), ``layer`` (the trailing dimensions of a sample),
+            ``group`` (``num_groups`` channel groups a sample) or ``instance`` (a channel of a
+            sample).
+        noise_train: weight of the noise; 0 for none.
+        seed, stream, channels_last: where the noise comes from (:mod:`normnorm.noise`).
+        z: given noise of the input's shape, in place of the stream's.
+        noise_scale: given noise scale s, shape (groups,), in place of mean(abs(x - mean(x))).
+        frozen: a statistics tensor (8, groups) to normalize with instead of the input's own.
+
+    Returns:
+        (output, statistics): the output in the input's dtype, and the detached statistics
+        tensor (8, groups) with the rows of :class:`normnorm.statistics.Row`.
+    """
+    u = _half_to_float(input)
+    if kind == "group":
+        u = u.unflatten(1, (num_groups, u.size(1) // num_groups))
+    dim = _group_dims(u, kind, normalized_ndim)
+    per_group = tuple(1 if i in dim else size for i, size in enumerate(u.shape))
+
+    if frozen is None:
+        h, mean, mean_low, rstd = standardize(u, dim, eps)
+        lmbda, mean_hd, mean_d, curvature = lmbda_newton_step(h, dim, eps, alpha, order)
+    else:
+        mean, mean_low, rstd, lmbda, _, mean_hd, mean_d, curvature = (
+            row.reshape(per_group) for row in frozen.unbind(0)
+        )
+        h = ((u - mean) - mean_low) * rstd
+    x = yeo_johnson(h, lmbda, transform_eps)
+
+    scale = torch.zeros_like(mean)
+    if noise_train > 0.0:
+        if noise_scale is None:
+            constant = x.detach()
+            scale = (constant - constant.mean(dim, keepdim=True)).abs().mean(dim, keepdim=True)
+        else:
+            scale = noise_scale.reshape(per_group)
+        if z is None:
+            if seed is None:
+                raise ValueError("noise_train > 0 needs a seed or given noise z; got neither")
+            z = standard_normals(input.shape, seed, stream, channels_last, u.dtype)
+        x = x + (noise_train * scale) * z.to(u.dtype).reshape(u.shape)
+
+    if kind == "group":
+        x = x.flatten(1, 2)
+    affine_shape = tuple(input.shape[input.dim() - normalized_ndim :])
+    if kind != "layer":
+        affine_shape = (1, input.size(1), *(1,) * (input.dim() - 2))
+    if weight is not None:
+        x = x * weight.to(x.dtype).reshape(affine_shape)
+    if bias is not None:
+        x = x + bias.to(x.dtype).reshape(affine_shape)
+
+    rows = {
+        Row.MEAN: mean,
+        Row.MEAN_LOW: mean_low,
+        Row.RSTD: rstd,
+        Row.LMBDA: lmbda,
+        Row.NOISE_SCALE: scale,
+        Row.A: mean_hd,
+        Row.D: mean_d,
+        Row.CURVATURE: curvature,
+    }
+    statistics = torch.stack([rows[row].flatten() for row in Row]).detach()
+    return x.to(input.dtype), statistics
