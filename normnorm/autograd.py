@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normnorm import backends
+from normnorm import backends, ops
 from normnorm.backends import reference
-from normnorm.ops import Config
-from normnorm.statistics import Row
+from normnorm.config import Config
 
 __all__ = ["normal_norm", "transforms_active"]
 
@@ -57,7 +56,7 @@ def normal_norm(
     if torch.compiler.is_compiling():
         if config.backend == "reference":
             return reference.normal_norm_forward(*_with_residual(*arguments))
-        return torch.ops.normnorm.normal_norm_forward(*_with_residual(*arguments))
+        return ops.normal_norm_forward(*_with_residual(*arguments))
     if transforms_active() or forward_ad._current_level >= 0:
         return _Functional.apply(*arguments)
     if torch.is_grad_enabled() and (
@@ -72,22 +71,11 @@ def normal_norm(
     return backend.infer(input, *running, weight, bias, None, *config.for_infer()), None
 
 
-def _with_residual(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    running_lmbda: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    noise_scale: Tensor | None,
-    config: Config,
-) -> tuple[Any, ...]:
-    """The op's argument list: the reserved residual in its place, the configuration flat."""
-    return (
-        input, running_mean, running_var, running_lmbda, weight, bias, None, seed, noise_scale,
-        *config,
-    )  # fmt: skip
+def _with_residual(*arguments: Any) -> tuple[Any, ...]:
+    """The op's argument list from the Functions': the reserved residual in its place, the
+    configuration flat."""
+    *tensors, seed, noise_scale, config = arguments
+    return (*tensors, None, seed, noise_scale, *config)
 
 
 def _with_gradients(grad_input: Any, grad_weight: Any, grad_bias: Any) -> tuple[Any, ...]:
@@ -146,7 +134,7 @@ class _Functional(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return torch.ops.normnorm.normal_norm_forward(*_with_residual(*arguments))
+        return ops.normal_norm_forward(*_with_residual(*arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -176,21 +164,22 @@ class _Functional(torch.autograd.Function):
         def function(x: Tensor, *moving: Tensor) -> Tensor:
             moved = {**parameters, **dict(zip(given, moving, strict=True))}
             return reference.definition(
-                x, stats, moved["weight"], moved["bias"], seed, ctx.frozen, *ctx.config
+                x, stats, moved["weight"], moved["bias"], seed, ctx.frozen, ctx.config
             )
 
         primals = (input, *(parameters[name] for name in given))
-        directions = (tangents[_INPUT], tangents[_WEIGHT], tangents[_BIAS])[: len(primals)]
-        if weight is None and bias is not None:
-            directions = (tangents[_INPUT], tangents[_BIAS])
+        moving = {"weight": tangents[_WEIGHT], "bias": tangents[_BIAS]}
+        directions = (tangents[_INPUT], *(moving[name] for name in given))
         return _push_forward(function, primals, directions, input), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
-        def definition(*one: Any) -> Any:
-            return reference.normal_norm_forward(*_with_residual(*one, arguments[-1]))
+        *tensors, config = arguments
 
-        return _vmap_definition(definition, info, in_dims[:-1], arguments[:-1])
+        def definition(*one: Any) -> Any:
+            return reference.normal_norm_forward(*_with_residual(*one, config))
+
+        return _vmap_definition(definition, info, in_dims[:-1], tuple(tensors))
 
 
 def _vmap_definition(
@@ -235,7 +224,7 @@ class _Gradient(torch.autograd.Function):
         frozen: bool,
         config: Config,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.normnorm.normal_norm_backward(
+        return ops.normal_norm_backward(
             grad_output, input, stats, weight, bias, None, seed, *needs, frozen, *config
         )
 
@@ -272,8 +261,8 @@ class _Gradient(torch.autograd.Function):
         grad_output, input, stats, weight, bias, seed = ctx.saved_tensors
         asked = [i for i, needed in enumerate(ctx.needs) if needed]
 
-        def function(g: Tensor, x: Tensor, w: Tensor | None = None) -> tuple[Tensor, ...]:
-            gradients = reference.gradients(g, x, stats, w, bias, seed, ctx.frozen, *ctx.config)
+        def function(g: Tensor, x: Tensor, w: Tensor | None = None) -> tuple[Any, ...]:
+            gradients = reference.gradients(g, x, stats, w, bias, seed, ctx.frozen, ctx.config)
             return tuple(gradients[i] for i in asked)
 
         primals = (grad_output, input) if weight is None else (grad_output, input, weight)
@@ -283,9 +272,8 @@ class _Gradient(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
         *tensors, needs, frozen, config = arguments
 
-        def definition(g: Tensor, x: Tensor, stats: Tensor, w: Any, b: Any, seed: Any) -> Any:
-            return reference.normal_norm_backward(
-                g, x, stats, w, b, None, seed, *needs, frozen, *config
-            )
+        def definition(*one: Any) -> Any:
+            *primals, seed = one
+            return reference.normal_norm_backward(*primals, None, seed, *needs, frozen, *config)
 
         return _vmap_definition(definition, info, in_dims[:6], tuple(tensors))

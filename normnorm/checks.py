@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from normnorm.config import Config
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
     "check_transform",
     "group_count",
     "group_size",
-    "per_channel_or_row",
+    "parameter_shape",
 ]
 
 KINDS = ("batch", "layer", "group", "instance")
@@ -37,37 +38,36 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def group_count(input: Tensor, kind: str, num_groups: int, normalized_ndim: int) -> int:
+def group_count(input: Tensor, config: Config) -> int:
     """How many groups an input has: the second size of its statistics tensor."""
-    if kind == "batch":
+    if config.kind == "batch":
         return input.size(1)
-    if kind == "layer":
-        return math.prod(input.shape[: input.dim() - normalized_ndim])
-    return input.size(0) * (num_groups if kind == "group" else input.size(1))
+    if config.kind == "layer":
+        return math.prod(input.shape[: input.dim() - config.normalized_ndim])
+    return input.size(0) * (config.num_groups if config.kind == "group" else input.size(1))
 
 
-def group_size(input: Tensor, kind: str, num_groups: int, normalized_ndim: int) -> int:
+def group_size(input: Tensor, config: Config) -> int:
     """How many elements one group has."""
-    if kind == "layer":
-        return math.prod(input.shape[input.dim() - normalized_ndim :])
+    if config.kind == "layer":
+        return math.prod(input.shape[input.dim() - config.normalized_ndim :])
     spatial = math.prod(input.shape[2:])
-    if kind == "batch":
+    if config.kind == "batch":
         return input.size(0) * spatial
-    return spatial * (input.size(1) // num_groups if kind == "group" else 1)
+    return spatial * (input.size(1) // config.num_groups if config.kind == "group" else 1)
 
 
-def per_channel_or_row(input: Tensor, kind: str, normalized_ndim: int) -> tuple[int, ...]:
+def parameter_shape(input: Tensor, config: Config) -> tuple[int, ...]:
     """The shape that weight and bias must have."""
-    if kind == "layer":
-        return tuple(input.shape[input.dim() - normalized_ndim :])
+    if config.kind == "layer":
+        return tuple(input.shape[input.dim() - config.normalized_ndim :])
     return (input.size(1),)
 
 
-def _check_geometry(input: Tensor, kind: str, num_groups: int, normalized_ndim: int) -> None:
+def _check_geometry(input: Tensor, config: Config) -> None:
+    kind, num_groups, normalized_ndim = config[:3]
     if input.dtype not in _FLOATING:
-        raise TypeError(
-            f"input must be float64, float32, bfloat16 or float16; got {input.dtype}"
-        )
+        raise TypeError(f"input must be float64, float32, bfloat16 or float16; got {input.dtype}")
     _require(kind in KINDS, f"kind must be one of {', '.join(KINDS)}; got '{kind}'")
     if kind == "layer":
         _require(
@@ -96,18 +96,12 @@ def _check_geometry(input: Tensor, kind: str, num_groups: int, normalized_ndim: 
         )
 
 
-def _check_group_size(input: Tensor, kind: str) -> None:
-    if kind == "batch":
+def _check_group_size(input: Tensor, config: Config) -> None:
+    if config.kind in ("batch", "instance"):
+        what = "value per channel" if config.kind == "batch" else "spatial element"
         _require(
-            group_size(input, kind, 0, 0) != 1,
-            f"Expected more than 1 value per channel when training, "
-            f"got input size {list(input.shape)}",
-        )
-    elif kind == "instance":
-        _require(
-            group_size(input, kind, 0, 0) != 1,
-            f"Expected more than 1 spatial element when training, "
-            f"got input size {list(input.shape)}",
+            group_size(input, config) != 1,
+            f"Expected more than 1 {what} when training, got input size {list(input.shape)}",
         )
 
 
@@ -123,9 +117,7 @@ def check_transform(eps: float, alpha: float, order: int, transform_eps: float) 
 
 
 def _check_reserved(residual: Tensor | None, activation: str) -> None:
-    _require(
-        residual is None, "residual is reserved in the schema and not built yet; got a tensor"
-    )
+    _require(residual is None, "residual is reserved in the schema and not built yet; got a tensor")
     _require(
         activation == "",
         f"activation is reserved in the schema and not built yet; got '{activation}'",
@@ -156,9 +148,7 @@ def _check_parameters(
                 f"{statistics_dtype(input.dtype)}; got {parameter.dtype}"
             )
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        raise TypeError(
-            f"weight and bias must have one dtype; got {weight.dtype} and {bias.dtype}"
-        )
+        raise TypeError(f"weight and bias must have one dtype; got {weight.dtype} and {bias.dtype}")
 
 
 def _check_noise(
@@ -174,9 +164,7 @@ def _check_noise(
         _check_device("seed", seed, input)
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor; got {seed.dtype}")
-        _require(
-            _shape(seed) == (1,), f"seed must have shape (1,); got shape {_shape(seed)}"
-        )
+        _require(_shape(seed) == (1,), f"seed must have shape (1,); got shape {_shape(seed)}")
     if noise_scale is not None:
         _check_device("noise_scale", noise_scale, input)
         _require(
@@ -212,9 +200,7 @@ def _check_channel_buffer(name: str, tensor: Tensor, channels: int) -> None:
         f"{name} must have shape ({channels},), one for each channel; got {_shape(tensor)}",
     )
     if tensor.dtype not in _FLOATING:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}"
-        )
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
 
 
 def check_forward(
@@ -225,26 +211,17 @@ def check_forward(
     residual: Tensor | None,
     seed: Tensor | None,
     noise_scale: Tensor | None,
-    kind: str,
-    num_groups: int,
-    normalized_ndim: int,
-    eps: float,
-    noise_train: float,
-    alpha: float,
-    order: int,
-    transform_eps: float,
-    activation: str,
+    config: Config,
 ) -> None:
     """Everything that ``normal_norm_forward`` and ``normal_norm_infer`` ask of their arguments."""
-    _check_geometry(input, kind, num_groups, normalized_ndim)
-    check_transform(eps, alpha, order, transform_eps)
-    _check_reserved(residual, activation)
-    _check_running(input, kind, running)
+    _check_geometry(input, config)
+    check_transform(config.eps, config.alpha, config.order, config.transform_eps)
+    _check_reserved(residual, config.activation)
+    _check_running(input, config.kind, running)
     if running[0] is None:
-        _check_group_size(input, kind)
-    groups = group_count(input, kind, num_groups, normalized_ndim)
-    _check_noise(input, noise_train, seed, noise_scale, groups)
-    _check_parameters(input, weight, bias, per_channel_or_row(input, kind, normalized_ndim))
+        _check_group_size(input, config)
+    _check_noise(input, config.noise_train, seed, noise_scale, group_count(input, config))
+    _check_parameters(input, weight, bias, parameter_shape(input, config))
 
 
 def check_backward(
@@ -257,20 +234,12 @@ def check_backward(
     seed: Tensor | None,
     needs_weight: bool,
     needs_bias: bool,
-    kind: str,
-    num_groups: int,
-    normalized_ndim: int,
-    eps: float,
-    noise_train: float,
-    alpha: float,
-    order: int,
-    transform_eps: float,
-    activation: str,
+    config: Config,
 ) -> None:
     """Everything that ``normal_norm_backward`` asks of its arguments."""
-    _check_geometry(input, kind, num_groups, normalized_ndim)
-    check_transform(eps, alpha, order, transform_eps)
-    _check_reserved(residual, activation)
+    _check_geometry(input, config)
+    check_transform(config.eps, config.alpha, config.order, config.transform_eps)
+    _check_reserved(residual, config.activation)
     _check_device("grad_output", grad_output, input)
     _require(
         _shape(grad_output) == _shape(input),
@@ -280,7 +249,7 @@ def check_backward(
         raise TypeError(
             f"grad_output must have the input's dtype {input.dtype}; got {grad_output.dtype}"
         )
-    groups = group_count(input, kind, num_groups, normalized_ndim)
+    groups = group_count(input, config)
     _check_device("stats", stats, input)
     _require(
         _shape(stats) == (len(Row), groups),
@@ -290,8 +259,8 @@ def check_backward(
         raise TypeError(
             f"stats must be {statistics_dtype(input.dtype)} for this input; got {stats.dtype}"
         )
-    _check_noise(input, noise_train, seed, None, groups)
-    _check_parameters(input, weight, bias, per_channel_or_row(input, kind, normalized_ndim))
+    _check_noise(input, config.noise_train, seed, None, groups)
+    _check_parameters(input, weight, bias, parameter_shape(input, config))
     _require(not needs_weight or weight is not None, "needs_weight asks for weight; got None")
     _require(not needs_bias or bias is not None, "needs_bias asks for bias; got None")
 
@@ -308,9 +277,7 @@ def check_fold(
 ) -> None:
     """Everything that ``fold_running_`` asks of its arguments."""
     _require(math.isfinite(eps) and eps > 0.0, f"eps must be positive and finite; got {eps}")
-    _require(
-        count >= 2, f"running statistics need at least 2 elements a group; got count {count}"
-    )
+    _require(count >= 2, f"running statistics need at least 2 elements a group; got count {count}")
     _require(
         stats.dim() == 2 and stats.size(0) == len(Row),
         f"stats must have shape ({len(Row)}, groups); got {_shape(stats)}",

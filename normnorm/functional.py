@@ -29,11 +29,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normnorm import backends, reference
+from normnorm import backends, ops, reference
 from normnorm.autograd import Running, normal_norm, transforms_active
 from normnorm.checks import check_transform, group_size
+from normnorm.config import Config
 from normnorm.noise import as_seed
-from normnorm.ops import Config
 from normnorm.statistics import statistics_dtype
 
 __all__ = [
@@ -114,7 +114,7 @@ def _fold(
         statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend
     )  # fmt: skip
     if torch.compiler.is_compiling() or transforms_active():
-        torch.ops.normnorm.fold_running_(*arguments)
+        ops.fold_running_(*arguments)
     else:
         backends.get(config.backend).fold(*arguments)
 
@@ -146,9 +146,7 @@ def _check_fold(
                 f"{name} must be on the input's device {input.device}; got {tensor.device}"
             )
     if momentum is None and tracked is None:
-        raise ValueError(
-            "momentum None (a cumulative average) needs num_batches_tracked; got None"
-        )
+        raise ValueError("momentum None (a cumulative average) needs num_batches_tracked; got None")
 
 
 def batch_normal_norm(
@@ -206,7 +204,7 @@ def batch_normal_norm(
     if tracked:
         if input.numel() > 0:
             assert statistics is not None  # they were asked for
-            count = group_size(input, "batch", 0, 0)
+            count = group_size(input, config)
             _fold(statistics, running, num_batches_tracked, momentum, count, config)
         elif num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -280,15 +278,14 @@ def group_normal_norm(
     """
     if input.dim() < 2:
         raise ValueError(f"Expected at least 2 dimensions for input tensor but got {input.dim()}")
-    if num_groups >= 1 and input.size(1) % num_groups == 0:
-        size = group_size(input, "group", num_groups, 0)
-        if input.size(0) * size == 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, "
-                f"got input size {list(input.shape)}"
-            )
     noise = noise_train if training else 0.0
     config = _configure(input, "group", num_groups, 0, eps, noise, alpha, order, transform_eps)
+    divides = num_groups >= 1 and input.size(1) % num_groups == 0
+    if divides and input.size(0) * group_size(input, config) == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, "
+            f"got input size {list(input.shape)}"
+        )
     return _apply(input, _NO_RUNNING, weight, bias, seed, config)[0]
 
 
@@ -348,7 +345,7 @@ def instance_normal_norm(
     output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)
     if tracked and input.numel() > 0:
         assert statistics is not None  # they were asked for
-        count = group_size(input, "instance", 0, 0)
+        count = group_size(input, config)
         _fold(statistics, running, num_batches_tracked, momentum, count, config)
     return output
 

@@ -120,7 +120,7 @@ class _RunningNorm(_Transform, _NormBase):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        version = local_metadata.get("version", None)
+        version = local_metadata.get("version")
         if version is None or version < 3:
             # A checkpoint of torch's layer has no lambda: 1 is the identity. One of the authors'
             # layer carries a running_norm that no formula reads.

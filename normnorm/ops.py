@@ -6,59 +6,29 @@ their last argument names. The same schemas are defined in a namespace a compile
 one more trip through the dispatcher would cost as much as a small kernel.
 
 The layout of an op's arguments: tensors first, then the configuration in the order of
-:class:`Config`, the backend's name last.
+:class:`normnorm.config.Config`, the backend's name last.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normnorm import backends
 from normnorm.checks import check_backward, check_fold, check_forward, group_count
+from normnorm.config import Config
 from normnorm.statistics import Row, statistics_dtype
 
-__all__ = ["SCHEMAS", "Config"]
-
-
-class Config(NamedTuple):
-    """The arguments of an op that are not tensors, in schema order.
-
-    Attributes:
-        kind: "batch", "layer", "group" or "instance": what a group of elements is.
-        num_groups: channel groups a sample for kind "group", else 0.
-        normalized_ndim: trailing dimensions for kind "layer", else 0.
-        eps: added to the variance, and its root to the Newton step's denominator.
-        noise_train: weight of the noise; 0 for none (always, outside training).
-        alpha: length of the Newton step; 0 turns the transform off.
-        order: 2 for Newton's step, 1 for a gradient step.
-        transform_eps: distance that the transform's exponent keeps from zero.
-        stream: which noise of a seed: the rank in synchronised layers, else 0.
-        channels_last: the noise index follows (N, spatial..., C) instead of row-major order.
-        activation: reserved, "".
-        backend: who computes.
-    """
-
-    kind: str
-    num_groups: int
-    normalized_ndim: int
-    eps: float
-    noise_train: float
-    alpha: float
-    order: int
-    transform_eps: float
-    stream: int
-    channels_last: bool
-    activation: str
-    backend: str
-
-    def for_infer(self) -> tuple[Any, ...]:
-        """The part of it that ``normal_norm_infer`` takes."""
-        return (
-            *self[:4], self.alpha, self.order, self.transform_eps, self.activation, self.backend
-        )  # fmt: skip
+__all__ = [
+    "SCHEMAS",
+    "fold_running_",
+    "normal_norm_backward",
+    "normal_norm_forward",
+    "normal_norm_infer",
+]
 
 
 _GEOMETRY = "str kind, SymInt num_groups, int normalized_ndim, float eps"
@@ -94,29 +64,23 @@ SCHEMAS = {
 # Shape inference, shared by the public ops and every compiled backend's.
 
 
-def _fake_forward(
-    input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale,
-    kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-    channels_last, activation, backend,
-):  # fmt: skip
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    input, mean, var, lmbda, weight, bias, residual, seed, noise_scale, *rest = arguments
+    config = Config(*rest)
     check_forward(
-        input, (running_mean, running_var, running_lmbda), weight, bias, residual, seed,
-        noise_scale, kind, num_groups, normalized_ndim, eps, noise_train, alpha, order,
-        transform_eps, activation,
+        input, (mean, var, lmbda), weight, bias, residual, seed, noise_scale, config
     )  # fmt: skip
-    groups = group_count(input, kind, num_groups, normalized_ndim)
-    stats = input.new_empty((len(Row), groups), dtype=statistics_dtype(input.dtype))
+    shape = (len(Row), group_count(input, config))
+    stats = input.new_empty(shape, dtype=statistics_dtype(input.dtype))
     return torch.empty_like(input), stats
 
 
-def _fake_backward(
-    grad_output, input, stats, weight, bias, residual, seed, needs_input, needs_weight,
-    needs_bias, frozen, kind, num_groups, normalized_ndim, eps, noise_train, alpha, order,
-    transform_eps, stream, channels_last, activation, backend,
-):  # fmt: skip
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output, input, stats, weight, bias, residual, seed, *rest = arguments
+    needs_input, needs_weight, needs_bias, _, *config = rest
     check_backward(
-        grad_output, input, stats, weight, bias, residual, seed, needs_weight, needs_bias, kind,
-        num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, activation,
+        grad_output, input, stats, weight, bias, residual, seed, needs_weight, needs_bias,
+        Config(*config),
     )  # fmt: skip
     return (
         torch.empty_like(input) if needs_input else input.new_empty(0),
@@ -125,27 +89,18 @@ def _fake_backward(
     )
 
 
-def _fake_infer(
-    input, running_mean, running_var, running_lmbda, weight, bias, residual, kind, num_groups,
-    normalized_ndim, eps, alpha, order, transform_eps, activation, backend,
-):  # fmt: skip
-    check_forward(
-        input, (running_mean, running_var, running_lmbda), weight, bias, residual, None, None,
-        kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, activation,
-    )  # fmt: skip
+def _fake_infer(*arguments: Any) -> Tensor:
+    input, mean, var, lmbda, weight, bias, residual, *rest = arguments
+    config = Config.from_infer(*rest)
+    check_forward(input, (mean, var, lmbda), weight, bias, residual, None, None, config)
     return torch.empty_like(input)
 
 
-def _fake_fold(
-    stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps,
-    backend,
-):  # fmt: skip
-    check_fold(
-        stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps
-    )
+def _fake_fold(*arguments: Any) -> None:
+    check_fold(*arguments[:-1])
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "normal_norm_forward": _fake_forward,
     "normal_norm_backward": _fake_backward,
     "normal_norm_infer": _fake_infer,
@@ -207,7 +162,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _differentiate_forward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
     input, stats, weight, bias, seed = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 4, 5))
-    gradients = torch.ops.normnorm.normal_norm_backward(
+    gradients = normal_norm_backward(
         grad_output, input, stats, weight, bias, None, seed, needs_input, needs_weight,
         needs_bias, ctx.frozen, *ctx.config,
     )  # fmt: skip
@@ -227,3 +182,11 @@ torch.library.register_autograd(
     setup_context=_save_forward,
     lib=_public,
 )
+
+
+# The public ops, for those above this floor.
+
+normal_norm_forward = torch.ops.normnorm.normal_norm_forward.default
+normal_norm_backward = torch.ops.normnorm.normal_norm_backward.default
+normal_norm_infer = torch.ops.normnorm.normal_norm_infer.default
+fold_running_ = torch.ops.normnorm.fold_running_.default

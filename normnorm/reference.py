@@ -40,7 +40,9 @@ def _split_sign(h: Tensor) -> tuple[Tensor, Tensor]:
     return sign, h * sign
 
 
-def standardize(u: Tensor, dim: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def standardize(
+    u: Tensor, dim: tuple[int, ...], eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h = (u - mean) / sqrt(var + eps) over ``dim``, with the biased variance.
 
     The mean is taken twice: u is first re-centred by the rounded mean, then by the mean of

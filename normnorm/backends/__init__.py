@@ -15,7 +15,7 @@ import torch
 
 from normnorm.backends import cpu, reference
 
-__all__ = ["Backend", "available_backends", "get", "resolve", "use_backend"]
+__all__ = ["Backend", "available_backends", "get", "register", "resolve", "use_backend"]
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,29 @@ _automatic: dict[str, Backend] = {}
 _selected = os.environ.get("NORMNORM_BACKEND", "auto")
 
 
+def register(backend: Backend) -> None:
+    """Makes a backend available under its name, and the automatic choice for its device."""
+    _backends[backend.name] = backend
+    if backend.device_type is not None:
+        _automatic[backend.device_type] = backend
+
+
 def _register_compiled(name: str, device_type: str, reason: str | None) -> None:
     """Takes in a backend whose ops a loaded library implements in ``normnorm_<name>``."""
     if reason is not None:
         _UNAVAILABLE[name] = reason
         return
     ops = getattr(torch.ops, f"normnorm_{name}")
-    backend = Backend(
-        name,
-        device_type,
-        ops.normal_norm_forward.default,
-        ops.normal_norm_backward.default,
-        ops.normal_norm_infer.default,
-        ops.fold_running_.default,
+    register(
+        Backend(
+            name,
+            device_type,
+            ops.normal_norm_forward.default,
+            ops.normal_norm_backward.default,
+            ops.normal_norm_infer.default,
+            ops.fold_running_.default,
+        )
     )
-    _backends[name] = backend
-    _automatic[device_type] = backend
 
 
 def register_compiled_backends() -> None:
@@ -117,7 +124,7 @@ def resolve(device: torch.device, name: str | None = None) -> Backend:
     return backend
 
 
-class use_backend:  # noqa: N801 (a function to its callers, as torch.no_grad is)
+class use_backend:
     """Chooses the backend for every layer from here on; as a context manager, for its block.
 
     ``use_backend("reference")`` or ``with use_backend("cpu"): ...``. The environment variable

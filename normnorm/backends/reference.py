@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normnorm.checks import check_backward, check_fold, check_forward
+from normnorm.config import Config
 from normnorm.reference import normal_norm, pack_running
 from normnorm.statistics import Row, statistics_dtype
 
@@ -23,6 +24,13 @@ __all__ = [
     "normal_norm_forward",
     "normal_norm_infer",
 ]
+
+
+def _keywords(config: Config) -> dict[str, Any]:
+    """The configuration as arguments of the definition."""
+    keywords = config._asdict()
+    del keywords["activation"], keywords["backend"]
+    return keywords
 
 
 def _like_input(result: Tensor, input: Tensor) -> Tensor:
@@ -41,34 +49,19 @@ def normal_norm_forward(
     residual: Tensor | None,
     seed: Tensor | None,
     noise_scale: Tensor | None,
-    kind: str,
-    num_groups: int,
-    normalized_ndim: int,
-    eps: float,
-    noise_train: float,
-    alpha: float,
-    order: int,
-    transform_eps: float,
-    stream: int,
-    channels_last: bool,
-    activation: str,
-    backend: str,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """``normnorm::normal_norm_forward``; differentiable, since the definition is."""
+    config = Config(*arguments)
     running = (running_mean, running_var, running_lmbda)
-    check_forward(
-        input, running, weight, bias, residual, seed, noise_scale, kind, num_groups,
-        normalized_ndim, eps, noise_train, alpha, order, transform_eps, activation,
-    )  # fmt: skip
+    check_forward(input, running, weight, bias, residual, seed, noise_scale, config)
     frozen = None
     if running_mean is not None and running_var is not None and running_lmbda is not None:
         dtype = statistics_dtype(input.dtype)
-        frozen = pack_running(running_mean, running_var, running_lmbda, eps, dtype)
+        frozen = pack_running(running_mean, running_var, running_lmbda, config.eps, dtype)
     output, stats = normal_norm(
-        input, weight, bias, kind=kind, num_groups=num_groups, normalized_ndim=normalized_ndim,
-        eps=eps, noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
-        seed=seed, stream=stream, channels_last=channels_last, noise_scale=noise_scale,
-        frozen=frozen,
+        input, weight, bias, seed=seed, noise_scale=noise_scale, frozen=frozen,
+        **_keywords(config),
     )  # fmt: skip
     return _like_input(output, input), stats
 
@@ -81,21 +74,12 @@ def normal_norm_infer(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    kind: str,
-    num_groups: int,
-    normalized_ndim: int,
-    eps: float,
-    alpha: float,
-    order: int,
-    transform_eps: float,
-    activation: str,
-    backend: str,
+    *arguments: Any,
 ) -> Tensor:
     """``normnorm::normal_norm_infer``: the forward without noise, its statistics not kept."""
     return normal_norm_forward(
         input, running_mean, running_var, running_lmbda, weight, bias, residual, None, None,
-        kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, False,
-        activation, backend,
+        *Config.from_infer(*arguments),
     )[0]  # fmt: skip
 
 
@@ -106,26 +90,13 @@ def definition(
     bias: Tensor | None,
     seed: Tensor | None,
     frozen: bool,
-    kind: str,
-    num_groups: int,
-    normalized_ndim: int,
-    eps: float,
-    noise_train: float,
-    alpha: float,
-    order: int,
-    transform_eps: float,
-    stream: int,
-    channels_last: bool,
-    activation: str,
-    backend: str,
+    config: Config,
 ) -> Tensor:
     """The forward pass that gave ``stats``, as a function to differentiate: the noise scale is
     the saved one, a constant by definition, and so is every statistic of a frozen layer."""
     return normal_norm(
-        input, weight, bias, kind=kind, num_groups=num_groups, normalized_ndim=normalized_ndim,
-        eps=eps, noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
-        seed=seed, stream=stream, channels_last=channels_last,
-        noise_scale=stats.select(0, Row.NOISE_SCALE), frozen=stats if frozen else None,
+        input, weight, bias, seed=seed, noise_scale=stats.select(0, Row.NOISE_SCALE),
+        frozen=stats if frozen else None, **_keywords(config),
     )[0]  # fmt: skip
 
 
@@ -137,7 +108,7 @@ def gradients(
     bias: Tensor | None,
     seed: Tensor | None,
     frozen: bool,
-    *config: Any,
+    config: Config,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(grad_input, grad_weight, grad_bias), None for absent parameters; differentiable again
     in grad_output, input and weight, which is the double backward of every backend."""
@@ -147,7 +118,7 @@ def gradients(
         rest = iter(parameters)
         w = None if weight is None else next(rest)
         b = None if bias is None else next(rest)
-        return definition(x, stats, w, b, seed, frozen, *config)
+        return definition(x, stats, w, b, seed, frozen, config)
 
     grad_input, *rest = torch.func.vjp(function, input, *given)[1](grad_output)
     grad_weight = None if weight is None else rest.pop(0)
@@ -166,29 +137,16 @@ def normal_norm_backward(
     needs_weight: bool,
     needs_bias: bool,
     frozen: bool,
-    kind: str,
-    num_groups: int,
-    normalized_ndim: int,
-    eps: float,
-    noise_train: float,
-    alpha: float,
-    order: int,
-    transform_eps: float,
-    stream: int,
-    channels_last: bool,
-    activation: str,
-    backend: str,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``normnorm::normal_norm_backward``; a gradient not asked for is an empty tensor."""
+    config = Config(*arguments)
     check_backward(
-        grad_output, input, stats, weight, bias, residual, seed, needs_weight, needs_bias, kind,
-        num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, activation,
-    )  # fmt: skip
-    noise_train = noise_train if needs_weight else 0.0  # it reaches no other gradient
-    found = gradients(
-        grad_output, input, stats, weight, bias, seed, frozen, kind, num_groups, normalized_ndim,
-        eps, noise_train, alpha, order, transform_eps, stream, channels_last, activation, backend,
-    )  # fmt: skip
+        grad_output, input, stats, weight, bias, residual, seed, needs_weight, needs_bias, config
+    )
+    if not needs_weight:  # the noise reaches no other gradient
+        config = config._replace(noise_train=0.0)
+    found = gradients(grad_output, input, stats, weight, bias, seed, frozen, config)
     grad_input, grad_weight, grad_bias = (
         gradient if gradient is not None and needed else input.new_empty(0)
         for gradient, needed in zip(found, (needs_input, needs_weight, needs_bias), strict=True)

@@ -1,0 +1,7 @@
+"""``python -m normnorm``."""
+
+import sys
+
+from normnorm.cli import main
+
+sys.exit(main())

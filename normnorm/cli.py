@@ -1,0 +1,30 @@
+"""The command line: ``normnorm COMMAND`` or ``python -m normnorm COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import normnorm
+from normnorm import demo, doctor, gradcheck
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "doctor": (doctor, "versions, backends, and a check of each against the reference"),
+    "gradcheck": (gradcheck, "gradients of every layer, backend and dtype"),
+    "demo": (demo, "train small networks with and without normality normalization"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit status: 0 for success, 1 for a miss, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="normnorm", description="Normality normalization for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=normnorm.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in _COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    parsed = parser.parse_args(arguments)
+    return _COMMANDS[parsed.command][0].run(parsed)
