@@ -27,7 +27,7 @@ __all__ = ["normal_norm", "transforms_active"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# Where input, weight and bias stand among the arguments of the two forward Functions.
+# Where input, weight and bias stand among the arguments of _Functional.
 _INPUT, _WEIGHT, _BIAS, _ARGUMENTS = 0, 4, 5, 9
 
 
@@ -64,7 +64,7 @@ def normal_norm(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _Eager.apply(*arguments)
+        return _Eager.apply(input, weight, bias, arguments)
     backend = backends.get(config.backend)
     if keep_statistics or config.noise_train > 0.0:
         return backend.forward(*_with_residual(*arguments))
@@ -98,7 +98,11 @@ class _Eager(torch.autograd.Function):
     """The backend's forward and backward, one Python frame each."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        # ``arguments`` is the whole list; the three that may carry gradients stand apart, since
+        # every argument of a Function costs host time.
         output, stats = backends.get(arguments[-1].backend).forward(*_with_residual(*arguments))
         _save(ctx, arguments, stats)
         return output, stats
@@ -106,13 +110,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
         if grad_output is None:
-            return (None,) * _ARGUMENTS
+            return None, None, None, None
         input, stats, weight, bias, seed = ctx.saved_tensors
-        needs = (
-            ctx.needs_input_grad[_INPUT],
-            ctx.needs_input_grad[_WEIGHT],
-            ctx.needs_input_grad[_BIAS],
-        )
+        needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # somebody will differentiate this backward pass
             gradients = _Gradient.apply(
                 grad_output, input, stats, weight, bias, seed, needs, ctx.frozen, ctx.config
@@ -122,10 +122,11 @@ class _Eager(torch.autograd.Function):
                 grad_output, input, stats, weight, bias, None, seed, *needs, ctx.frozen,
                 *ctx.config,
             )  # fmt: skip
-        return _with_gradients(
+        return (
             gradients[0] if needs[0] else None,
             gradients[1] if needs[1] else None,
             gradients[2] if needs[2] else None,
+            None,
         )
 
 

@@ -119,34 +119,27 @@ def _fold(
         backends.get(config.backend).fold(*arguments)
 
 
-def _check_running(running: Running) -> bool:
-    """Whether running statistics were given; all three or none may be."""
-    given = sum(tensor is not None for tensor in running)
-    if given not in (0, 3):
+def _check_running(
+    input: Tensor, running: Running, momentum: float | None, tracked: Tensor | None, update: bool
+) -> bool:
+    """Whether running statistics were given; said before anything is computed or drawn."""
+    mean, var, lmbda = running
+    if mean is None and var is None and lmbda is None:
+        return False
+    if mean is None or var is None or lmbda is None:
         raise ValueError(
             "running_mean, running_var and running_lmbda must be given together or not at all; "
-            f"got {given} of them"
+            f"got {sum(tensor is not None for tensor in running)} of them"
         )
-    return given == 3
-
-
-def _check_fold(
-    running: Running, input: Tensor, momentum: float | None, tracked: Tensor | None
-) -> None:
-    """What the fold needs, said before anything is computed or drawn."""
-    channels = input.size(1) if input.dim() > 1 else 0
-    for name, tensor in zip(("running_mean", "running_var", "running_lmbda"), running, strict=True):
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            raise ValueError(
-                f"{name} must have shape ({channels},) for an input of shape "
-                f"{tuple(input.shape)}; got {tuple(tensor.shape)}"
-            )
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(
-                f"{name} must be on the input's device {input.device}; got {tensor.device}"
-            )
-    if momentum is None and tracked is None:
+    # The fold itself asks that var and lambda be like mean.
+    if update and input.dim() > 1 and mean.size(0) != input.size(1):
+        raise ValueError(
+            f"running_mean must have shape ({input.size(1)},) for an input of shape "
+            f"{tuple(input.shape)}; got {tuple(mean.shape)}"
+        )
+    if update and momentum is None and tracked is None:
         raise ValueError("momentum None (a cumulative average) needs num_batches_tracked; got None")
+    return True
 
 
 def batch_normal_norm(
@@ -189,13 +182,11 @@ def batch_normal_norm(
         ValueError: also for a single value per channel in training.
     """
     running: Running = (running_mean, running_var, running_lmbda)
-    tracked = _check_running(running)
+    tracked = _check_running(input, running, momentum, num_batches_tracked, training)
     if not training and not tracked:
         raise ValueError(
             "Expected running_mean, running_var and running_lmbda to be given when training=False"
         )
-    if training and tracked:
-        _check_fold(running, input, momentum, num_batches_tracked)
     noise = noise_train if training else 0.0
     config = _configure(input, "batch", 0, 0, eps, noise, alpha, order, transform_eps)
     if not training:
@@ -328,7 +319,7 @@ def instance_normal_norm(
         ValueError: also for a single spatial element with ``use_input_stats``.
     """
     running: Running = (running_mean, running_var, running_lmbda)
-    tracked = _check_running(running)
+    tracked = _check_running(input, running, momentum, num_batches_tracked, use_input_stats)
     if not use_input_stats:
         if not tracked:
             raise ValueError(
@@ -338,8 +329,6 @@ def instance_normal_norm(
         # Frozen statistics know no samples: this is the batch layer's evaluation.
         config = _configure(input, "batch", 0, 0, eps, 0.0, alpha, order, transform_eps)
         return _apply(input, running, weight, bias, seed, config)[0]
-    if tracked:
-        _check_fold(running, input, momentum, num_batches_tracked)
     noise = noise_train if training else 0.0
     config = _configure(input, "instance", 0, 0, eps, noise, alpha, order, transform_eps)
     output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)

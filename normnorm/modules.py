@@ -155,24 +155,26 @@ class _BatchNormalNorm(_RunningNorm):
         self._check_input_dim(input)
         # In training without track_running_stats the buffers are None; in evaluation they may be
         # set by hand, and are used then, as in torch.
-        own_statistics = self.running_mean is None and self.running_var is None
-        update = self.training and self.track_running_stats
-        buffers = (self.running_mean, self.running_var, self.running_lmbda)
-        if self.training and not update:
-            buffers = (None, None, None)
+        training = self.training
+        mean, var, lmbda = self.running_mean, self.running_var, self.running_lmbda
+        own_statistics = training or (mean is None and var is None)
+        if training and not self.track_running_stats:
+            mean = var = lmbda = None
         return F.batch_normal_norm(
             input,
-            *buffers,
+            mean,
+            var,
+            lmbda,
             self.weight,
             self.bias,
-            self.training or own_statistics,
+            own_statistics,
             self.momentum,
             self.eps,
-            noise_train=self.noise_train if self.training else 0.0,
+            noise_train=self.noise_train if training else 0.0,
             alpha=self.alpha,
             order=self.order,
             transform_eps=self.transform_eps,
-            num_batches_tracked=self.num_batches_tracked if update else None,
+            num_batches_tracked=None if mean is None else self.num_batches_tracked,
         )
 
 

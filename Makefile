@@ -1,0 +1,128 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment, the pinned torch, the
+# project's extras, an editable install with the compiled extension. Stamp files in the environment
+# make a second call start at once; a changed kernel is rebuilt.
+
+PYTHON ?= python3
+# What pip is asked for. More words are allowed: TORCH="torch==2.12.0 --index-url URL"
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+# Test processes. Each has OMP_NUM_THREADS=1.
+JOBS ?= 2
+# More words for pytest or for the demo: make test ARGS="-k lambda -x"
+ARGS ?=
+
+export TORCH
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install --quiet
+SAY := @printf '%s\n'
+
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint wheel install clean distclean FORCE
+
+help:
+	@echo 'make demo      set up what is missing, then train the comparison networks (about five minutes)'
+	@echo 'make test      set up what is missing, then lint and run the tests'
+	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
+	@echo 'make lint      ruff and mypy alone'
+	@echo 'make wheel     a wheel and a source archive in dist/'
+	@echo 'make install   the environment alone, with the extension built in place'
+	@echo 'make clean     remove what was built (distclean: the environment too)'
+	@echo
+	@echo 'Overridable: PYTHON=$(PYTHON) TORCH="$(TORCH)" VENV=$(VENV) JOBS=$(JOBS) ARGS="$(ARGS)"'
+
+demo: $(VENV)/.native $(VENV)/.demo
+	$(PY) -m normnorm demo $(ARGS)
+
+test: lint
+	$(call pytest,not slow)
+
+test-all: install
+	$(call pytest,slow)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(VENV)/.native $(VENV)/.dev
+
+# The parallel part, then the tests that need the machine to themselves. pytest's exit status 5
+# means that no test was selected: right for an empty part, wrong for both.
+define pytest
+@parallel=0; serial=0; \
+OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m '($(1)) and not serial' $(ARGS) || parallel=$$?; \
+case $$parallel in 0|5) ;; *) exit $$parallel;; esac; \
+OMP_NUM_THREADS=1 $(PY) -m pytest -m '($(1)) and serial' $(ARGS) || serial=$$?; \
+case $$serial in 0|5) ;; *) exit $$serial;; esac; \
+if [ $$parallel = 5 ] && [ $$serial = 5 ]; then echo 'no test was selected'; exit 5; fi
+endef
+
+# Built from a clean build folder: setuptools would put deleted modules into the wheel otherwise.
+wheel: $(VENV)/.native
+	rm -rf build dist
+	mkdir -p dist
+	@$(PY) -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')" \
+	    >dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
+	@$(call build_words,dist/build.log)
+	@rm dist/build.log
+	@ls -l dist
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f normnorm/*.so $(VENV)/.native
+	find normnorm tests benchmarks triton_kernels -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# --- the environment, one stamp a step ------------------------------------------------------------
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "normnorm needs Python 3.10 or newer; '$(PYTHON)' is" \
+	         "$$($(PYTHON) --version 2>&1 || true). Name another: make PYTHON=python3.11 ..."; exit 1; }
+	$(SAY) 'creating $(VENV)'
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) && $(PY) -m pip --version >/dev/null || { rm -rf $(VENV); \
+	    echo "'$(PYTHON) -m venv' could not make an environment with pip in it;" \
+	         "on Debian and Ubuntu the package python3-venv is missing."; exit 1; }
+	@touch $@
+
+# Holds the word TORCH, and is touched only when that changes.
+$(VENV)/.torch-wanted: $(VENV)/.python FORCE
+	@[ -f $@ ] && [ "$$(cat $@)" = "$$TORCH" ] || printf '%s\n' "$$TORCH" >$@
+
+# First of all packages: anything else that depends on torch would fetch one of its own choosing.
+$(VENV)/.torch: $(VENV)/.torch-wanted
+	$(SAY) "installing $$TORCH (the largest download)"
+	@$(PIP) $$TORCH
+	@$(PIP) 'setuptools>=77' ninja
+	@touch $@
+
+# Of a build's output the lines that setup.py marks as meant for the reader, each once.
+build_words = sed -n 's/^ *\(normnorm: .*\)/\1/p' $(1) | awk '!seen[$$0]++'
+
+$(VENV)/.native: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(SAY) 'installing normnorm in place and building its extension'
+	@$(PY) -m pip install --verbose --no-build-isolation --no-deps --editable . \
+	    >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@$(call build_words,$(VENV)/build.log)
+	@touch $@
+
+# normnorm is installed by now, so that only the extras' packages are fetched.
+$(VENV)/.demo: pyproject.toml | $(VENV)/.native
+	$(SAY) "installing the demonstration's packages"
+	@$(PIP) 'normnorm[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.native
+	$(SAY) 'installing the packages for tests and linting'
+	@$(PIP) 'normnorm[dev]'
+	@touch $@
+
+FORCE:
