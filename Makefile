@@ -62,9 +62,9 @@ case $$serial in 0|5) ;; *) exit $$serial;; esac; \
 if [ $$parallel = 5 ] && [ $$serial = 5 ]; then echo 'no test was selected'; exit 5; fi
 endef
 
-# Built from a clean build folder: setuptools would put deleted modules into the wheel otherwise.
-wheel: $(VENV)/.native
-	rm -rf build dist
+# Without what an earlier build collected: setuptools would put deleted modules into the wheel.
+wheel: $(VENV)/.torch
+	rm -rf build/lib* build/bdist* dist
 	mkdir -p dist
 	@$(PY) -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')" \
 	    >dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
@@ -102,25 +102,32 @@ $(VENV)/.torch: $(VENV)/.torch-wanted
 	$(SAY) "installing $$TORCH (the largest download)"
 	@$(PIP) $$TORCH
 	@$(PIP) 'setuptools>=77' ninja
+	@rm -rf build normnorm/*.so  # compiled against another torch
 	@touch $@
 
 # Of a build's output the lines that setup.py marks as meant for the reader, each once.
 build_words = sed -n 's/^ *\(normnorm: .*\)/\1/p' $(1) | awk '!seen[$$0]++'
 
-$(VENV)/.native: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
-	$(SAY) 'installing normnorm in place and building its extension'
-	@$(PY) -m pip install --verbose --no-build-isolation --no-deps --editable . \
-	    >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+# In place and without the extension, which the next step builds: pip would forget its objects.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+	$(SAY) 'installing normnorm in place'
+	@NORMNORM_NATIVE=0 $(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.installed $(SOURCES)
+	$(SAY) 'building the extension'
+	@$(PY) setup.py build_ext --inplace >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@$(call build_words,$(VENV)/build.log)
+	@! grep -q 'the compiler failed' $(VENV)/build.log || echo 'its words are in $(VENV)/build.log'
 	@touch $@
 
 # normnorm is installed by now, so that only the extras' packages are fetched.
-$(VENV)/.demo: pyproject.toml | $(VENV)/.native
+$(VENV)/.demo: pyproject.toml | $(VENV)/.installed
 	$(SAY) "installing the demonstration's packages"
 	@$(PIP) 'normnorm[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.native
+$(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	$(SAY) 'installing the packages for tests and linting'
 	@$(PIP) 'normnorm[dev]'
 	@touch $@

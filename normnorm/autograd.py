@@ -1,13 +1,13 @@
 """Gradients in eager mode, in the shape that costs least for what is asked.
 
 * plain eager: :class:`_Eager`, an old-style ``autograd.Function`` over the backend's own ops;
-* under torch.func transforms or forward-mode AD: :class:`_Functional`, one with
-  ``setup_context``, ``vmap`` and ``jvp``;
+* under torch.func transforms: :class:`_Functional`, one with ``setup_context`` and ``vmap``;
+* in forward mode (torch.func.jvp, dual numbers): the definition in ``normnorm/reference.py``
+  itself, whose forward derivatives nest in any order;
 * while compiling: the registered op, whose gradient ``normnorm/ops.py`` registers, or the
-  definition itself where the reference backend is chosen, through which a compiler can fuse.
+  definition where the reference backend is chosen, through which a compiler can fuse.
 
-Derivatives beyond the first, and forward-mode ones, come from the definition in
-``normnorm/reference.py``.
+Derivatives beyond the first come from the definition too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ __all__ = ["normal_norm", "transforms_active"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# Where input, weight and bias stand among the arguments of _Functional.
-_INPUT, _WEIGHT, _BIAS, _ARGUMENTS = 0, 4, 5, 9
-
 
 def transforms_active() -> bool:
     """Whether a torch.func transform is running."""
     return torch._C._are_functorch_transforms_active()
+
+
+def _forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken."""
+    return forward_ad._current_level >= 0
 
 
 def normal_norm(
@@ -54,10 +56,12 @@ def normal_norm(
     """
     arguments = (input, *running, weight, bias, seed, noise_scale, config)
     if torch.compiler.is_compiling():
-        if config.backend == "reference":
+        if config.backend == "reference" or transforms_active() or _forward_mode():
             return reference.normal_norm_forward(*_with_residual(*arguments))
         return ops.normal_norm_forward(*_with_residual(*arguments))
-    if transforms_active() or forward_ad._current_level >= 0:
+    if _forward_mode():
+        return reference.normal_norm_forward(*_with_residual(*arguments))
+    if transforms_active():
         return _Functional.apply(*arguments)
     if torch.is_grad_enabled() and (
         input.requires_grad
@@ -78,13 +82,6 @@ def _with_residual(*arguments: Any) -> tuple[Any, ...]:
     return (*tensors, None, seed, noise_scale, *config)
 
 
-def _with_gradients(grad_input: Any, grad_weight: Any, grad_bias: Any) -> tuple[Any, ...]:
-    """What a forward Function's backward returns: a gradient or None for every argument."""
-    gradients = [None] * _ARGUMENTS
-    gradients[_INPUT], gradients[_WEIGHT], gradients[_BIAS] = grad_input, grad_weight, grad_bias
-    return tuple(gradients)
-
-
 def _save(ctx: Any, arguments: tuple[Any, ...], stats: Tensor) -> None:
     input, running_mean, _, _, weight, bias, seed, _, config = arguments
     ctx.save_for_backward(input, stats, weight, bias, seed)
@@ -92,6 +89,27 @@ def _save(ctx: Any, arguments: tuple[Any, ...], stats: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.frozen = running_mean is not None
     ctx.config = config
+
+
+def _gradients(ctx: Any, grad_output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
+    """(grad_input, grad_weight, grad_bias) of a forward Function, None where not needed."""
+    input, stats, weight, bias, seed = ctx.saved_tensors
+    arguments = (grad_output, input, stats, weight, bias, seed)
+    gradients: tuple[Any, ...]
+    if _forward_mode():
+        gradients = reference.gradients(*arguments, ctx.frozen, ctx.config)
+    elif torch.is_grad_enabled() or transforms_active():
+        # Somebody may differentiate this backward pass, or vmap it.
+        gradients = _Gradient.apply(*arguments, needs, ctx.frozen, ctx.config)
+    else:
+        gradients = backends.get(ctx.config.backend).backward(
+            grad_output, input, stats, weight, bias, None, seed, *needs, ctx.frozen, *ctx.config
+        )
+    return (
+        gradients[0] if needs[0] else None,
+        gradients[1] if needs[1] else None,
+        gradients[2] if needs[2] else None,
+    )
 
 
 class _Eager(torch.autograd.Function):
@@ -111,27 +129,14 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
         if grad_output is None:
             return None, None, None, None
-        input, stats, weight, bias, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # somebody will differentiate this backward pass
-            gradients = _Gradient.apply(
-                grad_output, input, stats, weight, bias, seed, needs, ctx.frozen, ctx.config
-            )
-        else:
-            gradients = backends.get(ctx.config.backend).backward(
-                grad_output, input, stats, weight, bias, None, seed, *needs, ctx.frozen,
-                *ctx.config,
-            )  # fmt: skip
-        return (
-            gradients[0] if needs[0] else None,
-            gradients[1] if needs[1] else None,
-            gradients[2] if needs[2] else None,
-            None,
-        )
+        return *_gradients(ctx, grad_output, ctx.needs_input_grad[:3]), None
 
 
 class _Functional(torch.autograd.Function):
-    """The registered op, for torch.func transforms and forward-mode AD."""
+    """The registered op, for torch.func transforms."""
+
+    # Where input, weight and bias stand among the arguments.
+    _differentiable = (0, 4, 5)
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -140,38 +145,16 @@ class _Functional(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _save(ctx, inputs, output[1])
-        input, _, _, _, weight, bias, seed, _, _ = inputs
-        ctx.save_for_forward(input, output[1], weight, bias, seed)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
-        if grad_output is None:
-            return (None,) * _ARGUMENTS
-        input, stats, weight, bias, seed = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[i] for i in (_INPUT, _WEIGHT, _BIAS))
-        gradients = _Gradient.apply(
-            grad_output, input, stats, weight, bias, seed, needs, ctx.frozen, ctx.config
-        )
-        return _with_gradients(
-            *(g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        input, stats, weight, bias, seed = ctx.saved_tensors
-        parameters = {"weight": weight, "bias": bias}
-        given = [name for name, parameter in parameters.items() if parameter is not None]
-
-        def function(x: Tensor, *moving: Tensor) -> Tensor:
-            moved = {**parameters, **dict(zip(given, moving, strict=True))}
-            return reference.definition(
-                x, stats, moved["weight"], moved["bias"], seed, ctx.frozen, ctx.config
-            )
-
-        primals = (input, *(parameters[name] for name in given))
-        moving = {"weight": tangents[_WEIGHT], "bias": tangents[_BIAS]}
-        directions = (tangents[_INPUT], *(moving[name] for name in given))
-        return _push_forward(function, primals, directions, input), None
+        results: list[Any] = [None] * len(ctx.needs_input_grad)
+        if grad_output is not None:
+            needs = tuple(ctx.needs_input_grad[i] for i in _Functional._differentiable)
+            found = _gradients(ctx, grad_output, needs)
+            for i, gradient in zip(_Functional._differentiable, found, strict=True):
+                results[i] = gradient
+        return tuple(results)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
@@ -183,91 +166,26 @@ class _Functional(torch.autograd.Function):
         return _vmap_definition(definition, info, in_dims[:-1], tuple(tensors))
 
 
-def _vmap_definition(
-    definition: Callable[..., Any], info: Any, in_dims: Any, tensors: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """A vmap rule: the definition, vmapped, exact whichever arguments are batched."""
-    results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*tensors)
-    return results, (0,) * len(results)
-
-
-def _push_forward(
-    function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: Any, output_like: Any
-) -> Any:
-    """J t by two reverse passes (the pull-back is linear in its cotangent), since forward-mode
-    levels do not nest outside torch.func."""
-
-    def pull_back(cotangent: Any) -> Any:
-        return torch.func.vjp(function, *primals)[1](cotangent)
-
-    start = torch.utils._pytree.tree_map(torch.zeros_like, output_like)
-    _, push = torch.func.vjp(pull_back, start)
-    return push(
-        tuple(
-            torch.zeros_like(primal) if tangent is None else tangent
-            for primal, tangent in zip(primals, tangents, strict=True)
-        )
-    )[0]
-
-
 class _Gradient(torch.autograd.Function):
     """The backward pass as a function that can itself be differentiated."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        grad_output: Tensor,
-        input: Tensor,
-        stats: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        needs: tuple[bool, bool, bool],
-        frozen: bool,
-        config: Config,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.normal_norm_backward(
-            grad_output, input, stats, weight, bias, None, seed, *needs, frozen, *config
-        )
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        *tensors, seed, needs, frozen, config = arguments
+        return ops.normal_norm_backward(*tensors, None, seed, *needs, frozen, *config)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, needs, frozen, config = inputs
+        *tensors, ctx.needs, ctx.frozen, ctx.config = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.frozen, ctx.config = needs, frozen, config
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor | None) -> Any:  # type: ignore[override]
-        function, primals, likes = _Gradient._definition(ctx)
-        asked = [d for d, needed in zip(directions, ctx.needs, strict=True) if needed]
-        cotangents = tuple(
-            torch.zeros_like(like) if direction is None else direction
-            for direction, like in zip(asked, likes, strict=True)
+        to_output, to_input, to_weight = reference.second_gradients(
+            directions, ctx.saved_tensors, ctx.needs, ctx.frozen, ctx.config
         )
-        grad_output, grad_input, *rest = torch.func.vjp(function, *primals)[1](cotangents)
-        return grad_output, grad_input, None, rest[0] if rest else None, *(None,) * 5
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
-        function, primals, likes = _Gradient._definition(ctx)
-        directions = (tangents[0], tangents[1], tangents[3])[: len(primals)]
-        results = iter(_push_forward(function, primals, directions, likes))
-        return tuple(next(results) if needed else None for needed in ctx.needs)
-
-    @staticmethod
-    def _definition(ctx: Any) -> tuple[Callable[..., Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The gradients asked for as a function of (grad_output, input[, weight]), the point
-        at which to take it, and tensors of its results' shapes."""
-        grad_output, input, stats, weight, bias, seed = ctx.saved_tensors
-        asked = [i for i, needed in enumerate(ctx.needs) if needed]
-
-        def function(g: Tensor, x: Tensor, w: Tensor | None = None) -> tuple[Any, ...]:
-            gradients = reference.gradients(g, x, stats, w, bias, seed, ctx.frozen, ctx.config)
-            return tuple(gradients[i] for i in asked)
-
-        primals = (grad_output, input) if weight is None else (grad_output, input, weight)
-        return function, primals, tuple((input, weight, bias)[i] for i in asked)
+        return to_output, to_input, None, to_weight, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
@@ -278,3 +196,11 @@ class _Gradient(torch.autograd.Function):
             return reference.normal_norm_backward(*primals, None, seed, *needs, frozen, *config)
 
         return _vmap_definition(definition, info, in_dims[:6], tuple(tensors))
+
+
+def _vmap_definition(
+    definition: Callable[..., Any], info: Any, in_dims: Any, tensors: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """A vmap rule: the definition, vmapped, exact whichever arguments are batched."""
+    results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*tensors)
+    return results, (0,) * len(results)

@@ -2,7 +2,8 @@
 
 Called by each backend written in Python and by the shape inference of the ops; the compiled
 backends hold the same rules in front of their first pointer. Nothing here reads a tensor's
-values, so nothing here waits for a device.
+values, so nothing here waits for a device. A sentence is put together only when it is needed: a
+compiler that traces these lines cannot format a symbolic number.
 """
 
 from __future__ import annotations
@@ -27,11 +28,6 @@ __all__ = [
 
 KINDS = ("batch", "layer", "group", "instance")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -68,60 +64,63 @@ def _check_geometry(input: Tensor, config: Config) -> None:
     kind, num_groups, normalized_ndim = config[:3]
     if input.dtype not in _FLOATING:
         raise TypeError(f"input must be float64, float32, bfloat16 or float16; got {input.dtype}")
-    _require(kind in KINDS, f"kind must be one of {', '.join(KINDS)}; got '{kind}'")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got '{kind}'")
     if kind == "layer":
-        _require(
-            1 <= normalized_ndim <= input.dim(),
-            f"kind 'layer' normalizes between 1 and all of the input's trailing dimensions; "
-            f"got normalized_ndim {normalized_ndim} for an input of shape {_shape(input)}",
-        )
+        if not 1 <= normalized_ndim <= input.dim():
+            raise ValueError(
+                f"kind 'layer' normalizes between 1 and all of the input's trailing dimensions; "
+                f"got normalized_ndim {normalized_ndim} for an input of shape {_shape(input)}"
+            )
     else:
-        _require(
-            normalized_ndim == 0,
-            f"normalized_ndim belongs to kind 'layer'; got {normalized_ndim} for kind '{kind}'",
-        )
-        _require(
-            input.dim() >= 2,
-            f"kind '{kind}' wants an input of shape (N, C, ...); got shape {_shape(input)}",
-        )
+        if normalized_ndim != 0:
+            raise ValueError(
+                f"normalized_ndim belongs to kind 'layer'; got {normalized_ndim} for kind '{kind}'"
+            )
+        if input.dim() < 2:
+            raise ValueError(
+                f"kind '{kind}' wants an input of shape (N, C, ...); got shape {_shape(input)}"
+            )
     if kind == "group":
-        _require(num_groups >= 1, f"num_groups must be positive; got {num_groups}")
-        _require(
-            input.size(1) % num_groups == 0,
-            f"num_channels ({input.size(1)}) must be divisible by num_groups ({num_groups})",
-        )
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be positive; got {num_groups}")
+        if input.size(1) % num_groups != 0:
+            raise ValueError(
+                f"num_channels ({input.size(1)}) must be divisible by num_groups ({num_groups})"
+            )
     else:
-        _require(
-            num_groups == 0, f"num_groups belongs to kind 'group'; got {num_groups} for '{kind}'"
-        )
+        if num_groups != 0:
+            raise ValueError(f"num_groups belongs to kind 'group'; got {num_groups} for '{kind}'")
 
 
 def _check_group_size(input: Tensor, config: Config) -> None:
     if config.kind in ("batch", "instance"):
         what = "value per channel" if config.kind == "batch" else "spatial element"
-        _require(
-            group_size(input, config) != 1,
-            f"Expected more than 1 {what} when training, got input size {list(input.shape)}",
-        )
+        if group_size(input, config) == 1:
+            raise ValueError(
+                f"Expected more than 1 {what} when training, got input size {list(input.shape)}"
+            )
 
 
 def check_transform(eps: float, alpha: float, order: int, transform_eps: float) -> None:
     """The numbers that shape the transform."""
-    _require(math.isfinite(eps) and eps > 0.0, f"eps must be positive and finite; got {eps}")
-    _require(math.isfinite(alpha), f"alpha must be finite; got {alpha}")
-    _require(order in (1, 2), f"order must be 1 or 2; got {order}")
-    _require(
-        math.isfinite(transform_eps) and transform_eps >= 0.0,
-        f"transform_eps must be finite and at least 0; got {transform_eps}",
-    )
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite; got {eps}")
+    if not -math.inf < alpha < math.inf:
+        raise ValueError(f"alpha must be finite; got {alpha}")
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2; got {order}")
+    if not 0.0 <= transform_eps < math.inf:
+        raise ValueError(f"transform_eps must be finite and at least 0; got {transform_eps}")
 
 
 def _check_reserved(residual: Tensor | None, activation: str) -> None:
-    _require(residual is None, "residual is reserved in the schema and not built yet; got a tensor")
-    _require(
-        activation == "",
-        f"activation is reserved in the schema and not built yet; got '{activation}'",
-    )
+    if residual is not None:
+        raise ValueError("residual is reserved in the schema and not built yet; got a tensor")
+    if activation != "":
+        raise ValueError(
+            f"activation is reserved in the schema and not built yet; got '{activation}'"
+        )
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -138,14 +137,14 @@ def _check_parameters(
         if parameter is None:
             continue
         _check_device(name, parameter, input)
-        _require(
-            _shape(parameter) == shape,
-            f"{name} must have shape {shape} for this input; got {_shape(parameter)}",
-        )
+        if _shape(parameter) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for this input; got {_shape(parameter)}"
+            )
         if parameter.dtype not in (input.dtype, statistics_dtype(input.dtype)):
+            half = "" if input.dtype == statistics_dtype(input.dtype) else " or torch.float32"
             raise TypeError(
-                f"{name} must have the input's dtype {input.dtype} or "
-                f"{statistics_dtype(input.dtype)}; got {parameter.dtype}"
+                f"{name} must have the input's dtype {input.dtype}{half}; got {parameter.dtype}"
             )
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"weight and bias must have one dtype; got {weight.dtype} and {bias.dtype}")
@@ -154,24 +153,23 @@ def _check_parameters(
 def _check_noise(
     input: Tensor, noise_train: float, seed: Tensor | None, noise_scale: Tensor | None, groups: int
 ) -> None:
-    _require(
-        math.isfinite(noise_train) and noise_train >= 0.0,
-        f"noise_train must be finite and at least 0; got {noise_train}",
-    )
-    if noise_train > 0.0:
-        _require(seed is not None, "noise_train > 0 needs a seed tensor; got None")
+    if not 0.0 <= noise_train < math.inf:
+        raise ValueError(f"noise_train must be finite and at least 0; got {noise_train}")
+    if noise_train > 0.0 and seed is None:
+        raise ValueError("noise_train > 0 needs a seed tensor; got None")
     if seed is not None:
         _check_device("seed", seed, input)
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor; got {seed.dtype}")
-        _require(_shape(seed) == (1,), f"seed must have shape (1,); got shape {_shape(seed)}")
+        if _shape(seed) != (1,):
+            raise ValueError(f"seed must have shape (1,); got shape {_shape(seed)}")
     if noise_scale is not None:
         _check_device("noise_scale", noise_scale, input)
-        _require(
-            _shape(noise_scale) == (groups,),
-            f"noise_scale must have shape ({groups},), one for each group; "
-            f"got {_shape(noise_scale)}",
-        )
+        if _shape(noise_scale) != (groups,):
+            raise ValueError(
+                f"noise_scale must have shape ({groups},), one for each group; "
+                f"got {_shape(noise_scale)}"
+            )
         if noise_scale.dtype != statistics_dtype(input.dtype):
             raise TypeError(
                 f"noise_scale must be {statistics_dtype(input.dtype)} for this input; "
@@ -183,22 +181,23 @@ def _check_running(input: Tensor, kind: str, running: tuple[Tensor | None, ...])
     given = [tensor for tensor in running if tensor is not None]
     if not given:
         return
-    _require(
-        len(given) == 3,
-        "running_mean, running_var and running_lmbda must be given together or not at all; "
-        f"got {len(given)} of them",
-    )
-    _require(kind == "batch", f"running statistics belong to kind 'batch'; got kind '{kind}'")
+    if len(given) != 3:
+        raise ValueError(
+            "running_mean, running_var and running_lmbda must be given together or not at all; "
+            f"got {len(given)} of them"
+        )
+    if kind != "batch":
+        raise ValueError(f"running statistics belong to kind 'batch'; got kind '{kind}'")
     for name, tensor in zip(("running_mean", "running_var", "running_lmbda"), given, strict=True):
         _check_device(name, tensor, input)
         _check_channel_buffer(name, tensor, input.size(1))
 
 
 def _check_channel_buffer(name: str, tensor: Tensor, channels: int) -> None:
-    _require(
-        _shape(tensor) == (channels,),
-        f"{name} must have shape ({channels},), one for each channel; got {_shape(tensor)}",
-    )
+    if _shape(tensor) != (channels,):
+        raise ValueError(
+            f"{name} must have shape ({channels},), one for each channel; got {_shape(tensor)}"
+        )
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
 
@@ -241,28 +240,30 @@ def check_backward(
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
     _check_reserved(residual, config.activation)
     _check_device("grad_output", grad_output, input)
-    _require(
-        _shape(grad_output) == _shape(input),
-        f"grad_output must have the input's shape {_shape(input)}; got {_shape(grad_output)}",
-    )
+    if _shape(grad_output) != _shape(input):
+        raise ValueError(
+            f"grad_output must have the input's shape {_shape(input)}; got {_shape(grad_output)}"
+        )
     if grad_output.dtype != input.dtype:
         raise TypeError(
             f"grad_output must have the input's dtype {input.dtype}; got {grad_output.dtype}"
         )
     groups = group_count(input, config)
     _check_device("stats", stats, input)
-    _require(
-        _shape(stats) == (len(Row), groups),
-        f"stats must have shape ({len(Row)}, {groups}) for this input; got {_shape(stats)}",
-    )
+    if _shape(stats) != (len(Row), groups):
+        raise ValueError(
+            f"stats must have shape ({len(Row)}, {groups}) for this input; got {_shape(stats)}"
+        )
     if stats.dtype != statistics_dtype(input.dtype):
         raise TypeError(
             f"stats must be {statistics_dtype(input.dtype)} for this input; got {stats.dtype}"
         )
     _check_noise(input, config.noise_train, seed, None, groups)
     _check_parameters(input, weight, bias, parameter_shape(input, config))
-    _require(not needs_weight or weight is not None, "needs_weight asks for weight; got None")
-    _require(not needs_bias or bias is not None, "needs_bias asks for bias; got None")
+    if needs_weight and weight is None:
+        raise ValueError("needs_weight asks for weight; got None")
+    if needs_bias and bias is None:
+        raise ValueError("needs_bias asks for bias; got None")
 
 
 def check_fold(
@@ -276,18 +277,16 @@ def check_fold(
     eps: float,
 ) -> None:
     """Everything that ``fold_running_`` asks of its arguments."""
-    _require(math.isfinite(eps) and eps > 0.0, f"eps must be positive and finite; got {eps}")
-    _require(count >= 2, f"running statistics need at least 2 elements a group; got count {count}")
-    _require(
-        stats.dim() == 2 and stats.size(0) == len(Row),
-        f"stats must have shape ({len(Row)}, groups); got {_shape(stats)}",
-    )
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite; got {eps}")
+    if count < 2:
+        raise ValueError(f"running statistics need at least 2 elements a group; got count {count}")
+    if stats.dim() != 2 or stats.size(0) != len(Row):
+        raise ValueError(f"stats must have shape ({len(Row)}, groups); got {_shape(stats)}")
     if stats.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"stats must be float32 or float64; got {stats.dtype}")
-    _require(
-        running_mean.dim() == 1,
-        f"running_mean must have shape (C,); got {_shape(running_mean)}",
-    )
+    if running_mean.dim() != 1:
+        raise ValueError(f"running_mean must have shape (C,); got {_shape(running_mean)}")
     channels = running_mean.size(0)
     for name, buffer in (
         ("running_mean", running_mean),
@@ -296,10 +295,14 @@ def check_fold(
     ):
         _check_channel_buffer(name, buffer, channels)
         _check_device_of_stats(name, buffer, stats)
-    _require(
-        channels > 0 and stats.size(1) > 0 and stats.size(1) % channels == 0,
-        f"stats must hold a multiple of the {channels} channels; got {stats.size(1)} groups",
-    )
+        if channels > 1 and buffer.stride(0) == 0:
+            raise ValueError(
+                f"{name} must have memory for each channel; got one element expanded to {channels}"
+            )
+    if channels == 0 or stats.size(1) == 0 or stats.size(1) % channels != 0:
+        raise ValueError(
+            f"stats must hold a multiple of the {channels} channels; got {stats.size(1)} groups"
+        )
     if num_batches_tracked is not None:
         _check_device_of_stats("num_batches_tracked", num_batches_tracked, stats)
         if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
@@ -308,12 +311,13 @@ def check_fold(
                 f"{num_batches_tracked.dtype} of shape {_shape(num_batches_tracked)}"
             )
     if momentum is None:
-        _require(
-            num_batches_tracked is not None,
-            "momentum None (a cumulative average) needs num_batches_tracked; got None",
-        )
+        if num_batches_tracked is None:
+            raise ValueError(
+                "momentum None (a cumulative average) needs num_batches_tracked; got None"
+            )
     else:
-        _require(math.isfinite(momentum), f"momentum must be finite or None; got {momentum}")
+        if not -math.inf < momentum < math.inf:
+            raise ValueError(f"momentum must be finite or None; got {momentum}")
 
 
 def _check_device_of_stats(name: str, tensor: Tensor, stats: Tensor) -> None:

@@ -405,6 +405,8 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         order: int = 2,
         transform_eps: float = 0.0,
     ) -> None:
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be positive; got {num_groups}")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
             self.register_parameter("bias", None)

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from normnorm import backends
+from normnorm.backends import reference
 from normnorm.checks import check_backward, check_fold, check_forward, group_count
 from normnorm.config import Config
 from normnorm.statistics import Row, statistics_dtype
@@ -111,19 +113,36 @@ _FAKES: dict[str, Callable[..., Any]] = {
 # The public ops: the last argument names who computes.
 
 
+def _require_tensors(names: str, tensors: tuple[Any, ...]) -> None:
+    # The dispatcher lets None pass for a tensor that the schema does not call optional.
+    for name, tensor in zip(names.split(), tensors, strict=False):
+        if tensor is None:
+            raise TypeError(f"{name} must be a tensor; got None")
+    # An op without a forward-mode rule would give zero tangents without a word.
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "the normnorm ops have no forward-mode derivatives; normnorm.functional has"
+        )
+
+
 def _forward(*args: Any) -> Any:
+    _require_tensors("input", args)
     return backends.resolve(args[0].device, args[-1]).forward(*args)
 
 
 def _backward(*args: Any) -> Any:
-    return backends.resolve(args[1].device, args[-1]).backward(*args)
+    _require_tensors("grad_output input stats", args)
+    with torch.no_grad():
+        return backends.resolve(args[1].device, args[-1]).backward(*args)
 
 
 def _infer(*args: Any) -> Any:
+    _require_tensors("input", args)
     return backends.resolve(args[0].device, args[-1]).infer(*args)
 
 
 def _fold(*args: Any) -> None:
+    _require_tensors("stats running_mean running_var running_lmbda", args)
     backends.resolve(args[0].device, args[-1]).fold(*args)
 
 
@@ -146,6 +165,16 @@ for _name, _function in (
 
 _compiled = [_define("normnorm_cpu")]
 backends.register_compiled_backends()
+
+
+def _refuse_vmap(*_: Any) -> None:
+    raise RuntimeError(
+        "running statistics cannot be updated under torch.vmap: each sample would have its own. "
+        "Use evaluation mode, or a layer with track_running_stats=False"
+    )
+
+
+torch.library.register_vmap("normnorm::fold_running_", _refuse_vmap, lib=_public)
 
 
 # Gradients of the registered ops, which compiled graphs follow.
@@ -181,6 +210,41 @@ torch.library.register_autograd(
     _differentiate_forward,
     setup_context=_save_forward,
     lib=_public,
+)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, input, stats, weight, bias, _, seed, *rest = inputs
+    *ctx.needs, ctx.frozen = rest[:4]
+    ctx.config = Config(*rest[4:])
+    ctx.save_for_backward(grad_output, input, stats, weight, bias, seed)
+
+
+def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
+    to_output, to_input, to_weight = reference.second_gradients(
+        directions, ctx.saved_tensors, ctx.needs, ctx.frozen, ctx.config
+    )
+    return (
+        to_output, to_input, None, to_weight, None, None, None, *(None,) * (4 + len(ctx.config))
+    )  # fmt: skip
+
+
+torch.library.register_autograd(
+    "normnorm::normal_norm_backward",
+    _differentiate_backward,
+    setup_context=_save_backward,
+    lib=_public,
+)
+
+
+def _refuse_to_differentiate(ctx: Any, _: Any) -> None:
+    raise RuntimeError(
+        "normal_norm_infer keeps nothing for a backward pass; normal_norm_forward does"
+    )
+
+
+torch.library.register_autograd(
+    "normnorm::normal_norm_infer", _refuse_to_differentiate, lib=_public
 )
 
 

@@ -1,4 +1,5 @@
-"""The ops by the definition in ``normnorm/reference.py``: any device, any floating dtype.
+"""The ops by the definition in ``normnorm/reference.py``: any floating dtype, and any
+device that has float64.
 
 The backward pass is the definition's own derivative, taken by automatic differentiation, so
 that it shares no formula with the compiled backends it is the oracle of.
@@ -6,6 +7,8 @@ that it shares no formula with the compiled backends it is the oracle of.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,12 +20,12 @@ from normnorm.reference import normal_norm, pack_running
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
-    "definition",
     "fold_running_",
     "gradients",
     "normal_norm_backward",
     "normal_norm_forward",
     "normal_norm_infer",
+    "second_gradients",
 ]
 
 
@@ -33,10 +36,57 @@ def _keywords(config: Config) -> dict[str, Any]:
     return keywords
 
 
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
 def _like_input(result: Tensor, input: Tensor) -> Tensor:
     """The result with the strides that the ops promise: those of ``empty_like(input)``."""
-    output = torch.empty_like(input)
-    return result if result.stride() == output.stride() else output.copy_(result)
+    if _transforms_active():  # strides are not seen there
+        return result
+    wanted = torch.empty_like(input)
+    if result.stride() == wanted.stride():
+        return result
+    # Batched gradients cannot be copied into a tensor without their dimension: permute if that
+    # is enough, as it is for every dense layout.
+    outer_first = sorted(range(input.dim()), key=wanted.stride, reverse=True)
+    inverse = sorted(range(input.dim()), key=outer_first.__getitem__)
+    permuted = result.permute(outer_first).contiguous().permute(inverse)
+    return permuted if permuted.stride() == wanted.stride() else wanted.copy_(result)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Records gradients even inside an op's kernel, where the dispatcher leaves autograd out."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def pull_back(
+    function: Callable[..., Any], primals: tuple[Tensor, ...], cotangents: Any
+) -> tuple[Tensor, ...]:
+    """The product of cotangents with the Jacobian of ``function`` at ``primals``, itself
+    differentiable where gradients are being recorded."""
+    if _transforms_active():
+        result: tuple[Tensor, ...] = torch.func.vjp(function, *primals)[1](cotangents)
+        return result
+    differentiable = torch.is_grad_enabled()
+    with _recording():
+        # A sum with zeros is a point of its own: it needs a gradient whether or not the primal
+        # does, fires none of the primal's hooks, and keeps its forward-mode tangent.
+        points = [primal + torch.zeros_like(primal).requires_grad_() for primal in primals]
+        return torch.autograd.grad(
+            function(*points),
+            points,
+            cotangents,
+            create_graph=differentiable,
+            allow_unused=True,
+            materialize_grads=True,
+        )
 
 
 def normal_norm_forward(
@@ -120,9 +170,39 @@ def gradients(
         b = None if bias is None else next(rest)
         return definition(x, stats, w, b, seed, frozen, config)
 
-    grad_input, *rest = torch.func.vjp(function, input, *given)[1](grad_output)
+    grad_input, *rest = pull_back(function, (input, *given), grad_output)
     grad_weight = None if weight is None else rest.pop(0)
     return grad_input, grad_weight, rest.pop(0) if rest else None
+
+
+def second_gradients(
+    directions: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    frozen: bool,
+    config: Config,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of ``normal_norm_backward`` in (grad_output, input, weight), pulled back
+    along ``directions``, one for each of its results (None for zero).
+
+    ``tensors`` are grad_output, input, stats, weight, bias and seed.
+    """
+    grad_output, input, stats, weight, bias, seed = tensors
+    asked = [i for i, needed in enumerate(needs) if needed]
+    results = (input, weight, bias)
+    cotangents = []
+    for i in asked:
+        like, direction = results[i], directions[i]
+        assert like is not None  # a gradient was asked for, so the parameter was there
+        cotangents.append(torch.zeros_like(like) if direction is None else direction)
+
+    def function(g: Tensor, x: Tensor, w: Tensor | None = None) -> tuple[Any, ...]:
+        found = gradients(g, x, stats, w, bias, seed, frozen, config)
+        return tuple(found[i] for i in asked)
+
+    primals = (grad_output, input) if weight is None else (grad_output, input, weight)
+    to_output, to_input, *rest = pull_back(function, primals, tuple(cotangents))
+    return to_output, to_input, rest[0] if rest else None
 
 
 def normal_norm_backward(

@@ -1,0 +1,92 @@
+"""What every test file shares: the backends to test, one thread, fixed seeds.
+
+* ``backend`` runs a test once for every (backend, device) pair that can run here and has that
+  backend chosen while the test runs; ``device`` is the device of that pair. A backend that cannot
+  run is left out of the list: its one skipped test, with the reason, is in ``test_backends.py``.
+* ``devices`` are the kinds of device of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+
+import normnorm
+from normnorm import backends
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+hypothesis.settings.register_profile(
+    "normnorm",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.differing_executors,
+    ],
+)
+hypothesis.settings.load_profile("normnorm")
+
+
+class Target(NamedTuple):
+    backend: str
+    device: str
+
+
+def targets() -> list[Target]:
+    """Every backend that can run, on every device that it serves."""
+    return [
+        Target(name, device)
+        for name, reason in normnorm.available_backends().items()
+        if reason is None
+        for device in DEVICES
+        if backends.get(name).device_type in (None, device)
+    ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_start() -> Iterator[None]:
+    """The same random numbers for each test, and no backend choice left behind by one."""
+    torch.manual_seed(20250705)
+    before = backends._selected
+    yield
+    after, backends._selected = backends._selected, before
+    assert after == before, f"the test left the backend switched from {before!r} to {after!r}"
+
+
+def _target_id(target: Target) -> str:
+    return target.backend if target.device in ("cpu", target.backend) else "-".join(target)
+
+
+@pytest.fixture(params=targets(), ids=_target_id)
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.fixture
+def backend(target: Target) -> Iterator[str]:
+    """The name of a backend, chosen for the length of the test."""
+    with normnorm.use_backend(target.backend):
+        yield target.backend
+
+
+@pytest.fixture
+def device(target: Target) -> str:
+    """The device on which ``backend`` is to be tested."""
+    return target.device
+
+
+@pytest.fixture
+def devices() -> tuple[str, ...]:
+    return DEVICES

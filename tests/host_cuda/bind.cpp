@@ -1,0 +1,79 @@
+// The launchers for Python: tests fill a problem with the addresses of CPU tensors and run the kernels on the CPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../../csrc/cuda/launch.h"
+#include "engine.h"
+
+namespace py = pybind11;
+using namespace normnorm::cuda;
+
+namespace {
+
+Strides strides(const py::tuple& t) { return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>()}; }
+Operand operand(const py::tuple& t) { return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), strides(t[1])}; }
+Parameter parameter(const py::tuple& t) {
+  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<bool>()};
+}
+
+Problem problem_of(const py::dict& d) {
+  Problem p;
+  p.storage = Storage(d["storage"].cast<int>());
+  const auto g = d["geometry"].cast<std::vector<int64_t>>();
+  p.geometry = {g[0] != 0, g[1], g[2], g[3], g[4]};
+  p.affine = Affine(d["affine"].cast<int>());
+  p.noise.on = d["noise"].cast<bool>();
+  p.noise.given_scale = d["given_scale"].cast<bool>();
+  p.noise.seed = reinterpret_cast<const int64_t*>(d["seed"].cast<uintptr_t>());
+  p.noise.train = d["noise_train"].cast<double>();
+  p.noise.stream = d["stream"].cast<uint32_t>();
+  p.noise.position = strides(d["position"]);
+  p.eps = d["eps"].cast<double>();
+  p.alpha = d["alpha"].cast<double>();
+  p.transform_eps = d["transform_eps"].cast<double>();
+  p.order = d["order"].cast<int>();
+  p.frozen = d["frozen"].cast<bool>();
+  p.stats = reinterpret_cast<void*>(d["stats"].cast<uintptr_t>());
+  p.weight = parameter(d["weight"]);
+  p.bias = parameter(d["bias"]);
+  p.input = operand(d["input"]);
+  p.output = operand(d["output"]);
+  p.grad_output = operand(d["grad_output"]);
+  p.grad_weight = parameter(d["grad_weight"]);
+  p.grad_bias = parameter(d["grad_bias"]);
+  p.force.rung = Rung(d["rung"].cast<int>());
+  p.force.threads = d["threads"].cast<int>();
+  p.force.blocks = d["blocks"].cast<int>();
+  p.force.teams = d["teams"].cast<int>();
+  return p;
+}
+
+// Runs a pass; the workspace is as large as the launcher asked for, and not initialised to anything useful.
+void run(const py::dict& d, bool backward) {
+  Problem p = problem_of(d);
+  size_t bytes = 0;
+  int e = normnorm_cuda_workspace(&p, backward, &bytes);
+  std::vector<char> workspace(bytes + 16, char(0xff));
+  p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 15) / 16 * 16);
+  py::gil_scoped_release release;
+  if (e == 0) e = backward ? normnorm_cuda_backward(&p, nullptr) : normnorm_cuda_forward(&p, nullptr);
+  if (e != 0) throw std::runtime_error("CUDA error " + std::to_string(e));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(NN_MODULE, m) {
+  m.def("forward", [](const py::dict& d) { run(d, false); });
+  m.def("backward", [](const py::dict& d) { run(d, true); });
+  m.def("configure", [](int order, bool watch, const std::string& skip) {
+    auto& s = host_cuda::settings();
+    s.order = order;
+    s.watch = watch;
+    s.skip = skip;
+    if (watch && skip.empty()) s.sites.clear();
+  });
+  m.def("sites", [] { return host_cuda::settings().sites; });
+  m.def("device", [](int multiprocessors, int shared_bytes, bool clusters) {
+    host_cuda::settings().device = {multiprocessors, shared_bytes, clusters};
+  });
+}

@@ -1,0 +1,406 @@
+"""Under torch.compile, torch.export, make_fx and fake tensors the layers do what they do eagerly.
+
+Compiling the reference backend traces through its whole definition, which takes seconds a graph:
+the fast tests keep to a few such graphs and leave the rest of the table to the slow ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from layer_table import KINDS, LAYERS, RUNNING, few
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
+
+import normnorm
+import normnorm.functional as F
+
+CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # float32, another order of the same operations
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(layer, input):
+    """(output, gradients of input and parameters) of one training step."""
+    input = input.clone().requires_grad_()
+    output = layer(input)
+    gradients = torch.autograd.grad(output.sin().sum(), (input, *layer.parameters()))
+    return output.detach(), gradients
+
+
+def assert_compiles_to_the_same(row, compiler, training, noise, options=None, steps=2, **keywords):
+    if row in RUNNING:
+        keywords.setdefault("track_running_stats", True)
+    eager = row.make(noise_train=noise, **keywords).train(training)
+    layer = copy.deepcopy(eager)
+    compiled = torch.compile(layer, backend=compiler, fullgraph=True, options=options)
+    for number in range(steps):
+        input = row.input(torch.float32, number)
+        torch.manual_seed(number)
+        expected = step(eager, input)
+        torch.manual_seed(number)
+        found = step(compiled, input)
+        assert_close(found[0], expected[0], **CLOSE)
+        assert_close(found[1], expected[1], rtol=1e-4, atol=2e-5)
+        for name, buffer in eager.named_buffers():
+            assert_close(layer.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
+    if training and row in RUNNING:
+        assert layer.num_batches_tracked == steps
+
+
+def rows(fast):
+    """Every (layer, training, noise); those for which ``fast`` is false are marked slow."""
+    return [
+        pytest.param(
+            row,
+            training,
+            noise,
+            marks=() if fast(row, training, noise) else pytest.mark.slow,
+            id=f"{row.name}-{'train' if training else 'eval'}-{noise}",
+        )
+        for row in LAYERS
+        for training in (True, False)
+        for noise in (0.0, 0.4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "training", "noise"),
+    rows(lambda row, training, noise: row in KINDS[:2] and training == bool(noise)),
+)
+def test_every_layer_traces_to_one_graph_with_the_same_results(row, training, noise, backend):
+    assert_compiles_to_the_same(row, "eager", training, noise, steps=1)
+
+
+def few_graphs(row, training, noise):
+    """One training graph, and the evaluation of frozen statistics."""
+    return row is KINDS[0] and noise == 0
+
+
+@pytest.mark.parametrize(("row", "training", "noise"), rows(few_graphs))
+def test_compiled_forward_and_backward_graphs_equal_eager(row, training, noise, backend):
+    assert_compiles_to_the_same(row, "aot_eager", training, noise)
+
+
+@pytest.mark.parametrize(("row", "training", "noise"), rows(lambda *_: False))
+def test_generated_code_equals_eager(row, training, noise, backend):
+    # Inductor has a random stream of its own unless told to use eager's.
+    options = {"fallback_random": True}
+    assert_compiles_to_the_same(row, "inductor", training, noise, options)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_fold_in_the_graph(momentum, backend):
+    row = KINDS[0]
+    assert_compiles_to_the_same(row, "eager", True, 0.0, steps=3, momentum=momentum)
+
+
+class Counter:
+    """A compiler that counts graphs and keeps them."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, example_inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+    def targets(self, number=-1):
+        nodes = self.graphs[number].graph.nodes
+        return [str(node.target) for node in nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("row", few(KINDS, KINDS[:1]))
+def test_no_step_compiles_again(row, backend):
+    counter = Counter()
+    layer = row.make()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for number in range(5):
+        compiled(row.input(torch.float32, number)).sum().backward()
+        layer.zero_grad()
+    assert len(counter.graphs) == 1
+    layer.eval()
+    for number in range(3):
+        compiled(row.input(torch.float32, number))
+    assert len(counter.graphs) == 2
+
+
+@pytest.mark.parametrize("row", few(KINDS, KINDS[:2]))
+def test_batch_sizes_share_a_graph(row, backend):
+    counter = Counter()
+    layer = row.make(noise_train=0.0)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    eager = copy.deepcopy(layer)
+    for size in (6, 7, 8):  # no other dimension has these sizes
+        input = torch.cat([row.input(torch.float32, seed) for seed in range(4)])[:size]
+        assert_close(compiled(input), eager(input), **CLOSE)
+    assert len(counter.graphs) == 1
+
+
+@pytest.mark.parametrize("row", few(KINDS, KINDS[1:2]))
+def test_annealed_noise_takes_effect_in_compiled_layers(row, backend):
+    layer = row.make(noise_train=0.8)
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for noise in (0.8, 0.4, 0.0):
+        layer.noise_train = eager.noise_train = noise
+        torch.manual_seed(1)
+        expected = eager(row.input(torch.float32))
+        torch.manual_seed(1)
+        assert_close(compiled(row.input(torch.float32)), expected, **CLOSE)
+
+
+def test_reference_backend_is_traced_through():
+    row = KINDS[0]
+    counter = Counter()
+    with normnorm.use_backend("reference"):
+        compiled = torch.compile(row.make(), backend=counter, fullgraph=True)
+        compiled(row.input(torch.float32))
+    (graph,) = counter.graphs
+    targets = {str(node.target) for node in graph.graph.nodes if node.op != "placeholder"}
+    norms = {target for target in targets if "normnorm" in target and "fold_running_" not in target}
+    assert not norms, f"opaque ops in the graph: {norms}"
+
+
+COMPILED = [
+    name
+    for name, reason in normnorm.available_backends().items()
+    if reason is None and name not in ("reference", "cuda")
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_backend_is_one_op_and_one_fold_in_the_graph(name):
+    row = KINDS[0]
+    counter = Counter()
+    with normnorm.use_backend(name):
+        compiled = torch.compile(row.make(), backend=counter, fullgraph=True)
+        compiled(row.input(torch.float32))
+    ours = [target for target in counter.targets() if "normnorm" in target]
+    assert len(ours) == 2
+    assert "normal_norm_forward" in ours[0]
+    assert "fold_running_" in ours[1]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_choosing_another_backend_reaches_compiled_layers(name):
+    row = KINDS[0]
+    counter = Counter()
+    compiled = torch.compile(row.make(noise_train=0.0), backend=counter, fullgraph=True)
+    input = row.input(torch.float32)
+    with normnorm.use_backend(name):
+        first = compiled(input)
+    with normnorm.use_backend("reference"):
+        second = compiled(input)
+    assert len(counter.graphs) == 2
+    assert_close(first, second, **CLOSE)
+    assert any("normal_norm" in target for target in counter.targets(0))
+    assert not any("normal_norm_" in target for target in counter.targets(1))
+
+
+def test_given_seed_gives_the_same_noise_compiled_or_not(backend):
+    input = KINDS[0].input(torch.float32)
+
+    def function(x, seed):
+        return F.group_normal_norm(x, 3, training=True, noise_train=0.5, seed=seed)
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    seed = torch.tensor([8])
+    assert_close(compiled(input, seed), function(input, seed), **CLOSE)
+
+
+def test_fresh_noise_each_call_of_a_compiled_layer(backend):
+    row = KINDS[1]
+    compiled = torch.compile(row.make(), backend="eager", fullgraph=True)
+    input = row.input(torch.float32)
+    assert not torch.equal(compiled(input), compiled(input))
+
+
+@pytest.mark.parametrize("row", few(RUNNING, KINDS[:1]))
+def test_bad_input_raises_while_compiling_and_changes_no_buffer(row, backend):
+    layer = row.make(track_running_stats=True)
+    compiled = torch.compile(layer, backend="eager")
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    wrong = row.input(torch.float32).long()
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        compiled(wrong)
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+# Derivatives of compiled functions: right, or an error; never a wrong number without a word
+
+
+ROW = KINDS[0]
+
+
+def norm(x):
+    return F.batch_normal_norm(x, None, None, None, training=True, noise_train=0.0)
+
+
+def loss(x):
+    return norm(x).sin().sum()
+
+
+def second_derivative(function):
+    def derive(x):
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    return derive
+
+
+def compile_eager(function):
+    return torch.compile(function, backend="eager", fullgraph=True)
+
+
+def dual_tangent(function):
+    def derive(x):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x.cos())
+            return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+
+    return derive
+
+
+def stacked(x):
+    return torch.stack([x, x.cos()])
+
+
+DERIVATIVES = {
+    "grad": (lambda: torch.func.grad(loss), lambda: compile_eager(torch.func.grad(loss))),
+    "grad of compiled": (
+        lambda: torch.func.grad(loss), lambda: torch.func.grad(compile_eager(loss))
+    ),
+    "jvp": (
+        lambda: lambda x: torch.func.jvp(norm, (x,), (x.cos(),))[1],
+        lambda: compile_eager(lambda x: torch.func.jvp(norm, (x,), (x.cos(),))[1]),
+    ),
+    "dual numbers": (lambda: dual_tangent(norm), lambda: dual_tangent(compile_eager(norm))),
+    "vmap": (
+        lambda: lambda x: torch.vmap(norm)(stacked(x)),
+        lambda: compile_eager(lambda x: torch.vmap(norm)(stacked(x))),
+    ),
+    "vmap of grad": (
+        lambda: lambda x: torch.vmap(torch.func.grad(loss))(stacked(x)),
+        lambda: compile_eager(lambda x: torch.vmap(torch.func.grad(loss))(stacked(x))),
+    ),
+    "second derivative": (
+        lambda: second_derivative(loss), lambda: second_derivative(compile_eager(loss))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_of_compiled_functions_are_right_or_refused(name, backend):
+    eager, compiled = DERIVATIVES[name]
+    input = ROW.input()
+    expected = eager()(input)
+    found = None
+    with contextlib.suppress(RuntimeError, torch._dynamo.exc.Unsupported):
+        found = compiled()(input)
+        assert found is not None, "the derivative vanished"
+    if found is not None:
+        assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# Export
+
+
+@pytest.mark.parametrize("row", few(LAYERS, KINDS[:2]))
+def test_exported_evaluation_agrees(row, backend):
+    extra = {"track_running_stats": True} if row in RUNNING else {}
+    layer = row.make(**extra)
+    layer(row.input(torch.float32))
+    layer.eval()
+    program = torch.export.export(layer, (row.input(torch.float32),))
+    for seed in range(2):
+        input = row.input(torch.float32, seed)
+        assert_close(program.module()(input), layer(input), **CLOSE)
+
+
+@pytest.mark.parametrize("row", few(KINDS, KINDS[:1]))
+def test_exported_evaluation_takes_any_batch_size(row, backend):
+    layer = row.make().eval()
+    sizes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    input = torch.cat([row.input(torch.float32, seed) for seed in range(3)])
+    program = torch.export.export(layer, (input[:4],), dynamic_shapes=sizes)
+    for size in (2, 3, 5):
+        assert_close(program.module()(input[:size]), layer(input[:size]), **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", RUNNING, ids=lambda row: row.name)
+def test_exported_training_folds_the_running_statistics(row, backend):
+    layer = row.make(noise_train=0.0, track_running_stats=True)
+    eager = copy.deepcopy(layer)
+    module = torch.export.export(layer, (row.input(torch.float32),)).module()
+    for seed in range(2):
+        input = row.input(torch.float32, seed)
+        assert_close(module(input), eager(input), **CLOSE)
+    found = dict(module.named_buffers())
+    for name, buffer in eager.named_buffers():
+        assert_close(found[name], buffer, rtol=1e-5, atol=1e-6)
+
+
+def test_exported_program_is_saved_and_loaded(backend, tmp_path):
+    layer = KINDS[0].make().eval()
+    input = KINDS[0].input(torch.float32)
+    path = tmp_path / "layer.pt2"
+    torch.export.save(torch.export.export(layer, (input,)), path)
+    assert_close(torch.export.load(path).module()(input), layer(input), **CLOSE)
+
+
+# Fake tensors and symbolic traces
+
+
+@pytest.mark.parametrize("row", few(LAYERS, KINDS))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fake_tensors_go_forward_and_backward(row, training, backend):
+    extra = {"track_running_stats": True} if row in RUNNING else {}
+    with FakeTensorMode():
+        layer = row.make(**extra).train(training)
+        input = torch.empty(row.shape, requires_grad=True)
+        output = layer(input)
+        output.sum().backward()
+    assert output.shape == input.grad.shape == row.shape
+    assert output.stride() == input.stride()
+    assert layer.weight.grad.shape == layer.bias.grad.shape == row.parameter_shape
+
+
+def traced_step(row):
+    kind = row.kind
+
+    def function(input, weight, bias):
+        input, weight, bias = (t.detach().requires_grad_() for t in (input, weight, bias))
+        if kind == "batch":
+            output = F.batch_normal_norm(
+                input, None, None, None, weight, bias, True, noise_train=0.0
+            )
+        else:
+            shape = row.parameter_shape
+            output = F.layer_normal_norm(input, shape, weight, bias, training=True, noise_train=0.0)
+        return torch.autograd.grad(output.sin().sum(), (input, weight, bias))
+
+    return function
+
+
+@pytest.mark.parametrize("row", few(KINDS[:2], KINDS[1:2]))
+@pytest.mark.parametrize("mode", [pytest.param("real", marks=pytest.mark.slow), "symbolic"])
+def test_make_fx_traces_forward_and_backward(row, mode, backend):
+    layer = row.make()
+    arguments = (row.input(torch.float32), layer.weight.detach(), layer.bias.detach())
+    graph = make_fx(traced_step(row), tracing_mode=mode)(*arguments)
+    others = (row.input(torch.float32, 1), *arguments[1:])
+    assert_close(graph(*others), traced_step(row)(*others), rtol=1e-4, atol=1e-5)
