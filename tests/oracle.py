@@ -5,10 +5,11 @@ array, a Philox generator, and bounds on what floating arithmetic may do to the 
 
 How the bounds come about. :func:`run` takes a ``unit``: with the unit roundoff u of a dtype it
 disturbs every intermediate value by a random amount of the size that one rounding in that dtype
-could have (a sum of n terms by u :func:`depth` (n) times the sum of magnitudes). The largest change that a few such runs make in a group is the size of error that any order of
-operations in that precision has to expect there, with all cancellation and amplification of that
-group's own data. :func:`bounds` allows ``FACTOR`` times as much, for the roundings that add up
-along a formula, and one rounding to the storage dtype.
+could have (a sum of n terms by u :func:`depth` (n) times the sum of magnitudes). The largest
+change that a few such runs make in a group is the size of error that any order of operations in
+that precision has to expect there, with all cancellation and amplification of that group's own
+data. :func:`bounds` allows ``FACTOR`` times as much, for the roundings that add up along a
+formula, and one rounding to the storage dtype.
 """
 
 from __future__ import annotations

@@ -396,6 +396,8 @@ SPATIAL = [
 def test_a_saved_input_with_other_strides_has_the_same_noise(case, memory_format, backend, device):
     x = _in_format(draw(case, "exponential", 1, torch.float32, device), memory_format)
     weight, bias = draw_parameters(case, 1, torch.float32, device)
+    last = memory_format == "channels_last"
+    check(case, x, weight, bias, seed=6, noise_train=1.0, channels_last=last)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     g = torch.randn(case.shape, device=device)
     want = _gradients(case.apply(*leaves, noise_train=1.0, seed=6), *leaves, g)

@@ -4,6 +4,7 @@
 
 #include "../../csrc/cuda/launch.h"
 #include "engine.h"
+#include "faulty.h"
 
 namespace py = pybind11;
 using namespace normnorm::cuda;
@@ -62,6 +63,40 @@ void run(const py::dict& d, bool backward) {
 
 }  // namespace
 
+// running: {name: (address, storage, stride)} and numbers of RunningStatistics.
+void running(const py::dict& d, bool fold) {
+  const auto buffer = [&](const char* name) {
+    const auto t = d[name].cast<py::tuple>();
+    return Buffer{reinterpret_cast<void*>(t[0].cast<uintptr_t>()), Storage(t[1].cast<int>()), t[2].cast<int64_t>()};
+  };
+  RunningStatistics r;
+  r.mean = buffer("mean"), r.var = buffer("var"), r.lmbda = buffer("lmbda");
+  r.channels = d["channels"].cast<int64_t>();
+  r.eps = d["eps"].cast<double>();
+  r.double_stats = d["double_stats"].cast<bool>();
+  r.stats = reinterpret_cast<void*>(d["stats"].cast<uintptr_t>());
+  r.groups = r.row_stride = d["groups"].cast<int64_t>();
+  r.tracked = reinterpret_cast<int64_t*>(d["tracked"].cast<uintptr_t>());
+  r.cumulative = d["momentum"].is_none();
+  r.momentum = r.cumulative ? 0 : d["momentum"].cast<double>();
+  r.count = d["count"].cast<double>();
+  const int e = fold ? normnorm_cuda_fold_running(&r, nullptr) : normnorm_cuda_pack_running(&r, nullptr);
+  if (e != 0) throw std::runtime_error("CUDA error " + std::to_string(e));
+}
+
+std::vector<float> run_faulty(const std::string& name) {
+  std::vector<float> out(64);
+  const auto start = [](int blocks, int company, const std::function<void()>& body) {
+    host_cuda::run_grid(dim3(unsigned(blocks)), dim3(64), company, body);
+  };
+  if (name == "diverging") start(1, 1, faulty::diverging);
+  if (name == "deadlocked") start(1, 1, faulty::deadlocked);
+  if (name == "uneven_cluster") start(2, 2, faulty::uneven_cluster);
+  if (name == "racing") start(2, 1, [&] { faulty::racing(false, out.data()); });
+  if (name == "orderly") start(2, 1, [&] { faulty::racing(true, out.data()); });
+  return out;
+}
+
 PYBIND11_MODULE(NN_MODULE, m) {
   m.def("forward", [](const py::dict& d) { run(d, false); });
   m.def("backward", [](const py::dict& d) { run(d, true); });
@@ -72,6 +107,15 @@ PYBIND11_MODULE(NN_MODULE, m) {
     s.skip = skip;
     if (watch && skip.empty()) s.sites.clear();
   });
+  m.def("plan", [](const py::dict& d, bool backward) {
+    const Problem p = problem_of(d);
+    std::vector<int> plan(5);
+    normnorm_cuda_plan(&p, backward, plan.data());
+    return plan;
+  });
+  m.def("fold_running", [](const py::dict& d) { running(d, true); });
+  m.def("pack_running", [](const py::dict& d) { running(d, false); });
+  m.def("run_faulty", run_faulty);
   m.def("sites", [] { return host_cuda::settings().sites; });
   m.def("device", [](int multiprocessors, int shared_bytes, bool clusters) {
     host_cuda::settings().device = {multiprocessors, shared_bytes, clusters};
