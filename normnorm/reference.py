@@ -100,7 +100,8 @@ def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) ->
     as the authors' code does with sqrt(eps).
     """
     sign, t = _split_sign(h)
-    log = torch.log1p(t)
+    # Finite for an infinite t, whose product with a zero exponent would be NaN.
+    log = torch.log1p(t).clamp_max(math.log(torch.finfo(t.dtype).max))
     eta = 1.0 + sign * (lmbda - 1.0)
     if transform_eps > 0.0:
         away = torch.full_like(eta, transform_eps)
@@ -115,7 +116,9 @@ def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) ->
         series = series * near + coefficient
     far = torch.where(small, torch.ones_like(exponent), exponent)
     far = far.clamp_max(_LARGEST_EXPONENT[statistics_dtype(far.dtype)])
-    quotient = torch.expm1(far) / torch.where(small, torch.ones_like(eta), eta)
+    # exp() - 1 and not expm1(): nothing cancels here, and the derivative of expm1 is computed as
+    # its result + 1, which does where the exponent is very negative.
+    quotient = (torch.exp(far) - 1.0) / torch.where(small, torch.ones_like(eta), eta)
     return sign * torch.where(small, log * series, quotient)
 
 

@@ -1,7 +1,8 @@
 // csrc/core for Python, one function at a time, so that the tests can hold each against mpmath and SciPy.
 //
-// float32 functions run over SIMD lanes of the instruction set this file is compiled for, a partial vector at the end;
-// float64 ones run on scalars, as the definition of the same templates. NN_MODULE names the Python module.
+// float32 functions run over SIMD lanes of the instruction set this file is compiled for, a partial vector at
+// the end; float64 ones run on scalars, as the definition of the same templates. NN_MODULE names the Python
+// module.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -28,8 +29,10 @@ py::array_t<float> map(Array<float> in, F f) {
   const int64_t size = in.size();
   for (int64_t i = 0; i < size; i += kLanes<VFloat>) {
     const int rest = int(size - i);
-    if (rest >= kLanes<VFloat>) store_dense<VFloat>(to + i, f(load_dense<VFloat>(from + i)));
-    else store_some<VFloat>(to + i, f(load_some<VFloat>(from + i, rest)), rest);
+    if (rest >= kLanes<VFloat>)
+      store_dense<VFloat>(to + i, f(load_dense<VFloat>(from + i)));
+    else
+      store_some<VFloat>(to + i, f(load_some<VFloat>(from + i, rest)), rest);
   }
   return out;
 }
@@ -100,13 +103,15 @@ void bind_real(py::module_& m) {
 
 py::array_t<uint32_t> lane_words(uint64_t seed, uint32_t stream, uint64_t first_quad, int64_t quads) {
   py::array_t<uint32_t> out(4 * quads);
-  const PhiloxKeys keys(seed);
+  const LaneKeys keys(seed);
   constexpr int w = kLanes<VFloat>;
-  for (int64_t q = 0; q < quads; q += w) {
-    float batch[kNoiseBatch];
-    word_batch(batch, first_quad + uint64_t(q), keys, stream);
-    for (int64_t i = 0; i < w && q + i < quads; ++i)
-      for (int j = 0; j < 4; ++j) out.mutable_data()[4 * (q + i) + j] = bit_cast<uint32_t>(batch[j * w + i]);
+  for (int64_t q = 0; q < quads; q += kWordBatches * w) {
+    float batches[kWordBatches * kNoiseBatch];
+    word_batches(batches, first_quad + uint64_t(q), keys, stream);
+    for (int64_t i = 0; i < kWordBatches * w && q + i < quads; ++i) {
+      const float* batch = batches + i / w * kNoiseBatch + i % w;
+      for (int j = 0; j < 4; ++j) out.mutable_data()[4 * (q + i) + j] = bit_cast<uint32_t>(batch[j * w]);
+    }
   }
   return out;
 }
@@ -158,7 +163,8 @@ PYBIND11_MODULE(NN_MODULE, m) {
   });
   m.def("minus_two_log_uniform", [](Array<uint32_t> words) {
     py::array_t<float> out(words.size());
-    for (int64_t i = 0; i < words.size(); ++i) out.mutable_data()[i] = minus_two_log_uniform<float>(words.data()[i]);
+    for (int64_t i = 0; i < words.size(); ++i)
+      out.mutable_data()[i] = minus_two_log_uniform<float>(words.data()[i]);
     return out;
   });
   m.def("philox", [](Array<uint32_t> counter, uint32_t key0, uint32_t key1) {

@@ -1,5 +1,6 @@
-// csrc/cpu without torch, for the sanitizers: a few walks of every sort over tensors in exactly sized heap memory, on
-// plain threads. Prints one number per walk, which must not depend on the number of threads (the only argument).
+// csrc/cpu without torch, for the sanitizers: a few walks of every sort over tensors in exactly sized heap
+// memory, on plain threads. Prints one number per walk, which must not depend on the number of threads (the
+// only argument).
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -37,7 +38,9 @@ uint16_t half_bits(Storage s, float v) {
   __builtin_memcpy(&bits, &v, sizeof(v));
   if (s == Storage::kBFloat16) return uint16_t(bits >> 16);
   const int exponent = int((bits >> 23) & 255) - 112;
-  return exponent <= 0 ? 0 : uint16_t(((bits >> 16) & 0x8000) | (uint32_t(exponent) << 10) | ((bits >> 13) & 1023));
+  return exponent <= 0
+             ? 0
+             : uint16_t(((bits >> 16) & 0x8000) | (uint32_t(exponent) << 10) | ((bits >> 13) & 1023));
 }
 
 std::vector<char> tensor(Storage s, int64_t count, int salt) {
@@ -48,7 +51,11 @@ std::vector<char> tensor(Storage s, int64_t count, int salt) {
     char* at = data.data() + size_t(i) * item;
     const double d = v;
     const uint16_t h = half_bits(s, v);
-    __builtin_memcpy(at, s == Storage::kFloat64 ? static_cast<const void*>(&d) : s == Storage::kFloat32 ? static_cast<const void*>(&v) : &h, item);
+    __builtin_memcpy(at,
+                     s == Storage::kFloat64   ? static_cast<const void*>(&d)
+                     : s == Storage::kFloat32 ? static_cast<const void*>(&v)
+                                              : &h,
+                     item);
   }
   return data;
 }

@@ -152,11 +152,22 @@ CASES = (
 )
 
 
-def depth(n: int) -> float:
+def depth(n: int, alike: int = 0) -> float:
     """Roundings that meet in a sum of n terms: the levels of a tree whose leaves are runs of up
-    to 256 terms added in sequence, where errors grow like the root of their number."""
+    to 512 terms added in sequence. There errors grow like the root of the run's length; those of
+    ``alike`` equal terms all have one sign, and grow like the length."""
     n = max(n, 1)
-    return 4.0 + math.log2(n) + math.sqrt(min(n, 256))
+    return 4.0 + math.log2(n) + math.sqrt(min(n, 256)) + min(alike, 512) / 4
+
+
+def _most_alike(groups: np.ndarray) -> int:
+    """How often the commonest value occurs in one group."""
+    if groups.size == 0:
+        return 0
+    ordered = np.sort(groups, axis=-1)
+    ends = np.ones(ordered.shape, bool)  # the last of each run of equal values
+    ends[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+    return int(np.diff(np.flatnonzero(ends), prepend=-1).max())
 
 
 class _Exact:
@@ -172,8 +183,8 @@ class _Exact:
 class _Rounded(_Exact):
     """Every value off by a random part of one rounding."""
 
-    def __init__(self, unit: float, seed: int) -> None:
-        self.unit, self.random = unit, np.random.default_rng(seed)
+    def __init__(self, unit: float, seed: int, alike: int = 0) -> None:
+        self.unit, self.random, self.alike = unit, np.random.default_rng(seed), alike
 
     def value(self, array, magnitude=None):
         size = np.abs(array) if magnitude is None else magnitude
@@ -181,7 +192,8 @@ class _Rounded(_Exact):
 
     def mean(self, terms, magnitude=None):
         size = (np.abs(terms) if magnitude is None else magnitude).mean(-1, keepdims=True)
-        return self.value(terms.mean(-1, keepdims=True), depth(terms.shape[-1]) * size)
+        meeting = depth(terms.shape[-1], self.alike)
+        return self.value(terms.mean(-1, keepdims=True), meeting * size)
 
 
 def _transform(h, t, sign, log, lmbda, transform_eps, r):
@@ -231,12 +243,12 @@ def run(
     Returns y and du in the input's shape, dweight and dbias in the parameters', stats (8, groups),
     and the sums of magnitudes behind the parameter gradients under ``size_dweight, size_dbias``.
     """
-    r = _Rounded(unit, seed) if unit else _Exact()
     u, g = (np.asarray(a, REAL) for a in (u, g))
     weight = np.ones(case.parameter_shape) if weight is None else weight
     bias = np.zeros(case.parameter_shape) if bias is None else bias
     w, b = (case.group(case.spread(np.asarray(p, REAL))) for p in (weight, bias))
     u, g = case.group(u), case.group(g)
+    r = _Rounded(unit, seed, _most_alike(u)) if unit else _Exact()
     eps, alpha = REAL(eps), REAL(alpha)
 
     mu = u.mean(-1, keepdims=True)

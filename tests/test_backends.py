@@ -84,6 +84,7 @@ def test_available_backends_names_all_of_them_with_a_reason_for_each_that_cannot
     assert normnorm.available_backends()["reference"] is None
 
 
+@pytest.mark.usefixtures("auto")
 def test_auto_serves_every_device_here(devices):
     for device in devices:
         chosen = backends.resolve(torch.device(device)).name
@@ -123,9 +124,16 @@ def _serving(device: str = "cpu") -> str:
     return reached[0]
 
 
+@pytest.fixture
+def auto(monkeypatch):
+    """The switch as it is without an environment variable, put back afterwards."""
+    monkeypatch.setattr(backends, "_selected", "auto")
+
+
 CPU_SERVERS = [target.backend for target in targets() if target.device == "cpu"]
 
 
+@pytest.mark.usefixtures("auto")
 def test_use_backend_as_a_call_stays_until_the_next_call():
     for name in (*CPU_SERVERS, *CPU_SERVERS[::-1]):
         normnorm.use_backend(name)
@@ -135,6 +143,7 @@ def test_use_backend_as_a_call_stays_until_the_next_call():
     assert _serving() == backends.resolve(torch.device("cpu"), "auto").name
 
 
+@pytest.mark.usefixtures("auto")
 def test_use_backend_as_a_context_ends_with_its_block():
     automatic = _serving()
     for name in CPU_SERVERS:
@@ -143,6 +152,7 @@ def test_use_backend_as_a_context_ends_with_its_block():
         assert _serving() == automatic
 
 
+@pytest.mark.usefixtures("auto")
 def test_contexts_nest_and_a_call_inside_ends_with_the_block():
     first, second = CPU_SERVERS[0], CPU_SERVERS[-1]
     automatic = _serving()
@@ -157,6 +167,7 @@ def test_contexts_nest_and_a_call_inside_ends_with_the_block():
     assert _serving() == automatic
 
 
+@pytest.mark.usefixtures("auto")
 def test_an_exception_ends_a_context_too():
     automatic = _serving()
 
@@ -169,6 +180,7 @@ def test_an_exception_ends_a_context_too():
     assert _serving() == automatic
 
 
+@pytest.mark.usefixtures("auto")
 def test_one_context_object_serves_each_time_it_is_entered():
     for name in CPU_SERVERS:
         context = normnorm.use_backend(name)

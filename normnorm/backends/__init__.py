@@ -97,7 +97,8 @@ def register_compiled_backends() -> None:
 
 def _unavailable(name: str) -> Exception:
     if name not in NAMES:
-        return ValueError(f"backend must be 'auto' or one of {', '.join(NAMES)}; got '{name}'")
+        source = "NORMNORM_BACKEND" if os.environ.get("NORMNORM_BACKEND") == name else "backend"
+        return ValueError(f"{source} must be 'auto' or one of {', '.join(NAMES)}; got '{name}'")
     return RuntimeError(f"backend '{name}' is unavailable: {_UNAVAILABLE[name]}")
 
 
@@ -149,12 +150,20 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _selected
         if name != "auto":
             get(name)
-        self._previous, _selected = _selected, name
+        self._name = name
+        self._choose()
+        self._chosen = True
+
+    def _choose(self) -> None:
+        global _selected
+        self._previous, _selected = _selected, self._name
 
     def __enter__(self) -> use_backend:
+        if not self._chosen:  # entered again after it was left
+            self._choose()
+        self._chosen = False
         return self
 
     def __exit__(self, *exception: object) -> None:
