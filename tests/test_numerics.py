@@ -34,6 +34,9 @@ import normnorm
 from normnorm import functional as F
 from normnorm.statistics import Row
 
+# By name: torch's own test utilities load another profile when a neighbouring file imports them.
+PROFILE = hypothesis.settings.get_profile("normnorm")
+
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -698,14 +701,14 @@ def _whatever(data, device):
     assert y.stride() == du.stride() == torch.empty_like(x).stride()
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(PROFILE, max_examples=60)
 @hypothesis.given(data=st.data())
 def test_whatever_shape_layout_dtype_law_and_option(data, backend, device):
     _whatever(data, device)
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=1500)
+@hypothesis.settings(PROFILE, max_examples=1500)
 @hypothesis.given(data=st.data())
 def test_whatever_shape_layout_dtype_law_and_option_many_times(data, backend, device):
     _whatever(data, device)
