@@ -109,7 +109,10 @@ py::array_t<uint32_t> lane_words(uint64_t seed, uint32_t stream, uint64_t first_
     float batches[kWordBatches * kNoiseBatch];
     word_batches(batches, first_quad + uint64_t(q), keys, stream);
     for (int64_t i = 0; i < kWordBatches * w && q + i < quads; ++i) {
-      const float* batch = batches + i / w * kNoiseBatch + i % w;
+      const float* batch = batches + i / w * kNoiseBatch;
+      int lane = 0;
+      while (quad_of_lane(lane) != i % w) ++lane;
+      batch += lane;
       for (int j = 0; j < 4; ++j) out.mutable_data()[4 * (q + i) + j] = bit_cast<uint32_t>(batch[j * w]);
     }
   }

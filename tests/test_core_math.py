@@ -81,7 +81,7 @@ def core(request: pytest.FixtureRequest, modules: dict[str, ModuleType]) -> Modu
 
 
 def exactly(function, arguments: np.ndarray) -> np.ndarray:
-    """mpmath's function at float arguments, as float64 (whose error is nothing beside float32's)."""
+    """mpmath's function at float arguments, rounded to float64."""
     with mpmath.workdps(30):
         return np.array([float(function(mpmath.mpf(float(a)))) for a in arguments])
 
@@ -310,9 +310,7 @@ def test_merged_parts_are_the_moments_of_the_whole(core):
     for part in np.split(x, [10, 400, 401, 900]):
         centre = float(np.float32(part.mean()))
         c = part - centre
-        total = core.merge(
-            total, core.recentred_moments(len(part), centre, c.sum(), (c * c).sum())
-        )
+        total = core.merge(total, core.recentred_moments(len(part), centre, c.sum(), (c * c).sum()))
     assert total[0] == 1000
     exact = x.astype(np.longdouble).mean()
     assert abs((np.longdouble(total[1]) - exact) + np.longdouble(total[2])) < 1e-13

@@ -21,6 +21,7 @@ ADDRESS = [
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
 ]
 THREAD = ["-fsanitize=thread"]
+ISAS = [isa for isa in FLAGS if isa != "generic"]
 
 
 def table(isa: str) -> list[str]:
@@ -75,16 +76,18 @@ def supported(flags: list[str], folder: Path) -> bool:
     return linked.returncode == 0 and subprocess.run([str(program)]).returncode == 0
 
 
-@pytest.mark.parametrize("which", ["widest", pytest.param("all", marks=pytest.mark.slow)])
-def test_no_walk_leaves_its_memory_or_defined_behaviour(which, tmp_path):
+@pytest.mark.parametrize(
+    "isa", ["generic", *(pytest.param(i, marks=pytest.mark.slow) for i in ISAS)]
+)
+def test_no_walk_leaves_its_memory_or_defined_behaviour(isa, tmp_path):
+    if isa not in runnable():
+        pytest.skip(f"this processor has no {isa}: its kernels did not run under the sanitizers")
     if not supported(ADDRESS, tmp_path):
         pytest.skip("this compiler has no AddressSanitizer")
-    isas = runnable()
-    program = build(tmp_path, isas if which == "all" else sorted({"generic", isas[-1]}), ADDRESS)
-    for isa in isas if which == "all" else [isas[-1]]:
-        alone = run(program, 1, isa)
-        assert len(alone.splitlines()) > 30
-        assert run(program, 3, isa) == alone
+    program = build(tmp_path, sorted({"generic", isa}), ADDRESS)
+    alone = run(program, 1, isa)
+    assert len(alone.splitlines()) > 30
+    assert run(program, 3, isa) == alone
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+// What the ops accept, checked before any pointer is read; errors are std::invalid_argument with a sentence.
+//
+// The rules and the sentences are those of normnorm/checks.py, which serves the backends written in Python.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "tensor_view.h"
+
+namespace normnorm {
+
+enum class Kind { kBatch, kLayer, kGroup, kInstance };
+
+// The configuration arguments of an op. infer leaves those of the noise as they are here.
+struct Config {
+  std::string kind_name;
+  int64_t num_groups = 0, normalized_ndim = 0;
+  double eps = 1e-5, noise_train = 0, alpha = 1;
+  int64_t order = 2;
+  double transform_eps = 0;
+  int64_t stream = 0;
+  bool channels_last = false;
+  std::string activation;
+
+  Kind kind = Kind::kBatch;  // set by the checks from kind_name
+};
+
+// The tensors of one call; those an op does not have stay "not given".
+struct Arguments {
+  TensorView input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale;
+  TensorView grad_output, stats;  // backward
+  bool needs_weight = false, needs_bias = false;
+};
+
+void check_forward(const Arguments& a, Config& config);
+void check_backward(const Arguments& a, Config& config);
+
+struct FoldArguments {
+  TensorView stats, running_mean, running_var, running_lmbda, num_batches_tracked;
+  std::optional<double> momentum;
+  int64_t count = 0;
+  double eps = 0;
+};
+void check_fold(const FoldArguments& a);
+
+// How many groups the input has, and how many elements one of them has.
+int64_t group_count(const TensorView& input, const Config& config);
+int64_t group_size(const TensorView& input, const Config& config);
+
+// The dtype of statistics and arithmetic for an input dtype.
+inline Dtype statistics_dtype(Dtype d) { return d == Dtype::kFloat64 ? d : Dtype::kFloat32; }
+
+}  // namespace normnorm

@@ -1,0 +1,529 @@
+// The ops of namespace normnorm_cpu: the only file that knows torch, through its stable ABI alone.
+//
+// Schemas are defined in normnorm/ops.py. Each op turns its tensors into views, has them checked, plans the
+// walk over memory, and calls the kernels; a tensor whose memory the walk cannot follow is replaced by a
+// dense copy.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "core/statistics.h"
+#include "cpu/layout.h"
+
+namespace normnorm {
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+int32_t torch_dtype(Dtype d) {
+  switch (d) {
+    case Dtype::kFloat64:
+      return aoti_torch_dtype_float64();
+    case Dtype::kFloat32:
+      return aoti_torch_dtype_float32();
+    case Dtype::kBFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case Dtype::kFloat16:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_int64();
+  }
+}
+
+Dtype dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  for (Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt64})
+    if (dtype == torch_dtype(d)) return d;
+  return Dtype::kOther;
+}
+
+// The name of a dtype that no op takes, for the sentence that says so.
+const char* other_dtype_name(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  const struct {
+    int32_t dtype;
+    const char* name;
+  } names[] = {{aoti_torch_dtype_bool(), "torch.bool"},
+               {aoti_torch_dtype_int8(), "torch.int8"},
+               {aoti_torch_dtype_int16(), "torch.int16"},
+               {aoti_torch_dtype_int32(), "torch.int32"},
+               {aoti_torch_dtype_uint8(), "torch.uint8"},
+               {aoti_torch_dtype_uint16(), "torch.uint16"},
+               {aoti_torch_dtype_uint32(), "torch.uint32"},
+               {aoti_torch_dtype_uint64(), "torch.uint64"},
+               {aoti_torch_dtype_complex32(), "torch.complex32"},
+               {aoti_torch_dtype_complex64(), "torch.complex64"},
+               {aoti_torch_dtype_complex128(), "torch.complex128"},
+               {aoti_torch_dtype_float8_e5m2(), "torch.float8_e5m2"},
+               {aoti_torch_dtype_float8_e4m3fn(), "torch.float8_e4m3fn"},
+               {aoti_torch_dtype_float8_e5m2fnuz(), "torch.float8_e5m2fnuz"},
+               {aoti_torch_dtype_float8_e4m3fnuz(), "torch.float8_e4m3fnuz"}};
+  for (const auto& known : names)
+    if (known.dtype == dtype) return known.name;
+  return "another dtype";
+}
+
+TensorView view(const Tensor& t) {
+  TensorView v;
+  v.given = true;
+  v.dim = t.dim();
+  v.sizes = t.sizes().data();
+  v.strides = t.strides().data();
+  v.dtype = dtype_of(t);
+  if (v.dtype == Dtype::kOther) v.other_dtype = other_dtype_name(t);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &v.device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &v.device_index));
+  return v;
+}
+TensorView view(const OptionalTensor& t) { return t ? view(*t) : TensorView(); }
+
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_contiguous(const int64_t* sizes, int64_t dim, Dtype dtype) {
+  std::vector<int64_t> strides(static_cast<size_t>(dim));
+  int64_t next = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[size_t(i)] = next;
+    next *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return empty_strided(sizes, strides.data(), dim, dtype);
+}
+
+Tensor empty_like(const Tensor& t, const TensorView& v) {
+  // what aten::empty_like does for a contiguous tensor, without a trip through the dispatcher
+  if (t.is_contiguous()) return empty_strided(v.sizes, v.strides, v.dim, v.dtype);
+  return torch::stable::empty_like(t);
+}
+
+Tensor nothing(Dtype dtype) {
+  const int64_t zero = 0, one = 1;
+  return empty_strided(&zero, &one, 1, dtype);
+}
+
+// f(T*) with the C++ type of the dtype.
+template <class F>
+void with_type(Dtype dtype, void* data, F f) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return f(static_cast<double*>(data));
+    case Dtype::kFloat32:
+      return f(static_cast<float*>(data));
+    case Dtype::kBFloat16:
+      return f(static_cast<torch::headeronly::BFloat16*>(data));
+    default:
+      return f(static_cast<torch::headeronly::Half*>(data));
+  }
+}
+
+// A vector of numbers as doubles, whatever its dtype and stride.
+std::vector<double> values(const Tensor& t) {
+  const TensorView v = view(t);
+  std::vector<double> out(static_cast<size_t>(v.numel()));
+  with_type(v.dtype, t.data_ptr(), [&](auto* data) {
+    for (size_t i = 0; i < out.size(); ++i) out[i] = double(data[int64_t(i) * v.strides[0]]);
+  });
+  return out;
+}
+
+template <class To>
+void convert(const Tensor& from, To* to) {
+  const int64_t count = from.numel();
+  with_type(dtype_of(from), from.data_ptr(), [&](auto* data) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(data[i]);
+  });
+}
+
+cpu::Storage storage_of(Dtype d) {
+  switch (d) {
+    case Dtype::kFloat64:
+      return cpu::Storage::kFloat64;
+    case Dtype::kBFloat16:
+      return cpu::Storage::kBFloat16;
+    case Dtype::kFloat16:
+      return cpu::Storage::kFloat16;
+    default:
+      return cpu::Storage::kFloat32;
+  }
+}
+
+cpu::ThreadPool torch_threads() {
+  cpu::ThreadPool pool;
+  pool.threads = int(torch::stable::get_num_threads());
+  pool.run = [](int64_t count, cpu::RangeBody body, void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return pool;
+}
+
+// A dense parameter in the compute dtype: the tensor's own memory where it is that already.
+class Parameter {
+ public:
+  Parameter(const OptionalTensor& t, Dtype compute) {
+    if (!t) return;
+    if (dtype_of(*t) == compute && t->is_contiguous()) {
+      data_ = t->data_ptr();
+      return;
+    }
+    const Tensor dense = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+    const TensorView v = view(dense);
+    copy_.emplace(empty_contiguous(v.sizes, v.dim, compute));
+    fill(dense, compute);
+  }
+  // `value` in every element, for a parameter that is absent beside one that is not
+  void set_constant(const TensorView& like, Dtype compute, double value) {
+    copy_.emplace(empty_contiguous(like.sizes, like.dim, compute));
+    data_ = copy_->data_ptr();
+    with_type(compute, data_, [&](auto* data) {
+      for (int64_t i = 0; i < like.numel(); ++i)
+        data[i] = static_cast<std::remove_reference_t<decltype(*data)>>(value);
+    });
+  }
+  const void* data() const { return data_; }
+
+ private:
+  void fill(const Tensor& from, Dtype compute) {
+    data_ = copy_->data_ptr();
+    if (compute == Dtype::kFloat64)
+      convert(from, static_cast<double*>(data_));
+    else
+      convert(from, static_cast<float*>(data_));
+  }
+  OptionalTensor copy_;
+  void* data_ = nullptr;
+};
+
+// The gradient of a parameter: computed in the compute dtype, handed out in the parameter's own.
+class ParameterGradient {
+ public:
+  ParameterGradient(bool wanted, const OptionalTensor& parameter, Dtype compute, Dtype input)
+      : result_(wanted ? empty_contiguous(view(*parameter).sizes, parameter->dim(), dtype_of(*parameter))
+                       : nothing(input)) {
+    if (!wanted) return;
+    computed_ = result_;
+    if (dtype_of(result_) != compute)
+      computed_ = empty_contiguous(view(result_).sizes, result_.dim(), compute);
+  }
+  void* data() { return computed_ ? computed_->data_ptr() : nullptr; }
+  Tensor finish() {
+    if (computed_ && computed_->get() != result_.get())
+      with_type(dtype_of(result_), result_.data_ptr(), [&](auto* data) { convert(*computed_, data); });
+    return result_;
+  }
+  void zero() {
+    if (computed_) torch::stable::zero_(*computed_);
+  }
+
+ private:
+  Tensor result_;
+  OptionalTensor computed_;
+};
+
+Tensor dense_copy(const Tensor& t, const TensorView& v, const cpu::Layout& layout, bool fill) {
+  std::vector<int64_t> strides(static_cast<size_t>(v.dim));
+  layout.natural_strides(v, strides.data());
+  Tensor copy = empty_strided(v.sizes, strides.data(), v.dim, v.dtype);
+  if (fill) torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// A tensor that the walk reads: itself, or a dense copy where its strides do not fit.
+class Source {
+ public:
+  Source(const Tensor& t, const cpu::Layout& layout) : tensor_(t) {
+    auto strides = layout.strides(view(t));
+    if (!strides) {
+      tensor_ = dense_copy(t, view(t), layout, true);
+      strides = layout.strides(view(tensor_));
+    }
+    operand = {tensor_.data_ptr(), *strides};
+  }
+  cpu::Operand operand;
+
+ private:
+  Tensor tensor_;
+};
+
+// A tensor that the walk writes; finish() moves a stand-in's contents to it.
+class Target {
+ public:
+  Target(const Tensor& t, const cpu::Layout& layout) : tensor_(t), walked_(t) {
+    auto strides = layout.strides(view(t));
+    if (!strides) {
+      walked_ = dense_copy(t, view(t), layout, false);
+      strides = layout.strides(view(walked_));
+    }
+    operand = {walked_.data_ptr(), *strides};
+  }
+  void finish() {
+    if (walked_.get() != tensor_.get()) torch::stable::copy_(tensor_, walked_);
+  }
+  cpu::Operand operand;
+
+ private:
+  Tensor tensor_, walked_;
+};
+
+cpu::Problem make_problem(const TensorView& input, const cpu::Layout& layout, const Config& c,
+                          const OptionalTensor& seed) {
+  cpu::Problem p;
+  p.storage = storage_of(input.dtype);
+  p.geometry = layout.geometry();
+  p.affine = layout.affine();
+  p.pool = torch_threads();
+  p.eps = c.eps;
+  p.alpha = c.alpha;
+  p.transform_eps = c.transform_eps;
+  p.order = int(c.order);
+  p.noise.on = c.noise_train > 0;
+  if (!p.noise.on) return p;
+  p.noise.train = c.noise_train;
+  p.noise.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+  p.noise.stream = static_cast<uint32_t>(c.stream);
+  layout.place_noise(p.noise, c.channels_last);
+  return p;
+}
+
+// Weight and bias for a problem; where they vary by element, one alone gets a partner of ones or zeros.
+struct Parameters {
+  Parameter weight, bias;
+  Parameters(const OptionalTensor& w, const OptionalTensor& b, Dtype compute, cpu::Problem& p)
+      : weight(w, compute), bias(b, compute) {
+    if (p.affine == cpu::Affine::kPerElement) {
+      if (w && !b) bias.set_constant(view(*w), compute, 0.0);
+      if (b && !w) weight.set_constant(view(*b), compute, 1.0);
+    }
+    p.weight = weight.data();
+    p.bias = bias.data();
+  }
+};
+
+// Writes running statistics, or zeros, and a given noise scale into a statistics tensor.
+void prepare_stats(const Tensor& stats, const OptionalTensor& mean, const OptionalTensor& var,
+                   const OptionalTensor& lmbda, const OptionalTensor& noise_scale, double eps) {
+  const int64_t groups = stats.size(1);
+  with_type(dtype_of(stats), stats.data_ptr(), [&](auto* data) {
+    using T = std::remove_reference_t<decltype(*data)>;
+    if (mean) {
+      const auto m = values(*mean), v = values(*var), l = values(*lmbda);
+      for (int64_t i = 0; i < kStatRows * groups; ++i) data[i] = static_cast<T>(0.0);
+      for (int64_t i = 0; i < groups; ++i) {
+        data[kMean * groups + i] = static_cast<T>(m[size_t(i)]);
+        data[kRstd * groups + i] = static_cast<T>(1.0 / std::sqrt(v[size_t(i)] + eps));
+        data[kLmbda * groups + i] = static_cast<T>(l[size_t(i)]);
+      }
+    }
+    if (noise_scale) {
+      const auto s = values(*noise_scale);
+      for (int64_t i = 0; i < groups; ++i) data[kNoiseScale * groups + i] = static_cast<T>(s[size_t(i)]);
+    }
+  });
+}
+
+struct ForwardTensors {
+  const Tensor& input;
+  const OptionalTensor &mean, &var, &lmbda, &weight, &bias, &residual, &seed, &noise_scale;
+};
+
+std::tuple<Tensor, Tensor> run_forward(const ForwardTensors& t, Config config) {
+  Arguments a;
+  a.input = view(t.input);
+  a.running_mean = view(t.mean), a.running_var = view(t.var), a.running_lmbda = view(t.lmbda);
+  a.weight = view(t.weight), a.bias = view(t.bias), a.residual = view(t.residual);
+  a.seed = view(t.seed), a.noise_scale = view(t.noise_scale);
+  check_forward(a, config);
+
+  Tensor output = empty_like(t.input, a.input);
+  const Dtype compute = statistics_dtype(a.input.dtype);
+  const int64_t shape[] = {kStatRows, group_count(a.input, config)};
+  Tensor stats = empty_contiguous(shape, 2, compute);
+  if (a.input.numel() == 0) {
+    torch::stable::zero_(stats);
+    return {output, stats};
+  }
+  const cpu::Layout layout(a.input, view(output), config);
+  cpu::Problem p = make_problem(a.input, layout, config, t.seed);
+  const Parameters parameters(t.weight, t.bias, compute, p);
+  const Source source(t.input, layout);
+  Target target(output, layout);
+  p.input = source.operand;
+  p.output = target.operand;
+  p.stats = stats.data_ptr();
+  p.frozen = t.mean.has_value();
+  p.noise.given_scale = p.noise.on && t.noise_scale;
+  prepare_stats(stats, t.mean, t.var, t.lmbda, p.noise.given_scale ? t.noise_scale : OptionalTensor(),
+                config.eps);
+  cpu::kernels().forward(p);
+  target.finish();
+  return {output, stats};
+}
+
+std::tuple<Tensor, Tensor> normal_norm_forward(
+    const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& running_lmbda, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale,
+    const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train,
+    double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
+    const std::string& activation, const std::string& /*backend*/) {
+  return run_forward(
+      {input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale},
+      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
+       channels_last, activation});
+}
+
+Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean,
+                         const OptionalTensor& running_var, const OptionalTensor& running_lmbda,
+                         const OptionalTensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& residual, const std::string& kind, int64_t num_groups,
+                         int64_t normalized_ndim, double eps, double alpha, int64_t order,
+                         double transform_eps, const std::string& activation,
+                         const std::string& /*backend*/) {
+  const OptionalTensor none;
+  return std::get<0>(run_forward(
+      {input, running_mean, running_var, running_lmbda, weight, bias, residual, none, none},
+      {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation}));
+}
+
+struct BackwardTensors {
+  const Tensor &grad_output, &input, &stats;
+  const OptionalTensor &weight, &bias, &residual, &seed;
+  bool needs_input, needs_weight, needs_bias, frozen;
+};
+
+std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardTensors& t, Config config) {
+  Arguments a;
+  a.grad_output = view(t.grad_output), a.input = view(t.input), a.stats = view(t.stats);
+  a.weight = view(t.weight), a.bias = view(t.bias), a.residual = view(t.residual), a.seed = view(t.seed);
+  a.needs_weight = t.needs_weight, a.needs_bias = t.needs_bias;
+  check_backward(a, config);
+
+  const Dtype compute = statistics_dtype(a.input.dtype);
+  Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input.dtype);
+  ParameterGradient grad_weight(t.needs_weight, t.weight, compute, a.input.dtype);
+  ParameterGradient grad_bias(t.needs_bias, t.bias, compute, a.input.dtype);
+  if (a.input.numel() == 0 || !(t.needs_input || t.needs_weight || t.needs_bias)) {
+    grad_weight.zero();
+    grad_bias.zero();
+    return {grad_input, grad_weight.finish(), grad_bias.finish()};
+  }
+  const cpu::Layout layout(a.input, t.needs_input ? view(grad_input) : a.input, config);
+  cpu::Problem p = make_problem(a.input, layout, config, t.seed);
+  const Parameters parameters(t.weight, t.bias, compute, p);
+  const Source input(t.input, layout), grad_output(t.grad_output, layout);
+  const Tensor stats = t.stats.is_contiguous() ? t.stats : torch::stable::contiguous(t.stats);
+  std::optional<Target> target;
+  if (t.needs_input) target.emplace(grad_input, layout);
+  p.input = input.operand;
+  p.grad_output = grad_output.operand;
+  if (target) p.output = target->operand;
+  p.stats = stats.data_ptr();
+  p.frozen = t.frozen;
+  p.grad_weight = grad_weight.data();
+  p.grad_bias = grad_bias.data();
+  cpu::kernels().backward(p);
+  if (target) target->finish();
+  return {grad_input, grad_weight.finish(), grad_bias.finish()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> normal_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& seed, bool needs_input,
+    bool needs_weight, bool needs_bias, bool frozen, const std::string& kind, int64_t num_groups,
+    int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
+    double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
+    const std::string& /*backend*/) {
+  return run_backward({grad_output, input, stats, weight, bias, residual, seed, needs_input, needs_weight,
+                       needs_bias, frozen},
+                      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps,
+                       stream, channels_last, activation});
+}
+
+// Tells autograd that a tensor is about to change, as every in-place operation of torch does: a graph that
+// saved it then refuses to go backward. The stable ABI has no other way to move a tensor's version than to
+// write to it.
+void note_write(const Tensor& t) { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get())); }
+
+void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
+                   const Tensor& running_lmbda, const OptionalTensor& num_batches_tracked,
+                   std::optional<double> momentum, int64_t count, double eps,
+                   const std::string& /*backend*/) {
+  check_fold({view(stats), view(running_mean), view(running_var), view(running_lmbda),
+              view(num_batches_tracked), momentum, count, eps});
+  const int64_t channels = running_mean.size(0), groups = stats.size(1), repeats = groups / channels;
+  const int64_t row = stats.stride(0), column = stats.stride(1);
+  double factor = momentum.value_or(0.0);
+  if (num_batches_tracked) {
+    const int64_t tracked = *static_cast<const int64_t*>(num_batches_tracked->data_ptr()) + 1;
+    note_write(*num_batches_tracked);
+    *static_cast<int64_t*>(num_batches_tracked->data_ptr()) = tracked;
+    if (!momentum) factor = 1.0 / double(tracked);
+  }
+  const double unbiased = double(count) / double(count - 1);
+  // batch_value(get) averaged over the repeats of a channel, folded into the buffer
+  const auto fold = [&](const Tensor& running, auto batch_value) {
+    std::vector<double> folded = values(running);
+    with_type(dtype_of(stats), stats.data_ptr(), [&](auto* data) {
+      for (int64_t c = 0; c < channels; ++c) {
+        double sum = 0;
+        for (int64_t r = 0; r < repeats; ++r) {
+          const auto* at = data + (r * channels + c) * column;
+          sum += batch_value([&](StatRow which) { return double(at[which * row]); });
+        }
+        folded[size_t(c)] += factor * (sum / double(repeats) - folded[size_t(c)]);
+      }
+    });
+    note_write(running);
+    const int64_t step = running.stride(0);
+    with_type(dtype_of(running), running.data_ptr(), [&](auto* buffer) {
+      using B = std::remove_reference_t<decltype(*buffer)>;
+      for (int64_t c = 0; c < channels; ++c) buffer[c * step] = static_cast<B>(folded[size_t(c)]);
+    });
+  };
+  fold(running_mean, [](auto get) { return get(kMean) + get(kMeanLow); });
+  fold(running_var, [&](auto get) {
+    const double rstd = get(kRstd), biased = 1.0 / (rstd * rstd) - eps;
+    return (biased < 0 ? 0 : biased) * unbiased;
+  });
+  fold(running_lmbda, [](auto get) { return get(kLmbda); });
+}
+
+}  // namespace
+}  // namespace normnorm
+
+STABLE_TORCH_LIBRARY_IMPL(normnorm_cpu, CPU, m) {
+  m.impl("normal_norm_forward", TORCH_BOX(&normnorm::normal_norm_forward));
+  m.impl("normal_norm_backward", TORCH_BOX(&normnorm::normal_norm_backward));
+  m.impl("normal_norm_infer", TORCH_BOX(&normnorm::normal_norm_infer));
+  m.impl("fold_running_", TORCH_BOX(&normnorm::fold_running_));
+}
+
+// How this library was built and what it chose, for `normnorm doctor`; read through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* normnorm_cpu_isa() {
+  static std::string text;
+  try {
+    text = normnorm::cpu::kernels().isa;
+  } catch (const std::exception& e) {
+    text = e.what();
+  }
+  return text.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) const char* normnorm_build() {
+  return "compiler: " __VERSION__ "; flags: " NN_BUILD_FLAGS;
+}

@@ -1,0 +1,128 @@
+// The Yeo-Johnson transform psi(h; lmbda), its slope in h and its derivative in lmbda.
+//
+// With t = |h|, l = log(1+t), eta = 1 + sign(h)(lmbda - 1) and P = (1+t)^eta:
+//   |psi| = (P-1)/eta      dpsi/dh = P/(1+t)      dpsi/dlmbda = (P l - |psi|)/eta    (the last for either
+//   sign of h)
+// The sign of h decides eta, so a group has two exponents and everything about them is computed once a group.
+#pragma once
+
+#include "elementary.h"
+
+namespace normnorm {
+namespace {
+
+// The two sides of one group: [pos] serves h >= 0, [neg] serves h < 0. V is a scalar, or a vector with a
+// group a lane.
+template <class V>
+struct Exponents {
+  V eta_pos, eta_neg;
+  V inverse_pos, inverse_neg;  // 1/eta
+  V active_pos,
+      active_neg;  // 0 where the shifted form takes psi as log(1+t) and its derivative in lmbda as 0
+};
+
+// One side as the elements of one lane see it.
+template <class V>
+struct Side {
+  V eta, inverse, active;
+};
+
+template <class S>
+struct TransformLimits;
+template <>
+struct TransformLimits<float> {
+  static constexpr float kTinyEta = 1e-12f;     // below, (exp(eta l)-1)/eta is l to rounding
+  static constexpr float kMaxExponent = 80.0f;  // exp of it is finite with room for weights
+};
+template <>
+struct TransformLimits<double> {
+  static constexpr double kTinyEta = 1e-20;
+  static constexpr double kMaxExponent = 700.0;
+};
+
+template <class S>
+NN_HD Side<S> make_side(S eta, S transform_eps) {
+  const bool linear = transform_eps > S(0) && (eta < S(0) ? -eta : eta) <= transform_eps;
+  S shifted = linear ? S(0) : eta + (eta < S(0) ? -transform_eps : transform_eps);
+  // eta = 0 is the limit psi = log(1+t): a tiny exponent gives it to rounding, without a branch per element.
+  const S tiny = TransformLimits<S>::kTinyEta;
+  shifted = shifted < tiny && shifted > -tiny ? tiny : shifted;
+  return {shifted, S(1) / shifted, linear ? S(0) : S(1)};
+}
+
+template <class S>
+NN_HD Exponents<S> make_exponents(S lmbda, S transform_eps) {
+  const Side<S> pos = make_side<S>(lmbda, transform_eps);
+  const Side<S> neg = make_side<S>(S(2) - lmbda, transform_eps);
+  return {pos.eta, neg.eta, pos.inverse, neg.inverse, pos.active, neg.active};
+}
+
+template <class V>
+NN_HD Side<V> side_of(V h, const Exponents<V>& e) {
+  const auto negative = h < splat<V>(0);
+  return {negative ? e.eta_neg : e.eta_pos, negative ? e.inverse_neg : e.inverse_pos,
+          negative ? e.active_neg : e.active_pos};
+}
+
+template <class V>
+NN_HD V clamp_exponent(V a) {
+  return Lanes<V>::at_most(a, splat<V>(TransformLimits<ScalarOf<V>>::kMaxExponent));
+}
+
+// |psi| from l = log(1+|h|).
+template <class V>
+NN_HD V psi_magnitude(V l, const Side<V>& side) {
+  return exp_pair<V>(clamp_exponent<V>(side.eta * l)).expm1 * side.inverse;
+}
+
+// (a e^a - e^a + 1)/a^2, the limit-safe factor of dpsi/dlmbda = l^2 E2(eta l); for |a| < 1/2.
+template <class V>
+NN_HD V second_exponential(V a) {
+  if constexpr (HasFloatLanes<V>::value) {
+    V p = a * 1.731696539e-04f + 1.200088067e-03f;
+    p = p * a + 6.944879889e-03f;
+    p = p * a + 3.333214298e-02f;
+    p = p * a + 1.249999478e-01f;
+    p = p * a + 3.333333731e-01f;
+    return p * a + 5.000000000e-01f;
+  } else {
+    // sum of a^k (k+1)/(k+2)!; 17 terms are exact to rounding on |a| < 1/2
+    V sum = splat<V>(0);
+    double coefficient = 17.0 / 6402373705728000.0;  // k = 16: 17/18!
+    for (int k = 16; k >= 0; --k) {
+      sum = sum * a + coefficient;
+      coefficient *= k * (k + 2.0) / (k + 1.0);
+    }
+    return sum;
+  }
+}
+
+// The slopes of psi, from the logarithm, the power P and |psi|.
+template <class V>
+struct PsiSlopes {
+  V psi_h;
+  V psi_lambda;
+};
+
+// kSmall: some |eta| of the group is small, so P l - |psi| would cancel; those lanes take the series.
+template <bool kSmall, class V>
+NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, const Side<V>& side) {
+  V psi_lambda = (power * l - psi) * side.inverse;
+  if constexpr (kSmall) {
+    const V a = side.eta * l;
+    const auto near_zero = magnitude(a) < splat<V>(ScalarOf<V>(0.5));
+    psi_lambda = near_zero ? V(l * l * second_exponential<V>(a)) : psi_lambda;
+  }
+  return {power * reciprocal, psi_lambda * side.active};
+}
+
+// Whether a group needs kSmall: with both exponents at least this large the direct form loses less than 4 ulp
+// of l.
+template <class S>
+NN_HD bool has_small_exponent(const Exponents<S>& e) {
+  const S bound = S(0.25);
+  return !((e.eta_pos >= bound || e.eta_pos <= -bound) && (e.eta_neg >= bound || e.eta_neg <= -bound));
+}
+
+}  // namespace
+}  // namespace normnorm

@@ -1,0 +1,193 @@
+// The columns walk: a matrix of rows x columns whose groups are columns, or small bunches of neighbouring
+// columns (channels_last tensors, and tensors without spatial axes).
+//
+// Lanes lie across columns, so every lane has its own group's constants and no shuffling is needed. The
+// matrix is cut into chunks of rows whose per-column sums are added in order; columns of one group are added
+// after that.
+#pragma once
+
+#include <type_traits>
+
+#include "group_stats.h"
+#include "noise.h"
+#include "workspace.h"
+
+namespace normnorm {
+namespace {
+
+// Per-column constants, one array each.
+enum ColumnRow : int {
+  kColMean,
+  kColRstd,
+  kColShift,
+  kColEtaPos,
+  kColEtaNeg,
+  kColInversePos,
+  kColInverseNeg,
+  kColActivePos,
+  kColActiveNeg,
+  kColCentre,
+  kColNoise,
+  kColWeight,
+  kColBias,
+  kColCe,
+  kColCr,
+  kColCo,
+  kColTwoD,
+  kColDirect,
+  kColLmbda,
+  kColOffset,
+  kColSlope,
+  kColumnRows
+};
+
+// Elements of a stretch of rows whose strips are walked while it is in the cache.
+constexpr int64_t kTileElements = 2048;
+
+template <class T>
+class ColumnWalk {
+ public:
+  using V = VectorOf<T>;
+
+  explicit ColumnWalk(const cpu::Problem& p)
+      : p_(p),
+        g_(p.geometry),
+        half_(stored_as_half(p.storage)),
+        columns_(g_.inner * g_.length),
+        padded_(ceil_div(columns_, kLanes<V>) * kLanes<V>),
+        chunk_(clamped(16384 / (columns_ > 0 ? columns_ : 1), 64, 1024)),
+        chunks_(ceil_div(g_.runs, chunk_)) {
+    noise_.seed = p.noise.seed;
+    noise_.stream = p.noise.stream;
+    noise_.order = {p.noise.transposed, p.noise.rows, p.noise.cols};
+    tile_ = columns_ <= kTileElements ? kTileElements / columns_ : 1;
+  }
+
+  int64_t columns() const { return columns_; }
+  int64_t padded() const { return padded_; }
+  int64_t chunks() const { return chunks_; }
+  int64_t chunk_begin(int64_t chunk) const { return chunk * chunk_; }
+  int64_t chunk_end(int64_t chunk) const { return smaller((chunk + 1) * chunk_, g_.runs); }
+  bool split_matrix() const { return g_.outer < 2 * int64_t(p_.pool.threads); }
+  int64_t normal_size() const { return (columns_ > kTileElements ? columns_ : kTileElements) + kNoiseSlack; }
+
+  // A chunk's elements in the compute dtype, from its first column on: in place, or converted into `buffer`
+  // of buffer_size() elements.
+  Strip<const T> source(const cpu::Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
+    const int64_t first = chunk_begin(chunk);
+    if (!half_) return {static_cast<const T*>(of.data) + locate(of, outer, first), of.stride.run};
+    for (int64_t r = first; r < chunk_end(chunk); ++r)
+      load_run(p_.storage, of.data, locate(of, outer, r), buffer + (r - first) * columns_, columns_);
+    return {buffer, columns_};
+  }
+  Strip<T> target(const cpu::Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
+    if (half_) return {buffer, columns_};
+    return {static_cast<T*>(of.data) + locate(of, outer, chunk_begin(chunk)), of.stride.run};
+  }
+  void deliver(const cpu::Operand& of, int64_t outer, int64_t chunk, const T* buffer) const {
+    if (!half_) return;
+    const int64_t first = chunk_begin(chunk);
+    for (int64_t r = first; r < chunk_end(chunk); ++r)
+      store_run(p_.storage, of.data, locate(of, outer, r), buffer + (r - first) * columns_, columns_);
+  }
+  int64_t buffer_size() const { return half_ ? smaller(chunk_, g_.runs) * columns_ : 0; }
+
+  // A walk in the compute dtype keeps intermediate values where its result will be written; half types keep
+  // none.
+  bool keeps(const cpu::Operand& to) const { return !half_ && to.data; }
+
+  // body(partial, column, lanes) for each strip of columns.
+  template <class F>
+  NN_HD void for_strips(F body) const {
+    int64_t c = 0;
+    for (; c + kLanes<V> <= columns_; c += kLanes<V>) body(std::false_type(), c, kLanes<V>);
+    if (c < columns_) body(std::true_type(), c, int(columns_ - c));
+  }
+
+  // body(first, rows, normals) for stretches of a chunk, `first` counted from its first row, each short
+  // enough that its normals fit `buffer`.
+  template <class F>
+  void for_tiles(int64_t outer, int64_t chunk, bool noisy, T* buffer, F body) const {
+    const int64_t begin = chunk_begin(chunk), all = chunk_end(chunk) - begin;
+    const int64_t step = tile_;
+    for (int64_t r = 0; r < all; r += step) {
+      const int64_t rows = smaller(step, all - r);
+      const int64_t position = outer * p_.noise.position.outer + (begin + r) * p_.noise.position.run;
+      body(r, rows, noisy ? normals(buffer, position, rows * columns_, noise_) : nullptr);
+    }
+  }
+
+  // Constants of all columns of one matrix; `table` has kColumnRows rows of padded() values.
+  T* column(T* table, ColumnRow row) const { return table + row * padded_; }
+
+  NN_HD V vector(const T* table, ColumnRow row, int64_t c) const {
+    return load_dense<V>(table + row * padded_ + c);
+  }
+
+  NN_HD TransformConstants<V> transform(const T* t, int64_t c) const {
+    return {{vector(t, kColMean, c), vector(t, kColRstd, c), vector(t, kColShift, c)},
+            {vector(t, kColEtaPos, c), vector(t, kColEtaNeg, c), vector(t, kColInversePos, c),
+             vector(t, kColInverseNeg, c), vector(t, kColActivePos, c), vector(t, kColActiveNeg, c)}};
+  }
+
+  // Copies every group's constants to its columns.
+  void spread_transform(T* table, int64_t outer) const {
+    for (int64_t i = 0; i < g_.inner; ++i) {
+      const auto c = GroupStats<T>(p_, outer * g_.inner + i).transform(p_);
+      const T values[9] = {c.standardize.mean,      c.standardize.rstd,     c.standardize.shift,
+                           c.exponents.eta_pos,     c.exponents.eta_neg,    c.exponents.inverse_pos,
+                           c.exponents.inverse_neg, c.exponents.active_pos, c.exponents.active_neg};
+      for (int k = 0; k < 9; ++k) spread(table, ColumnRow(kColMean + k), i, values[k]);
+    }
+  }
+  void spread(T* table, ColumnRow row, int64_t group, T value) const {
+    T* at = column(table, row) + group * g_.length;
+    for (int64_t j = 0; j < g_.length; ++j) at[j] = value;
+  }
+
+  // part(chunk, sums) adds a chunk's sums, kCount rows of padded() values, to zeros; the totals go to
+  // `totals`, in double, in the order of the chunks. This is fold_parts() for vectors of sums.
+  template <int kCount, class F>
+  void fold_chunks(bool parallel, double* totals, F part) const {
+    const int64_t width = kCount * padded_;
+    const bool together = parallel && p_.pool.threads > 1 && chunks_ > 1;
+    Buffer<T> parts(together ? chunks_ * width : width);
+    memset(totals, 0, size_t(width) * sizeof(double));
+    const auto add = [&](const T* sums) {
+      for (int64_t i = 0; i < width; ++i) totals[i] += double(sums[i]);
+    };
+    for_range(p_.pool, together, chunks_, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        T* sums = parts.data() + (together ? chunk * width : 0);
+        memset(static_cast<void*>(sums), 0, size_t(width) * sizeof(T));
+        part(chunk, sums);
+        if (!together) add(sums);
+      }
+    });
+    if (!together) return;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) add(parts.data() + chunk * width);
+  }
+
+  // The sum over a group's columns of one row of fold_chunks' totals, times a per-column factor where one is
+  // given.
+  double group_total(const double* totals, int row, int64_t group, const T* factor = nullptr) const {
+    double sum = 0;
+    for (int64_t j = group * g_.length; j < (group + 1) * g_.length; ++j)
+      sum += totals[row * padded_ + j] * (factor ? double(factor[j]) : 1.0);
+    return sum;
+  }
+
+ private:
+  int64_t locate(const cpu::Operand& of, int64_t outer, int64_t row) const {
+    return outer * of.stride.outer + row * of.stride.run;
+  }
+
+  const cpu::Problem& p_;
+  const cpu::Geometry& g_;
+  const bool half_;
+  int64_t columns_, padded_, chunk_, chunks_, tile_;
+  NoiseSource noise_;
+};
+
+}  // namespace
+}  // namespace normnorm

@@ -1,0 +1,223 @@
+// The forward rounds of a columns walk.
+#pragma once
+
+#include "columns.h"
+
+namespace normnorm {
+namespace {
+
+template <class T>
+class ColumnForward {
+ public:
+  using V = VectorOf<T>;
+
+  explicit ColumnForward(const cpu::Problem& p) : walk_(p), p_(p), g_(p.geometry) {}
+
+  void run() {
+    const bool split = walk_.split_matrix();
+    for_range(p_.pool, !split, g_.outer, [&](int64_t begin, int64_t end) {
+      Buffer<T> table(kColumnRows * walk_.padded());
+      Buffer<double> totals(4 * walk_.padded());
+      table.zero(kColumnRows * walk_.padded());
+      for (int64_t o = begin; o < end; ++o) forward(o, split, table.data(), totals.data());
+    });
+  }
+
+ private:
+  void forward(int64_t outer, bool split, T* table, double* totals) {
+    if (!p_.frozen) {
+      moments_round(outer, split);
+      walk_.spread_transform(table, outer);
+      lambda_round(outer, split, table, totals);
+    }
+    walk_.spread_transform(table, outer);
+    const bool cached = !p_.frozen && walk_.keeps(p_.output);
+    From from = cached ? From::kLog : From::kInput;
+    if (p_.noise.on && !p_.noise.given_scale) {
+      noise_scale_rounds(outer, split, cached, table, totals);
+      if (cached) from = From::kX;
+    }
+    for (int64_t i = 0; i < g_.inner; ++i) {
+      const double s = double(GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
+      walk_.spread(table, kColNoise, i, p_.noise.on ? T(p_.noise.train * s) : T(0));
+    }
+    for (int64_t c = 0; c < walk_.columns(); ++c) {
+      walk_.column(table, kColWeight)[c] = p_.weight ? static_cast<const T*>(p_.weight)[c] : T(1);
+      walk_.column(table, kColBias)[c] = p_.bias ? static_cast<const T*>(p_.bias)[c] : T(0);
+    }
+    output_round(outer, split, from, table);
+  }
+
+  // Each chunk's columns are summed around the chunk's first row, then around the rounded mean that gives.
+  void moments_round(int64_t outer, bool split) {
+    const int64_t padded = walk_.padded();
+    Buffer<Moments> parts(walk_.chunks() * g_.inner);
+    for_range(p_.pool, split, walk_.chunks(), [&](int64_t begin, int64_t end) {
+      Buffer<T> sums(3 * padded), buffer(walk_.buffer_size());
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        moments_chunk(walk_.source(p_.input, outer, chunk, buffer.data()), chunk, sums.data());
+        const double rows = double(walk_.chunk_end(chunk) - walk_.chunk_begin(chunk));
+        for (int64_t i = 0; i < g_.inner; ++i) {
+          Moments group;
+          for (int64_t c = i * g_.length; c < (i + 1) * g_.length; ++c)
+            group = merge(group, recentred_moments(rows, double(sums[c]), double(sums[padded + c]),
+                                                   double(sums[2 * padded + c])));
+          parts[chunk * g_.inner + i] = group;
+        }
+      }
+    });
+    for (int64_t i = 0; i < g_.inner; ++i) {
+      Moments group;
+      for (int64_t chunk = 0; chunk < walk_.chunks(); ++chunk)
+        group = merge(group, parts[chunk * g_.inner + i]);
+      GroupStats<T> stats(p_, outer * g_.inner + i);
+      stats.set_moments(group, p_.eps);
+      stats.set(kLmbda, 1);
+    }
+  }
+
+  void moments_chunk(Strip<const T> u, int64_t chunk, T* sums) const {
+    const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk), padded = walk_.padded();
+    walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+      const Strip<const T> strip{u.data + c, u.step};
+      const V pilot = read<partial.value, V>(strip.data, lanes);
+      const V sum = sum_pass<partial.value, V>(strip, rows, lanes, pilot);
+      const V centre = pilot + sum * T(1.0 / double(rows));
+      const auto s = centred_pass<partial.value, V>(strip, rows, lanes, centre);
+      store_dense<V>(sums + c, centre);
+      store_dense<V>(sums + padded + c, s.sum);
+      store_dense<V>(sums + 2 * padded + c, s.squares);
+    });
+  }
+
+  void lambda_round(int64_t outer, bool split, const T* table, double* totals) {
+    const int64_t padded = walk_.padded();
+    const bool cached = walk_.keeps(p_.output);
+    walk_.template fold_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
+      const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
+      Buffer<T> buffer(walk_.buffer_size());
+      const auto u = walk_.source(p_.input, outer, chunk, buffer.data());
+      const auto cache = cache_strip(outer, chunk, cached);
+      walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+        const V zero = splat<V>(0);
+        LambdaTerms<V> s{zero, zero, zero, zero};
+        const auto h = walk_.transform(table, c).standardize;
+        if (cached)
+          lambda_pass<partial.value, true, V>({u.data + c, u.step}, {cache.data + c, cache.step}, rows, lanes,
+                                              h, s);
+        else
+          lambda_pass<partial.value, false, V>({u.data + c, u.step}, {nullptr, 0}, rows, lanes, h, s);
+        store_dense<V>(sums + c, s.slope);
+        store_dense<V>(sums + padded + c, s.log);
+        store_dense<V>(sums + 2 * padded + c, s.shift);
+        store_dense<V>(sums + 3 * padded + c, s.curvature);
+      });
+    });
+    for (int64_t i = 0; i < g_.inner; ++i) {
+      GroupStats<T> stats(p_, outer * g_.inner + i);
+      const double given = double(stats.get(kNoiseScale));
+      stats.set_lambda({{walk_.group_total(totals, 0, i), walk_.group_total(totals, 1, i),
+                         walk_.group_total(totals, 2, i), walk_.group_total(totals, 3, i)}},
+                       double(g_.group_size()), p_);
+      if (p_.noise.given_scale) stats.set(kNoiseScale, given);
+    }
+  }
+
+  // The part of the output that serves as the chunk's cache.
+  Strip<T> cache_strip(int64_t outer, int64_t chunk, bool cached) const {
+    return cached ? walk_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
+  }
+
+  // One sum over x for each column: pass(chunk, u, cache, column, partial, lanes) returns a strip's.
+  template <class F>
+  void sum_round(int64_t outer, bool split, bool cached, double* totals, F pass) const {
+    walk_.template fold_chunks<1>(split, totals, [&](int64_t chunk, T* sums) {
+      Buffer<T> buffer(cached ? 0 : walk_.buffer_size());
+      const auto u =
+          cached ? Strip<const T>{nullptr, 0} : walk_.source(p_.input, outer, chunk, buffer.data());
+      const auto cache = cache_strip(outer, chunk, cached);
+      const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
+      walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+        store_dense<V>(sums + c, pass(partial, Strip<const T>{u.data + c, u.step},
+                                      Strip<T>{cache.data + c, cache.step}, rows, lanes, c));
+      });
+    });
+  }
+
+  void noise_scale_rounds(int64_t outer, bool split, bool cached, T* table, double* totals) {
+    const double count = double(g_.group_size());
+    const V zero = splat<V>(0);
+    sum_round(outer, split, cached, totals,
+              [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
+                const auto k = walk_.transform(table, c);
+                return cached ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, zero)
+                              : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, zero);
+              });
+    for (int64_t i = 0; i < g_.inner; ++i)
+      walk_.spread(table, kColCentre, i, T(walk_.group_total(totals, 0, i) / count));
+    sum_round(
+        outer, split, cached, totals,
+        [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
+          const auto k = walk_.transform(table, c);
+          const V centre = walk_.vector(table, kColCentre, c);
+          return cached
+                     ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, zero)
+                     : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, zero);
+        });
+    for (int64_t i = 0; i < g_.inner; ++i)
+      GroupStats<T>(p_, outer * g_.inner + i).set(kNoiseScale, walk_.group_total(totals, 0, i) / count);
+  }
+
+  void output_round(int64_t outer, bool split, From from, const T* table) {
+    for_range(p_.pool, split, walk_.chunks(), [&](int64_t begin, int64_t end) {
+      Buffer<T> normal_buffer(p_.noise.on ? walk_.normal_size() : 0);
+      Buffer<T> in_buffer(walk_.buffer_size()), out_buffer(walk_.buffer_size());
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const auto u = from == From::kInput ? walk_.source(p_.input, outer, chunk, in_buffer.data())
+                                            : Strip<const T>{nullptr, 0};
+        const auto out = walk_.target(p_.output, outer, chunk, out_buffer.data());
+        walk_.for_tiles(outer, chunk, p_.noise.on, normal_buffer.data(),
+                        [&](int64_t row, int64_t rows, const T* z) {
+                          const Strip<const T> tile_u{u.data + row * u.step, u.step};
+                          const Strip<T> tile_out{out.data + row * out.step, out.step};
+                          switch (from) {
+                            case From::kInput:
+                              return output_tile<From::kInput>(tile_u, tile_out, rows, z, table);
+                            case From::kLog:
+                              return output_tile<From::kLog>(tile_u, tile_out, rows, z, table);
+                            case From::kX:
+                              return output_tile<From::kX>(tile_u, tile_out, rows, z, table);
+                          }
+                        });
+        walk_.deliver(p_.output, outer, chunk, out_buffer.data());
+      }
+    });
+  }
+
+  // A cache, where there is one, is the output itself.
+  template <From kFrom>
+  void output_tile(Strip<const T> u, Strip<T> out, int64_t rows, const T* z, const T* table) const {
+    walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+      const auto k = walk_.transform(table, c);
+      const Strip<const T> from{u.data + c, u.step};
+      const Strip<T> to{out.data + c, out.step};
+      const Affinity<V> a{walk_.vector(table, kColWeight, c),
+                          walk_.vector(table, kColBias, c),
+                          walk_.vector(table, kColNoise, c),
+                          {nullptr, 0},
+                          {nullptr, 0},
+                          {z + c, walk_.columns()}};
+      if (z)
+        output_pass<partial.value, kFrom, true, false, V>(from, to, to, rows, lanes, k, a);
+      else
+        output_pass<partial.value, kFrom, false, false, V>(from, to, to, rows, lanes, k, a);
+    });
+  }
+
+  ColumnWalk<T> walk_;
+  const cpu::Problem& p_;
+  const cpu::Geometry& g_;
+};
+
+}  // namespace
+}  // namespace normnorm

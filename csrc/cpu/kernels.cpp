@@ -1,0 +1,64 @@
+// The CPU kernels for one instruction set. This file is compiled once for each of them, with NN_KERNEL_TABLE
+// naming the function that hands its table out.
+#include "columns_backward.h"
+#include "columns_forward.h"
+#include "rows_backward.h"
+#include "rows_forward.h"
+
+namespace normnorm {
+namespace {
+
+template <class T>
+void forward_computed(const cpu::Problem& p) {
+  if (p.geometry.columns)
+    ColumnForward<T>(p).run();
+  else
+    RowForward<T>(p).run();
+}
+
+template <class T>
+void backward_computed(const cpu::Problem& p) {
+  if (p.geometry.columns)
+    ColumnBackward<T>(p).run();
+  else
+    RowBackward<T>(p).run();
+}
+
+// float64 spends its time in the C library's logarithm and exponential, which no instruction set of ours
+// speeds up: its kernels are built once, in the generic table.
+#if defined(NN_GENERIC)
+void forward(const cpu::Problem& p) {
+  if (p.storage == cpu::Storage::kFloat64)
+    forward_computed<double>(p);
+  else
+    forward_computed<float>(p);
+}
+void backward(const cpu::Problem& p) {
+  if (p.storage == cpu::Storage::kFloat64)
+    backward_computed<double>(p);
+  else
+    backward_computed<float>(p);
+}
+#else
+void forward(const cpu::Problem& p) {
+  if (p.storage == cpu::Storage::kFloat64)
+    cpu::generic_kernels()->forward(p);
+  else
+    forward_computed<float>(p);
+}
+void backward(const cpu::Problem& p) {
+  if (p.storage == cpu::Storage::kFloat64)
+    cpu::generic_kernels()->backward(p);
+  else
+    backward_computed<float>(p);
+}
+#endif
+
+}  // namespace
+
+const cpu::Kernels* cpu::NN_KERNEL_TABLE() {
+  static const Kernels table = {NN_ISA_NAME, forward, backward};
+  return &table;
+}
+
+}  // namespace normnorm

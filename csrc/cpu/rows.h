@@ -1,0 +1,157 @@
+// The rows walk: a group is a few runs of contiguous elements (NCHW channels, rows of a layer norm, ...).
+//
+// Groups are cut into blocks small enough for the first-level cache: pieces of a run, or, where runs are
+// short and nothing changes from run to run, several runs gathered into a buffer.
+#pragma once
+
+#include <type_traits>
+
+#include "group_stats.h"
+#include "noise.h"
+#include "workspace.h"
+
+namespace normnorm {
+namespace {
+
+constexpr int64_t kBlock = 2048;       // elements of a block
+constexpr int64_t kShortRun = 512;     // shorter runs are gathered
+constexpr int64_t kScratch = 1 << 18;  // a group up to this size keeps its cache in a thread's scratch memory
+constexpr int64_t kSmallGroup = 8192;  // a group up to this size keeps a second one in the backward pass
+constexpr int64_t kMaxBundle = 16;     // groups that go through the rounds together
+
+struct Block {
+  int64_t run, runs, offset, size;
+};
+
+class BlockPlan {
+ public:
+  BlockPlan(const cpu::Geometry& g, bool gather) : runs_(g.runs), length_(g.length) {
+    if (gather && g.runs > 1 && g.length < kShortRun) runs_per_block_ = clamped(kBlock / g.length, 1, g.runs);
+    pieces_ = ceil_div(g.length, kBlock);
+    piece_ = ceil_div(ceil_div(g.length, pieces_), 16) * 16;
+    pieces_ = ceil_div(g.length, piece_);
+  }
+
+  int64_t blocks() const { return runs_per_block_ > 1 ? ceil_div(runs_, runs_per_block_) : runs_ * pieces_; }
+
+  Block operator[](int64_t b) const {
+    if (runs_per_block_ > 1) {
+      const int64_t run = b * runs_per_block_, runs = smaller(runs_per_block_, runs_ - run);
+      return {run, runs, 0, runs * length_};
+    }
+    const int64_t offset = b % pieces_ * piece_;
+    return {b / pieces_, 1, offset, smaller(piece_, length_ - offset)};
+  }
+
+ private:
+  int64_t runs_, length_, runs_per_block_ = 1, pieces_ = 1, piece_ = 1;
+};
+
+struct GroupIndex {
+  int64_t outer, inner, group;
+};
+
+template <class T>
+class RowWalk {
+ public:
+  using V = VectorOf<T>;
+
+  explicit RowWalk(const cpu::Problem& p)
+      : p_(p),
+        g_(p.geometry),
+        half_(stored_as_half(p.storage)),
+        plan_(p.geometry, p.affine == cpu::Affine::kPerGroup) {
+    noise_.seed = p.noise.seed;
+    noise_.stream = p.noise.stream;
+    noise_.order = {p.noise.transposed, p.noise.rows, p.noise.cols};
+  }
+
+  const BlockPlan& plan() const { return plan_; }
+  int64_t group_size() const { return g_.group_size(); }
+  GroupIndex index(int64_t group) const { return {group / g_.inner, group % g_.inner, group}; }
+
+  // Few large groups are cut up among the threads; many are handed out whole, each staying in one core's
+  // cache.
+  bool split_groups() const {
+    return g_.groups() < 4 * int64_t(p_.pool.threads) && plan_.blocks() >= 2 * int64_t(p_.pool.threads);
+  }
+
+  // Small groups go through the rounds a bundle at a time, so that the end of one group's reduction overlaps
+  // the beginning of the next one's.
+  int64_t bundle() const {
+    return split_groups() ? 1 : clamped(kBlock / (group_size() > 0 ? group_size() : 1), 1, kMaxBundle);
+  }
+
+  // Whether groups keep their cache in scratch memory of bundle() x group_size() elements.
+  bool scratched() const { return group_size() <= kScratch; }
+
+  // The block's elements in the compute dtype: where they lie, or brought together in `buffer` (kBlock
+  // elements).
+  const T* fetch(const cpu::Operand& from, const GroupIndex& at, const Block& b, T* buffer) const {
+    const int64_t offset = locate(from, at, b);
+    if (b.runs == 1 && !half_) return static_cast<const T*>(from.data) + offset;
+    const int64_t length = b.runs == 1 ? b.size : g_.length;
+    for (int64_t r = 0; r < b.runs; ++r)
+      load_run(p_.storage, from.data, offset + r * from.stride.run, buffer + r * length, length);
+    return buffer;
+  }
+  T* destination(const cpu::Operand& to, const GroupIndex& at, const Block& b, T* buffer) const {
+    return b.runs == 1 && !half_ ? static_cast<T*>(to.data) + locate(to, at, b) : buffer;
+  }
+  void deliver(const cpu::Operand& to, const GroupIndex& at, const Block& b, const T* buffer) const {
+    if (b.runs == 1 && !half_) return;
+    const int64_t offset = locate(to, at, b), length = b.runs == 1 ? b.size : g_.length;
+    for (int64_t r = 0; r < b.runs; ++r)
+      store_run(p_.storage, to.data, offset + r * to.stride.run, buffer + r * length, length);
+  }
+
+  // The block's part of the group's cache: in scratch memory, or in the tensor the walk will write, or
+  // nowhere.
+  T* cache(const cpu::Operand& to, const GroupIndex& at, const Block& b, T* scratch) const {
+    if (scratched()) return scratch + b.run * g_.length + b.offset;
+    return b.runs == 1 && !half_ && to.data ? static_cast<T*>(to.data) + locate(to, at, b) : nullptr;
+  }
+
+  // The block's normals; `buffer` holds kBlock + kNoiseSlack.
+  const T* block_normals(const GroupIndex& at, const Block& b, T* buffer) const {
+    const cpu::Strides& s = p_.noise.position;
+    const int64_t position = at.outer * s.outer + at.inner * s.inner + b.run * s.run + b.offset;
+    if (b.runs == 1) return normals(buffer, position, b.size, noise_);
+    T run_buffer[kShortRun + kNoiseSlack];
+    for (int64_t r = 0; r < b.runs; ++r)
+      memcpy(buffer + r * g_.length, normals(run_buffer, position + r * s.run, g_.length, noise_),
+             size_t(g_.length) * sizeof(T));
+    return buffer;
+  }
+
+  // The weight or bias of a whole block, or `missing` where there is none (or one for each element).
+  T parameter(const void* values, const GroupIndex& at, const Block& b, T missing) const {
+    if (!values || p_.affine == cpu::Affine::kPerElement) return missing;
+    const int64_t i = p_.affine == cpu::Affine::kPerRun ? at.inner * g_.runs + b.run : at.inner;
+    return static_cast<const T*>(values)[i];
+  }
+
+ private:
+  int64_t locate(const cpu::Operand& of, const GroupIndex& at, const Block& b) const {
+    const cpu::Strides& s = of.stride;
+    return at.outer * s.outer + at.inner * s.inner + b.run * s.run + b.offset;
+  }
+
+  const cpu::Problem& p_;
+  const cpu::Geometry& g_;
+  const bool half_;
+  BlockPlan plan_;
+  NoiseSource noise_;
+};
+
+// body(partial, offset, steps, lanes) over `size` contiguous elements: whole vectors, then what is left.
+template <class V, class F>
+NN_HD void for_vectors(int64_t size, F body) {
+  const int64_t whole = size / kLanes<V>;
+  if (whole) body(std::false_type(), int64_t(0), whole, kLanes<V>);
+  const int rest = int(size % kLanes<V>);
+  if (rest) body(std::true_type(), whole * kLanes<V>, int64_t(1), rest);
+}
+
+}  // namespace
+}  // namespace normnorm

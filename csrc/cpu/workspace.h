@@ -1,0 +1,68 @@
+// Scratch memory and the way work is cut into parts whose sums are merged in one fixed order.
+//
+// The parts depend on the shape alone, never on the number of threads, and are always folded from the first
+// to the last: that is what makes results bitwise the same for any number of threads.
+#pragma once
+
+#include <new>
+#include <stdlib.h>
+
+#include "problem.h"
+#include "vector.h"
+
+namespace normnorm {
+namespace {
+
+// Uninitialised, cache-line aligned, freed at the end of its scope. (No std::vector: its members would be
+// shared, as weak symbols, between files compiled for different instruction sets.)
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const size_t bytes = (size_t(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
+    data_ = static_cast<T*>(::aligned_alloc(64, bytes));
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Buffer() { ::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  void zero(int64_t count) { memset(static_cast<void*>(data_), 0, size_t(count) * sizeof(T)); }
+
+ private:
+  T* data_;
+};
+
+// body(begin, end) over [0, count), on the pool's threads where `parallel`.
+template <class F>
+inline void for_range(const cpu::ThreadPool& pool, bool parallel, int64_t count, F body) {
+  if (count <= 0) return;
+  if (!parallel || pool.threads <= 1 || count == 1) return body(int64_t(0), count);
+  pool.run(
+      count, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
+      &body);
+}
+
+// part(0) + part(1) + ... in that order; Part needs add().
+template <class Part, class F>
+inline Part fold_parts(const cpu::ThreadPool& pool, bool parallel, int64_t count, F part) {
+  Part total{};
+  if (!parallel || pool.threads <= 1 || count == 1) {
+    for (int64_t i = 0; i < count; ++i) total.add(part(i));
+    return total;
+  }
+  Buffer<Part> parts(count);
+  for_range(pool, true, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) parts[i] = part(i);
+  });
+  for (int64_t i = 0; i < count; ++i) total.add(parts[i]);
+  return total;
+}
+
+NN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+NN_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+NN_HD int64_t clamped(int64_t a, int64_t low, int64_t high) { return a < low ? low : a > high ? high : a; }
+
+}  // namespace
+}  // namespace normnorm
