@@ -174,6 +174,7 @@ inline void run_block(Block& b, Stacks& stacks, int order) {
   b.warps.assign(size_t((count + kWarp - 1) / kWarp), Warp{});
   b.barrier = Barrier{count};
   b.cluster_barrier = Barrier{count};
+  stacks.forget();
   for (int i = 0; i < count; ++i) {
     Fibre& f = b.fibres[size_t(i)];
     f.thread = {unsigned(i), 0, 0};

@@ -238,7 +238,9 @@ class Call:
         self, module: ModuleType, grad: Tensor, stats: Tensor, needs_input: bool = True
     ) -> tuple[Tensor | None, ...]:
         du = torch.full_like(self.input, math.nan) if needs_input else None
-        dw, db = (None if p is None else torch.full_like(p, math.nan) for p in (self.weight, self.bias))
+        dw, db = (
+            None if p is None else torch.full_like(p, math.nan) for p in (self.weight, self.bias)
+        )
         problem = self._problem(du, stats)
         problem["grad_output"] = (grad.data_ptr(), self.strides(grad))
         for name, p in (("grad_weight", dw), ("grad_bias", db)):
@@ -256,7 +258,9 @@ class Call:
         z = None
         if self.noise_train > 0:
             seed = torch.tensor([self.seed])
-            z = standard_normals(self.input.shape, seed, self.stream, self.columns and self.input.dim() > 2)
+            z = standard_normals(
+                self.input.shape, seed, self.stream, self.columns and self.input.dim() > 2
+            )
         output, stats = reference.normal_norm(
             leaf, weight, bias, kind=self.kind, num_groups=self.num_groups,
             normalized_ndim=self.normalized_ndim, eps=self.eps, noise_train=self.noise_train,

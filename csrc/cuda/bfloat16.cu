@@ -1,0 +1,3 @@
+#include "kernels.cuh"
+
+NN_PASSES(bfloat16_passes, __nv_bfloat16)

@@ -1,0 +1,159 @@
+// The forward and the backward pass of the columns walk for one storage type.
+#pragma once
+
+#include "columns_resident.cuh"
+#include "parts.cuh"
+#include "rows_launch.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+template <class T>
+class ColumnsPass {
+  using Real = RealOf<T>;
+  static constexpr int N = kChunkOf<T>;
+
+ public:
+  ColumnsPass(const Problem& p, bool backward, const Device& device, void* stream) : p_(p), stream_(stream) {
+    ragged_ = is_ragged(backward);
+    const Geometry& g = p.geometry;
+    a_.walk = rows_args<T>(p, ChunkMode());
+    a_.width = uint32_t(g.length);
+    a_.columns = uint32_t(g.inner * g.length);
+    a_.tiles = uint32_t(divide_up(a_.columns, kTileColumns<T>));
+    slabs_ = int64_t(a_.tiles) * g.outer;
+    Demand d;
+    d.groups = slabs_;
+    d.chunks = g.runs * kTileChunks;
+    d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
+    d.register_chunks = backward ? kBackwardRegister<T> : kForwardRegister<T>;
+    d.static_shared = 32768;
+    chunk_bytes_ = size_t(d.chunk_bytes);
+    const bool resident = a_.width == 1 && !(p.frozen && !backward);
+    plan_ = resident ? choose_tile_plan(d, device, kColumnThreads, p.force) : Plan();
+    Carver carver(p.workspace);
+    if (plan_.rung == Rung::kGrid) {
+      sync_.blocks = unsigned(plan_.blocks);
+      sync_.counters = carver.take<unsigned>(plan_.teams);
+      sync_.partial = carver.take<Real>(int64_t(plan_.teams) * 2 * plan_.blocks * kMaxSums * kTileColumns<T>);
+    } else {
+      place_stream(carver, device);
+    }
+    if (backward) {
+      a_.walk.weight_part = part_of(carver, p.grad_weight);
+      a_.walk.bias_part = part_of(carver, p.grad_bias);
+    }
+    carved_ = carver.used();
+  }
+
+  Plan plan() const { return plan_; }
+  size_t workspace() const { return carved_; }
+  int forward() const { return ragged_ ? forward_as<true>() : forward_as<sizeof(T) == 8>(); }
+
+  int backward() const {
+    int e = ragged_ ? backward_as<true>() : backward_as<sizeof(T) == 8>();
+    if (e == 0) e = fold(a_.walk.weight_part, p_.grad_weight);
+    if (e == 0) e = fold(a_.walk.bias_part, p_.grad_bias);
+    return e;
+  }
+
+ private:
+  void place_stream(Carver& carver, const Device& device) {
+    const int64_t most = divide_up(p_.geometry.runs, kColumnRows);
+    const int64_t wanted = divide_up(int64_t(device.multiprocessors) * (2048 / kColumnThreads), slabs_);
+    a_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : wanted < most ? wanted : most);
+    blocks_ = unsigned(slabs_ * a_.splits);
+    plan_ = {Rung::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
+    a_.part = carver.take<Real>(int64_t(blocks_) * kMaxSums * kTileColumns<T>);
+    a_.mean = carver.take<Real>(p_.geometry.groups());
+    a_.sums = carver.take<Real>(p_.geometry.groups() * kMaxSums);
+  }
+
+  // Whether a chunk of some row or tensor is not 16 aligned bytes, or its noise begins within a counter.
+  bool is_ragged(bool backward) const {
+    const Operand* tensors[3] = {&p_.input, p_.output.data ? &p_.output : &p_.input, backward ? &p_.grad_output : &p_.input};
+    bool ragged = p_.geometry.inner * p_.geometry.length % N != 0;
+    const auto aligned = [&](const Strides& s, int64_t to) {
+      return (p_.geometry.outer == 1 || s.outer % to == 0) && (p_.geometry.runs == 1 || s.run % to == 0);
+    };
+    for (const Operand* t : tensors)
+      ragged = ragged || elements_past_boundary<T>(t->data) != 0 || !aligned(t->stride, N);
+    return ragged || (p_.noise.on && !aligned(p_.noise.position, 4));
+  }
+
+  Real* part_of(Carver& carver, const Parameter& gradient) const {
+    return gradient.data ? parameter_part<T>(carver, gradient, p_.geometry.outer, a_.columns) : nullptr;
+  }
+  int fold(const Real* part, const Parameter& gradient) const {
+    return fold_parameter<T>(part, p_.geometry.outer, a_.columns, gradient, stream_);
+  }
+
+  using Kernel = void (*)(const ColumnsArgs<Real>);
+  int round(Kernel kernel) const {
+    Start s;
+    s.threads = kColumnThreads;
+    s.grid = blocks_;
+    s.stream = stream_;
+    return start(kernel, s, a_);
+  }
+  int round(Kernel kernel, Kernel finish) const {
+    if (const int e = round(kernel)) return e;
+    Start s;
+    s.grid = unsigned(p_.geometry.groups());
+    s.stream = stream_;
+    return start(finish, s, a_);
+  }
+
+  using TileKernel = void (*)(const ColumnsArgs<Real>, typename TileTeam<T>::Sync);
+  int start_tiles(TileKernel kernel) const {
+    Start s;
+    s.threads = kColumnThreads;
+    s.grid = unsigned(plan_.teams * plan_.blocks);
+    s.shared = size_t(plan_.shared_chunks) * chunk_bytes_ * kColumnThreads;
+    s.cooperative = true;
+    s.stream = stream_;
+    if (const int e = zero(sync_.counters, size_t(plan_.teams) * sizeof(unsigned), stream_)) return e;
+    return start(kernel, s, a_, sync_);
+  }
+
+  template <bool kRagged>
+  int forward_as() const {
+    if (plan_.rung == Rung::kGrid)
+      return start_tiles(p_.noise.on ? column_forward<T, kRagged, true> : column_forward<T, kRagged, false>);
+    int e = 0;
+    if (!p_.frozen) {
+      e = round(column_moments<T, kRagged>, column_finish<T, Finish::kMoments>);
+      if (!e) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>);
+    }
+    if (!e && p_.noise.on && !p_.noise.given_scale) {
+      e = round(column_sum_x<T, kRagged, false>, column_finish<T, Finish::kMean>);
+      if (!e) e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>);
+    }
+    if (e) return e;
+    return round(p_.noise.on ? column_output<T, kRagged, true> : column_output<T, kRagged, false>);
+  }
+
+  template <bool kRagged>
+  int backward_as() const {
+    if (plan_.rung == Rung::kGrid) return start_tiles(column_backward<T, kRagged>);
+    int e = round(column_gradient<T, kRagged, true>, column_finish<T, Finish::kGradient>);
+    if (!e && p_.output.data) e = round(column_gradient<T, kRagged, false>);
+    return e;
+  }
+
+  const Problem& p_;
+  ColumnsArgs<Real> a_ = {};
+  void* stream_;
+  bool ragged_ = false;
+  Plan plan_;
+  typename TileTeam<T>::Sync sync_ = {};
+  int64_t slabs_ = 1;
+  size_t chunk_bytes_ = 0;
+  unsigned blocks_ = 1;
+  size_t carved_ = 0;
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

@@ -1,0 +1,301 @@
+// The columns walk with a tile of columns resident in the registers and shared memory of co-operating blocks: one read
+// and one write of device memory. For groups of one column (Batch, Instance).
+#pragma once
+
+#include "columns_stream.cuh"
+#include "held.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+// The blocks that hold one tile. A cooperative launch, as GridTeam.
+template <class T>
+class TileTeam {
+  using Real = RealOf<T>;
+  static constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
+
+ public:
+  using Totals = Real (&)[kMaxSums][kColumns];
+  using Sync = typename GridTeam<Real>::Sync;  // partial: [team][2][blocks][kMaxSums][kColumns]
+
+  __device__ explicit TileTeam(Sync sync) : sync_(sync) {}
+  __device__ uint32_t block() const { return blockIdx.x / count(); }
+  __device__ uint32_t blocks() const { return sync_.blocks; }
+  __device__ uint32_t index() const { return blockIdx.x % count(); }
+  __device__ uint32_t count() const { return gridDim.x / sync_.blocks; }
+
+  // Each column's totals over all rows of the tile, seen by all threads of the team.
+  template <int K>
+  __device__ void sum(Real (&v)[K][N], Totals totals) {
+    column_totals<T, K>(v, totals);
+    if (sync_.blocks == 1) return;
+    constexpr size_t kPart = size_t(kMaxSums) * kColumns;
+    Real* buffer = sync_.partial + size_t(index() * 2 + turn_) * sync_.blocks * kPart;
+    turn_ ^= 1;
+    for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads)
+      buffer[block() * kPart + i] = totals[i / kColumns][i % kColumns];
+    __syncthreads();  // before the block says that it has arrived
+    if (threadIdx.x == 0) {
+      passed_ += sync_.blocks;
+      arrive(sync_.counters + index());
+      while (arrived(sync_.counters + index()) < passed_) __nanosleep(32);
+    }
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads) {
+      Real total = 0;
+      for (uint32_t b = 0; b < sync_.blocks; ++b) total += __ldcg(buffer + b * kPart + i);
+      totals[i / kColumns][i % kColumns] = total;
+    }
+    __syncthreads();
+  }
+
+ private:
+  Sync sync_;
+  unsigned turn_ = 0, passed_ = 0;
+};
+
+template <class T>
+__device__ inline ColumnPlace locate_tile(const ColumnsArgs<RealOf<T>>& a, uint32_t slab) {
+  constexpr int N = kChunkOf<T>;
+  ColumnPlace p;
+  p.split = 0;
+  p.outer = slab / a.tiles;
+  p.tile = slab - p.outer * a.tiles;
+  p.x = threadIdx.x % kTileChunks;
+  p.y = threadIdx.x / kTileChunks;
+  p.column = p.tile * kTileColumns<T> + p.x * N;
+  const int left = int(a.columns) - int(p.column);
+  p.span = {0, left < 0 ? 0 : left < N ? left : N};
+  return p;
+}
+
+// What a tile's threads share.
+template <class T>
+struct TileShared {
+  RealOf<T> totals[kMaxSums][kTileColumns<T>];
+  Moments1<RealOf<T>> moments[kTileColumns<T>];
+  GroupConstants<RealOf<T>> of[kTileColumns<T>];
+  InputGradient<RealOf<T>> gradient[kTileColumns<T>];
+};
+
+template <class T, bool kRagged>
+class ForwardTile {
+  static constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
+  using Real = RealOf<T>;
+  using Chunk = Real (&)[1][N];
+
+ public:
+  __device__ ForwardTile(const ColumnsArgs<Real>& a, TileTeam<T>& team, TileShared<T>& shared, const ColumnPlace& p)
+      : a_(a), team_(team), shared_(shared), p_(p),
+        held_(p.span.hi > 0 ? a.walk.runs : 0, team.block() * kColumnRows + p.y, team.blocks() * kColumnRows) {}
+
+  __device__ __forceinline__ void moments() {
+    Real total[1][N] = {};
+    held_.template each<false, true>([&](Chunk x, uint32_t row, int) {
+      read_row<T, kRagged>(a_.walk.input, a_.walk.at_input, p_, row, x[0]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
+    });
+    team_.sum(total, shared_.totals);
+    Real mean[N], centred[2][N] = {};
+#pragma unroll
+    for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.walk.inverse_count;
+    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        x[0][j] -= mean[j];
+        centred[0][j] += x[0][j];
+        centred[1][j] += x[0][j] * x[0][j];
+      }
+    });
+    team_.sum(centred, shared_.totals);
+    if (p_.y == 0) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const int i = int(p_.x) * N + j;
+        shared_.moments[i] = finish_moments(mean[j], shared_.totals[0][i], shared_.totals[1][i], a_.walk.inverse_count,
+                                            a_.walk.eps);
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void estimate() {
+    Real rstd[N], shift[N], sums[4][N] = {};
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Moments1<Real>& m = shared_.moments[p_.x * N + j];
+      rstd[j] = m.rstd;
+      shift[j] = -m.mean_low * m.rstd;
+    }
+    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        Real terms[4] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j]};
+        x[0][j] = lambda_round(x[0][j] * rstd[j] + shift[j], terms);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[k][j] = terms[k];
+      }
+    });
+    team_.sum(sums, shared_.totals);
+    for (int i = int(threadIdx.x); i < kColumns; i += kColumnThreads) finish_column(i);
+    __syncthreads();
+  }
+
+  // x in place of the logarithms; its mean goes to totals[0].
+  __device__ __forceinline__ void transform() {
+    Real total[1][N] = {};
+    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
+      transform_row(x[0]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
+    });
+    team_.sum(total, shared_.totals);
+  }
+
+  __device__ __forceinline__ void deviation() {
+    Real mean[N], total[1][N] = {};
+#pragma unroll
+    for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.walk.inverse_count;
+    held_.template each<true, false>([&](Chunk x, uint32_t, int) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0][j] += absolute(x[0][j] - mean[j]);
+    });
+    team_.sum(total, shared_.totals);
+  }
+
+  // The last round: from x where there is noise, else from the logarithms.
+  template <bool kNoise>
+  __device__ __forceinline__ void write() {
+    const PhiloxSchedule keys(kNoise ? uint64_t(*a_.walk.seed) : 0);
+    Real weight[N], bias[N], noise[N] = {};
+    column_parameters<T>(a_.walk.weight, a_.walk.weight_in_storage, Real(1), p_, weight);
+    column_parameters<T>(a_.walk.bias, a_.walk.bias_in_storage, Real(0), p_, bias);
+    if constexpr (kNoise) {
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (j < p_.span.hi) noise[j] = a_.walk.noise_train * scale(int(p_.x) * N + j);
+    }
+    held_.template each<true, false>([&](Chunk x, uint32_t row, int) {
+      Real z[N] = {};
+      if constexpr (kNoise) row_normals<kRagged>(a_.walk, p_, row, keys, z);
+      else transform_row(x[0]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[0][j] = (x[0][j] + noise[j] * z[j]) * weight[j] + bias[j];
+      write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
+    });
+    if (team_.block() > 0 || a_.walk.given_scale) return;
+    for (int i = int(threadIdx.x); i < kColumns && group(i) < group_end(); i += kColumnThreads)
+      a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)] = kNoise ? scale(i) : Real(0);
+  }
+
+ private:
+  __device__ uint32_t group(int i) const { return p_.outer * a_.columns + p_.tile * kColumns + i; }
+  __device__ uint32_t group_end() const { return (p_.outer + 1) * a_.columns; }
+  __device__ Real scale(int i) const {
+    return a_.walk.given_scale ? a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)]
+                               : shared_.totals[0][i] * a_.walk.inverse_count;
+  }
+  __device__ __forceinline__ void transform_row(Real (&x)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const GroupConstants<Real>& k = shared_.of[p_.x * N + j];
+      x[j] = k.careful ? transform_round<true>(x[j], k.exponents) : transform_round<false>(x[j], k.exponents);
+    }
+  }
+  __device__ __forceinline__ void finish_column(int i) {
+    const Real sums[4] = {shared_.totals[0][i], shared_.totals[1][i], shared_.totals[2][i], shared_.totals[3][i]};
+    const RowsArgs<Real>& w = a_.walk;
+    const Estimate<Real> e =
+        finish_lambda(sums, shared_.moments[i].rstd, w.inverse_count, w.alpha, w.order, w.eps, w.root_eps);
+    shared_.of[i].exponents = make_exponents<Real>(e.lmbda, w.transform_eps);
+    shared_.of[i].careful = needs_care(shared_.of[i].exponents, false);
+    if (team_.block() == 0 && group(i) < group_end())
+      write_statistics(w, group(i), shared_.moments[i], e);
+  }
+
+  const ColumnsArgs<Real>& a_;
+  TileTeam<T>& team_;
+  TileShared<T>& shared_;
+  const ColumnPlace& p_;
+  Held<Real, N, kForwardRegister<T>, 1> held_;
+};
+
+template <class T, bool kRagged, bool kNoise>
+__global__ void __launch_bounds__(kColumnThreads, 1)
+column_forward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
+  __shared__ TileShared<T> shared;
+  TileTeam<T> team(sync);
+  const uint32_t slabs = a.walk.groups / a.columns * a.tiles;
+#pragma unroll 1
+  for (uint32_t slab = team.index(); slab < slabs; slab += team.count()) {
+    const ColumnPlace p = locate_tile<T>(a, slab);
+    ForwardTile<T, kRagged> pass(a, team, shared, p);
+    pass.moments();
+    pass.estimate();
+    if constexpr (kNoise) {
+      pass.transform();
+      if (!a.walk.given_scale) pass.deviation();
+    }
+    pass.template write<kNoise>();
+  }
+}
+
+template <class T, bool kRagged>
+__global__ void __launch_bounds__(kColumnThreads, 1)
+column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
+  using Chunk = Real (&)[3][N];  // G psi_h, w, h
+  __shared__ TileShared<T> shared;
+  TileTeam<T> team(sync);
+  const bool noisy = a.walk.noise && a.walk.weight_part != nullptr;
+  const uint32_t slabs = a.walk.groups / a.columns * a.tiles;
+#pragma unroll 1
+  for (uint32_t slab = team.index(); slab < slabs; slab += team.count()) {
+    const ColumnPlace p = locate_tile<T>(a, slab);
+    load_tile<T>(a, p, shared.of);
+    Held<Real, N, kBackwardRegister<T>, 3> held(p.span.hi > 0 ? a.walk.runs : 0, team.block() * kColumnRows + p.y,
+                                                team.blocks() * kColumnRows);
+    Real weight[N], sums[kGradientSums][N] = {};
+    column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
+    held.template each<false, true>([&](Chunk kept, uint32_t row, int) {
+      Real g[N], z[N] = {};
+      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, kept[2]);
+      read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
+      if (noisy) row_normals<kRagged>(a.walk, p, row, PhiloxSchedule(uint64_t(*a.walk.seed)), z);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (kRagged && !p.span.has(j)) continue;
+        const GroupConstants<Real>& k = shared.of[p.x * N + j];
+        const Slopes<Real> s = column_slopes(k.standardize(kept[2][j]), g[j], weight[j], k, z[j] * a.walk.noise_train, sums, j);
+        kept[0][j] = s.through_h, kept[1][j] = s.w, kept[2][j] = k.standardize(kept[2][j]);
+      }
+    });
+    team.sum(sums, shared.totals);
+    for (int i = int(threadIdx.x); i < kColumns; i += kColumnThreads) {
+      const uint32_t column = p.tile * kColumns + i;
+      if (column >= a.columns) break;
+      Real totals[5];
+#pragma unroll
+      for (int k = 0; k < 5; ++k) totals[k] = shared.totals[k][i];
+      shared.gradient[i] = finish_gradient(totals, a.walk.inverse_count, shared.of[i].rstd, a.walk.frozen);
+      if (team.block() > 0) continue;
+      if (a.walk.bias_part) a.walk.bias_part[p.outer * a.columns + column] = shared.totals[5][i];
+      if (a.walk.weight_part) a.walk.weight_part[p.outer * a.columns + column] = shared.totals[6][i];
+    }
+    __syncthreads();
+    if (a.walk.output == nullptr) continue;
+    held.template each<true, false>([&](Chunk kept, uint32_t row, int) {
+      Real out[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = shared.gradient[p.x * N + j](kept[0][j], kept[1][j], kept[2][j]);
+      write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, out);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

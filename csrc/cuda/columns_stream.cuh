@@ -1,0 +1,264 @@
+// The columns walk from device memory, a launch a round.
+#pragma once
+
+#include "columns.cuh"
+#include "rows_stream.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+// Round 1: as stream_moments(), for each column around a pilot of its own.
+template <class T, bool kRagged>
+__global__ void __launch_bounds__(kColumnThreads, 2) column_moments(const ColumnsArgs<RealOf<T>> a) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  __shared__ Real totals[kMaxSums][kTileColumns<T>];
+  const ColumnPlace p = locate_column<T, kRagged>(a);
+  Real pilot[2][N] = {};
+  const uint32_t first = p.split * kColumnRows + p.y;
+  if (p.span.hi > 0 && first < a.walk.runs) {
+    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, first, pilot[0]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) pilot[1][j] = Real(1);
+  }
+  column_totals<T, 2>(pilot, totals);
+  Real centre[N], sums[3][N] = {};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const Real count = totals[1][p.x * N + j];
+    centre[j] = count > Real(0) ? totals[0][p.x * N + j] / count : Real(0);
+  }
+  each_row(a, p, [&](uint32_t row) {
+    Real u[N];
+    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Real d = u[j] - centre[j];
+      sums[0][j] += Real(1);
+      sums[1][j] += d;
+      sums[2][j] += d * d;
+    }
+  });
+  column_totals<T, 3>(sums, totals);
+  Real* part = a.part + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
+  if (p.y > 0) return;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int i = int(p.x) * N + j;
+    const Real count = totals[0][i], shift = count > Real(0) ? totals[1][i] / count : Real(0);
+    part[i] = count;
+    part[kTileColumns<T> + i] = centre[j] + shift;
+    part[2 * kTileColumns<T> + i] = totals[2][i] - totals[1][i] * shift;
+  }
+}
+
+// Round 2.
+template <class T, bool kRagged>
+__global__ void __launch_bounds__(kColumnThreads, 2) column_lambda(const ColumnsArgs<RealOf<T>> a) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  const ColumnPlace p = locate_column<T, kRagged>(a);
+  Real mean[N], rstd[N], shift[N], sums[4][N] = {};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const uint32_t column = p.column + j < a.columns ? p.column + j : a.columns - 1;
+    const Real* stats = a.walk.stats + p.outer * a.walk.inner.divisor + column / a.width;
+    mean[j] = stats[int64_t(kMean) * a.walk.groups];
+    rstd[j] = stats[int64_t(kRstd) * a.walk.groups];
+    shift[j] = -stats[int64_t(kMeanLow) * a.walk.groups] * rstd[j];
+  }
+  each_row(a, p, [&](uint32_t row) {
+    Real u[N];
+    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      Real terms[4] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j]};
+      lambda_round((u[j] - mean[j]) * rstd[j] + shift[j], terms);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[k][j] = terms[k];
+    }
+  });
+  write_column_part<T, 4>(a, p, sums);
+}
+
+// x of one element, from its column's constants.
+template <class Real>
+__device__ __forceinline__ Real column_x(Real u, const GroupConstants<Real>& k) {
+  const Real h = k.standardize(u);
+  const Real signed_log = signed_as(DeviceLog<Real>::of(absolute(h)), h);
+  return k.careful ? transform_round<true>(signed_log, k.exponents) : transform_round<false>(signed_log, k.exponents);
+}
+
+// Rounds 3 and 4.
+template <class T, bool kRagged, bool kDeviation>
+__global__ void __launch_bounds__(kColumnThreads, 2) column_sum_x(const ColumnsArgs<RealOf<T>> a) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  __shared__ GroupConstants<Real> tile[kTileColumns<T>];
+  const ColumnPlace p = locate_column<T, kRagged>(a);
+  load_tile<T>(a, p, tile);
+  Real mean[N] = {}, sums[1][N] = {};
+  if (kDeviation) {
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      if (j < p.span.hi) mean[j] = a.mean[p.outer * a.walk.inner.divisor + (p.column + j) / a.width];
+  }
+  each_row(a, p, [&](uint32_t row) {
+    Real u[N];
+    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (kRagged && !p.span.has(j)) continue;
+      const Real x = column_x(u[j], tile[p.x * N + j]);
+      sums[0][j] += kDeviation ? absolute(x - mean[j]) : x;
+    }
+  });
+  write_column_part<T, 1>(a, p, sums);
+}
+
+// weight (or bias) of a chunk's columns.
+template <class T, class Real>
+__device__ inline void column_parameters(const void* data, bool in_storage, Real missing, const ColumnPlace& p,
+                                         Real (&out)[kChunkOf<T>]) {
+#pragma unroll
+  for (int j = 0; j < kChunkOf<T>; ++j)
+    out[j] = data != nullptr && j < p.span.hi ? load_parameter<T>(data, in_storage, p.column + j) : missing;
+}
+
+// Round 5; also the whole of a frozen layer's forward pass.
+template <class T, bool kRagged, bool kNoise>
+__global__ void __launch_bounds__(kColumnThreads, 2) column_output(const ColumnsArgs<RealOf<T>> a) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  __shared__ GroupConstants<Real> tile[kTileColumns<T>];
+  const ColumnPlace p = locate_column<T, kRagged>(a);
+  load_tile<T>(a, p, tile);
+  const PhiloxSchedule keys(kNoise ? uint64_t(*a.walk.seed) : 0);
+  Real weight[N], bias[N];
+  column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
+  column_parameters<T>(a.walk.bias, a.walk.bias_in_storage, Real(0), p, bias);
+  each_row(a, p, [&](uint32_t row) {
+    Real x[N], z[N] = {};
+    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, x);
+    if constexpr (kNoise) row_normals<kRagged>(a.walk, p, row, keys, z);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (kRagged && !p.span.has(j)) continue;
+      const GroupConstants<Real>& k = tile[p.x * N + j];
+      const Real y = column_x(x[j], k) + (kNoise ? a.walk.noise_train * k.noise_scale * z[j] : Real(0));
+      x[j] = y * weight[j] + bias[j];
+    }
+    write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, x);
+  });
+}
+
+// The backward reduction's terms of one element, added to column j's sums. noise: noise_train z.
+template <int N, class Real>
+__device__ __forceinline__ Slopes<Real> column_slopes(Real h, Real g, Real weight, const GroupConstants<Real>& k,
+                                                      Real noise, Real (&sums)[kGradientSums][N], int j) {
+  Real terms[5] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j], sums[4][j]};
+  const Slopes<Real> s = k.careful ? gradient_round<true>(h, g * weight, k, terms)
+                                   : gradient_round<false>(h, g * weight, k, terms);
+#pragma unroll
+  for (int i = 0; i < 5; ++i) sums[i][j] = terms[i];
+  sums[5][j] += g;
+  sums[6][j] += g * (s.x + noise * k.noise_scale);
+  return s;
+}
+
+// The backward reduction, and the gradient of the input from its totals.
+template <class T, bool kRagged, bool kSums>
+__global__ void __launch_bounds__(kColumnThreads, 1) column_gradient(const ColumnsArgs<RealOf<T>> a) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  __shared__ GroupConstants<Real> tile[kTileColumns<T>];
+  __shared__ InputGradient<Real> gradients[kTileColumns<T>];
+  const ColumnPlace p = locate_column<T, kRagged>(a);
+  load_tile<T>(a, p, tile);
+  if constexpr (!kSums) {
+    for (uint32_t i = threadIdx.x; i < kTileColumns<T>; i += kColumnThreads) {
+      const uint32_t column = p.tile * kTileColumns<T> + i;
+      if (column >= a.columns) break;
+      const size_t group = p.outer * a.walk.inner.divisor + column / a.width;
+      gradients[i] = finish_gradient(a.sums + group * kMaxSums, a.walk.inverse_count, tile[i].rstd, a.walk.frozen);
+    }
+    __syncthreads();
+  }
+  const bool noisy = kSums && a.walk.noise && a.walk.weight_part != nullptr;
+  const PhiloxSchedule keys(noisy ? uint64_t(*a.walk.seed) : 0);
+  Real weight[N], sums[kGradientSums][N] = {};
+  column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
+  each_row(a, p, [&](uint32_t row) {
+    Real u[N], g[N], z[N] = {};
+    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+    read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
+    if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (kRagged && !p.span.has(j)) continue;
+      const GroupConstants<Real>& k = tile[p.x * N + j];
+      const Real h = k.standardize(u[j]);
+      const Slopes<Real> s = column_slopes(h, g[j], weight[j], k, z[j] * a.walk.noise_train, sums, j);
+      if constexpr (!kSums) {
+        u[j] = gradients[p.x * N + j](s.through_h, s.w, h);
+      }
+    }
+    if constexpr (!kSums) write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, u);
+  });
+  if constexpr (kSums) write_column_part<T, kGradientSums>(a, p, sums);
+}
+
+// Where the parts of a group lie: entry i of its columns times splits.
+template <class T>
+struct ColumnParts {
+  const ColumnsArgs<RealOf<T>>& a;
+  uint32_t outer, first;
+  __device__ uint32_t entries() const { return a.width * a.splits; }
+  __device__ const RealOf<T>* column(uint32_t c, uint32_t split) const {
+    const uint32_t tile = (first + c) / kTileColumns<T>, at = (first + c) % kTileColumns<T>;
+    return a.part + (size_t(outer * a.tiles + tile) * a.splits + split) * kMaxSums * kTileColumns<T> + at;
+  }
+  __device__ RealOf<T> get(uint32_t i, int k) const {
+    return column(i / a.splits, i % a.splits)[k * kTileColumns<T>];
+  }
+};
+
+// One warp a group.
+template <class T, Finish kFinish>
+__global__ void __launch_bounds__(32) column_finish(const ColumnsArgs<RealOf<T>> a) {
+  using Real = RealOf<T>;
+  const uint32_t group = blockIdx.x, outer = group / a.walk.inner.divisor;
+  const ColumnParts<T> parts = {a, outer, (group - outer * a.walk.inner.divisor) * a.width};
+  if constexpr (kFinish == Finish::kMoments) {
+    finish_moment_parts(a.walk, a.width * a.splits, [&](uint32_t i, int k) { return parts.get(i, k); }, group);
+  } else {
+    constexpr int K = kFinish == Finish::kLambda ? 4 : kFinish == Finish::kGradient ? 5 : 1;
+    Real sums[K] = {};
+    for (uint32_t i = threadIdx.x; i < parts.entries(); i += 32)
+#pragma unroll
+      for (int k = 0; k < K; ++k) sums[k] += parts.get(i, k);
+#pragma unroll
+    for (int k = 0; k < K; ++k) sums[k] = warp_sum(sums[k]);
+    if (threadIdx.x == 0) finish_sums<kFinish>(a.walk, sums, group, a.mean + group, a.sums + size_t(group) * kMaxSums);
+  }
+  if constexpr (kFinish == Finish::kGradient) {
+    for (uint32_t c = 0; c < a.width; ++c) {
+      Real bias = 0, weight = 0;
+      for (uint32_t split = threadIdx.x; split < a.splits; split += 32) {
+        bias += parts.column(c, split)[5 * kTileColumns<T>];
+        weight += parts.column(c, split)[6 * kTileColumns<T>];
+      }
+      bias = warp_sum(bias);
+      weight = warp_sum(weight);
+      if (threadIdx.x > 0) continue;
+      const size_t at = size_t(outer) * a.columns + parts.first + c;
+      if (a.walk.bias_part) a.walk.bias_part[at] = bias;
+      if (a.walk.weight_part) a.walk.weight_part[at] = weight;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

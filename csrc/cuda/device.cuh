@@ -1,0 +1,54 @@
+// What every kernel includes: CUDA under nvcc, the tests' host-execution layer under a host compiler.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define NN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#else
+#include "host_cuda.h"  // tests/host_cuda
+#endif
+#include <stdint.h>
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+// Clusters of blocks; before sm_90 there is none, and the launchers ask for none.
+#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+__device__ inline unsigned cluster_rank() { return 0; }
+__device__ inline unsigned cluster_size() { return 1; }
+__device__ inline void cluster_sync() {}
+template <class T>
+__device__ T* in_block_of_cluster(T* p, unsigned) { return p; }
+#else
+__device__ inline unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
+__device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
+__device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+template <class T>
+__device__ T* in_block_of_cluster(T* p, unsigned rank) { return cooperative_groups::this_cluster().map_shared_rank(p, rank); }
+#endif
+// Adds `count` where the writes of this thread before it become visible to whoever sees the sum.
+__device__ inline void arrive(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ inline unsigned arrived(const unsigned* counter) {
+  unsigned count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+#else
+using host_cuda::arrive;
+using host_cuda::arrived;
+using host_cuda::cluster_rank;
+using host_cuda::cluster_size;
+using host_cuda::cluster_sync;
+using host_cuda::in_block_of_cluster;
+#endif
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

@@ -1,0 +1,3 @@
+#include "kernels.cuh"
+
+NN_PASSES(float16_passes, __half)

@@ -1,0 +1,172 @@
+// The backward pass of the rows walk with the group resident on chip: two reads and one write of device memory.
+#pragma once
+
+#include "held.cuh"
+#include "rounds.cuh"
+#include "rows.cuh"
+#include "rows_forward.cuh"
+#include "team.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+// Three numbers an element are held between the rounds, and two more where the weight varies by element.
+template <class T>
+constexpr int kBackwardRegister = 16 / kChunkOf<T>;
+
+// Sums for the parameters' gradients, one pair an element of this thread's chunks; they last over all groups.
+template <class T, bool kElementwise, int kRegister>
+struct ElementSums {
+  RealOf<T> weight[kRegister][kChunkOf<T>] = {};
+  RealOf<T> bias[kRegister][kChunkOf<T>] = {};
+};
+template <class T, int kRegister>
+struct ElementSums<T, false, kRegister> {};
+
+// g, and G = g times the weight.
+template <class T, bool kRagged, class Real>
+__device__ __forceinline__ void weighted_gradient(const RowsArgs<Real>& a, const GroupPlace& place, const ChunkPlace& c,
+                                                  Real weight, Real (&g)[kChunkOf<T>], Real (&weighted)[kChunkOf<T>]) {
+  constexpr int N = kChunkOf<T>;
+  read_chunk<T, kRagged>(a.grad, place.grad, a.at_grad, c, g);
+  if (a.affine == Affine::kPerElement) {
+    element_parameters<T, kRagged>(a.weight, a.weight_in_storage, Real(1), c, weighted);
+#pragma unroll
+    for (int j = 0; j < N; ++j) weighted[j] *= g[j];
+  } else {
+    if (a.affine == Affine::kPerRun) weight = run_affine<T>(a, place.inner * a.runs + c.run).weight;
+#pragma unroll
+    for (int j = 0; j < N; ++j) weighted[j] = g[j] * weight;
+  }
+}
+
+// y - bias over weight, what the weight's gradient multiplies: x, and the noise where there was some.
+template <int N, class Real>
+__device__ __forceinline__ void add_noise(const RowsArgs<Real>& a, const GroupPlace& place, const ChunkPlace& c,
+                                          const PhiloxSchedule& keys, Real noise, Real (&x)[N]) {
+  Real z[N];
+  chunk_normals<N>(a, place, c, keys, z);
+#pragma unroll
+  for (int j = 0; j < N; ++j) x[j] += noise * z[j];
+}
+
+constexpr int kGradientSums = 7;  // the five of gradient_round(), then those of the bias and the weight
+
+template <class T, bool kRagged, bool kElementwise, class Team, int kRegister = kBackwardRegister<T>>
+class BackwardGroup {
+  static constexpr int N = kChunkOf<T>;
+  using Real = RealOf<T>;
+  using Chunk = Real (&)[3][N];  // G psi_h, w, h
+
+ public:
+  __device__ BackwardGroup(const RowsArgs<Real>& a, Team& team)
+      : a_(a), team_(team), held_(a.chunks, team.rank(), team.size()),
+        seed_(a.noise && a.weight_part ? uint64_t(*a.seed) : 0) {}
+
+  __device__ __forceinline__ void reduce(const GroupPlace& place, const GroupConstants<Real>& constants,
+                                         Real (&sums)[kGradientSums]) {
+    const bool noisy = a_.noise && a_.weight_part != nullptr;
+    const Real weight = group_affine<T>(a_, place).weight;
+    held_.template each<false, true>([&](Chunk kept, uint32_t chunk, int slot) {
+      const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
+      Real g[N], x[N];
+      read_chunk<T, kRagged>(a_.input, place.input, a_.at_input, c, kept[2]);
+      weighted_gradient<T, kRagged>(a_, place, c, weight, g, kept[0]);
+      if (constants.careful) slopes<true>(c.span, constants, kept, x, sums);
+      else slopes<false>(c.span, constants, kept, x, sums);
+      if (noisy) add_noise<N>(a_, place, c, PhiloxSchedule(seed_), a_.noise_train * constants.noise_scale, x);
+      add_parameters(g, x, slot, sums);
+    });
+    team_.sum(sums);
+  }
+
+  __device__ __forceinline__ void write(const GroupPlace& place, const InputGradient<Real>& du) {
+    held_.template each<true, false>([&](Chunk kept, uint32_t chunk, int) {
+      Real out[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = du(kept[0][j], kept[1][j], kept[2][j]);
+      const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
+      write_chunk<T, kRagged>(a_.output, place.output, a_.at_output, c, out);
+    });
+  }
+
+  // This team's share of the parameters' gradients, where they vary by element.
+  __device__ __forceinline__ void write_element_sums() {
+    if constexpr (kElementwise) {
+      const GroupPlace origin = {};
+      held_.template each<false, false>([&](Chunk, uint32_t chunk, int slot) {
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, origin, chunk);
+        const int64_t at = team_.index() * a_.length + c.first;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          if (kRagged && !c.span.has(j)) continue;
+          if (a_.weight_part) a_.weight_part[at + j] = element_.weight[slot][j];
+          if (a_.bias_part) a_.bias_part[at + j] = element_.bias[slot][j];
+        }
+      });
+    }
+  }
+
+ private:
+  // From (G, -, u) to (G psi_h, w, h); elements outside the run become zeros.
+  template <bool kCareful>
+  __device__ __forceinline__ void slopes(Span span, const GroupConstants<Real>& constants, Chunk kept, Real (&x)[N],
+                                         Real (&sums)[kGradientSums]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (!kRagged || span.has(j)) {
+        kept[2][j] = constants.standardize(kept[2][j]);
+        const Slopes<Real> s = gradient_round<kCareful>(kept[2][j], kept[0][j], constants, sums);
+        kept[0][j] = s.through_h, kept[1][j] = s.w, x[j] = s.x;
+      } else {
+        kept[0][j] = kept[1][j] = kept[2][j] = x[j] = Real(0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_parameters(const Real (&g)[N], const Real (&x)[N], int slot,
+                                                 Real (&sums)[kGradientSums]) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if constexpr (kElementwise) {
+        element_.bias[slot][j] += g[j];
+        element_.weight[slot][j] += g[j] * x[j];
+      } else {
+        sums[5] += g[j];
+        sums[6] += g[j] * x[j];
+      }
+    }
+  }
+
+  const RowsArgs<Real>& a_;
+  Team& team_;
+  Held<Real, N, kRegister, 3, !kElementwise> held_;
+  ElementSums<T, kElementwise, kRegister> element_;
+  uint64_t seed_;
+};
+
+template <class T, bool kRagged, bool kElementwise, class Team>
+__global__ void __launch_bounds__(Team::kThreads, 1) rows_backward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
+  using Real = RealOf<T>;
+  Team team(sync);
+  BackwardGroup<T, kRagged, kElementwise, Team> pass(a, team);
+#pragma unroll 1
+  for (uint32_t group = team.index(); group < a.groups; group += team.count()) {
+    const GroupPlace place = locate_group(a, group);
+    const GroupConstants<Real> constants =
+        load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
+    Real sums[kGradientSums] = {};
+    pass.reduce(place, constants, sums);
+    if (a.output) pass.write(place, finish_gradient(sums, a.inverse_count, constants.rstd, a.frozen));
+    if (!kElementwise && team.rank() == 0 && a.affine == Affine::kPerGroup) {
+      if (a.bias_part) a.bias_part[group] = sums[5];
+      if (a.weight_part) a.weight_part[group] = sums[6];
+    }
+  }
+  pass.write_element_sums();
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

@@ -1,0 +1,182 @@
+// The forward pass of the rows walk with the group resident on chip: one read and one write of device memory.
+#pragma once
+
+#include "held.cuh"
+#include "rounds.cuh"
+#include "rows.cuh"
+#include "team.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+// Numbers of a group that a thread holds in registers.
+template <class T>
+constexpr int kForwardRegister = sizeof(T) == 8 ? 4 : 32 / kChunkOf<T>;
+
+template <class Real>
+__device__ inline void write_statistics(const RowsArgs<Real>& a, uint32_t group, const Moments1<Real>& m,
+                                        const Estimate<Real>& e) {
+  Real* s = a.stats + group;
+  const int64_t groups = a.groups;
+  s[kMean * groups] = m.mean;
+  s[kMeanLow * groups] = m.mean_low;
+  s[kRstd * groups] = m.rstd;
+  s[kLmbda * groups] = e.lmbda;
+  s[kSlope * groups] = e.slope;
+  s[kShift * groups] = e.shift;
+  s[kCurvature * groups] = e.curvature;
+}
+
+// out = weight (x + noise z) + bias for one chunk, and its way to memory.
+template <class T, bool kRagged, bool kNoise, class Real>
+__device__ __forceinline__ void output_round(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+                                             const PhiloxSchedule& keys, Real noise, GroupAffine<Real> affine,
+                                             Real (&x)[kChunkOf<T>]) {
+  constexpr int N = kChunkOf<T>;
+  if constexpr (kNoise) {
+    Real z[N];
+    chunk_normals<N>(a, g, c, keys, z);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] += noise * z[j];
+  }
+  if (a.affine == Affine::kPerElement) {
+    Real weight[N], bias[N];
+    element_parameters<T, kRagged>(a.weight, a.weight_in_storage, Real(1), c, weight);
+    element_parameters<T, kRagged>(a.bias, a.bias_in_storage, Real(0), c, bias);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = x[j] * weight[j] + bias[j];
+  } else {
+    if (a.affine == Affine::kPerRun) affine = run_affine<T>(a, g.inner * a.runs + c.run);
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = x[j] * affine.weight + affine.bias;
+  }
+  write_chunk<T, kRagged>(a.output, g.output, a.at_output, c, x);
+}
+
+template <class T, bool kRagged, class Team, int kRegister = kForwardRegister<T>>
+class ForwardGroup {
+  static constexpr int N = kChunkOf<T>;
+  using Real = RealOf<T>;
+  using Chunk = Real (&)[1][N];
+
+ public:
+  __device__ ForwardGroup(const RowsArgs<Real>& a, Team& team)
+      : a_(a), team_(team), held_(a.chunks, team.rank(), team.size()) {}
+
+  __device__ __forceinline__ Moments1<Real> moments(const GroupPlace& g) {
+    Real total[1] = {0};
+    held_.template each<false, true>([&](Chunk x, uint32_t chunk, int) {
+      read_chunk<T, kRagged>(a_.input, g.input, a_.at_input, locate_chunk<kRagged, N>(a_, g, chunk), x[0]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0] += x[0][j];
+    });
+    team_.sum(total);
+    const Real mean = total[0] * a_.inverse_count;
+    Real centred[2] = {0, 0};
+    held_.template each<true, true>([&](Chunk x, uint32_t chunk, int) {
+      const Span span = locate_chunk<kRagged, N>(a_, g, chunk).span;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        x[0][j] = !kRagged || span.has(j) ? x[0][j] - mean : Real(0);
+        centred[0] += x[0][j];
+        centred[1] += x[0][j] * x[0][j];
+      }
+    });
+    team_.sum(centred);
+    return finish_moments(mean, centred[0], centred[1], a_.inverse_count, a_.eps);
+  }
+
+  // Leaves the signed logarithms; elements outside the run have h = 0, which adds nothing.
+  __device__ __forceinline__ Estimate<Real> estimate(const GroupPlace& g, const Moments1<Real>& m) {
+    Real sums[4] = {0, 0, 0, 0};
+    held_.template each<true, true>([&](Chunk x, uint32_t chunk, int) {
+      const Span span = locate_chunk<kRagged, N>(a_, g, chunk).span;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const Real h = !kRagged || span.has(j) ? m.standardize(x[0][j]) : Real(0);
+        x[0][j] = lambda_round(h, sums);
+      }
+    });
+    team_.sum(sums);
+    return finish_lambda(sums, m.rstd, a_.inverse_count, a_.alpha, a_.order, a_.eps, a_.root_eps);
+  }
+
+  // Leaves x; returns its mean.
+  __device__ __forceinline__ Real transform(const Exponents<Real>& e, bool careful) {
+    Real total[1] = {0};
+    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
+      transform_chunk(x[0], e, careful);
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0] += x[0][j];
+    });
+    team_.sum(total);
+    return total[0] * a_.inverse_count;
+  }
+
+  __device__ __forceinline__ Real deviation(const GroupPlace& g, Real mean) {
+    Real total[1] = {0};
+    held_.template each<true, false>([&](Chunk x, uint32_t chunk, int) {
+      const Span span = locate_chunk<kRagged, N>(a_, g, chunk).span;
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0] += !kRagged || span.has(j) ? absolute(x[0][j] - mean) : Real(0);
+    });
+    team_.sum(total);
+    return total[0] * a_.inverse_count;
+  }
+
+  // The last round, from x.
+  __device__ __forceinline__ void write_noisy(const GroupPlace& g, uint64_t seed, Real noise) {
+    const PhiloxSchedule keys(seed);
+    const GroupAffine<Real> affine = group_affine<T>(a_, g);
+    held_.template each<true, false>([&](Chunk x, uint32_t chunk, int) {
+      output_round<T, kRagged, true>(a_, g, locate_chunk<kRagged, N>(a_, g, chunk), keys, noise, affine, x[0]);
+    });
+  }
+
+  // The last round where there is no noise, from the signed logarithms.
+  __device__ __forceinline__ void write_plain(const GroupPlace& g, const Exponents<Real>& e, bool careful) {
+    const GroupAffine<Real> affine = group_affine<T>(a_, g);
+    held_.template each<true, false>([&](Chunk x, uint32_t chunk, int) {
+      transform_chunk(x[0], e, careful);
+      output_round<T, kRagged, false>(a_, g, locate_chunk<kRagged, N>(a_, g, chunk), PhiloxSchedule(0), Real(0), affine, x[0]);
+    });
+  }
+
+ private:
+  const RowsArgs<Real>& a_;
+  Team& team_;
+  Held<Real, N, kRegister, 1> held_;
+};
+
+template <class T, bool kRagged, bool kNoise, class Team>
+__global__ void __launch_bounds__(Team::kThreads, 1) rows_forward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
+  using Real = RealOf<T>;
+  Team team(sync);
+  ForwardGroup<T, kRagged, Team> pass(a, team);
+  const uint64_t seed = kNoise ? uint64_t(*a.seed) : 0;
+#pragma unroll 1
+  for (uint32_t group = team.index(); group < a.groups; group += team.count()) {
+    const GroupPlace g = locate_group(a, group);
+    const Moments1<Real> m = pass.moments(g);
+    const Estimate<Real> estimate = pass.estimate(g, m);
+    const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
+    const bool careful = needs_care(e, false);
+    Real scale = 0;
+    if constexpr (kNoise) {
+      const Real mean = pass.transform(e, careful);
+      scale = a.given_scale ? a.stats[int64_t(kNoiseScale) * a.groups + group] : pass.deviation(g, mean);
+      pass.write_noisy(g, seed, a.noise_train * scale);
+    } else {
+      pass.write_plain(g, e, careful);
+    }
+    if (team.rank() == 0) {
+      write_statistics(a, group, m, estimate);
+      if (!a.given_scale) a.stats[int64_t(kNoiseScale) * a.groups + group] = scale;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

@@ -1,0 +1,234 @@
+// The forward and the backward pass of the rows walk for one storage type: which kernels run, and on what workspace.
+#pragma once
+
+#include "rows_launch.cuh"
+#include "rows_parameters.cuh"
+#include "rows_stream.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+constexpr int64_t kWaveBytes = 32 << 20;  // of tensors that the rounds of one wave read again: they are to stay in L2
+
+template <class T>
+class RowsPass {
+  using Real = RealOf<T>;
+  static constexpr int N = kChunkOf<T>;
+
+ public:
+  RowsPass(const Problem& p, bool backward, const Device& device, void* stream)
+      : p_(p), backward_(backward), mode_(chunk_mode<T>(p, backward)), args_(rows_args<T>(p, mode_)), stream_(stream) {
+    Demand d;
+    d.groups = p.geometry.groups();
+    d.chunks = args_.chunks;
+    d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
+    d.register_chunks = backward ? kBackwardRegister<T> : kForwardRegister<T>;
+    // A thread can sum the gradients of its chunks' weights itself where its chunks are the same columns of every row.
+    const bool element_gradients = backward && p.affine == Affine::kPerElement && wants_parameters();
+    d.one_block = element_gradients && !mode_.ragged;
+    plan_ = choose_plan(d, device, p.force);
+    fused_ = d.one_block && plan_.rung == Rung::kBlock && plan_.shared_chunks == 0;
+    if (p.frozen && !backward) plan_.rung = Rung::kStreaming;
+    chunk_bytes_ = size_t(d.chunk_bytes);
+    place(device);
+  }
+
+  Plan plan() const { return plan_; }
+  size_t workspace() const { return carved_; }
+
+  int forward() const {
+    if (plan_.rung != Rung::kStreaming) {
+      const auto kernels = mode_.ragged ? forward_kernels<true>() : aligned_forward_kernels();
+      return start_team<Real>(kernels, plan_, chunk_bytes_, args_, sync_, stream_);
+    }
+    return mode_.ragged ? stream_forward<true>() : aligned_stream_forward();
+  }
+
+  int backward() const {
+    int e = 0;
+    if (plan_.rung != Rung::kStreaming) {
+      const auto kernels = mode_.ragged ? backward_kernels<true>() : aligned_backward_kernels();
+      e = start_team<Real>(kernels, plan_, chunk_bytes_, main_args(), sync_, stream_);
+    } else {
+      e = mode_.ragged ? stream_backward<true>() : aligned_stream_backward();
+    }
+    if (e == 0 && parts_separate_) e = mode_.ragged ? parameter_pass<true>() : aligned_parameter_pass();
+    if (e == 0) e = fold(args_.weight_part, p_.grad_weight);
+    if (e == 0) e = fold(args_.bias_part, p_.grad_bias);
+    return e;
+  }
+
+ private:
+  bool wants_parameters() const { return p_.grad_weight.data || p_.grad_bias.data; }
+
+  // Carves the workspace, and decides where the parameters' gradients are summed.
+  void place(const Device& device) {
+    Carver carver(p_.workspace);
+    sync_ = {nullptr, nullptr, unsigned(plan_.blocks)};
+    if (plan_.rung == Rung::kGrid) {
+      sync_.counters = carver.take<unsigned>(plan_.teams);
+      sync_.partial = carver.take<Real>(int64_t(plan_.teams) * 2 * kMaxSums * plan_.blocks);
+    }
+    if (plan_.rung == Rung::kStreaming) place_stream(carver, device);
+    if (backward_ && wants_parameters()) place_parts(carver, device);
+    carved_ = carver.used();
+  }
+
+  void place_stream(Carver& carver, const Device& device) {
+    stream_args_.rows = args_;
+    const int64_t groups = p_.geometry.groups();
+    const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * (backward_ ? 2 : 1);
+    wave_ = kWaveBytes / bytes;
+    wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;
+    const int64_t most = divide_up(args_.chunks, kStreamThreads);
+    int64_t splits = divide_up(int64_t(device.multiprocessors) * (2048 / kStreamThreads), wave_);
+    splits = splits > most ? most : splits;
+    stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
+    if (p_.force.teams) wave_ = p_.force.teams;
+    plan_ = {Rung::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
+    stream_args_.part = carver.take<Real>(wave_ * stream_args_.splits * kMaxSums);
+    stream_args_.mean = carver.take<Real>(wave_);
+    stream_args_.sums = carver.take<Real>(wave_ * kMaxSums);
+  }
+
+  void place_parts(Carver& carver, const Device& device) {
+    const Geometry& g = p_.geometry;
+    elements_ = p_.affine == Affine::kPerElement ? g.length : p_.affine == Affine::kPerRun ? g.inner * g.runs : g.inner;
+    parts_ = g.outer;
+    if (p_.affine == Affine::kPerElement) {
+      slabs_ = uint32_t(divide_up(int64_t(device.multiprocessors) * 8, divide_up(args_.chunks, kStreamThreads)));
+      if (slabs_ > args_.groups) slabs_ = args_.groups;
+      parts_ = fused_ ? plan_.teams : slabs_;
+    }
+    parts_separate_ = p_.affine == Affine::kPerRun || (p_.affine == Affine::kPerElement && !fused_);
+    args_.weight_part = part_of(carver, p_.grad_weight);
+    args_.bias_part = part_of(carver, p_.grad_bias);
+    stream_args_.rows = main_args();
+  }
+
+  // Where a pass of its own sums the parameters' gradients, the main pass leaves them, and the noise, alone.
+  RowsArgs<Real> main_args() const {
+    RowsArgs<Real> a = args_;
+    if (parts_separate_) a.weight_part = a.bias_part = nullptr;
+    return a;
+  }
+
+  Real* part_of(Carver& carver, const Parameter& gradient) const {
+    return gradient.data ? parameter_part<T>(carver, gradient, parts_, elements_) : nullptr;
+  }
+  int fold(const Real* part, const Parameter& gradient) const {
+    return fold_parameter<T>(part, parts_, elements_, gradient, stream_);
+  }
+
+  template <bool kRagged>
+  TeamKernels<Real> forward_kernels() const {
+    if (args_.noise)
+      return {rows_forward<T, kRagged, true, BlockTeam<Real>>, rows_forward<T, kRagged, true, ClusterTeam<Real>>,
+              rows_forward<T, kRagged, true, GridTeam<Real>>};
+    return {rows_forward<T, kRagged, false, BlockTeam<Real>>, rows_forward<T, kRagged, false, ClusterTeam<Real>>,
+            rows_forward<T, kRagged, false, GridTeam<Real>>};
+  }
+
+  template <bool kRagged>
+  TeamKernels<Real> backward_kernels() const {
+    TeamKernels<Real> k = {rows_backward<T, kRagged, false, BlockTeam<Real>>,
+                           rows_backward<T, kRagged, false, ClusterTeam<Real>>,
+                           rows_backward<T, kRagged, false, GridTeam<Real>>};
+    if constexpr (!kRagged)
+      if (fused_) k.block = rows_backward<T, kRagged, true, BlockTeam<Real>>;
+    return k;
+  }
+
+  // f(arguments, blocks) once a wave of groups.
+  template <class F>
+  int each_wave(F f) const {
+    int e = 0;
+    for (int64_t first = 0; first < p_.geometry.groups() && e == 0; first += wave_) {
+      StreamArgs<Real> s = stream_args_;
+      s.first_group = uint32_t(first);
+      const int64_t left = p_.geometry.groups() - first;
+      e = f(s, unsigned(left < wave_ ? left : wave_));
+    }
+    return e;
+  }
+
+  int round(void (*kernel)(const StreamArgs<Real>), const StreamArgs<Real>& s, unsigned groups) const {
+    Start start_at;
+    start_at.threads = kStreamThreads;
+    start_at.grid = groups * s.splits;
+    start_at.stream = stream_;
+    return start(kernel, start_at, s);
+  }
+  int round(void (*kernel)(const StreamArgs<Real>), void (*finish)(const StreamArgs<Real>), const StreamArgs<Real>& s,
+            unsigned groups) const {
+    if (const int e = round(kernel, s, groups)) return e;
+    Start start_at;
+    start_at.grid = groups;
+    start_at.stream = stream_;
+    return start(finish, start_at, s);
+  }
+
+  template <bool kRagged>
+  int stream_forward() const {
+    return each_wave([&](const StreamArgs<Real>& s, unsigned groups) {
+      int e = 0;
+      if (!p_.frozen) {
+        e = round(stream_moments<T, kRagged>, stream_finish<T, Finish::kMoments>, s, groups);
+        if (!e) e = round(stream_lambda<T, kRagged>, stream_finish<T, Finish::kLambda>, s, groups);
+      }
+      if (!e && args_.noise && !args_.given_scale) {
+        e = round(stream_x<T, kRagged, false>, stream_finish<T, Finish::kMean>, s, groups);
+        if (!e) e = round(stream_x<T, kRagged, true>, stream_finish<T, Finish::kDeviation>, s, groups);
+      }
+      if (e) return e;
+      return round(args_.noise ? stream_output<T, kRagged, true> : stream_output<T, kRagged, false>, s, groups);
+    });
+  }
+
+  template <bool kRagged>
+  int stream_backward() const {
+    return each_wave([&](const StreamArgs<Real>& s, unsigned groups) {
+      int e = round(stream_gradient<T, kRagged, true>, stream_finish<T, Finish::kGradient>, s, groups);
+      if (!e && args_.output) e = round(stream_gradient<T, kRagged, false>, s, groups);
+      return e;
+    });
+  }
+
+  template <bool kRagged>
+  int parameter_pass() const {
+    Start s;
+    s.threads = kStreamThreads;
+    s.stream = stream_;
+    if (p_.affine == Affine::kPerRun) {
+      s.grid = unsigned(divide_up(p_.geometry.groups() * p_.geometry.runs, kStreamThreads / 32));
+      return start(run_parameters<T, kRagged>, s, args_);
+    }
+    s.grid = unsigned(divide_up(divide_up(args_.length, N), kStreamThreads)) * slabs_;
+    return start(element_parameters_pass<T, kRagged>, s, args_, slabs_);
+  }
+
+  // float64 has the ragged kernels only.
+  TeamKernels<Real> aligned_forward_kernels() const { return forward_kernels<sizeof(T) == 8>(); }
+  TeamKernels<Real> aligned_backward_kernels() const { return backward_kernels<sizeof(T) == 8>(); }
+  int aligned_stream_forward() const { return stream_forward<sizeof(T) == 8>(); }
+  int aligned_stream_backward() const { return stream_backward<sizeof(T) == 8>(); }
+  int aligned_parameter_pass() const { return parameter_pass<sizeof(T) == 8>(); }
+
+  const Problem& p_;
+  bool backward_;
+  ChunkMode mode_;
+  RowsArgs<Real> args_;
+  void* stream_;
+  Plan plan_;
+  size_t chunk_bytes_ = 0, carved_ = 0;
+  typename GridTeam<Real>::Sync sync_;
+  StreamArgs<Real> stream_args_ = {};
+  int64_t wave_ = 1, parts_ = 1, elements_ = 0;
+  uint32_t slabs_ = 1;
+  bool fused_ = false, parts_separate_ = false;
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

@@ -1,0 +1,288 @@
+// The rows walk for groups that fit nowhere on chip: a launch a round, each reading the tensors again, each group
+// shared out over as many blocks as fill the device. Between the rounds a small launch adds up the blocks' sums.
+#pragma once
+
+#include "rounds.cuh"
+#include "rows.cuh"
+#include "rows_backward.cuh"
+#include "rows_forward.cuh"
+#include "team.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+constexpr int kStreamThreads = 256;
+
+template <class Real>
+struct StreamArgs {
+  RowsArgs<Real> rows;
+  uint32_t first_group, splits;  // of a wave; blocks a group
+  Real* part;                    // [group of the wave][split][kMaxSums]
+  Real* mean;                    // [group of the wave]: mean of x, between rounds 3 and 4
+  Real* sums;                    // [group of the wave][kMaxSums]: backward totals
+};
+
+// A block's group, and its share of the group's chunks.
+struct Slice {
+  uint32_t local, group, split;
+};
+template <class Real>
+__device__ inline Slice locate_slice(const StreamArgs<Real>& s) {
+  const uint32_t local = blockIdx.x / s.splits;
+  return {local, s.first_group + local, blockIdx.x - local * s.splits};
+}
+
+// f(chunk's place) over a block's chunks.
+template <bool kRagged, int N, class Real, class F>
+__device__ __forceinline__ void each_chunk(const StreamArgs<Real>& s, const GroupPlace& g, uint32_t split, F f) {
+#pragma unroll 1
+  for (uint32_t chunk = split * blockDim.x + threadIdx.x; chunk < s.rows.chunks; chunk += s.splits * blockDim.x)
+    f(locate_chunk<kRagged, N>(s.rows, g, chunk));
+}
+
+template <int K, class Real>
+__device__ inline void write_part(const StreamArgs<Real>& s, const Slice& slice, Real (&sums)[K]) {
+  BlockTeam<Real> team({});
+  team.sum(sums);
+  if (threadIdx.x > 0) return;
+  Real* part = s.part + (size_t(slice.local) * s.splits + slice.split) * kMaxSums;
+#pragma unroll
+  for (int k = 0; k < K; ++k) part[k] = sums[k];
+}
+
+// Round 1. Each block sums around a pilot of its own, the mean of the first chunks it reads, so that an offset of the
+// data does not cancel digits; leaves (count, mean, sum of squares around it).
+template <class T, bool kRagged>
+__global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArgs<RealOf<T>> s) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  const Slice slice = locate_slice(s);
+  const GroupPlace g = locate_group(s.rows, slice.group);
+  BlockTeam<Real> team({});
+  Real pilot[2] = {0, 0};
+  const uint32_t first = slice.split * blockDim.x + threadIdx.x;
+  if (first < s.rows.chunks) {
+    const ChunkPlace c = locate_chunk<kRagged, N>(s.rows, g, first);
+    Real u[N];
+    read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+#pragma unroll
+    for (int j = 0; j < N; ++j) pilot[0] += u[j];
+    pilot[1] = c.span.hi > c.span.lo ? Real(c.span.hi - c.span.lo) : Real(0);
+  }
+  team.sum(pilot);
+  const Real centre = pilot[1] > Real(0) ? pilot[0] / pilot[1] : Real(0);
+  Real sums[3] = {0, 0, 0};
+  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+    Real u[N];
+    read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Real d = !kRagged || c.span.has(j) ? u[j] - centre : Real(0);
+      sums[1] += d;
+      sums[2] += d * d;
+    }
+    sums[0] += c.span.hi > c.span.lo ? Real(c.span.hi - c.span.lo) : Real(0);
+  });
+  team.sum(sums);
+  if (threadIdx.x > 0) return;
+  Real* part = s.part + (size_t(slice.local) * s.splits + slice.split) * kMaxSums;
+  const Real shift = sums[0] > Real(0) ? sums[1] / sums[0] : Real(0);
+  part[0] = sums[0];
+  part[1] = centre + shift;
+  part[2] = sums[2] - sums[1] * shift;
+}
+
+// Round 2, from the moments in the statistics.
+template <class T, bool kRagged>
+__global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamArgs<RealOf<T>> s) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  const Slice slice = locate_slice(s);
+  const GroupPlace g = locate_group(s.rows, slice.group);
+  const auto row = [&](StatRow r) { return s.rows.stats[int64_t(r) * s.rows.groups + slice.group]; };
+  const Moments1<Real> m = {row(kMean), row(kMeanLow), row(kRstd)};
+  Real sums[4] = {0, 0, 0, 0};
+  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+    Real u[N];
+    read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+#pragma unroll
+    for (int j = 0; j < N; ++j) lambda_round(!kRagged || c.span.has(j) ? m.standardize(u[j] - m.mean) : Real(0), sums);
+  });
+  write_part(s, slice, sums);
+}
+
+// x of a chunk, from the statistics.
+template <class T, bool kRagged, class Real>
+__device__ __forceinline__ void reread_x(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+                                         const GroupConstants<Real>& k, Real (&x)[kChunkOf<T>]) {
+  constexpr int N = kChunkOf<T>;
+  read_chunk<T, kRagged>(a.input, g.input, a.at_input, c, x);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const Real h = k.standardize(x[j]);
+    x[j] = signed_as(DeviceLog<Real>::of(absolute(h)), h);
+  }
+  transform_chunk(x, k.exponents, k.careful);
+}
+
+template <class Real>
+__device__ inline GroupConstants<Real> constants_of(const RowsArgs<Real>& a, uint32_t group) {
+  return load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
+}
+
+// Rounds 3 and 4: sums x, or |x - mean|.
+template <class T, bool kRagged, bool kDeviation>
+__global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamArgs<RealOf<T>> s) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  const Slice slice = locate_slice(s);
+  const GroupPlace g = locate_group(s.rows, slice.group);
+  const GroupConstants<Real> k = constants_of(s.rows, slice.group);
+  const Real mean = kDeviation ? s.mean[slice.local] : Real(0);
+  Real sums[1] = {0};
+  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+    Real x[N];
+    reread_x<T, kRagged>(s.rows, g, c, k, x);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Real term = kDeviation ? absolute(x[j] - mean) : x[j];
+      sums[0] += !kRagged || c.span.has(j) ? term : Real(0);
+    }
+  });
+  write_part(s, slice, sums);
+}
+
+// Round 5; also the whole of a frozen layer's forward pass.
+template <class T, bool kRagged, bool kNoise>
+__global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamArgs<RealOf<T>> s) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  const Slice slice = locate_slice(s);
+  const GroupPlace g = locate_group(s.rows, slice.group);
+  const GroupConstants<Real> k = constants_of(s.rows, slice.group);
+  const PhiloxSchedule keys(kNoise ? uint64_t(*s.rows.seed) : 0);
+  const GroupAffine<Real> affine = group_affine<T>(s.rows, g);
+  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+    Real x[N];
+    reread_x<T, kRagged>(s.rows, g, c, k, x);
+    output_round<T, kRagged, kNoise>(s.rows, g, c, keys, s.rows.noise_train * k.noise_scale, affine, x);
+  });
+}
+
+// The backward reduction, and the gradient of the input from its totals.
+template <class T, bool kRagged, bool kSums>
+__global__ void __launch_bounds__(kStreamThreads) stream_gradient(const StreamArgs<RealOf<T>> s) {
+  using Real = RealOf<T>;
+  constexpr int N = kChunkOf<T>;
+  const Slice slice = locate_slice(s);
+  const GroupPlace g = locate_group(s.rows, slice.group);
+  const GroupConstants<Real> k = constants_of(s.rows, slice.group);
+  const bool noisy = s.rows.noise && s.rows.weight_part != nullptr;
+  const PhiloxSchedule keys(kSums && noisy ? uint64_t(*s.rows.seed) : 0);
+  InputGradient<Real> du = {};
+  if (!kSums) du = finish_gradient(s.sums + size_t(slice.local) * kMaxSums, s.rows.inverse_count, k.rstd, s.rows.frozen);
+  const Real weight = group_affine<T>(s.rows, g).weight;
+  Real sums[kGradientSums] = {};
+  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+    Real u[N], grad[N], weighted[N], x[N];
+    read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+    weighted_gradient<T, kRagged>(s.rows, g, c, weight, grad, weighted);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Real h = k.standardize(u[j]);
+      x[j] = Real(0);
+      if (kRagged && !c.span.has(j)) continue;
+      const Slopes<Real> slope = k.careful ? gradient_round<true>(h, weighted[j], k, sums)
+                                           : gradient_round<false>(h, weighted[j], k, sums);
+      x[j] = slope.x;
+      u[j] = du(slope.through_h, slope.w, h);
+    }
+    if constexpr (!kSums) {
+      write_chunk<T, kRagged>(s.rows.output, g.output, s.rows.at_output, c, u);
+    } else {
+      if (noisy) add_noise<N>(s.rows, g, c, keys, s.rows.noise_train * k.noise_scale, x);
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums[5] += grad[j], sums[6] += grad[j] * x[j];
+    }
+  });
+  if constexpr (kSums) write_part(s, slice, sums);
+}
+
+enum class Finish { kMoments, kLambda, kMean, kDeviation, kGradient };
+
+// What a warp makes of the moments of a group's parts: around the first part's mean, so that nothing cancels.
+// part(i, k) is number k of part i: count, mean, sum of squares around it.
+template <class Real, class Part>
+__device__ inline void finish_moment_parts(const RowsArgs<Real>& a, uint32_t parts, Part part, uint32_t group) {
+  const Real pilot = part(0, 1);
+  Real shift = 0, squares = 0;
+  for (uint32_t i = threadIdx.x % 32; i < parts; i += 32) {
+    const Real count = part(i, 0), delta = part(i, 1) - pilot;
+    shift += count * delta;
+    squares += part(i, 2) + count * delta * delta;
+  }
+  shift = warp_sum(shift) * a.inverse_count;
+  squares = warp_sum(squares);
+  const Real mean = pilot + shift;
+  // shift = mean of u - pilot: finish_moments() takes its square out of the variance
+  const Moments1<Real> m = finish_moments(mean, shift / a.inverse_count, squares, a.inverse_count, a.eps);
+  if (threadIdx.x > 0) return;
+  Real* stats = a.stats + group;
+  stats[int64_t(kMean) * a.groups] = mean;
+  stats[int64_t(kMeanLow) * a.groups] = shift - (mean - pilot);
+  stats[int64_t(kRstd) * a.groups] = m.rstd;
+}
+
+// What one thread makes of a group's totals.
+template <Finish kFinish, int K, class Real>
+__device__ inline void finish_sums(const RowsArgs<Real>& a, const Real (&sums)[K], uint32_t group, Real* mean,
+                                   Real* totals) {
+  Real* stats = a.stats + group;
+  const int64_t groups = a.groups;
+  if constexpr (kFinish == Finish::kLambda) {
+    const Estimate<Real> e = finish_lambda(sums, stats[kRstd * groups], a.inverse_count, a.alpha, a.order, a.eps, a.root_eps);
+    stats[kLmbda * groups] = e.lmbda;
+    stats[kSlope * groups] = e.slope;
+    stats[kShift * groups] = e.shift;
+    stats[kCurvature * groups] = e.curvature;
+    if (!a.given_scale) stats[kNoiseScale * groups] = Real(0);
+  } else if constexpr (kFinish == Finish::kMean) {
+    *mean = sums[0] * a.inverse_count;
+  } else if constexpr (kFinish == Finish::kDeviation) {
+    stats[kNoiseScale * groups] = sums[0] * a.inverse_count;
+  } else {
+#pragma unroll
+    for (int k = 0; k < K; ++k) totals[k] = sums[k];
+  }
+}
+
+// One warp a group.
+template <class T, Finish kFinish>
+__global__ void __launch_bounds__(32) stream_finish(const StreamArgs<RealOf<T>> s) {
+  using Real = RealOf<T>;
+  const uint32_t local = blockIdx.x, group = s.first_group + local;
+  const Real* part = s.part + size_t(local) * s.splits * kMaxSums;
+  if constexpr (kFinish == Finish::kMoments) {
+    finish_moment_parts(s.rows, s.splits, [&](uint32_t i, int k) { return part[size_t(i) * kMaxSums + k]; }, group);
+  } else {
+    constexpr int K = kFinish == Finish::kLambda ? 4 : kFinish == Finish::kGradient ? kGradientSums : 1;
+    Real sums[K] = {};
+    for (uint32_t i = threadIdx.x; i < s.splits; i += 32)
+#pragma unroll
+      for (int k = 0; k < K; ++k) sums[k] += part[size_t(i) * kMaxSums + k];
+#pragma unroll
+    for (int k = 0; k < K; ++k) sums[k] = warp_sum(sums[k]);
+    if (threadIdx.x > 0) return;
+    finish_sums<kFinish>(s.rows, sums, group, s.mean + local, s.sums + size_t(local) * kMaxSums);
+    if constexpr (kFinish == Finish::kGradient) {
+      if (s.rows.affine != Affine::kPerGroup) return;
+      if (s.rows.bias_part) s.rows.bias_part[group] = sums[5];
+      if (s.rows.weight_part) s.rows.weight_part[group] = sums[6];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

@@ -1,0 +1,130 @@
+// Chunks: what one thread reads, computes on and writes at a time, 16 bytes of storage as numbers of the compute type.
+#pragma once
+
+#include "device.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+template <class T>
+struct StorageTraits {
+  using Real = float;
+  static constexpr int kChunk = 16 / sizeof(T);
+};
+template <>
+struct StorageTraits<double> {  // the plain path: four elements, as many as one Philox counter serves
+  using Real = double;
+  static constexpr int kChunk = 4;
+};
+template <class T>
+using RealOf = typename StorageTraits<T>::Real;
+template <class T>
+constexpr int kChunkOf = StorageTraits<T>::kChunk;
+
+__device__ inline float to_real(float v) { return v; }
+__device__ inline double to_real(double v) { return v; }
+__device__ inline float to_real(__half v) { return __half2float(v); }
+__device__ inline float to_real(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ inline T from_real(RealOf<T> v);
+template <>
+__device__ inline float from_real<float>(float v) { return v; }
+template <>
+__device__ inline double from_real<double>(double v) { return v; }
+template <>
+__device__ inline __half from_real<__half>(float v) { return __float2half_rn(v); }
+template <>
+__device__ inline __nv_bfloat16 from_real<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+__device__ inline void unpack(uint32_t word, float* out, float) { memcpy(out, &word, 4); }
+__device__ inline void unpack(uint32_t word, float* out, __nv_bfloat16) {
+  const uint32_t low = word << 16, high = word & 0xffff0000u;  // a bf16 is the upper half of a float
+  memcpy(out, &low, 4);
+  memcpy(out + 1, &high, 4);
+}
+__device__ inline void unpack(uint32_t word, float* out, __half) {
+  __half2 pair;
+  memcpy(&pair, &word, 4);
+  const float2 both = __half22float2(pair);
+  out[0] = both.x, out[1] = both.y;
+}
+__device__ inline uint32_t pack(const float* in, float) {
+  uint32_t word;
+  memcpy(&word, in, 4);
+  return word;
+}
+__device__ inline uint32_t pack(const float* in, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
+}
+__device__ inline uint32_t pack(const float* in, __half) {
+  const __half2 pair = __floats2half2_rn(in[0], in[1]);
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
+}
+
+// A whole chunk by one 128-bit access; p is aligned to 16 bytes.
+template <class T>
+__device__ inline void load_chunk(const T* p, float (&out)[kChunkOf<T>]) {
+  constexpr int per_word = kChunkOf<T> / 4;
+  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  unpack(raw.x, out, T{});
+  unpack(raw.y, out + per_word, T{});
+  unpack(raw.z, out + 2 * per_word, T{});
+  unpack(raw.w, out + 3 * per_word, T{});
+}
+template <class T>
+__device__ inline void store_chunk(T* p, const float (&in)[kChunkOf<T>]) {
+  constexpr int per_word = kChunkOf<T> / 4;
+  uint4 raw;
+  raw.x = pack(in, T{});
+  raw.y = pack(in + per_word, T{});
+  raw.z = pack(in + 2 * per_word, T{});
+  raw.w = pack(in + 3 * per_word, T{});
+#if defined(__CUDA_ARCH__)
+  // spelt out, because the optimiser tears a plain store to pieces where its words come out of a branch
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
+#else
+  *reinterpret_cast<uint4*>(p) = raw;
+#endif
+}
+// float64 goes element by element: nothing about it is worth a wide path.
+__device__ inline void load_chunk(const double* p, double (&out)[4]) {
+  for (int j = 0; j < 4; ++j) out[j] = p[j];
+}
+__device__ inline void store_chunk(double* p, const double (&in)[4]) {
+  for (int j = 0; j < 4; ++j) p[j] = in[j];
+}
+
+// Elements [lo, hi) of a chunk; the others are zero, and neither read nor written.
+struct Span {
+  int lo, hi;
+  __device__ bool has(int j) const { return j >= lo && j < hi; }
+};
+
+template <class T>
+__device__ inline void load_span(const T* p, Span span, RealOf<T> (&out)[kChunkOf<T>]) {
+#pragma unroll
+  for (int j = 0; j < kChunkOf<T>; ++j) out[j] = span.has(j) ? to_real(p[j]) : RealOf<T>(0);
+}
+template <class T>
+__device__ inline void store_span(T* p, Span span, const RealOf<T> (&in)[kChunkOf<T>]) {
+#pragma unroll
+  for (int j = 0; j < kChunkOf<T>; ++j)
+    if (span.has(j)) p[j] = from_real<T>(in[j]);
+}
+
+// A parameter's element: parameters have the compute type or the storage type.
+template <class T>
+__device__ inline RealOf<T> load_parameter(const void* data, bool in_storage_type, int64_t i) {
+  return in_storage_type ? to_real(static_cast<const T*>(data)[i]) : static_cast<const RealOf<T>*>(data)[i];
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

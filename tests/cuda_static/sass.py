@@ -1,0 +1,147 @@
+"""What nvcc makes of csrc/cuda: cubins, their machine code, and what a chunk of elements costs.
+
+``python tests/cuda_static/sass.py`` prints the counts of the probes; with ``--update`` it stores
+them as the budgets that ``test_cuda_static.py`` holds the kernels to.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBES = Path(__file__).with_name("probes.cu")
+BUDGETS = ROOT / "tests/data/sass_budgets.json"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+FLAGS = ("-std=c++20", "-O3", "-cubin")
+PROBE_ELEMENTS = 8  # the elements of a thread by which "many" exceeds "few"
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, beside nvcc, or in a Python package that has it."""
+    folders = []
+    if nvcc := shutil.which("nvcc"):
+        folders.append(Path(nvcc).resolve().parent)
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            folders.append(Path(place) / inside)
+    return shutil.which(name) or next((str(f / name) for f in folders if (f / name).exists()), None)
+
+
+def missing() -> str | None:
+    """Why machine code cannot be looked at here, or None."""
+    absent = [t for t in ("nvcc", "cuobjdump", "nvdisasm", "c++filt") if not tool(t)]
+    return f"not found: {', '.join(absent)}" if absent else None
+
+
+@cache
+def nvcc_version() -> str:
+    text = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True).stdout
+    return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def _digest(source: Path, architecture: str) -> str:
+    digest = hashlib.sha256(f"{nvcc_version()} {architecture} {FLAGS} {source.name}".encode())
+    folders = (ROOT / "csrc/cuda", ROOT / "csrc/core")
+    read = [
+        PROBES,
+        ROOT / "csrc/cpu/problem.h",
+        *(p for f in folders for p in f.iterdir() if p.is_file()),
+    ]
+    for path in sorted(read):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def compile_cubin(source: Path, architecture: str) -> Path:
+    """Compiled once for each state of the sources."""
+    folder = Path(tempfile.gettempdir()) / f"normnorm-cubins-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{source.stem}-{architecture}-{_digest(source, architecture)}.cubin"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = [tool("nvcc"), *FLAGS, f"-arch={architecture}", str(source), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+        partial.rename(target)
+    return target
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
+    command = [tool("cuobjdump"), option, str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    # twice: what the first pass uncovers may be noise itself
+    noise = re.compile(r"normnorm::cuda::|\(anonymous namespace\)::|^void |\(Finish\)|\(.*$")
+    return [noise.sub("", noise.sub("", line)) for line in done.stdout.splitlines()]
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """Each kernel's instructions, without predicates; names as in the source."""
+    functions: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for line in _cuobjdump("-sass", cubin).splitlines():
+        if named := re.search(r"Function : (\S+)", line):
+            current = functions.setdefault(named[1], [])
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(.*?)\s*;", line):
+            instruction = re.sub(r"^@!?U?P\w+\s+", "", found[1])
+            if current is not None and not instruction.startswith("NOP"):
+                current.append(instruction)
+    return dict(zip(demangled(list(functions)), functions.values(), strict=True))
+
+
+def resources(cubin: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel: registers (REG), stack frame (STACK), shared (SHARED), local (LOCAL)."""
+    text = _cuobjdump("-res-usage", cubin)
+    found = re.findall(r"Function (\S+?):\s*\n\s*(.*)", text)
+    usage = [{k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for _, line in found]
+    return dict(zip(demangled([name for name, _ in found]), usage, strict=True))
+
+
+def per_element(cubin: Path) -> dict[str, dict[str, float]]:
+    """What an element costs in each probe: instructions, and those of special functions."""
+    functions = instructions(cubin)
+    counts = {}
+    for name, code in functions.items():
+        operations = collections.Counter(i.split(".")[0].split()[0] for i in code)
+        counts[name] = (len(code), operations["MUFU"])
+    result = {}
+    for name in sorted(n.removesuffix("_few") for n in counts if n.endswith("_few")):
+        few, many = counts[f"{name}_few"], counts[f"{name}_many"]
+        total, special = ((b - a) / PROBE_ELEMENTS for a, b in zip(few, many, strict=True))
+        result[name] = {"instructions": total, "special": special}
+    return result
+
+
+def main() -> None:
+    measured = {a: per_element(compile_cubin(PROBES, a)) for a in ARCHITECTURES}
+    for name in measured[ARCHITECTURES[0]]:
+        row = "  ".join(f"{measured[a][name]['instructions']:6.2f}" for a in ARCHITECTURES)
+        print(f"{name:28} {row}")
+    if "--update" in sys.argv:
+        stored = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+        stored[nvcc_version()] = measured
+        BUDGETS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,467 @@
+"""The CUDA kernels' own source, run on the CPU: every rung, walk and storage type against float64.
+
+``host_cuda/`` stands in for a GPU: a fibre for each CUDA thread, shared memory and clusters
+included. Thread orders forward, backward and shuffled must agree bit for bit, and leaving out any
+one barrier must be noticed. What it cannot see is listed in ``host_cuda/host_cuda.h``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from host_cuda import harness
+from host_cuda.cases import (
+    COLUMN_RUNGS,
+    COLUMNS,
+    DTYPES,
+    ORDERS,
+    ROW_RUNGS,
+    ROWS,
+    assert_close,
+    check,
+    compute_dtype,
+    make,
+    same,
+)
+from host_cuda.harness import Call, Tensor
+
+from normnorm.noise import standard_normals
+from normnorm.statistics import Row
+
+pytestmark = pytest.mark.skipif(
+    not (sys.platform.startswith("linux") and shutil.which("g++") and harness.cuda_include()),
+    reason="needs Linux, g++ and the headers of the CUDA toolkit",
+)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> ModuleType:
+    folder = Path(tempfile.gettempdir()) / f"normnorm-host-cuda-{os.getuid()}"
+    return harness.load(harness.build(folder))
+
+
+@pytest.fixture(autouse=True)
+def _plain_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "kernels" in request.fixturenames:
+        module = request.getfixturevalue("kernels")
+        module.configure(0, False, "")
+        module.device(4, 232448, True)
+
+
+# --- the layer that runs the kernels -----------------------------------------------------------
+
+
+def test_the_layer_reports_broken_kernels(kernels):
+    with pytest.raises(RuntimeError, match="different barriers"):
+        kernels.run_faulty("diverging")
+    with pytest.raises(RuntimeError, match="deadlock"):
+        kernels.run_faulty("deadlocked")
+    with pytest.raises(RuntimeError, match="ended while others wait"):
+        kernels.run_faulty("uneven_cluster")
+
+
+def test_a_missing_barrier_depends_on_the_order(kernels):
+    results = {}
+    for name in ("racing", "orderly"):
+        for order in ORDERS:
+            kernels.configure(order, False, "")
+            results[name, order] = tuple(kernels.run_faulty(name))
+    assert len({results["orderly", order] for order in ORDERS}) == 1
+    assert len({results["racing", order] for order in ORDERS}) > 1
+
+
+# --- every rung against float64 ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7], ids=["plain", "noise"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rung", ROW_RUNGS)
+@pytest.mark.parametrize("case", ROWS)
+def test_rows(kernels, case, rung, dtype, noise):
+    check(kernels, *make(ROWS[case], dtype, noise_train=noise, force=ROW_RUNGS[rung]))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7], ids=["plain", "noise"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rung", COLUMN_RUNGS)
+@pytest.mark.parametrize("case", COLUMNS)
+def test_columns(kernels, case, rung, dtype, noise):
+    if "group" in case and rung != "streaming":
+        pytest.skip("groups of several columns are streamed")
+    check(kernels, *make(COLUMNS[case], dtype, True, noise_train=noise, force=COLUMN_RUNGS[rung]))
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 132])
+@pytest.mark.parametrize("clusters", [True, False])
+def test_the_ladder_chooses(kernels, multiprocessors, clusters):
+    """Small shared memory moves ordinary rows through every rung; each must serve."""
+    rungs = set()
+    for shared in (24000, 60000):
+        kernels.device(multiprocessors, shared, clusters)
+        for length in (64, 3000, 12000, 40000):
+            case = ("layer", (2, length), {"normalized_ndim": 1})
+            call, g = make(case, torch.float32, noise_train=1.0)
+            call.weight = call.bias = None
+            rungs.add(kernels.plan(call._problem(call.input, None), False)[0])
+            check(kernels, call, g)
+    assert len(rungs) >= 2
+
+
+@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("rung", ROW_RUNGS)
+def test_thread_orders_agree_bitwise(kernels, rung, order):
+    for name in ("layer", "batch"):
+        call, g = make(ROWS[name], torch.bfloat16, noise_train=1.0, force=ROW_RUNGS[rung])
+        kernels.configure(0, False, "")
+        first = check(kernels, call, g)
+        kernels.configure(order, False, "")
+        assert same(first, check(kernels, call, g))
+
+
+@pytest.mark.parametrize("rung", COLUMN_RUNGS)
+def test_columns_agree_bitwise_in_all_orders(kernels, rung):
+    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_RUNGS[rung])
+    results = []
+    for order in ORDERS:
+        kernels.configure(order, False, "")
+        results.append(check(kernels, call, g))
+    assert all(same(results[0], r) for r in results[1:])
+
+
+# --- barriers ----------------------------------------------------------------------------------
+
+
+def programs() -> dict[str, tuple[Call, Tensor]]:
+    """One call a rung, with two groups for each team one after the other."""
+    layer = ("layer", (4, 600), {"normalized_ndim": 1})
+    batch = ("batch", (3, 4, 16, 16), {})
+    two = {"teams": 2, "threads": 64}
+    forces = {
+        "block": (layer, {"rung": "block", **two}),
+        "cluster": (batch, {"rung": "cluster", "blocks": 2, **two}),
+        "grid": (batch, {"rung": "grid", "blocks": 2, **two}),
+        "streaming": (batch, {"rung": "streaming", "blocks": 2, "teams": 2}),
+    }
+    made = {
+        name: make(case, torch.float32, noise_train=1.0, force=force, parameter_dtype=torch.float32)
+        for name, (case, force) in forces.items()
+    }
+    for rung in ("streaming", "grid"):
+        made[f"columns {rung}"] = make(
+            ("batch", (40, 100, 2, 2), {}), torch.float32, True, noise_train=1.0,
+            force={"rung": rung, "blocks": 2, "teams": 2}, parameter_dtype=torch.float32,
+        )  # fmt: skip
+    half = ("instance", (3, 4, 16, 16), {})  # its parameter gradients take a second reduction
+    made["fold"] = make(half, torch.float32, force={"rung": "block"})
+    return made
+
+
+def run_quietly(kernels: ModuleType, call: Call, g: Tensor) -> tuple[Tensor, ...] | None:
+    try:
+        output, stats = call.forward(kernels)
+        return (output, stats, *call.backward(kernels, g, stats))
+    except RuntimeError:
+        return None
+
+
+def test_every_barrier_is_needed(kernels):
+    """Leaving out any one barrier changes a result, or ends in an error, in some thread order."""
+    needed, met = set(), set()
+    for call, g in programs().values():
+        kernels.configure(0, True, "")
+        right = run_quietly(kernels, call, g)
+        assert right is not None
+        sites = set(kernels.sites())
+        assert sites
+        met |= sites
+        for site in sites - needed:
+            for order in ORDERS:
+                kernels.configure(order, True, site)
+                got = run_quietly(kernels, call, g)
+                if got is None or not same(right, got):
+                    needed.add(site)
+                    break
+    assert met == needed, "left out, nothing changes"
+    written = sum(
+        len(re.findall(r"(?:__syncthreads|cluster_sync|arrived)\(", line))
+        for path in harness.CUDA.glob("*.cuh")
+        if path.name != "device.cuh"
+        for line in path.read_text().splitlines()
+    )
+    assert len(met) == written, "a barrier that no program of this test meets"
+
+
+# --- shapes and strides ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 31, 37, 760, 1128, 5000])
+def test_row_lengths(kernels, length, dtype):
+    check(kernels, *make(("layer", (3, length), {"normalized_ndim": 1}), dtype, noise_train=1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [8191, 65536, 262144])
+def test_long_rows(kernels, length):
+    kernels.device(132, 232448, True)
+    check(
+        kernels,
+        *make(("layer", (2, length), {"normalized_ndim": 1}), torch.bfloat16, noise_train=1.0),
+    )
+
+
+@pytest.mark.parametrize("rung", ["block", "streaming"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [1, 4, 8])
+def test_misaligned_and_strided_rows(kernels, offset, dtype, rung):
+    wide = torch.randn(4, 300 + offset + 3).to(dtype)
+    case = ("layer", (4, 296), {"normalized_ndim": 1})
+    call, g = make(case, dtype, noise_train=1.0, force={"rung": rung})
+    call.input = wide[:, offset : offset + 296]
+    check(kernels, call, g)
+    call.input = wide[:, offset : offset + 296].contiguous()
+    check(kernels, call, torch.randn(4, 299).to(dtype)[:, 2:298])
+
+
+def test_strided_images(kernels):
+    wide = torch.randn(6, 10, 8, 8)
+    call, g = make(("batch", (6, 4, 8, 8), {}), torch.float32, noise_train=1.0)
+    call.input = wide[:, 3:7]
+    check(kernels, call, g)
+    channels_last = wide.to(memory_format=torch.channels_last)
+    call.columns = True
+    call.input = channels_last[:, 4:8]
+    check(kernels, call, g.to(memory_format=torch.channels_last))
+    call.input = channels_last[:, 3:7]
+    check(kernels, call, g.to(memory_format=torch.channels_last))
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+OPTIONS = {
+    "order 1": {"order": 1, "alpha": 0.3},
+    "alpha 0": {"alpha": 0.0},
+    "shifted": {"transform_eps": 1e-5**0.5},
+    "stream and seed": {"stream": 3, "seed": -(2**62) - 5, "noise_train": 1.0},
+}
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(kernels, option, columns):
+    case = (COLUMNS if columns else ROWS)["batch"]
+    check(kernels, *make(case, torch.float32, columns, **OPTIONS[option]))
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_given_noise_scale(kernels, dtype, columns):
+    call, g = make((COLUMNS if columns else ROWS)["batch"], dtype, columns, noise_train=1.0)
+    call.noise_scale = torch.rand(call.groups) + 0.5
+    check(kernels, call, g)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_frozen_statistics(kernels, columns):
+    call, g = make((COLUMNS if columns else ROWS)["batch"], torch.float32, columns)
+    frozen = torch.zeros(len(Row), call.groups)
+    frozen[Row.MEAN].normal_()
+    frozen[Row.RSTD] = torch.rand(call.groups) + 0.5
+    frozen[Row.LMBDA] = torch.linspace(-1, 3, call.groups)
+    call.frozen = frozen
+    check(kernels, call, g)
+    call.input = call.input * 1e6  # far outside: finite all the same
+    assert call.forward(kernels)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("present", ["neither", "weight", "bias"])
+@pytest.mark.parametrize("name", ["batch", "group", "layer"])
+def test_absent_parameters(kernels, name, present, columns):
+    if columns and name == "layer":
+        pytest.skip("a layer's rows are always rows")
+    call, g = make((COLUMNS if columns else ROWS)[name], torch.float32, columns, noise_train=1.0)
+    if present != "weight":
+        call.weight = None
+    if present != "bias":
+        call.bias = None
+    check(kernels, call, g)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", ["batch", "group", "layer", "instance"])
+def test_parameters_of_the_storage_type(kernels, name, columns):
+    if columns and name == "layer":
+        pytest.skip("a layer's rows are always rows")
+    case = (COLUMNS if columns else ROWS)[name]
+    check(
+        kernels,
+        *make(case, torch.bfloat16, columns, noise_train=1.0, parameter_dtype=torch.bfloat16),
+    )
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_parameter_gradients_alone(kernels, columns):
+    call, g = make((COLUMNS if columns else ROWS)["batch"], torch.float32, columns, noise_train=1.0)
+    _, stats = call.forward(kernels)
+    du, dw, db = call.backward(kernels, g, stats, needs_input=False)
+    want = call.expected(g)
+    assert du is None
+    assert_close(dw, want[3], torch.float32, "weight", 4)
+    assert_close(db, want[4], torch.float32, "bias", 4)
+
+
+# --- noise -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_noise_is_the_stream(kernels, dtype):
+    """With s given as 1 and alpha 0, output minus h is the noise itself."""
+    call, _ = make(("layer", (3, 1025), {"normalized_ndim": 1}), dtype, alpha=0.0, noise_train=1.0)
+    call.weight = call.bias = None
+    call.noise_scale = torch.ones(3, dtype=dtype)
+    noisy, _ = call.forward(kernels)
+    call.noise_train, call.noise_scale = 0.0, None
+    plain, _ = call.forward(kernels)
+    z = standard_normals((3, 1025), torch.tensor([call.seed]))
+    error = ((noisy - plain).double() - z).abs().max().item()
+    assert error < (2e-6 if dtype == torch.float32 else 1e-13)
+
+
+# --- hard data ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rung", ["block", "grid", "streaming"])
+def test_constant_and_broken_groups(kernels, rung):
+    call, g = make(ROWS["layer"], torch.float32, noise_train=1.0, force=ROW_RUNGS[rung])
+    x = call.input
+    x[1] = 3.3
+    x[2, 7] = float("nan")
+    x[3, 8] = float("inf")
+    output, stats = call.forward(kernels)
+    assert torch.equal(output[1], call.bias)
+    assert stats[Row.LMBDA, 1] == 1
+    assert output[2].isnan().all()
+    assert output[3].isnan().all()
+    assert output[0].isfinite().all()
+    assert output[4].isfinite().all()
+    du, _, _ = call.backward(kernels, g, stats)
+    assert du[[0, 1, 4]].isfinite().all()
+    assert du[2].isnan().all()
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("rung", ["block", "streaming"])
+def test_large_offsets_cost_no_digits(kernels, rung, columns):
+    if columns and rung == "block":
+        pytest.skip("columns have one rung")
+    call, g = make(
+        (COLUMNS if columns else ROWS)["batch"], torch.float32, columns, force={"rung": rung}
+    )
+    call.input = call.input + 1e3
+    output, stats = call.forward(kernels)
+    want = call.expected(g)
+    assert_close(output, want[0], torch.float32, "output", 4)
+    assert_close(stats[Row.RSTD], want[1][Row.RSTD], torch.float32, "rstd", 4)
+
+
+LAWS = {
+    "exponential": lambda n: torch.empty(n).exponential_(),
+    "relu": lambda n: torch.randn(n).relu(),
+    "one hot": lambda n: torch.nn.functional.one_hot(torch.tensor(3), n).float(),
+    "outlier": lambda n: torch.cat([torch.tensor([1000.0]), torch.randn(n - 1)]),
+    "lognormal": lambda n: (1.5 * torch.randn(n)).exp(),
+    "two values": lambda n: torch.randn(n).sign(),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_hard_laws(kernels, law):
+    """Exponents near 0 and far from 1. Wider bounds: lambda is ill-conditioned here."""
+    call, g = make(("layer", (2, 1200), {"normalized_ndim": 1}), torch.float32, noise_train=1.0)
+    call.input = torch.stack([LAWS[law](1200), -LAWS[law](1200)])
+    output, stats = call.forward(kernels)
+    want = call.expected(g)
+    assert_close(output, want[0], torch.float32, "output", 8)
+    du, _, _ = call.backward(kernels, g, stats)
+    assert_close(du, want[2], torch.float32, "gradient of the input", 25)
+
+
+# --- running statistics ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_running_statistics(kernels, dtype, momentum):
+    channels, groups, count, eps = 5, 15, 40, 1e-5
+    stats = torch.rand(len(Row), groups, dtype=compute_dtype(dtype)) + 0.5
+    mean, var, lmbda = (torch.rand(channels).to(dtype) for _ in range(3))
+    tracked = torch.tensor(3)
+    want = []
+    factor = 0.25 if momentum is None else momentum
+    s = stats.double()
+    biased = (s[Row.RSTD] ** -2 - eps).clamp_min(0)
+    batch = (s[Row.MEAN] + s[Row.MEAN_LOW], biased * count / (count - 1), s[Row.LMBDA])
+    for old, new in zip((mean, var, lmbda), batch, strict=True):
+        want.append(old.double().lerp(new.reshape(3, channels).mean(0), factor))
+    arguments = {
+        name: (t.data_ptr(), harness.STORAGE[dtype], 1)
+        for name, t in (("mean", mean), ("var", var), ("lmbda", lmbda))
+    }
+    arguments |= {
+        "channels": channels, "eps": eps, "double_stats": stats.dtype == torch.float64,
+        "stats": stats.data_ptr(), "groups": groups, "tracked": tracked.data_ptr(),
+        "momentum": momentum, "count": count,
+    }  # fmt: skip
+    kernels.fold_running(arguments)
+    for got, expected in zip((mean, var, lmbda), want, strict=True):
+        assert_close(got, expected, dtype, "running statistics")
+    assert tracked.item() == 4
+
+    packed = torch.full((len(Row), channels), float("nan"), dtype=stats.dtype)
+    kernels.pack_running(arguments | {"stats": packed.data_ptr(), "groups": channels})
+    assert torch.equal(packed[Row.MEAN], mean.to(packed.dtype))
+    assert torch.equal(packed[Row.LMBDA], lmbda.to(packed.dtype))
+    torch.testing.assert_close(packed[Row.RSTD], (var.to(packed.dtype) + eps).rsqrt())
+    assert not packed[[Row.MEAN_LOW, Row.NOISE_SCALE, Row.A, Row.D, Row.CURVATURE]].any()
+
+
+# --- sanitizers --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """This file once more in a process of its own, all kernels under ASan and UBSan."""
+    if os.environ.get("NORMNORM_HOST_CUDA_SANITIZED"):
+        pytest.skip("this is that process")
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = dict(
+        os.environ,
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+        UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
+        NORMNORM_HOST_CUDA_SANITIZED="1",
+    )
+    pytest_ = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    command = [sys.executable, *pytest_]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=harness.ROOT
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

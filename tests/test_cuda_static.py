@@ -1,0 +1,76 @@
+"""What nvcc makes of the CUDA kernels: registers, memory accesses, instruction counts. No GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from cuda_static import sass
+
+pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
+
+# float64 is the plain path: the C library's sine alone takes a stack frame.
+STORAGES = ("float32", "bfloat16", "float16")
+# One type and architecture in the default set, all of them in the exhaustive one: 15 seconds each.
+BUILDS = [
+    pytest.param(t, a, marks=() if (t, a) == ("bfloat16", "sm_90") else pytest.mark.slow)
+    for t in STORAGES
+    for a in sass.ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize(("storage", "architecture"), BUILDS)
+def test_no_kernel_spills(storage, architecture):
+    cubin = sass.compile_cubin(sass.ROOT / f"csrc/cuda/{storage}.cu", architecture)
+    usage = sass.resources(cubin)
+    assert len(usage) > 20
+    for name, used in usage.items():
+        assert used["STACK"] == 0, f"{name}: a stack frame of {used['STACK']} bytes"
+        assert used["LOCAL"] == 0, name
+    for name, code in sass.instructions(cubin).items():
+        local = [i for i in code if re.match(r"(LDL|STL)\b", i)]
+        assert not local, f"{name}: {local[:3]}"
+
+
+def moves_chunks(name: str) -> bool:
+    """Whether a kernel reads tensors in whole chunks: its second template argument is kRagged."""
+    found = re.match(r"(rows|stream|column|run)_\w+<[\w ]+, (\w+)", name)
+    return bool(found) and found[2] == "false" and "finish" not in name
+
+
+@pytest.mark.parametrize(("storage", "architecture"), BUILDS)
+def test_aligned_kernels_move_128_bits(storage, architecture):
+    """Tensors by 128-bit accesses alone; only parameters and statistics are read by the number."""
+    cubin = sass.compile_cubin(sass.ROOT / f"csrc/cuda/{storage}.cu", architecture)
+    kernels = {n: c for n, c in sass.instructions(cubin).items() if moves_chunks(n)}
+    assert len(kernels) >= 15
+    for name, code in kernels.items():
+        assert any(re.match(r"LDG\.E\S*\.128", i) for i in code), name
+        if re.match(r"rows_|stream_output|column_output|\w+_gradient<[\w ]+, false, false", name):
+            assert any(re.match(r"STG\.E\S*\.128", i) for i in code), name
+        narrow = [i for i in code if re.match(r"STG\.E\S*\.(U8|U16|64)\b", i)]
+        assert not narrow, f"{name}: {narrow[:3]}"
+
+
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
+def test_instruction_budgets(architecture):
+    """Within 5 % of the stored counts, either way: who saves instructions stores the new count."""
+    stored = json.loads(sass.BUDGETS.read_text()).get(sass.nvcc_version())
+    if stored is None:
+        pytest.skip(f"no budgets are stored for nvcc {sass.nvcc_version()}")
+    measured = sass.per_element(sass.compile_cubin(sass.PROBES, architecture))
+    assert measured.keys() == stored[architecture].keys()
+    for name, counts in measured.items():
+        for what, count in counts.items():
+            budget = stored[architecture][name][what]
+            assert abs(count - budget) <= 0.05 * budget, f"{name}: {count} {what}, budget {budget}"
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_cluster_kernels_use_the_hardware_barrier(architecture):
+    cubin = sass.compile_cubin(sass.ROOT / "csrc/cuda/bfloat16.cu", architecture)
+    kernels = {n: c for n, c in sass.instructions(cubin).items() if "ClusterTeam" in n}
+    assert kernels
+    for name, code in kernels.items():
+        assert any(i.startswith("UCGABAR") for i in code), name
