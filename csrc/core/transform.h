@@ -104,19 +104,24 @@ struct PsiSlopes {
   V psi_lambda;
 };
 
-// kSmall: some |eta| of the group is small, so P l - |psi| would cancel; those lanes take the series.
-template <bool kSmall, class V>
+// kCareful: some |eta| of the group is small, so P l - |psi| would cancel and those lanes take the series; or lambda
+// is frozen, so that the exponent may have saturated, and a saturated psi has no slope.
+template <bool kCareful, class V>
 NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, const Side<V>& side) {
+  V psi_h = power * reciprocal;
   V psi_lambda = (power * l - psi) * side.inverse;
-  if constexpr (kSmall) {
-    const V a = side.eta * l;
+  if constexpr (kCareful) {
+    const V a = side.eta * l, zero = splat<V>(0);
     const auto near_zero = magnitude(a) < splat<V>(ScalarOf<V>(0.5));
+    const auto saturated = a > splat<V>(TransformLimits<ScalarOf<V>>::kMaxExponent);
     psi_lambda = near_zero ? V(l * l * second_exponential<V>(a)) : psi_lambda;
+    psi_lambda = saturated ? zero : psi_lambda;
+    psi_h = saturated ? zero : psi_h;
   }
-  return {power * reciprocal, psi_lambda * side.active};
+  return {psi_h, psi_lambda * side.active};
 }
 
-// Whether a group needs kSmall: with both exponents at least this large the direct form loses less than 4 ulp
+// Whether a group's exponents ask for kCareful: with both exponents at least this large the direct form loses less than 4 ulp
 // of l.
 template <class S>
 NN_HD bool has_small_exponent(const Exponents<S>& e) {

@@ -65,7 +65,7 @@ NN_HD void power_stage(Strip<const ScalarOf<V>> u, int steps, int lanes, const T
   }
 }
 
-template <bool kPartial, bool kSmall, bool kNoise, bool kPerElement, class V>
+template <bool kPartial, bool kCareful, bool kNoise, bool kPerElement, class V>
 NN_HD void gradient_sums_tile(const GradientStrips<V>& at, int steps, int lanes,
                               const GradientConstants<V>& c, const ElementGradients<V>& e,
                               GradientSums<V>& sums) {
@@ -83,7 +83,7 @@ NN_HD void gradient_sums_tile(const GradientStrips<V>& at, int steps, int lanes,
     const V g = read<kPartial, V>(at.grad.data + i * at.grad.step, lanes);
     const V t = magnitude(h), l = logs[i], reciprocal = T(1) / (t + T(1));
     const PsiSlopes<V> psi =
-        psi_slopes<kSmall, V>(l, reciprocal, powers[i], psis[i], side_of(h, c.transform.exponents));
+        psi_slopes<kCareful, V>(l, reciprocal, powers[i], psis[i], side_of(h, c.transform.exponents));
     const V x = with_sign_of(psis[i], h);
     V weighted = g;
     if constexpr (kPerElement) {
@@ -129,12 +129,12 @@ NN_HD ElementGradients<V> behind(const ElementGradients<V>& e, int64_t steps) {
   return {behind(e.weights, steps), behind(e.grad_weights, steps), behind(e.grad_biases, steps), e.noise};
 }
 
-template <bool kPartial, bool kSmall, bool kNoise, bool kPerElement, class V>
+template <bool kPartial, bool kCareful, bool kNoise, bool kPerElement, class V>
 NN_HD void gradient_sums_pass(const GradientStrips<V>& at, int64_t steps, int lanes,
                               const GradientConstants<V>& c, const ElementGradients<V>& e,
                               GradientSums<V>& sums) {
   for (int64_t i = 0; i < steps; i += kTile)
-    gradient_sums_tile<kPartial, kSmall, kNoise, kPerElement, V>(behind(at, i), tile_steps(i, steps), lanes,
+    gradient_sums_tile<kPartial, kCareful, kNoise, kPerElement, V>(behind(at, i), tile_steps(i, steps), lanes,
                                                                  c, behind(e, i), sums);
 }
 

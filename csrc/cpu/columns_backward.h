@@ -37,7 +37,7 @@ class ColumnBackward {
     walk_.spread_transform(table, outer);
     for (int64_t i = 0; i < g_.inner; ++i) {
       const GroupStats<T> stats(p_, outer * g_.inner + i);
-      small = small || has_small_exponent(stats.transform(p_).exponents);
+      small = small || p_.frozen || has_small_exponent(stats.transform(p_).exponents);
       const auto w = stats.gradient(p_);
       walk_.spread(table, kColCe, i, w.c_e);
       walk_.spread(table, kColCr, i, w.c_r);
@@ -77,7 +77,7 @@ class ColumnBackward {
     return walk_.keeps(p_.output) ? walk_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
   }
 
-  template <bool kSmall>
+  template <bool kCareful>
   void sums_chunk(int64_t outer, int64_t chunk, const T* table, T* sums) const {
     Buffer<T> normal_buffer(noisy_ ? walk_.normal_size() : 0);
     Buffer<T> u_buffer(walk_.buffer_size()), g_buffer(walk_.buffer_size());
@@ -94,9 +94,9 @@ class ColumnBackward {
         const auto k = constants(table, c);
         const auto none = no_element_gradients<V>();
         if (z)
-          gradient_sums_pass<partial.value, kSmall, true, false, V>(strips, rows, lanes, k, none, s);
+          gradient_sums_pass<partial.value, kCareful, true, false, V>(strips, rows, lanes, k, none, s);
         else
-          gradient_sums_pass<partial.value, kSmall, false, false, V>(strips, rows, lanes, k, none, s);
+          gradient_sums_pass<partial.value, kCareful, false, false, V>(strips, rows, lanes, k, none, s);
         for (int k = 0; k < kSums; ++k) store_dense<V>(sums + k * walk_.padded() + c, *each[k]);
       });
     });

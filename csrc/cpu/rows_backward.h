@@ -91,7 +91,7 @@ class RowBackward {
   // needs.
   void sums_round(Group& g, const GroupStats<T>& stats, bool split) {
     const auto c = g.constants();
-    const bool small = has_small_exponent(g.transform.exponents);
+    const bool small = p_.frozen || has_small_exponent(g.transform.exponents);
     const T noise = p_.noise.on && p_.grad_weight ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0);
     const int64_t blocks = walk_.plan().blocks();
     const auto sums_of = [&](int64_t b) {
@@ -129,7 +129,7 @@ class RowBackward {
   }
 
   // psi_h, psi_h h, psi_lambda, w, w h (the first three weighted), the gradients of bias and weight.
-  template <bool kSmall>
+  template <bool kCareful>
   Sums<7> sums_block(const Group& group, int64_t index, const GradientConstants<V>& c, T noise) {
     const GroupIndex& at = group.at;
     const Block b = walk_.plan()[index];
@@ -151,7 +151,7 @@ class RowBackward {
                                      {z + i, w}};
       const auto e = element_gradients(at, b, i, noise);
       const auto pass = [&](auto with_noise, auto elementwise) {
-        gradient_sums_pass<partial.value, kSmall, with_noise.value, elementwise.value, V>(strips, steps,
+        gradient_sums_pass<partial.value, kCareful, with_noise.value, elementwise.value, V>(strips, steps,
                                                                                           lanes, c, e, s);
       };
       if (noisy && elementwise_)

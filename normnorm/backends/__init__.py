@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normnorm.backends import cpu, reference
 
@@ -71,13 +70,6 @@ def _register_compiled(name: str, device_type: str, reason: str | None) -> None:
         _UNAVAILABLE[name] = reason
         return
     ops = getattr(torch.ops, f"normnorm_{name}")
-    fold_op = ops.fold_running_.default
-
-    def fold(stats: Tensor, *arguments: Any) -> None:
-        fold_op(stats, *arguments)
-        # Compiled code writes through plain pointers: autograd has to be told.
-        torch.autograd.graph.increment_version([t for t in arguments[:4] if t is not None])
-
     register(
         Backend(
             name,
@@ -85,7 +77,7 @@ def _register_compiled(name: str, device_type: str, reason: str | None) -> None:
             ops.normal_norm_forward.default,
             ops.normal_norm_backward.default,
             ops.normal_norm_infer.default,
-            fold,
+            ops.fold_running_.default,
         )
     )
 
