@@ -38,7 +38,7 @@ class Backend:
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 _UNAVAILABLE: dict[str, str] = {
-    "cuda": "this version of normnorm has no CUDA kernels",
+    "cuda": "this version's CUDA kernels are not bound to torch yet",
     "triton": "this version of normnorm has no Triton kernels",
 }
 _backends: dict[str, Backend] = {
