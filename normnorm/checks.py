@@ -20,6 +20,8 @@ __all__ = [
     "check_backward",
     "check_fold",
     "check_forward",
+    "check_is_tensor",
+    "check_noise_train",
     "check_transform",
     "group_count",
     "group_size",
@@ -114,6 +116,18 @@ def check_transform(eps: float, alpha: float, order: int, transform_eps: float) 
         raise ValueError(f"transform_eps must be finite and at least 0; got {transform_eps}")
 
 
+def check_noise_train(noise_train: float) -> None:
+    """The weight of the noise, also where none will be added."""
+    if not 0.0 <= noise_train < math.inf:
+        raise ValueError(f"noise_train must be finite and at least 0; got {noise_train}")
+
+
+def check_is_tensor(input: Tensor) -> None:
+    """An input that is a tensor at all."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor; got {type(input).__name__}")
+
+
 def _check_reserved(residual: Tensor | None, activation: str) -> None:
     if residual is not None:
         raise ValueError("residual is reserved in the schema and not built yet; got a tensor")
@@ -153,8 +167,7 @@ def _check_parameters(
 def _check_noise(
     input: Tensor, noise_train: float, seed: Tensor | None, noise_scale: Tensor | None, groups: int
 ) -> None:
-    if not 0.0 <= noise_train < math.inf:
-        raise ValueError(f"noise_train must be finite and at least 0; got {noise_train}")
+    check_noise_train(noise_train)
     if noise_train > 0.0 and seed is None:
         raise ValueError("noise_train > 0 needs a seed tensor; got None")
     if seed is not None:

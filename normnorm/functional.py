@@ -23,7 +23,6 @@ What the functions share:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from normnorm import backends, ops, reference
 from normnorm.autograd import Running, normal_norm, transforms_active
-from normnorm.checks import check_transform, group_size
+from normnorm.checks import check_is_tensor, check_noise_train, check_transform, group_size
 from normnorm.config import Config
 from normnorm.noise import as_seed
 from normnorm.statistics import statistics_dtype
@@ -71,15 +70,14 @@ def _configure(
     normalized_ndim: int,
     eps: float,
     noise_train: float,
+    training: bool,
     alpha: float,
     order: int,
     transform_eps: float,
 ) -> Config:
     """The op's configuration: the caller's, the noise's order, and the backend that serves."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor; got {type(input).__name__}")
-    if not 0.0 <= noise_train < math.inf:
-        raise ValueError(f"noise_train must be finite and at least 0; got {noise_train}")
+    check_noise_train(noise_train)
+    noise_train = noise_train if training else 0.0
     channels_last = noise_train > 0.0 and _is_channels_last(input)
     return Config(
         kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, 0,
@@ -132,7 +130,7 @@ def _check_running(
             f"got {sum(tensor is not None for tensor in running)} of them"
         )
     # The fold itself asks that var and lambda be like mean.
-    if update and input.dim() > 1 and mean.size(0) != input.size(1):
+    if update and input.dim() > 1 and mean.shape != input.shape[1:2]:
         raise ValueError(
             f"running_mean must have shape ({input.size(1)},) for an input of shape "
             f"{tuple(input.shape)}; got {tuple(mean.shape)}"
@@ -181,14 +179,16 @@ def batch_normal_norm(
     Raises:
         ValueError: also for a single value per channel in training.
     """
+    check_is_tensor(input)
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = _check_running(input, running, momentum, num_batches_tracked, training)
     if not training and not tracked:
         raise ValueError(
             "Expected running_mean, running_var and running_lmbda to be given when training=False"
         )
-    noise = noise_train if training else 0.0
-    config = _configure(input, "batch", 0, 0, eps, noise, alpha, order, transform_eps)
+    config = _configure(
+        input, "batch", 0, 0, eps, noise_train, training, alpha, order, transform_eps
+    )
     if not training:
         return _apply(input, running, weight, bias, seed, config)[0]
     output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)
@@ -229,14 +229,16 @@ def layer_normal_norm(
     Raises:
         ValueError: also where the input does not end in ``normalized_shape``.
     """
+    check_is_tensor(input)
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[max(input.dim() - len(shape), 0) :]) != shape:
         raise ValueError(
             f"Given normalized_shape={list(shape)}, expected input with shape "
             f"[*, {', '.join(map(str, shape))}], but got input of size {list(input.shape)}"
         )
-    noise = noise_train if training else 0.0
-    config = _configure(input, "layer", 0, len(shape), eps, noise, alpha, order, transform_eps)
+    config = _configure(
+        input, "layer", 0, len(shape), eps, noise_train, training, alpha, order, transform_eps
+    )
     return _apply(input, _NO_RUNNING, weight, bias, seed, config)[0]
 
 
@@ -267,10 +269,12 @@ def group_normal_norm(
     Raises:
         ValueError: also where one group holds the batch's only value, as in torch.
     """
+    check_is_tensor(input)
     if input.dim() < 2:
         raise ValueError(f"Expected at least 2 dimensions for input tensor but got {input.dim()}")
-    noise = noise_train if training else 0.0
-    config = _configure(input, "group", num_groups, 0, eps, noise, alpha, order, transform_eps)
+    config = _configure(
+        input, "group", num_groups, 0, eps, noise_train, training, alpha, order, transform_eps
+    )
     divides = num_groups >= 1 and input.size(1) % num_groups == 0
     if divides and input.size(0) * group_size(input, config) == 1:
         raise ValueError(
@@ -318,6 +322,7 @@ def instance_normal_norm(
     Raises:
         ValueError: also for a single spatial element with ``use_input_stats``.
     """
+    check_is_tensor(input)
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = _check_running(input, running, momentum, num_batches_tracked, use_input_stats)
     if not use_input_stats:
@@ -327,10 +332,13 @@ def instance_normal_norm(
                 "use_input_stats=False"
             )
         # Frozen statistics know no samples: this is the batch layer's evaluation.
-        config = _configure(input, "batch", 0, 0, eps, 0.0, alpha, order, transform_eps)
+        config = _configure(
+            input, "batch", 0, 0, eps, noise_train, False, alpha, order, transform_eps
+        )
         return _apply(input, running, weight, bias, seed, config)[0]
-    noise = noise_train if training else 0.0
-    config = _configure(input, "instance", 0, 0, eps, noise, alpha, order, transform_eps)
+    config = _configure(
+        input, "instance", 0, 0, eps, noise_train, training, alpha, order, transform_eps
+    )
     output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)
     if tracked and input.numel() > 0:
         assert statistics is not None  # they were asked for

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from normnorm import functional as F
+from normnorm.checks import check_is_tensor, check_noise_train
 
 __all__ = [
     "BatchNormalNorm1d",
@@ -127,10 +128,8 @@ class _RunningNorm(_Transform, _NormBase):
             state_dict.pop(prefix + "running_norm", None)
             running_lmbda = self._buffers.get("running_lmbda")
             if running_lmbda is not None:
-                state_dict.setdefault(
-                    prefix + "running_lmbda",
-                    torch.ones(running_lmbda.shape, dtype=running_lmbda.dtype),
-                )
+                like = state_dict.get(prefix + "running_mean", running_lmbda)
+                state_dict.setdefault(prefix + "running_lmbda", torch.ones_like(like))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -142,6 +141,7 @@ class _BatchNormalNorm(_RunningNorm):
     _ranks: tuple[int, ...]
 
     def _check_input_dim(self, input: Tensor) -> None:
+        check_is_tensor(input)
         if input.dim() not in self._ranks:
             wanted = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"expected {wanted} input (got {input.dim()}D input)")
@@ -156,6 +156,7 @@ class _BatchNormalNorm(_RunningNorm):
         # In training without track_running_stats the buffers are None; in evaluation they may be
         # set by hand, and are used then, as in torch.
         training = self.training
+        check_noise_train(self.noise_train)  # in evaluation too, which adds none
         # From the dictionary: nn.Module's __getattr__ costs half a microsecond a name.
         buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -213,7 +214,7 @@ class BatchNormalNorm1d(_BatchNormalNorm):
         ValueError: wrong rank or channel count, a single value per channel in training,
             ``eps`` <= 0, negative or non-finite ``noise_train``, unknown ``order``; nothing has
             changed then.
-        TypeError: an input that is not floating, or parameters of another dtype.
+        TypeError or ValueError: an input that is not floating, or parameters of another dtype.
     """
 
     _ranks = (2, 3)
@@ -261,6 +262,7 @@ class _InstanceNormalNorm(_RunningNorm):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
+        check_is_tensor(input)
         if input.dim() not in (self._rank - 1, self._rank):
             raise ValueError(
                 f"expected {self._rank - 1}D or {self._rank}D input (got {input.dim()}D input)"
@@ -332,7 +334,7 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
     Raises:
         ValueError: an input that does not end in ``normalized_shape``, ``eps`` <= 0, negative or
             non-finite ``noise_train``, unknown ``order``.
-        TypeError: an input that is not floating, or parameters of another dtype.
+        TypeError or ValueError: an input that is not floating, or parameters of another dtype.
     """
 
     def __init__(
@@ -390,7 +392,7 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
     Raises:
         ValueError: groups that do not divide, a wrong channel count, ``eps`` <= 0, negative or
             non-finite ``noise_train``, unknown ``order``.
-        TypeError: an input that is not floating, or parameters of another dtype.
+        TypeError or ValueError: an input that is not floating, or parameters of another dtype.
     """
 
     def __init__(
@@ -416,6 +418,7 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         self._set_transform(noise_train, alpha, order, transform_eps)
 
     def forward(self, input: Tensor) -> Tensor:
+        check_is_tensor(input)
         if input.dim() >= 2 and input.size(1) != self.num_channels:
             raise ValueError(
                 f"expected an input of {self.num_channels} channels (num_channels); "

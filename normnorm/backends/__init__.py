@@ -144,23 +144,25 @@ class use_backend:
     def __init__(self, name: str) -> None:
         if name != "auto":
             get(name)
-        self._name = name
-        self._choose()
-        self._chosen = True
-
-    def _choose(self) -> None:
         global _selected
-        self._previous, _selected = _selected, self._name
+        self._name = name
+        self._before: list[str] = []
+        self._at_construction: str | None = _selected
+        _selected = name
 
     def __enter__(self) -> use_backend:
-        if not self._chosen:  # entered again after it was left
-            self._choose()
-        self._chosen = False
+        global _selected
+        # A block restores what was chosen before it, which for ``with use_backend(...)`` is what
+        # was chosen before the call. Blocks of one object may follow each other, or nest.
+        first = self._at_construction is not None and _selected == self._name
+        self._before.append(str(self._at_construction) if first else _selected)
+        self._at_construction = None
+        _selected = self._name
         return self
 
     def __exit__(self, *exception: object) -> None:
         global _selected
-        _selected = self._previous
+        _selected = self._before.pop()
 
 
 def available_backends() -> dict[str, str | None]:
