@@ -108,8 +108,8 @@ void check_parameters(const Arguments& a, const Config& c) {
     check_device(names[i], p, input);
     check_shape(names[i], p, shape, dim, " for this input");
     require(p.dtype == input.dtype || p.dtype == wide, [&] {
-      return std::string(names[i]) + " must have the input's dtype " + dtype_name(input) + " or " +
-             name_of(wide) + "; got " + dtype_name(p);
+      return std::string(names[i]) + " must have the input's dtype " + dtype_name(input) +
+             (input.dtype == wide ? "" : std::string(" or ") + name_of(wide)) + "; got " + dtype_name(p);
     });
   }
   require(!a.weight.given || !a.bias.given || a.weight.dtype == a.bias.dtype, [&] {
