@@ -21,16 +21,12 @@ from torch.autograd import forward_ad
 
 from normnorm import backends, ops
 from normnorm.backends import reference
+from normnorm.backends.reference import transforms_active
 from normnorm.config import Config
 
-__all__ = ["normal_norm", "transforms_active"]
+__all__ = ["normal_norm"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def transforms_active() -> bool:
-    """Whether a torch.func transform is running."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def _forward_mode() -> bool:

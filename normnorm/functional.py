@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from normnorm import backends, ops, reference
-from normnorm.autograd import Running, normal_norm, transforms_active
+from normnorm.autograd import Running, normal_norm
+from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_is_tensor, check_noise_train, check_transform, group_size
 from normnorm.config import Config
 from normnorm.noise import as_seed

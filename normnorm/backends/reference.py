@@ -26,6 +26,7 @@ __all__ = [
     "normal_norm_forward",
     "normal_norm_infer",
     "second_gradients",
+    "transforms_active",
 ]
 
 
@@ -36,13 +37,14 @@ def _keywords(config: Config) -> dict[str, Any]:
     return keywords
 
 
-def _transforms_active() -> bool:
+def transforms_active() -> bool:
+    """Whether a torch.func transform is running."""
     return torch._C._are_functorch_transforms_active()
 
 
 def _like_input(result: Tensor, input: Tensor) -> Tensor:
     """The result with the strides that the ops promise: those of ``empty_like(input)``."""
-    if _transforms_active():  # strides are not seen there
+    if transforms_active():  # strides are not seen there
         return result
     wanted = torch.empty_like(input)
     if result.stride() == wanted.stride():
@@ -71,7 +73,7 @@ def pull_back(
 ) -> tuple[Tensor, ...]:
     """The product of cotangents with the Jacobian of ``function`` at ``primals``, itself
     differentiable where gradients are being recorded."""
-    if _transforms_active():
+    if transforms_active():
         result: tuple[Tensor, ...] = torch.func.vjp(function, *primals)[1](cotangents)
         return result
     differentiable = torch.is_grad_enabled()
