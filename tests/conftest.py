@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+
+# Before anything imports distutils: setuptools, which inductor uses, refuses to come second.
+import setuptools  # noqa: F401
 import torch
 
 import normnorm
