@@ -23,6 +23,7 @@ from torch import nn
 import normnorm
 from normnorm import cli
 from normnorm.demo import data, main, nets, normality, plot, results, train
+from normnorm.diagnostics import quantiles
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_table_shows_means_errors_medians_and_noise() -> None:
     cells = [re.split(r" {2,}", line.strip()) for line in lines]
     assert cells[0][2:6] == ["noise_train", "accuracy %", "std. error", "ms a step"]
     assert cells[0][6:] == ["Q-Q R^2", "(normal)"]
-    numbers = ["2.00", "0.9000", f"{normality.normal_r_squared(48):.4f}"]
+    numbers = ["2.00", "0.9000", f"{quantiles.normal_r_squared(48):.4f}"]
     assert cells[2] == ["convolutional net", "BatchNorm2d", "-", "98.00", "1.00", *numbers]
     assert cells[3] == ["BatchNormalNorm2d", "0.4", "98.00", "0.00", *numbers]
 
@@ -260,27 +261,6 @@ def test_split_is_stratified_standardized_and_disjoint() -> None:
     assert len(rows & {image.numpy().tobytes() for image in split.test_images}) == 0
     again = data.load_digits(2)
     assert not torch.equal(split.test_images, again.test_images)
-
-
-@pytest.mark.parametrize("count", [2, 3, 48, 1000])
-def test_qq_r_squared_is_probplots(count: int) -> None:
-    groups = np.random.default_rng(count).gamma(2.0, size=(5, count))
-    found = normality.qq_r_squared(torch.from_numpy(groups))
-    for row, r2 in zip(groups, found, strict=True):
-        quantiles, (_, _, r) = scipy.stats.probplot(row)
-        np.testing.assert_allclose(normality.normal_quantiles(count), quantiles[0], atol=1e-12)
-        assert r2.item() == pytest.approx(r**2, abs=1e-12)
-
-
-def test_normal_samples_have_the_r_squared_that_is_said() -> None:
-    assert normality.normal_r_squared(48) == pytest.approx(0.977, abs=1e-3)
-    assert 0.999 < normality.normal_r_squared(7200) < 1
-
-
-def test_qq_r_squared_of_constants_is_nan() -> None:
-    found = normality.qq_r_squared(torch.tensor([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]]))
-    assert found[0].isnan()
-    assert not found[1].isnan()
 
 
 @pytest.mark.parametrize(

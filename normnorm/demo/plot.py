@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normnorm.demo.normality import normal_quantiles
 from normnorm.demo.results import Comparison, Results, standard_error
+from normnorm.diagnostics.quantiles import normal_quantiles
 
 __all__ = ["draw"]
 

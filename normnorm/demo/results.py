@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import mean, median, stdev
 from typing import Any
 
-from normnorm.demo.normality import normal_r_squared
 from normnorm.demo.train import Run
+from normnorm.diagnostics.quantiles import normal_r_squared
 
 __all__ = ["Comparison", "Results", "judge", "standard_error", "table", "to_json"]
 

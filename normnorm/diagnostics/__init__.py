@@ -1,0 +1,1 @@
+"""How Gaussian, how independent and how sparse a model's representations are."""
