@@ -1,0 +1,434 @@
+"""What a benchmark run leaves behind: its rows, its environment, and the file they are kept in.
+
+A result file is JSON: ``{"format": "normnorm-bench", "version": 1, "environment": {...},
+"measurements": [...], "networks": [...], "counts": [...], "problems": [...], "complete": true}``.
+The classes below are its schema, field by field; :func:`load` checks a file against them. Times
+are milliseconds, sizes are bytes, rates are decimal (1 GB/s is 1e9 bytes a second).
+
+What follows from other fields (GB/s, shares) is a property here and is not stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Count",
+    "Environment",
+    "Gpu",
+    "Measurement",
+    "NetworkMeasurement",
+    "Results",
+    "ResultsError",
+    "load",
+    "save",
+    "write_atomically",
+]
+
+FORMAT = "normnorm-bench"
+VERSION = 1
+
+Mode = Literal["noise", "quiet", "eval"]
+Operation = Literal["forward", "backward", "full"]
+Status = Literal["ok", "wrong", "failed", "unavailable"]
+Method = Literal["wall", "graph", "stream"]
+
+
+class ResultsError(ValueError):
+    """A result file that cannot be read or written; its text is a sentence for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The accelerator that served.
+
+    Attributes:
+        name: as the driver calls it.
+        capability: compute capability, (9, 0) for Hopper.
+        multiprocessors: how many.
+        memory_bytes, l2_bytes: of the whole device.
+        driver: the driver's version; None where it could not be asked.
+        clock_mhz, memory_clock_mhz: right after the run, under whatever load was left.
+        max_clock_mhz: the highest clock of the multiprocessors.
+        power_limit_w: what the board is allowed.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+    l2_bytes: int
+    driver: str | None = None
+    clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    max_clock_mhz: float | None = None
+    power_limit_w: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Where and how the numbers came about.
+
+    Attributes:
+        timestamp: when the run began, ISO 8601 in UTC.
+        command_line: the command as it was typed.
+        normnorm, torch, python: versions.
+        packages: versions of the other packages that take part ("triton", "liger-kernel",
+            "quack-kernels", "torchvision", "timm"), where installed.
+        cuda, cudnn: what torch was built with; None for a CPU build.
+        commit: the git commit of the sources; None outside a repository.
+        uncommitted: whether tracked files differed from it.
+        backends: every backend's name with None, or the reason why it cannot run.
+        platform: operating system and architecture.
+        cpu: the processor's name.
+        cores: processors that this process may run on.
+        threads: torch's threads.
+        isa: instruction set of the CPU kernels; None without them.
+        load_before, load_after: load average of the last minute; None where unknown.
+        seconds: how long the whole run took.
+        device: "cpu" or "cuda", where the tensors lay.
+        gpu: the accelerator; None on a CPU.
+        seed: of the random inputs.
+    """
+
+    timestamp: str
+    command_line: str
+    normnorm: str
+    torch: str
+    python: str
+    packages: dict[str, str]
+    cuda: str | None
+    cudnn: str | None
+    commit: str | None
+    uncommitted: bool | None
+    backends: dict[str, str | None]
+    platform: str
+    cpu: str
+    cores: int
+    threads: int
+    isa: str | None
+    load_before: float | None
+    device: Literal["cpu", "cuda"]
+    seed: int
+    load_after: float | None = None
+    seconds: float | None = None
+    gpu: Gpu | None = None
+
+    @property
+    def device_name(self) -> str:
+        """The processor that the tensors lay on, by name."""
+        return self.cpu if self.gpu is None else self.gpu.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One provider's time for one pass of one layer.
+
+    The first eight fields say what was done (the *work*); rows with equal work are to be
+    compared with each other.
+
+    Attributes:
+        layer: the normality layer's class name; for other providers its counterpart stands in.
+        shape: the input's, logical, (N, C, ...) or (..., features).
+        groups: channel groups of a GroupNormalNorm; 0 for other layers.
+        dtype: "float32", "bfloat16" or "float16".
+        memory_format: "contiguous" or "channels_last".
+        mode: "noise" (training as published), "quiet" (training with ``noise_train=0``) or
+            "eval". Providers without noise do the same work in the first two.
+        operation: "forward", "backward" or "full" (forward and backward).
+        method: "wall" (CPU, wall clock), "graph" (device time of a replayed CUDA graph whose
+            inputs rotate) or "stream" (GPU, wall clock of calls from Python: what small tensors
+            cost, launches included).
+        provider: who did it: "normnorm-cpu", "normnorm-cuda", "normnorm-triton", "reference"
+            (the definition in eager mode), "compiled-reference", "torch" (torch's layer; on a GPU
+            without cuDNN), "cudnn", "compiled-torch", "liger", "quack", or "copy" (a device copy
+            of the input: the roof).
+        suite: which question the work belongs to, such as "resnet", "features", "tokens",
+            "batch sweep", "channel sweep", "row sweep", "small".
+        x_name, x_value: the quantity a sweep varies and its value; "elements" otherwise.
+        status: "ok"; "wrong" (it missed the bound against the float64 reference and was not
+            timed), "failed" (it raised) or "unavailable" (it does not do this work, or is not
+            installed). The other measured fields are None then, or what was known by then.
+        message: the sentence that belongs to a status other than "ok".
+        median_ms, p20_ms, p80_ms: of the samples, milliseconds a call.
+        rounds: samples taken.
+        calls: calls within one sample.
+        model_bytes: bytes that a kernel of one read and one write a pass moves: twice the input
+            for a forward, three times for a backward, the sum for both.
+        ratio: median over that of ``peer`` in the same run; None without a peer.
+        peer: the provider that stands for torch's layer: the faster of "torch" and "cudnn".
+        kept_bytes: what autograd keeps between forward and backward, each storage once.
+        peak_bytes: the most that one call had allocated at a time, its inputs not counted.
+        error: largest difference from the float64 reference over results, relative to the
+            largest value of each.
+        bound: what ``error`` had to stay under.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    groups: int = 0
+    dtype: str
+    memory_format: Literal["contiguous", "channels_last"]
+    mode: Mode
+    operation: Operation
+    method: Method
+    provider: str
+    suite: str
+    x_name: str
+    x_value: float
+    status: Status
+    message: str | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int | None = None
+    calls: int | None = None
+    model_bytes: int
+    ratio: float | None = None
+    peer: str | None = None
+    kept_bytes: int | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    bound: float | None = None
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What was done, by whomever: equal for rows that may be compared."""
+        return (
+            self.layer, self.shape, self.groups, self.dtype, self.memory_format, self.mode,
+            self.operation, self.method,
+        )  # fmt: skip
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Model bytes over the median time."""
+        return self.model_bytes / self.median_ms * 1e-6 if self.median_ms else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkMeasurement:
+    """One training step (forward, loss, backward, optimizer) of a whole network.
+
+    Attributes:
+        network: its name, such as "resnet50" or "vit_small".
+        source: where it comes from: "torchvision", "timm" or "normnorm" (a small one of ours).
+        norm: class name of its normalization layers.
+        provider: as in :class:`Measurement`: whose norm layers they are.
+        norm_layers: how many were swapped.
+        batch: samples a step.
+        sample_shape: the shape of one.
+        unit: what ``rate`` counts a second: "images" or "tokens".
+        units: of them a step.
+        dtype: of the autocast region; "float32" without autocast.
+        memory_format: of the images.
+        status, message, median_ms, p20_ms, p80_ms, rounds: as in :class:`Measurement`; a round
+            is one step.
+        ratio: median over that of ``peer``, the same network with torch's layer.
+        peak_bytes: the most memory allocated during a step; None where it is not known.
+    """
+
+    network: str
+    source: Literal["torchvision", "timm", "normnorm"]
+    norm: str
+    provider: str
+    norm_layers: int
+    batch: int
+    sample_shape: tuple[int, ...]
+    unit: Literal["images", "tokens"]
+    units: int
+    dtype: str
+    memory_format: Literal["contiguous", "channels_last"]
+    status: Status
+    message: str | None = None
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    rounds: int | None = None
+    ratio: float | None = None
+    peer: str | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What was done, by whomever: equal for rows that may be compared."""
+        return (
+            self.network, self.source, self.batch, self.sample_shape, self.dtype,
+            self.memory_format,
+        )  # fmt: skip
+
+    @property
+    def rate(self) -> float | None:
+        """Images or tokens a second."""
+        return self.units / self.median_ms * 1e3 if self.median_ms else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """Instructions that a CPU kernel executes, counted by callgrind: a measure without noise.
+
+    Attributes:
+        work: layer kind and shape.
+        mode: as in :class:`Measurement`.
+        operation: "forward" or "backward".
+        isa: the instruction set that was counted.
+        instructions: an element.
+    """
+
+    work: str
+    mode: Mode
+    operation: Operation
+    isa: str
+    instructions: float
+
+
+@dataclass(kw_only=True)
+class Results:
+    """Everything one run found.
+
+    Attributes:
+        environment: where and how.
+        measurements: layers, in the order of the run.
+        networks: whole training steps.
+        counts: instruction counts of the CPU kernels, where callgrind was asked.
+        problems: sentences about what failed or was wrong; empty when all went well.
+        complete: False while the run goes on, and for ever if it was interrupted.
+    """
+
+    environment: Environment
+    measurements: list[Measurement] = field(default_factory=list)
+    networks: list[NetworkMeasurement] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    def select(self, **fields: object) -> list[Measurement]:
+        """The measurements whose fields have these values, in order.
+
+        ``results.select(provider="torch", operation="full", status="ok")``
+        """
+        return [m for m in self.measurements if all(getattr(m, k) == v for k, v in fields.items())]
+
+    def share_of_copy(self, measurement: Measurement) -> float | None:
+        """Its GB/s over those of the copy of the same input in this run: 1 is the roof.
+
+        None where either was not measured. The copy is timed once for a shape, dtype, memory
+        format and method, under the mode and operation of the first work of that kind.
+        """
+        same = ("shape", "dtype", "memory_format", "method")
+        key = {name: getattr(measurement, name) for name in same}
+        for copy in self.select(provider="copy", status="ok", **key):
+            if copy.gb_per_s and measurement.gb_per_s:
+                return measurement.gb_per_s / copy.gb_per_s
+        return None
+
+
+@dataclass
+class _File:
+    """The file itself: a mark and a version before the results."""
+
+    format: str
+    version: int
+
+
+def _bad_numbers(results: Results) -> Iterable[str]:
+    rows: list[tuple[str, Measurement | NetworkMeasurement]] = [
+        *((f"measurements[{i}]", row) for i, row in enumerate(results.measurements)),
+        *((f"networks[{i}]", row) for i, row in enumerate(results.networks)),
+    ]
+    for name, row in rows:
+        times = (row.median_ms, row.p20_ms, row.p80_ms)
+        if row.status == "ok" and any(t is None or not t > 0 for t in times):
+            yield f"{name} says ok, but its times are {times}"
+        elif row.status != "ok" and not row.message:
+            yield f"{name} says {row.status}, but not why"
+
+
+def load(path: str | os.PathLike[str]) -> Results:
+    """Reads a result file.
+
+    Raises:
+        ResultsError: the file cannot be read, is damaged, was written by something else or by a
+            newer version, or contradicts itself. The sentence names the file and what is wrong.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        head = msgspec.json.decode(text, type=_File)
+    except msgspec.ValidationError:
+        raise ResultsError(f'{path} is not a result file: it has no "format": "{FORMAT}"') from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path} is damaged or not JSON at all: {error}") from None
+    if head.format != FORMAT:
+        raise ResultsError(
+            f'{path} is not a result file: its format is {head.format!r}, not "{FORMAT}"'
+        )
+    if head.version != VERSION:
+        raise ResultsError(
+            f"{path} is of version {head.version} of the format; this normnorm reads {VERSION}"
+        )
+    try:
+        results = msgspec.json.decode(text, type=Results)
+    except msgspec.ValidationError as error:
+        raise ResultsError(f"{path} is damaged: {error}") from None
+    for sentence in _bad_numbers(results):
+        raise ResultsError(f"{path} is damaged: {sentence}")
+    return results
+
+
+def save(results: Results, path: str | os.PathLike[str]) -> None:
+    """Writes a result file, whole or not at all: whatever stood there stays until it is written.
+
+    Raises:
+        ResultsError: it cannot be written there; what stood there is unchanged.
+    """
+    data = {"format": FORMAT, "version": VERSION, **msgspec.to_builtins(results)}
+    text = msgspec.json.format(msgspec.json.encode(data), indent=1)
+    write_atomically(path, text + b"\n")
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Puts a text (UTF-8) or bytes into a file in one step; no half-written file is ever seen.
+
+    Raises:
+        ResultsError: it cannot be written there; what stood there is unchanged.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))  # through a link: what it points to is replaced
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        os.chmod(temporary, mode)
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

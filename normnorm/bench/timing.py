@@ -1,0 +1,221 @@
+"""How long calls take: several at once, in alternation, by medians and percentiles.
+
+Everything compared is timed in one process, call after call in a shuffled order, so that a clock
+that drifts or a neighbour that wakes up meets all of them. Three ways to take one sample:
+
+* ``wall``: the wall clock around a number of calls, for CPU tensors;
+* ``graph``: CUDA events around the replay of a CUDA graph that holds one call for each of several
+  copies of the inputs, together larger than three times the last-level cache, so that every call
+  reads from device memory; launch overhead is not in it;
+* ``stream``: the wall clock around calls made from Python on a GPU, with a synchronization at
+  either end, for tensors so small that launching is what costs.
+
+A call is a function of one argument, the index of the copy of the inputs to use. It has to keep
+from reading values on the host: a CUDA graph holds no such thing.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+
+__all__ = ["Call", "Method", "Timing", "copies_beyond_cache", "cuda_graph", "interleaved"]
+
+Call = Callable[[int], object]
+Method = Literal["wall", "graph", "stream"]
+Sample = Callable[[], float]
+
+_SHORTEST_SAMPLE_MS = 0.5
+_MOST_CALLS = 4096
+_MOST_COPIES = 256
+# Clock cycles that keep the device busy while the host enqueues the events and the graph.
+_BACKLOG_CYCLES = 200_000
+
+
+class Timing(NamedTuple):
+    """Milliseconds a call, over samples.
+
+    Attributes:
+        median_ms, p20_ms, p80_ms: the median and the 20th and 80th percentiles of the samples.
+        rounds: samples taken.
+        calls: calls in one sample, whose mean the sample is.
+    """
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    calls: int
+
+    @classmethod
+    def of(cls, samples: list[float], calls: int) -> Timing:
+        """The summary of samples in milliseconds a call; at least one is needed."""
+        several = len(samples) > 1
+        cuts = statistics.quantiles(samples, n=5, method="inclusive") if several else samples * 4
+        return cls(statistics.median(samples), cuts[0], cuts[3], len(samples), calls)
+
+
+def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
+    """How many copies of inputs of that size a measurement rotates over.
+
+    Enough to exceed three times the L2 cache of a CUDA device, at most 256 (smaller inputs than
+    that reaches are bound by launches anyway); 1 on a CPU.
+    """
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(_MOST_COPIES, math.ceil(3 * cache / max(bytes_each, 1))))
+
+
+def cuda_graph(call: Call, copies: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """A graph of one call for each copy, captured on ``stream`` after two turns outside it.
+
+    A backward pass alone must have had its forward pass on the same stream.
+
+    Raises:
+        RuntimeError: something in the call cannot be captured.
+    """
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for copy in range(copies):
+                call(copy)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for copy in range(copies):
+            call(copy)
+    return graph
+
+
+class _Sampler(NamedTuple):
+    """A way to take a sample.
+
+    Attributes:
+        sample: takes one; milliseconds a call.
+        calls: calls in it.
+        estimate_s: seconds that taking one costs.
+    """
+
+    sample: Sample
+    calls: int
+    estimate_s: float
+
+
+def _wall(call: Call, device: torch.device, copies: int) -> _Sampler:
+    """Wall clock around as many calls as a sample needs to be longer than the clock's noise."""
+
+    def sample(calls: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for i in range(calls):
+            call(i % copies)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) * 1e3 / calls
+
+    call(0)  # what happens once: compilation, allocation
+    calls, each = 1, sample(1)
+    while calls < _MOST_CALLS and each * calls < _SHORTEST_SAMPLE_MS:
+        calls = min(_MOST_CALLS, max(2 * calls, math.ceil(_SHORTEST_SAMPLE_MS / max(each, 1e-6))))
+        each = sample(calls)
+    return _Sampler(lambda: sample(calls), calls, each * calls * 1e-3)
+
+
+def _graph(call: Call, device: torch.device, copies: int) -> _Sampler:
+    """CUDA events around replays of a graph that turns once through all copies."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        graph = cuda_graph(call, copies, stream)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def sample(replays: int) -> float:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                torch.cuda._sleep(_BACKLOG_CYCLES)
+                first.record(stream)
+                for _ in range(replays):
+                    graph.replay()
+                last.record(stream)
+                last.synchronize()
+            return float(first.elapsed_time(last)) / (replays * copies)
+
+        once = sample(1) * copies
+        replays = max(1, math.ceil(_SHORTEST_SAMPLE_MS / max(once, 1e-3)))
+        each = sample(replays)
+    return _Sampler(lambda: sample(replays), replays * copies, each * replays * copies * 1e-3)
+
+
+def _turns(
+    samplers: Mapping[str, _Sampler], budget_s: float, low: int, high: int
+) -> dict[str, int]:
+    """How often each is sampled: all have the same share of the time, within limits."""
+    share = budget_s / max(len(samplers), 1)
+    return {
+        name: max(low, min(high, int(share / max(sampler.estimate_s, 1e-9))))
+        for name, sampler in samplers.items()
+    }
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    device: torch.device | str = "cpu",
+    *,
+    method: Method | None = None,
+    copies: int = 1,
+    budget_s: float = 1.0,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
+) -> dict[str, Timing | Exception]:
+    """Times calls against each other.
+
+    Each has the same share of the time; one that is slow is sampled less often, spread evenly
+    over the whole measurement. The order within a round is shuffled anew for each.
+
+    Args:
+        calls: by name; each takes the index of the copy of the inputs to use.
+        device: where the calls' tensors are.
+        method: how a sample is taken (see the module); None for "wall" on a CPU and "graph" on a
+            GPU.
+        copies: how many copies of the inputs there are: :func:`copies_beyond_cache`.
+        budget_s: seconds for all samples together, beyond warm-up and ``min_rounds`` samples each.
+        min_rounds, max_rounds: fewest and most samples of one call.
+
+    Returns:
+        For each name its timing, or the exception that it raised: the others are timed all the
+        same.
+    """
+    device = torch.device(device)
+    method = method or ("wall" if device.type == "cpu" else "graph")
+    prepare = _graph if method == "graph" else _wall
+    found: dict[str, Timing | Exception] = {}
+    samplers: dict[str, _Sampler] = {}
+    for name, call in calls.items():
+        try:
+            samplers[name] = prepare(call, device, copies)
+        except Exception as error:  # whatever a provider raises is its result
+            found[name] = error
+    turns = _turns(samplers, budget_s, min_rounds, max_rounds)
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    total = max(turns.values(), default=0)
+    shuffled = random.Random(total)
+    for turn in range(total):
+        due = [n for n, k in turns.items() if (turn + 1) * k // total > turn * k // total]
+        shuffled.shuffle(due)
+        for name in due:
+            if name in found:
+                continue
+            try:
+                samples[name].append(samplers[name].sample())
+            except Exception as error:
+                found[name] = error
+    for name, sampler in samplers.items():
+        if name not in found:
+            found[name] = Timing.of(samples[name], sampler.calls)
+    return {name: found[name] for name in calls}
