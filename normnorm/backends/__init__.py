@@ -2,10 +2,17 @@
 
 A backend is four callables with the argument order of the op schemas in ``normnorm/ops.py``.
 It is resolved once at each forward pass and handed to its backward pass by name.
+
+Backends of GPUs are looked for when they are first asked for: importing normnorm neither wakes a
+GPU's driver nor imports Triton. Each is a module here, with
+
+* ``unavailable_reason()``: None where it can run, else one sentence that says why not;
+* ``register()``: calls :func:`register` with its :class:`Backend`; only called where it can run.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,11 +43,11 @@ class Backend:
     fold: Callable[..., Any]
 
 
+# Of two that serve the same device, ``auto`` takes the one that stands first.
 NAMES = ("reference", "cpu", "cuda", "triton")
-_UNAVAILABLE: dict[str, str] = {
-    "cuda": "this version's CUDA kernels are not bound to torch yet",
-    "triton": "this version of normnorm has no Triton kernels",
-}
+# Those not looked for yet, and the device that they serve.
+_late: dict[str, str] = {"cuda": "cuda", "triton": "cuda"}
+_UNAVAILABLE: dict[str, str] = {}
 _backends: dict[str, Backend] = {
     "reference": Backend(
         "reference",
@@ -57,10 +64,19 @@ _automatic: dict[str, Backend] = {}
 _selected = os.environ.get("NORMNORM_BACKEND", "auto")
 
 
+def _rank(name: str) -> int:
+    """A backend's place in ``auto``'s choice; one that is not ours was registered to be chosen."""
+    return NAMES.index(name) if name in NAMES else -1
+
+
 def register(backend: Backend) -> None:
-    """Makes a backend available under its name, and the automatic choice for its device."""
+    """Makes a backend available under its name, and the automatic choice for its device unless
+    a better one (:data:`NAMES`) serves that."""
     _backends[backend.name] = backend
-    if backend.device_type is not None:
+    if backend.device_type is None:
+        return
+    chosen = _automatic.get(backend.device_type)
+    if chosen is None or _rank(backend.name) <= _rank(chosen.name):
         _automatic[backend.device_type] = backend
 
 
@@ -87,6 +103,42 @@ def register_compiled_backends() -> None:
     _register_compiled(cpu.NAME, cpu.DEVICE_TYPE, cpu.unavailable_reason())
 
 
+def _look_for(name: str) -> None:
+    """Registers a backend, or notes why it cannot run; before it those that are to be preferred."""
+    device_type = _late.get(name)
+    for each in [other for other, served in _late.items() if served == device_type]:
+        try:
+            module = importlib.import_module(f"normnorm.backends.{each}")
+        except ImportError as error:
+            _UNAVAILABLE[each] = f"its module does not import: {error}"
+        else:
+            reason = module.unavailable_reason()
+            if reason is None:
+                module.register()
+            else:
+                _UNAVAILABLE[each] = reason
+        _late.pop(each, None)
+        if each == name:
+            return
+
+
+def _automatic_choice(device_type: str) -> Backend:
+    """The best that serves a device; looks for its backends where that was not done yet."""
+    chosen = _automatic.get(device_type)
+    if chosen is not None:
+        return chosen
+    for name in [name for name, served in _late.items() if served == device_type]:
+        _look_for(name)
+        if device_type in _automatic:
+            break
+    return _automatic.get(device_type, _backends["reference"])
+
+
+# A compiler runs this function instead of tracing into the search, which changes what it reads.
+# (torch.compiler.assume_constant_result does the same, but imports the compiler to do it.)
+_automatic_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _unavailable(name: str) -> Exception:
     if name not in NAMES:
         source = "NORMNORM_BACKEND" if os.environ.get("NORMNORM_BACKEND") == name else "backend"
@@ -103,6 +155,9 @@ def get(name: str) -> Backend:
     """
     backend = _backends.get(name)
     if backend is None:
+        _look_for(name)
+        backend = _backends.get(name)
+    if backend is None:
         raise _unavailable(name)
     return backend
 
@@ -116,7 +171,7 @@ def resolve(device: torch.device, name: str | None = None) -> Backend:
     """
     name = _selected if name is None else name
     if name == "auto":
-        return _automatic.get(device.type, _backends["reference"])
+        return _automatic_choice(device.type)
     backend = get(name)
     if backend.device_type is not None and device.type not in (backend.device_type, "meta"):
         raise RuntimeError(
@@ -167,4 +222,6 @@ class use_backend:
 
 def available_backends() -> dict[str, str | None]:
     """Every backend's name, with None where it can run and the reason where it cannot."""
+    for name in list(_late):
+        _look_for(name)
     return {name: None if name in _backends else _UNAVAILABLE[name] for name in NAMES}
