@@ -23,7 +23,7 @@ from torch import nn
 import normnorm
 from normnorm import cli
 from normnorm.demo import data, main, nets, normality, plot, results, train
-from normnorm.diagnostics import quantiles
+from normnorm import quantiles
 
 
 @pytest.fixture(scope="module")

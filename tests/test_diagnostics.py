@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch import nn
 
-from normnorm.diagnostics import quantiles
+import normnorm
+from normnorm import diagnostics, quantiles
+from normnorm.diagnostics import statistics
+from normnorm.diagnostics.moments import ColumnMoments
+from normnorm.diagnostics.sample import RowSample
 
 
 @pytest.mark.parametrize("count", [2, 3, 48, 1000])
@@ -29,3 +39,266 @@ def test_qq_r_squared_of_constants_is_nan() -> None:
     found = quantiles.qq_r_squared(torch.tensor([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]]))
     assert found[0].isnan()
     assert not found[1].isnan()
+
+
+# The accumulators.
+
+
+@pytest.mark.parametrize("sizes", [[100], [1, 99], [40, 0, 35, 25], [1] * 100])
+def test_moments_do_not_depend_on_the_batches(sizes: list[int]) -> None:
+    rows = torch.from_numpy(np.random.default_rng(1).gamma(0.5, size=(100, 3))) + 1000
+    rows[:30, 0] = 0
+    moments = ColumnMoments(3)
+    for batch in rows.split(sizes):
+        moments.add(batch)
+    expected = rows.numpy()
+    np.testing.assert_allclose(moments.mean, expected.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, expected.var(0), rtol=1e-10)
+    np.testing.assert_allclose(moments.skewness, scipy.stats.skew(expected), rtol=1e-8)
+    np.testing.assert_allclose(moments.kurtosis, scipy.stats.kurtosis(expected), rtol=1e-8)
+    np.testing.assert_allclose(moments.correlation, np.corrcoef(expected.T), atol=1e-12)
+    assert moments.sparsity.tolist() == [0.3, 0, 0]
+
+
+def test_constant_columns_have_no_shape() -> None:
+    moments = ColumnMoments(2)
+    moments.add(torch.stack([torch.ones(5), torch.arange(5.0)], 1))
+    assert moments.skewness.isnan().tolist() == [True, False]
+    assert moments.correlation.isnan().tolist() == [[True, True], [True, False]]
+
+
+def test_every_row_is_as_likely_to_stay() -> None:
+    stayed = torch.zeros(50)
+    for seed in range(400):
+        sample = RowSample(10, seed)
+        for batch in torch.arange(50.0).unsqueeze(1).split([7, 1, 30, 12]):
+            sample.add(batch, batch[:, 0].long())
+        assert sample.rows.shape == (10, 1)
+        assert torch.equal(sample.rows[:, 0].long(), sample.labels)
+        assert sample.rows.unique().numel() == 10
+        stayed[sample.labels] += 1
+    # 400 draws of 10 in 50: 80 each, and a chi-square over 49 degrees of freedom.
+    assert scipy.stats.chisquare(stayed.numpy()).pvalue > 1e-3
+
+
+# The statistics.
+
+
+def test_joint_distance_sees_what_single_channels_do_not_show() -> None:
+    random = np.random.default_rng(0)
+    normal = random.standard_normal((2000, 2))
+    # Each channel is normal, the pair is not: the second is the first with random signs.
+    signs = random.choice([-1.0, 1.0], 2000)
+    hidden = np.stack([normal[:, 0], signs * normal[:, 0]], 1)
+    expected = statistics.normal_joint_distance(2000)
+    assert statistics.joint_distance(normal, 32, 0) < 2 * expected
+    assert statistics.joint_distance(hidden, 32, 0) > 5 * expected
+
+
+def test_mutual_information_sees_dependence_without_correlation() -> None:
+    values = np.random.default_rng(0).standard_normal((2000, 2))
+    dependent = np.stack([values[:, 0], values[:, 0] ** 2], 1)
+    assert abs(np.corrcoef(dependent.T)[0, 1]) < 0.1
+    assert abs(statistics.mutual_information(values, 8, 0)) < 0.01
+    assert statistics.mutual_information(dependent, 8, 0) > 0.3
+
+
+def test_clustering_of_separate_and_of_shuffled_classes() -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 7], 40)
+    vectors = random.standard_normal((120, 5)) + 10 * labels[:, None]
+    apart = statistics.clustering(vectors, labels)
+    mixed = statistics.clustering(vectors, random.permutation(labels))
+    assert apart is not None
+    assert mixed is not None
+    assert apart["nearest_centroid"] == 1
+    assert apart["silhouette"] > 0.8
+    assert apart["within_between"] < 0.2 < 1 < mixed["within_between"]
+    assert mixed["nearest_centroid"] < 0.5
+    assert statistics.clustering(vectors[:40], labels[:40]) is None
+
+
+# A model's layers.
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), normnorm.BatchNormalNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(6 * 36, 8), nn.LayerNorm(8), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def _loader(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20) % 3
+    return [
+        (torch.randn(20, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1), labels)
+        for _ in range(count)
+    ]
+
+
+def test_diagnose_is_what_the_captured_outputs_say() -> None:
+    network, loader = _network(), _loader()
+    found = diagnostics.diagnose(network, loader, ["1", "2", "5"], sample_size=10**6)
+    outputs: list[torch.Tensor] = []
+    network[2].register_forward_hook(lambda *arguments: outputs.append(arguments[-1]))
+    network.eval()
+    with torch.no_grad():
+        for inputs, _ in loader:
+            network(inputs)
+    rows = torch.cat(outputs).movedim(1, -1).flatten(0, -2).double().numpy()
+    relu = found.layers["2"]
+    assert relu.observations == len(rows) == 4 * 20 * 36
+    assert relu.skewness == pytest.approx(np.abs(scipy.stats.skew(rows)).mean())
+    assert relu.kurtosis == pytest.approx(scipy.stats.kurtosis(rows).mean())
+    assert relu.sparsity == pytest.approx((rows == 0).mean())
+    assert 0.2 < relu.sparsity < 0.8
+    expected = [scipy.stats.probplot(column)[1][2] ** 2 for column in rows.T]
+    assert relu.by_channel["qq_r2"] == pytest.approx(expected, abs=1e-6)
+    assert found.layers["1"].layer == "BatchNormalNorm2d"
+    assert found.layers["5"].channels == 8
+    assert found.layers["5"].observations == 80
+
+
+def test_the_channels_of_a_layer_normalization_are_its_last_dimension() -> None:
+    network = nn.Sequential(nn.LayerNorm(5), nn.Identity())
+    found = diagnostics.diagnose(network, [torch.randn(4, 7, 5)], ["0", "1"])
+    assert {layer.channels for layer in found.layers.values()} == {5}
+    assert {layer.observations for layer in found.layers.values()} == {28}
+
+
+def test_normalization_layers_are_watched_by_default_and_the_model_is_left_alone() -> None:
+    network = _network()
+    network[1].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = diagnostics.diagnose(network, _loader())
+    assert list(found.layers) == ["1", "5"]
+    assert [module.training for module in (network, network[1], network[5])] == [True, False, True]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not network[1]._forward_hooks
+    assert found == diagnostics.diagnose(network, _loader())
+
+
+def test_memory_is_bounded_by_the_sample_and_the_channels() -> None:
+    network = nn.Sequential(nn.Identity())
+    found = diagnostics.diagnose(
+        network, [torch.randn(64, 30, 9, 9) for _ in range(5)], ["0"], sample_size=100, channels=7
+    )
+    layer = found.layers["0"]
+    assert layer.sample is not None
+    assert layer.sample.shape == (100, 7)
+    assert (layer.channels, layer.watched_channels, layer.observations) == (30, 7, 64 * 81 * 5)
+
+
+def test_a_layer_of_zeros_is_dead_and_nothing_else_is_said_of_it() -> None:
+    found = diagnostics.diagnose(nn.Sequential(nn.ReLU()), [-torch.rand(9, 4)], ["0"]).layers["0"]
+    assert (found.sparsity, found.dead_channels) == (1, 1)
+    assert np.isnan([found.qq_r2, found.skewness, found.correlation, found.joint_distance]).all()
+
+
+def test_a_diagnosis_is_saved_read_shown_and_drawn(tmp_path: Path) -> None:
+    found = diagnostics.diagnose(_network(), _loader(), batches=2)
+    path = tmp_path / "diagnosis.json"
+    found.save(path)
+    read = diagnostics.Diagnosis.load(path)
+    assert read == found
+    assert read.table() == found.table()
+    assert len(found.table().splitlines()) == 4
+    files = found.plot(tmp_path / "plots")
+    assert [file.name for file in files] == [
+        "profile.png", "qq_1.png", "hist_1.png", "qq_5.png", "hist_5.png",
+    ]  # fmt: skip
+    assert all(matplotlib.image.imread(file).std() > 0.05 for file in files)
+    assert [file.name for file in read.plot(tmp_path / "again")] == ["profile.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "other", "layers": {}}',
+        '{"format": "normnorm diagnosis 1", "layers": {"a": {}}}',
+    ],
+)
+def test_a_foreign_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is not a saved diagnosis"):
+        diagnostics.Diagnosis.load(path)
+
+
+# Noise.
+
+
+def test_robustness_of_a_linear_model_is_known() -> None:
+    # The noise goes through unchanged, so that the relative change is the scale itself.
+    network = nn.Sequential(nn.Identity(), nn.Identity())
+    inputs = torch.randn(2000, 50)
+    found = diagnostics.noise_robustness(network, [inputs, inputs], ["1"], scales=(0.0, 0.1, 1.0))
+    assert list(found["1"]) == [0.0, 0.1, 1.0]
+    assert found["1"] == pytest.approx({0.0: 0.0, 0.1: 0.1, 1.0: 1.0}, rel=0.02)
+    again = diagnostics.noise_robustness(network, [inputs, inputs], ["1"], scales=(0.0, 0.1, 1.0))
+    assert again == found
+
+
+def test_robustness_disturbs_one_layer_at_a_time() -> None:
+    network = _network()
+    both = diagnostics.noise_robustness(network, _loader(), scales=(0.5,))
+    assert list(both) == ["1", "5"]
+    assert both["5"] == diagnostics.noise_robustness(network, _loader(), ["5"], scales=(0.5,))["5"]
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"layers": ["0", "nine"]}, ValueError, "no layer named 'nine'"),
+        ({"layers": []}, ValueError, "nothing to watch"),
+        ({"layers": lambda name, module: False}, ValueError, "predicate"),
+        ({"loader": []}, ValueError, "the loader gave no batch"),
+        ({"loader": [{"image": 1}]}, TypeError, "a batch must be a tensor"),
+        ({"model": nn.Sequential(nn.Linear(64, 2))}, ValueError, "a normalization layer was"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("function", [diagnostics.diagnose, diagnostics.noise_robustness])
+def test_bad_input_is_refused(
+    function: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    network = _network()
+    with pytest.raises(error, match=sentence):
+        function(**{"model": network, "loader": _loader(), **arguments})
+    assert network.training
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_sizes_and_scales_that_mean_nothing_are_refused() -> None:
+    for argument in ("sample_size", "channels", "projections", "batches"):
+        with pytest.raises(ValueError, match=f"{argument} must be positive; got 0"):
+            diagnostics.diagnose(_network(), _loader(), **{argument: 0})
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scales must be finite"):
+            diagnostics.noise_robustness(_network(), _loader(), scales=(scale,))
+
+
+def test_layers_that_give_no_tensor_or_never_run_are_refused() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.unused = Pair(), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.pair(x)[0]
+
+    with pytest.raises(TypeError, match=r"'pair' \(Pair\) gave tuple"):
+        diagnostics.diagnose(First(), [torch.randn(3, 2)], ["pair"])
+    with pytest.raises(ValueError, match="nothing passed through 'unused'"):
+        diagnostics.diagnose(First(), [torch.randn(3, 2)], ["unused"])

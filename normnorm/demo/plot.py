@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normnorm.demo.results import Comparison, Results, standard_error
-from normnorm.diagnostics.quantiles import normal_quantiles
+from normnorm.quantiles import normal_quantiles
 
 __all__ = ["draw"]
 

@@ -9,7 +9,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from normnorm.demo.train import Run
-from normnorm.diagnostics.quantiles import normal_r_squared
+from normnorm.quantiles import normal_r_squared
 
 __all__ = ["Comparison", "Results", "judge", "standard_error", "table", "to_json"]
 

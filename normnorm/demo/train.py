@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from normnorm.demo.data import Split
 from normnorm.demo.nets import Norm
 from normnorm.demo.normality import normalized_groups
-from normnorm.diagnostics.quantiles import qq_r_squared
+from normnorm.quantiles import qq_r_squared
 
 __all__ = ["Build", "Recipe", "Run", "accuracy", "step_seconds", "train"]
 

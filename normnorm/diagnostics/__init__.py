@@ -1,1 +1,19 @@
-"""How Gaussian, how independent and how sparse a model's representations are."""
+"""How Gaussian, how independent, how sparse and how robust a model's representations are.
+
+Needs the extra ``diagnostics``: SciPy and scikit-learn, and matplotlib for the plots.
+"""
+
+from normnorm.diagnostics.diagnose import diagnose
+from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
+from normnorm.diagnostics.robustness import noise_robustness
+from normnorm.quantiles import normal_quantiles, normal_r_squared, qq_r_squared
+
+__all__ = [
+    "Diagnosis",
+    "LayerDiagnosis",
+    "diagnose",
+    "noise_robustness",
+    "normal_quantiles",
+    "normal_r_squared",
+    "qq_r_squared",
+]

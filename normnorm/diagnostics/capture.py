@@ -1,0 +1,139 @@
+"""Which layers are watched, and what they give out while a loader's batches pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NORM_LAYERS", "batches", "channels_last_rows", "choose_layers", "pooled", "watching"]
+
+# What is watched when the caller names nothing: torch's norm layers and ours, which derive from
+# the same bases.
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def choose_layers(
+    model: nn.Module, layers: Sequence[str] | Callable[[str, nn.Module], bool] | None
+) -> dict[str, nn.Module]:
+    """The layers to watch, by name.
+
+    Args:
+        model: whose ``named_modules`` are meant.
+        layers: names; or a predicate of (name, module); or None for every normalization layer.
+
+    Raises:
+        ValueError: a name is not the model's, or nothing was chosen.
+    """
+    modules = dict(model.named_modules())
+    chosen: dict[str, nn.Module]
+    if layers is None:
+        chosen = {name: m for name, m in modules.items() if isinstance(m, NORM_LAYERS)}
+        wanted = "a normalization layer"
+    elif callable(layers):
+        chosen = {name: m for name, m in modules.items() if layers(name, m)}
+        wanted = "a layer that the predicate accepts"
+    else:
+        unknown = [name for name in layers if name not in modules]
+        if unknown:
+            raise ValueError(f"the model has no layer named {', '.join(map(repr, unknown))}")
+        chosen = {name: modules[name] for name in layers}
+        wanted = "one of no names"
+    if not chosen:
+        raise ValueError(f"the model has nothing to watch: {wanted} was wanted; name some layers")
+    return chosen
+
+
+def channels_last_rows(module: nn.Module, output: Tensor) -> Tensor:
+    """The layer's output as observations of its channels: (observations, channels).
+
+    The channels are the last dimension of what a layer normalization gives out, and of any
+    (batch, length, features) that comes from no convolution-style norm; else dimension 1.
+
+    Raises:
+        ValueError: the output has fewer than two dimensions.
+    """
+    return _channels_to_the_end(module, output).flatten(0, -2)
+
+
+def pooled(module: nn.Module, output: Tensor) -> Tensor:
+    """One vector a sample, (samples, channels): the mean over all positions."""
+    moved = _channels_to_the_end(module, output)
+    return moved.flatten(1, -2).mean(1) if moved.dim() > 2 else moved
+
+
+def _channels_to_the_end(module: nn.Module, output: Tensor) -> Tensor:
+    if output.dim() < 2:
+        raise ValueError(
+            f"diagnostics need outputs of shape (batch, ...); {type(module).__name__} gave "
+            f"{tuple(output.shape)}"
+        )
+    sequence = output.dim() == 3 and not isinstance(module, NORM_LAYERS)
+    if isinstance(module, nn.LayerNorm) or sequence:
+        return output
+    return output.movedim(1, -1)
+
+
+def batches(
+    loader: Iterable[Any], model: nn.Module, limit: int | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(inputs, labels or None) from a loader of tensors or of (inputs, labels, ...), on the
+    model's device.
+
+    Raises:
+        TypeError: a batch is neither.
+        ValueError: the loader was empty.
+    """
+    parameter = next(model.parameters(), next(model.buffers(), None))
+    device = torch.device("cpu") if parameter is None else parameter.device
+    empty = True
+    for number, batch in enumerate(loader):
+        if limit is not None and number >= limit:
+            break
+        empty = False
+        inputs, labels = batch, None
+        if isinstance(batch, (tuple, list)) and batch:
+            inputs = batch[0]
+            if len(batch) > 1 and isinstance(batch[1], Tensor) and batch[1].dim() == 1:
+                labels = batch[1]
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"a batch must be a tensor or (inputs, labels); got {type(inputs).__name__}"
+            )
+        yield inputs.to(device), labels
+    if empty:
+        raise ValueError("the loader gave no batch")
+
+
+@contextmanager
+def watching(
+    model: nn.Module, layers: dict[str, nn.Module], see: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Evaluation mode and no gradients within; ``see`` is called with every watched layer's name
+    and output, and may give another output back. Afterwards the model is as it was."""
+    training = {module: module.training for module in model.modules()}
+
+    def hook(name: str) -> Callable[..., Any]:
+        def seen(module: nn.Module, _: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"diagnostics watch layers that give one tensor; {name!r} "
+                    f"({type(module).__name__}) gave {type(output).__name__}"
+                )
+            return see(name, output)
+
+        return seen
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode

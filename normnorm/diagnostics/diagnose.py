@@ -1,0 +1,154 @@
+"""One pass of a loader through a model, and what its layers' outputs look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normnorm.diagnostics import capture, statistics
+from normnorm.diagnostics.moments import ColumnMoments
+from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
+from normnorm.diagnostics.sample import RowSample
+from normnorm.quantiles import normal_r_squared, qq_r_squared
+
+__all__ = ["diagnose"]
+
+
+class _Watched:
+    """What one layer has given out so far: moments of all of it, a sample of the rest."""
+
+    def __init__(self, module: nn.Module, sample_size: int, channels: int, seed: int) -> None:
+        self.module = module
+        self._sizes = sample_size, channels
+        self._seed = seed
+        self.channels = 0
+        self.moments = ColumnMoments(0)
+        self.sample = RowSample(sample_size, seed)
+        self.vectors = RowSample(sample_size, seed + 1)
+
+    def add(self, output: Tensor, labels: Tensor | None) -> None:
+        rows = capture.channels_last_rows(self.module, output)
+        if not self.channels:
+            self._begin(rows.size(1))
+        if rows.size(1) != self.channels:
+            raise ValueError(
+                f"{type(self.module).__name__} gave {rows.size(1)} channels after {self.channels}"
+            )
+        chosen = self._chosen.to(rows.device)
+        rows = rows.index_select(1, chosen)
+        self.moments.add(rows)
+        self.sample.add(rows)
+        if labels is not None:
+            vectors = capture.pooled(self.module, output).index_select(1, chosen)
+            # Of a layer that sees patches or windows as samples, nothing is said of classes.
+            if vectors.size(0) == labels.size(0):
+                self.vectors.add(vectors, labels)
+
+    def _begin(self, channels: int) -> None:
+        self.channels = channels
+        watched = min(channels, self._sizes[1])
+        generator = torch.Generator().manual_seed(self._seed)
+        self._chosen = torch.randperm(channels, generator=generator)[:watched].sort().values
+        self.moments = ColumnMoments(watched)
+
+    def result(self, projections: int) -> LayerDiagnosis:
+        moments, rows = self.moments, self.sample.rows
+        sample = rows.numpy()
+        r2 = qq_r_squared(rows.T) if rows.size(0) > 1 else torch.full((rows.size(1),), torch.nan)
+        w, p = statistics.shapiro_wilk(sample) if rows.size(0) > 2 else (np.empty(0), np.empty(0))
+        correlation = moments.correlation
+        correlation.fill_diagonal_(torch.nan)
+        labels = self.vectors.labels
+        return LayerDiagnosis(
+            layer=type(self.module).__name__,
+            channels=self.channels,
+            watched_channels=rows.size(1),
+            observations=moments.count,
+            skewness=float(moments.skewness.abs().nanmean()),
+            kurtosis=float(moments.kurtosis.nanmean()),
+            qq_r2=float(r2.nanmean()),
+            normal_qq_r2=normal_r_squared(rows.size(0)) if rows.size(0) > 1 else float("nan"),
+            shapiro_w=float(w.mean()) if w.size else float("nan"),
+            shapiro_passed=float((p > 0.05).mean()) if p.size else float("nan"),
+            joint_distance=statistics.joint_distance(sample, projections, self._seed),
+            normal_joint_distance=statistics.normal_joint_distance(rows.size(0)),
+            correlation=float(correlation.abs().nanmean()),
+            mutual_information=statistics.mutual_information(sample, projections, self._seed),
+            sparsity=float(moments.sparsity.mean()),
+            dead_channels=float((moments.zeros == moments.count).double().mean()),
+            clustering=None
+            if labels is None
+            else statistics.clustering(self.vectors.rows.numpy(), labels.numpy()),
+            by_channel={
+                "skewness": moments.skewness.tolist(),
+                "kurtosis": moments.kurtosis.tolist(),
+                "qq_r2": r2.tolist(),
+                "sparsity": moments.sparsity.tolist(),
+            },
+            sample=sample,
+        )
+
+
+def diagnose(
+    model: nn.Module,
+    loader: Iterable[Any],
+    layers: Sequence[str] | Callable[[str, nn.Module], bool] | None = None,
+    *,
+    batches: int | None = None,
+    sample_size: int = 2048,
+    channels: int = 64,
+    projections: int = 64,
+    seed: int = 0,
+) -> Diagnosis:
+    """How normal, independent, sparse and clustered the outputs of a model's layers are.
+
+    One pass in evaluation mode, in memory that does not grow with the data: moments,
+    correlations and zeros are over everything that passes, the other statistics over a uniform
+    sample. The model is left as it was. SciPy and scikit-learn do the statistics.
+
+    An observation is a position of a sample, (batch, height, width) or (batch, token), and its
+    variables are the channels: the last dimension behind a layer normalization, dimension 1
+    behind every other norm.
+
+    Args:
+        model: any module whose input is one tensor.
+        loader: gives tensors, or (inputs, labels, ...) with integer labels (batch,), which the
+            clustering needs.
+        layers: their names in ``model.named_modules()``, or a predicate of (name, module); by
+            default every normalization layer, torch's and normnorm's.
+        batches: how many of the loader's are used; all by default.
+        sample_size: observations that are kept a layer.
+        channels: that are watched a layer, drawn at random where it has more.
+        projections: directions of the joint statistic, and pairs of channels of the mutual
+            information.
+        seed: of the sample, the channels, the directions and the pairs.
+
+    Raises:
+        ValueError: unknown layer names, no layer to watch, an empty loader, a layer that never
+            ran or whose output is not (batch, ...), or a size that is not positive.
+        TypeError: a batch, or a layer's output, that is no tensor.
+    """
+    for name, value in (("sample_size", sample_size), ("channels", channels),
+                        ("projections", projections), ("batches", batches)):  # fmt: skip
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be positive; got {value}")
+    chosen = capture.choose_layers(model, layers)
+    watched = {
+        name: _Watched(module, sample_size, channels, seed) for name, module in chosen.items()
+    }
+    labels: Tensor | None = None
+
+    def see(name: str, output: Tensor) -> None:
+        watched[name].add(output, labels)
+
+    with capture.watching(model, chosen, see):
+        for inputs, labels in capture.batches(loader, model, batches):  # noqa: B007
+            model(inputs)
+    silent = [name for name, layer in watched.items() if layer.moments.count == 0]
+    if silent:
+        raise ValueError(f"nothing passed through {', '.join(map(repr, silent))}")
+    return Diagnosis({name: layer.result(projections) for name, layer in watched.items()})

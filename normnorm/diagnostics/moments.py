@@ -1,0 +1,94 @@
+"""Moments, zeros and correlations of columns, from a stream of batches in bounded memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["ColumnMoments"]
+
+
+class ColumnMoments:
+    """Central moments of every column and the correlations between them, batch by batch.
+
+    Batches are merged by the pairwise formulae of Pébay ("Formulas for robust, one-pass parallel
+    computation of covariances and arbitrary-order statistical moments", Sandia 2008), in float64:
+    the order and the sizes of the batches change the result by rounding alone.
+
+    Args:
+        columns: how many columns every batch has.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.count = 0
+        self.zeros = torch.zeros(columns, dtype=torch.int64)
+        self.mean = torch.zeros(columns, dtype=torch.float64)
+        # Sums of the second to fourth powers of the deviations, and of their products.
+        self._m2 = torch.zeros(columns, dtype=torch.float64)
+        self._m3 = torch.zeros(columns, dtype=torch.float64)
+        self._m4 = torch.zeros(columns, dtype=torch.float64)
+        self._products = torch.zeros(columns, columns, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Takes in a batch of rows: (rows, columns), any floating dtype and device."""
+        rows = values.size(0)
+        if rows == 0:
+            return
+        self.zeros += (values == 0).sum(0).cpu()
+        values = values.double()
+        mean = values.mean(0)
+        deviations = values - mean
+        squares = deviations.square()
+        m2 = squares.sum(0)
+        m3 = (squares * deviations).sum(0)
+        m4 = squares.square().sum(0)
+        products = deviations.T @ deviations
+        self._merge(rows, *(t.cpu() for t in (mean, m2, m3, m4, products)))
+
+    def _merge(
+        self, rows: int, mean: Tensor, m2: Tensor, m3: Tensor, m4: Tensor, products: Tensor
+    ) -> None:
+        before, total = self.count, self.count + rows
+        step = mean - self.mean
+        share, rest = rows / total, before / total
+        self._m4 += (
+            m4
+            + step**4 * before * share * (rest**2 - rest * share + share**2)
+            + 6 * step**2 * (rest**2 * m2 + share**2 * self._m2)
+            + 4 * step * (rest * m3 - share * self._m3)
+        )
+        self._m3 += (
+            m3
+            + step**3 * before * share * (rest - share)
+            + 3 * step * (rest * m2 - share * self._m2)
+        )
+        self._m2 += m2 + step**2 * before * share
+        self._products += products + torch.outer(step, step) * before * share
+        self.mean += step * share
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """(columns,), biased."""
+        return self._m2 / self.count
+
+    @property
+    def skewness(self) -> Tensor:
+        """(columns,), the biased g1; NaN for a constant column."""
+        return self._m3 / self.count / self.variance**1.5
+
+    @property
+    def kurtosis(self) -> Tensor:
+        """(columns,), the biased excess g2: 0 for the normal; NaN for a constant column."""
+        return self._m4 / self.count / self.variance.square() - 3
+
+    @property
+    def sparsity(self) -> Tensor:
+        """(columns,), the share of values that are exactly zero."""
+        return self.zeros.double() / self.count
+
+    @property
+    def correlation(self) -> Tensor:
+        """(columns, columns), Pearson's; NaN beside a constant column."""
+        scale = self._m2.sqrt()
+        return self._products / torch.outer(scale, scale)

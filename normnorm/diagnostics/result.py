@@ -1,0 +1,185 @@
+"""What the diagnostics found: numbers by layer, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Diagnosis", "LayerDiagnosis"]
+
+FORMAT = "normnorm diagnosis 1"
+
+
+@dataclass
+class LayerDiagnosis:
+    """One layer's numbers. Means over channels unless said otherwise; NaN where nothing varies.
+
+    Attributes:
+        layer: the module's class.
+        channels: how many the layer has.
+        watched_channels: how many of them, drawn at random, the numbers are over.
+        observations: values a channel that passed through the layer.
+        skewness: mean absolute skewness; 0 for the normal. Over all observations.
+        kurtosis: mean excess kurtosis; 0 for the normal. Over all observations.
+        qq_r2: R^2 of the normal quantile-quantile plot; 1 for a perfectly normal shape.
+        normal_qq_r2: what samples of the normal itself, as large, have.
+        shapiro_w: Shapiro and Wilk's W.
+        shapiro_passed: share of the channels that the Shapiro-Wilk test does not tell from the
+            normal at 5 %. With many observations it tells almost everything.
+        joint_distance: energy distance of pairs of channels from jointly normal.
+        normal_joint_distance: what samples of the normal itself, as large, have.
+        correlation: mean absolute correlation of two channels. Over all observations.
+        mutual_information: mean adjusted mutual information of two channels, 0 to 1.
+        sparsity: share of exact zeros. Over all observations.
+        dead_channels: share of the channels that are zero throughout.
+        clustering: ``within_between``, ``silhouette`` and ``nearest_centroid`` of the samples'
+            vectors (means over positions) by class; None without labels.
+        by_channel: ``skewness``, ``kurtosis``, ``qq_r2``, ``sparsity`` of every watched channel.
+    """
+
+    layer: str
+    channels: int
+    watched_channels: int
+    observations: int
+    skewness: float
+    kurtosis: float
+    qq_r2: float
+    normal_qq_r2: float
+    shapiro_w: float
+    shapiro_passed: float
+    joint_distance: float
+    normal_joint_distance: float
+    correlation: float
+    mutual_information: float
+    sparsity: float
+    dead_channels: float
+    clustering: dict[str, float] | None
+    by_channel: dict[str, list[float]] = field(repr=False)
+    # Not in the JSON: what the plots draw, (rows, watched channels).
+    sample: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+_COLUMNS = {
+    "layer": "name",
+    "skew": "skewness",
+    "kurtosis": "kurtosis",
+    "Q-Q R^2": "qq_r2",
+    "(normal)": "normal_qq_r2",
+    "W": "shapiro_w",
+    "joint": "joint_distance",
+    "(normal) ": "normal_joint_distance",
+    "|corr|": "correlation",
+    "AMI": "mutual_information",
+    "zeros": "sparsity",
+}
+_CLUSTERING = {
+    "within/between": "within_between",
+    "silhouette": "silhouette",
+    "centroid acc.": "nearest_centroid",
+}
+
+
+@dataclass
+class Diagnosis:
+    """Every watched layer's :class:`LayerDiagnosis`, by the layer's name, in the model's order."""
+
+    layers: dict[str, LayerDiagnosis]
+
+    def table(self) -> str:
+        """One line a layer, in plain text."""
+        clustered = any(layer.clustering for layer in self.layers.values())
+        head = [*_COLUMNS, *(_CLUSTERING if clustered else ())]
+        rows = []
+        for name, layer in self.layers.items():
+            numbers = [getattr(layer, key) for key in list(_COLUMNS.values())[1:]]
+            if clustered:
+                found = layer.clustering or {}
+                numbers += [found.get(key, math.nan) for key in _CLUSTERING.values()]
+            rows.append([name, *(_cell(n) for n in numbers)])
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0])]
+                + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            ).rstrip()
+            for row in (head, *rows)
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON's types: NaN becomes None; the samples are left out."""
+        layers = {}
+        for name, layer in self.layers.items():
+            numbers = asdict(layer)
+            del numbers["sample"]
+            layers[name] = _to_json(numbers)
+        return {"format": FORMAT, "layers": layers}
+
+    def save(self, path: str | Path) -> None:
+        """Writes :meth:`to_dict` as JSON, in one step: never half a file."""
+        path = Path(path)
+        half = path.with_name(path.name + ".part")
+        half.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        half.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Diagnosis:
+        """What :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is not a saved diagnosis.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']!r}")
+            layers = {
+                name: LayerDiagnosis(**_from_json(numbers))
+                for name, numbers in content["layers"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a saved diagnosis ({FORMAT}): {error}") from None
+        return cls(layers)
+
+    def plot(self, folder: str | Path) -> list[Path]:
+        """Draws the layers' profile and, of a diagnosis just made, Q-Q grids and histograms.
+
+        Needs matplotlib.
+
+        Returns:
+            the PNG files, in ``folder``, which is made where it is missing.
+        """
+        from normnorm.diagnostics import plots
+
+        return plots.draw(self, Path(folder))
+
+
+def _cell(number: float) -> str:
+    return "-" if math.isnan(number) else f"{number:.3f}" if abs(number) < 1000 else f"{number:.3g}"
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_to_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(numbers: dict[str, Any]) -> dict[str, Any]:
+    def number(value: Any) -> Any:
+        return math.nan if value is None else value
+
+    read = {key: number(value) for key, value in numbers.items()}
+    if numbers["clustering"] is None:
+        read["clustering"] = None
+    else:
+        read["clustering"] = {k: number(v) for k, v in numbers["clustering"].items()}
+    read["by_channel"] = {k: [number(v) for v in vs] for k, vs in numbers["by_channel"].items()}
+    return read
