@@ -18,10 +18,12 @@ from normnorm.modules import (
     InstanceNormalNorm3d,
     LayerNormalNorm,
 )
+from normnorm.per import PER, per_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PER",
     "BatchNormalNorm1d",
     "BatchNormalNorm2d",
     "BatchNormalNorm3d",
@@ -34,6 +36,7 @@ __all__ = [
     "available_backends",
     "estimate_lmbda",
     "functional",
+    "per_loss",
     "use_backend",
     "yeo_johnson",
 ]

@@ -1,0 +1,219 @@
+"""The projected error function loss: its values, its gradients, its memory, its hooks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+import normnorm
+from normnorm import per
+
+
+def _directions(num_slices: int, features: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    slices = torch.randn(num_slices, features, dtype=dtype, generator=_generator())
+    return slices / slices.norm(dim=1, keepdim=True)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_the_integrand_is_the_mean_distance_to_a_normal() -> None:
+    # t erf(t / sqrt 2) + sqrt(2 / pi) exp(-t^2 / 2) = E |t - z|, z from N(0, 1).
+    for t in (-2.5, 0.0, 0.3, 4.0):
+        expected, _ = scipy.integrate.quad(
+            lambda z, t=t: abs(t - z) * scipy.stats.norm.pdf(z), -12, 12, points=[t]
+        )
+        found = normnorm.per_loss(torch.full((1, 1), t, dtype=torch.float64), 1, _generator())
+        assert found.item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (700, 33), (2, 3, 4), (6,), (3000, 8)])
+@pytest.mark.parametrize("num_slices", [1, 100])
+def test_blocks_give_the_formula_and_its_gradient(shape: tuple[int, ...], num_slices: int) -> None:
+    activations = (2 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    slices = _directions(num_slices, shape[-1])
+    expected = per._definition(activations.reshape(-1, shape[-1]), slices)
+    (gradient,) = torch.autograd.grad(expected, activations)
+    found = normnorm.per_loss(activations, num_slices, _generator())
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(activations.grad, gradient, rtol=1e-11, atol=1e-16)
+
+
+def test_the_gradient_is_the_mean_error_function_along_the_directions() -> None:
+    vector = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    normnorm.per_loss(vector, 50, _generator()).backward()
+    slices = _directions(50, 4)
+    slope = torch.erf(slices @ vector.detach()[0] / math.sqrt(2))
+    torch.testing.assert_close(vector.grad[0], (slope[:, None] * slices).mean(0))
+
+
+def test_first_and_second_gradients_are_right() -> None:
+    activations = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    slices = _directions(6, 3)
+
+    def loss(h: Tensor) -> Tensor:
+        return per._Blockwise.apply(h, slices)
+
+    assert torch.autograd.gradcheck(loss, (activations,))
+    assert torch.autograd.gradgradcheck(loss, (activations,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precisions_follow_the_same_directions(dtype: torch.dtype) -> None:
+    activations = torch.randn(300, 20).to(dtype).requires_grad_()
+    found = normnorm.per_loss(activations, 64, _generator())
+    found.backward()
+    exact = activations.detach().double().requires_grad_()
+    slices = _directions(64, 20, torch.float32).double()
+    expected = per._definition(exact, slices)
+    expected.backward()
+    assert found.dtype == torch.float32
+    assert activations.grad.dtype == dtype
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    # float16's smallest step below its normal range is 6e-8; the gradient is of that order.
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    error = (activations.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < bound
+
+
+def test_no_matrix_of_samples_by_slices_is_made() -> None:
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest] + [t.numel() for t in (out,) if isinstance(t, Tensor)])
+            return out
+
+    activations = torch.randn(20_000, 8, requires_grad=True)
+    with Watch():
+        normnorm.per_loss(activations, 256).backward()
+    assert largest <= max(per._BLOCK, activations.numel()) < 20_000 * 256 // 10
+
+
+def test_zero_activations_have_the_least_loss() -> None:
+    least = normnorm.per_loss(torch.zeros(4, 3))
+    assert least.item() == pytest.approx(math.sqrt(2 / math.pi))
+    assert normnorm.per_loss(1e-2 * torch.randn(4, 3)) > least
+
+
+def test_a_generator_repeats_the_directions_and_the_default_is_torchs() -> None:
+    activations = torch.randn(30, 10)
+    assert normnorm.per_loss(activations, 8, _generator()) == normnorm.per_loss(
+        activations, 8, _generator()
+    )
+    assert normnorm.per_loss(activations, 8) != normnorm.per_loss(activations, 8)
+    torch.manual_seed(1)
+    first = normnorm.per_loss(activations, 8)
+    torch.manual_seed(1)
+    assert first == normnorm.per_loss(activations, 8)
+
+
+def test_a_compiled_loss_is_the_same() -> None:
+    def loss(h: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return normnorm.per_loss(h, 16)
+
+    activations = torch.randn(40, 6, requires_grad=True)
+    compiled = torch.compile(normnorm.per_loss, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    found = compiled(activations, 16)
+    torch.testing.assert_close(found, loss(activations))
+    torch.testing.assert_close(
+        torch.autograd.grad(found, activations), torch.autograd.grad(loss(activations), activations)
+    )
+
+
+# The hooks.
+
+
+def _network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3), nn.ReLU())
+
+
+def test_per_sums_the_layers_since_the_last_call() -> None:
+    network = _network()
+    inputs = torch.randn(5, 1, 6, 6)
+    regularizer = normnorm.PER(network, ["0", "4"], weight=0.5, generator=_generator())
+    assert regularizer.loss() == 0.0
+    output = network(inputs)
+    found = regularizer.loss()
+    generator = _generator()
+    hidden = network[0](inputs)  # taken in again, and dropped below
+    expected = normnorm.per_loss(hidden.movedim(1, -1), generator=generator)
+    expected = 0.5 * (expected + normnorm.per_loss(output, generator=generator))
+    torch.testing.assert_close(found, expected)
+    regularizer.loss()
+    assert regularizer.loss() == 0.0
+    found.backward()
+    assert network[0].weight.grad.abs().sum() > 0
+
+
+def test_per_leaves_evaluation_alone_and_can_be_removed() -> None:
+    network = _network()
+    inputs = torch.randn(2, 1, 6, 6)
+    with normnorm.PER(
+        network, lambda name, module: isinstance(module, nn.ReLU), 1.0
+    ) as regularizer:
+        network.eval()(inputs)
+        with torch.no_grad():
+            network.train()(inputs)
+        assert regularizer.loss() == 0.0
+        network(inputs)
+        assert regularizer.loss() > 0
+    network(inputs)
+    assert regularizer.loss() == 0.0
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_per_makes_activations_more_normal_where_nothing_holds_against_it() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 20)
+    inputs = 3 * torch.rand(500, 20) + 1
+    regularizer = normnorm.PER(layer, [""], weight=1.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    first = None
+    for _ in range(30):
+        layer(inputs)
+        loss = regularizer.loss()
+        first = first if first is not None else loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert math.sqrt(2 / math.pi) < loss.item() < first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ((torch.ones(3, 2, dtype=torch.int64),), TypeError, "must be floating point"),
+        ((torch.ones(0, 2),), ValueError, r"not empty; got \(0, 2\)"),
+        ((torch.tensor(1.0),), ValueError, "must be"),
+        ((torch.ones(3, 2), 0), ValueError, "num_slices must be positive; got 0"),
+    ],
+)
+def test_bad_activations_are_refused(
+    arguments: tuple[object, ...], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        normnorm.per_loss(*arguments)
+
+
+def test_bad_layers_and_weights_are_refused() -> None:
+    network = _network()
+    with pytest.raises(ValueError, match="no layer named 'nine'"):
+        normnorm.PER(network, ["0", "nine"], 1.0)
+    with pytest.raises(ValueError, match="no layer was chosen"):
+        normnorm.PER(network, [], 1.0)
+    for weight in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="weight must be finite"):
+            normnorm.PER(network, ["0"], weight)
+    assert not any(module._forward_hooks for module in network.modules())
