@@ -69,7 +69,12 @@ def sources() -> list[tuple[str, Path, list[str]]]:
         ("dispatch", CSRC / "cpu/dispatch.cpp", []),
         ("layout", CSRC / "cpu/layout.cpp", []),
         ("arguments", CSRC / "arguments.cpp", []),
-        ("binding", CSRC / "binding.cpp", [*torch_flags(), f'-DNN_BUILD_FLAGS="{build_flags}"']),
+        ("tensors", CSRC / "binding/tensors.cpp", torch_flags()),
+        (
+            "binding",
+            CSRC / "binding/cpu.cpp",
+            [*torch_flags(), f'-DNN_BUILD_FLAGS="{build_flags}"'],
+        ),
     ]
     return kernels + plain
 

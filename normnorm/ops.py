@@ -25,11 +25,13 @@ from normnorm.config import Config
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
+    "FAKES",
     "SCHEMAS",
     "fold_running_",
     "normal_norm_backward",
     "normal_norm_forward",
     "normal_norm_infer",
+    "register_gradients",
 ]
 
 
@@ -102,7 +104,7 @@ def _fake_fold(*arguments: Any) -> None:
     check_fold(*arguments[:-1])
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
+FAKES: dict[str, Callable[..., Any]] = {
     "normal_norm_forward": _fake_forward,
     "normal_norm_backward": _fake_backward,
     "normal_norm_infer": _fake_infer,
@@ -150,7 +152,7 @@ def _define(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
     return library
 
 
@@ -163,7 +165,7 @@ for _name, _function in (
 ):
     _public.impl(_name, _function, "CompositeExplicitAutograd")
 
-_compiled = [_define("normnorm_cpu")]
+_compiled = [_define("normnorm_cpu"), _define("normnorm_cuda")]
 backends.register_compiled_backends()
 
 
@@ -188,10 +190,12 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.config = config
 
 
-def _differentiate_forward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate_forward(
+    backward: Callable[..., Any], ctx: Any, grad_output: Tensor
+) -> tuple[Any, ...]:
     input, stats, weight, bias, seed = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 4, 5))
-    gradients = normal_norm_backward(
+    gradients = backward(
         grad_output, input, stats, weight, bias, None, seed, needs_input, needs_weight,
         needs_bias, ctx.frozen, *ctx.config,
     )  # fmt: skip
@@ -203,14 +207,6 @@ def _differentiate_forward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, 
         grad_input, None, None, None, grad_weight, grad_bias, None, None, None,
         *(None,) * len(ctx.config),
     )  # fmt: skip
-
-
-torch.library.register_autograd(
-    "normnorm::normal_norm_forward",
-    _differentiate_forward,
-    setup_context=_save_forward,
-    lib=_public,
-)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -229,12 +225,27 @@ def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, 
     )  # fmt: skip
 
 
-torch.library.register_autograd(
-    "normnorm::normal_norm_backward",
-    _differentiate_backward,
-    setup_context=_save_backward,
-    lib=_public,
-)
+def register_gradients(library: torch.library.Library, overload: str = "") -> None:
+    """Registers the gradients of ``normal_norm_forward`` and ``normal_norm_backward``, or of
+    overloads of these with the same arguments in the same order."""
+    backward = getattr(torch.ops.normnorm.normal_norm_backward, overload or "default")
+
+    def differentiate(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Any, ...]:
+        return _differentiate_forward(backward, ctx, grad_output)
+
+    for name, gradient, setup_context in (
+        ("normal_norm_forward", differentiate, _save_forward),
+        ("normal_norm_backward", _differentiate_backward, _save_backward),
+    ):
+        torch.library.register_autograd(
+            f"normnorm::{name}" + (f".{overload}" if overload else ""),
+            gradient,
+            setup_context=setup_context,
+            lib=library,
+        )
+
+
+register_gradients(_public)
 
 
 def _refuse_to_differentiate(ctx: Any, _: Any) -> None:

@@ -4,11 +4,17 @@
   backend chosen while the test runs; ``device`` is the device of that pair. A backend that cannot
   run is left out of the list: its one skipped test, with the reason, is in ``test_backends.py``.
 * ``devices`` are the kinds of device of this machine.
+
+With ``NORMNORM_HOST_RUN=1`` in the environment the CUDA backend is one of them without a GPU, its
+kernels run on the CPU (``host_cuda/torch_library.py``).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
@@ -20,6 +26,13 @@ import torch
 
 import normnorm
 from normnorm import backends
+
+_libraries: list[torch.library.Library] = []
+
+if os.environ.get("NORMNORM_HOST_RUN") == "1":
+    from host_cuda import torch_library
+
+    torch_library.register()
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -56,6 +69,26 @@ def targets() -> list[Target]:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    _stand_in_for_torchvision_ops()
+
+
+def _stand_in_for_torchvision_ops() -> None:
+    """Lets torchvision be imported where its compiled part cannot be loaded.
+
+    PyPI's torchvision for Linux is linked against CUDA's torch. Beside a torch without CUDA its
+    import stops at two operators that it expects to exist; its models do not use them.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    try:
+        for library in Path(found.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(library)
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")  # kept: it lives as long as this
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _libraries.append(library)
 
 
 @pytest.fixture(autouse=True)

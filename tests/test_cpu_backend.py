@@ -42,6 +42,9 @@ def configuration(kind="batch", num_groups=0, normalized_ndim=0, **options):
 SHIMS_2_10 = {
     "aoti_torch_abi_version",
     "aoti_torch_call_dispatcher",
+    "aoti_torch_copy_",
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
     "aoti_torch_delete_library_object",
     "aoti_torch_delete_tensor_object",
     "aoti_torch_device_type_cpu",
@@ -71,6 +74,7 @@ SHIMS_2_10 = {
     "aoti_torch_dtype_uint64",
     "aoti_torch_dtype_uint8",
     "aoti_torch_empty_strided",
+    "aoti_torch_get_current_cuda_stream",  # of a torch with CUDA: a weak symbol
     "aoti_torch_get_data_ptr",
     "aoti_torch_get_device_index",
     "aoti_torch_get_device_type",
@@ -92,6 +96,7 @@ SHIMS_2_10 = {
     "torch_call_dispatcher",
     "torch_delete_string",
     "torch_get_num_threads",
+    "torch_new_string_handle",
     "torch_library_impl",
     "torch_parallel_for",
     "torch_string_c_str",

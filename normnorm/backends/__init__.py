@@ -80,11 +80,8 @@ def register(backend: Backend) -> None:
         _automatic[backend.device_type] = backend
 
 
-def _register_compiled(name: str, device_type: str, reason: str | None) -> None:
+def register_compiled(name: str, device_type: str) -> None:
     """Takes in a backend whose ops a loaded library implements in ``normnorm_<name>``."""
-    if reason is not None:
-        _UNAVAILABLE[name] = reason
-        return
     ops = getattr(torch.ops, f"normnorm_{name}")
     register(
         Backend(
@@ -100,7 +97,11 @@ def _register_compiled(name: str, device_type: str, reason: str | None) -> None:
 
 def register_compiled_backends() -> None:
     """Called by ``normnorm.ops`` once it has defined the schemas that compiled code fills in."""
-    _register_compiled(cpu.NAME, cpu.DEVICE_TYPE, cpu.unavailable_reason())
+    reason = cpu.unavailable_reason()
+    if reason is None:
+        register_compiled(cpu.NAME, cpu.DEVICE_TYPE)
+    else:
+        _UNAVAILABLE[cpu.NAME] = reason
 
 
 def _look_for(name: str) -> None:

@@ -1,121 +1,21 @@
-// The ops of namespace normnorm_cpu: the only file that knows torch, through its stable ABI alone.
+// The ops of namespace normnorm_cpu.
 //
 // Schemas are defined in normnorm/ops.py. Each op turns its tensors into views, has them checked, plans the
 // walk over memory, and calls the kernels; a tensor whose memory the walk cannot follow is replaced by a
 // dense copy.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
-#include <memory>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "arguments.h"
-#include "core/statistics.h"
-#include "cpu/layout.h"
+#include "../core/statistics.h"
+#include "tensors.h"
 
 namespace normnorm {
 namespace {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-int32_t torch_dtype(Dtype d) {
-  switch (d) {
-    case Dtype::kFloat64:
-      return aoti_torch_dtype_float64();
-    case Dtype::kFloat32:
-      return aoti_torch_dtype_float32();
-    case Dtype::kBFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case Dtype::kFloat16:
-      return aoti_torch_dtype_float16();
-    default:
-      return aoti_torch_dtype_int64();
-  }
-}
-
-Dtype dtype_of(const Tensor& t) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  for (Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt64})
-    if (dtype == torch_dtype(d)) return d;
-  return Dtype::kOther;
-}
-
-// The name of a dtype that no op takes, for the sentence that says so.
-const char* other_dtype_name(const Tensor& t) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  const struct {
-    int32_t dtype;
-    const char* name;
-  } names[] = {{aoti_torch_dtype_bool(), "torch.bool"},
-               {aoti_torch_dtype_int8(), "torch.int8"},
-               {aoti_torch_dtype_int16(), "torch.int16"},
-               {aoti_torch_dtype_int32(), "torch.int32"},
-               {aoti_torch_dtype_uint8(), "torch.uint8"},
-               {aoti_torch_dtype_uint16(), "torch.uint16"},
-               {aoti_torch_dtype_uint32(), "torch.uint32"},
-               {aoti_torch_dtype_uint64(), "torch.uint64"},
-               {aoti_torch_dtype_complex32(), "torch.complex32"},
-               {aoti_torch_dtype_complex64(), "torch.complex64"},
-               {aoti_torch_dtype_complex128(), "torch.complex128"},
-               {aoti_torch_dtype_float8_e5m2(), "torch.float8_e5m2"},
-               {aoti_torch_dtype_float8_e4m3fn(), "torch.float8_e4m3fn"},
-               {aoti_torch_dtype_float8_e5m2fnuz(), "torch.float8_e5m2fnuz"},
-               {aoti_torch_dtype_float8_e4m3fnuz(), "torch.float8_e4m3fnuz"}};
-  for (const auto& known : names)
-    if (known.dtype == dtype) return known.name;
-  return "another dtype";
-}
-
-TensorView view(const Tensor& t) {
-  TensorView v;
-  v.given = true;
-  v.dim = t.dim();
-  v.sizes = t.sizes().data();
-  v.strides = t.strides().data();
-  v.dtype = dtype_of(t);
-  if (v.dtype == Dtype::kOther) v.other_dtype = other_dtype_name(t);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &v.device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &v.device_index));
-  return v;
-}
-TensorView view(const OptionalTensor& t) { return t ? view(*t) : TensorView(); }
-
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty_contiguous(const int64_t* sizes, int64_t dim, Dtype dtype) {
-  std::vector<int64_t> strides(static_cast<size_t>(dim));
-  int64_t next = 1;
-  for (int64_t i = dim - 1; i >= 0; --i) {
-    strides[size_t(i)] = next;
-    next *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  return empty_strided(sizes, strides.data(), dim, dtype);
-}
-
-Tensor empty_like(const Tensor& t, const TensorView& v) {
-  // what aten::empty_like does for a contiguous tensor, without a trip through the dispatcher
-  if (t.is_contiguous()) return empty_strided(v.sizes, v.strides, v.dim, v.dtype);
-  return torch::stable::empty_like(t);
-}
-
-Tensor nothing(Dtype dtype) {
-  const int64_t zero = 0, one = 1;
-  return empty_strided(&zero, &one, 1, dtype);
-}
 
 // f(T*) with the C++ type of the dtype.
 template <class F>
@@ -150,19 +50,6 @@ void convert(const Tensor& from, To* to) {
   });
 }
 
-cpu::Storage storage_of(Dtype d) {
-  switch (d) {
-    case Dtype::kFloat64:
-      return cpu::Storage::kFloat64;
-    case Dtype::kBFloat16:
-      return cpu::Storage::kBFloat16;
-    case Dtype::kFloat16:
-      return cpu::Storage::kFloat16;
-    default:
-      return cpu::Storage::kFloat32;
-  }
-}
-
 cpu::ThreadPool torch_threads() {
   cpu::ThreadPool pool;
   pool.threads = int(torch::stable::get_num_threads());
@@ -183,12 +70,12 @@ class Parameter {
     }
     const Tensor dense = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
     const TensorView v = view(dense);
-    copy_.emplace(empty_contiguous(v.sizes, v.dim, compute));
+    copy_.emplace(empty_contiguous(v.sizes, v.dim, compute, v));
     fill(dense, compute);
   }
   // `value` in every element, for a parameter that is absent beside one that is not
   void set_constant(const TensorView& like, Dtype compute, double value) {
-    copy_.emplace(empty_contiguous(like.sizes, like.dim, compute));
+    copy_.emplace(empty_contiguous(like.sizes, like.dim, compute, like));
     data_ = copy_->data_ptr();
     with_type(compute, data_, [&](auto* data) {
       for (int64_t i = 0; i < like.numel(); ++i)
@@ -212,13 +99,13 @@ class Parameter {
 // The gradient of a parameter: computed in the compute dtype, handed out in the parameter's own.
 class ParameterGradient {
  public:
-  ParameterGradient(bool wanted, const OptionalTensor& parameter, Dtype compute, Dtype input)
-      : result_(wanted ? empty_contiguous(view(*parameter).sizes, parameter->dim(), dtype_of(*parameter))
+  ParameterGradient(bool wanted, const TensorView& parameter, Dtype compute, const TensorView& input)
+      : result_(wanted ? empty_contiguous(parameter.sizes, parameter.dim, parameter.dtype, parameter)
                        : nothing(input)) {
     if (!wanted) return;
     computed_ = result_;
-    if (dtype_of(result_) != compute)
-      computed_ = empty_contiguous(view(result_).sizes, result_.dim(), compute);
+    if (parameter.dtype != compute)
+      computed_ = empty_contiguous(parameter.sizes, parameter.dim, compute, parameter);
   }
   void* data() { return computed_ ? computed_->data_ptr() : nullptr; }
   Tensor finish() {
@@ -233,51 +120,6 @@ class ParameterGradient {
  private:
   Tensor result_;
   OptionalTensor computed_;
-};
-
-Tensor dense_copy(const Tensor& t, const TensorView& v, const cpu::Layout& layout, bool fill) {
-  std::vector<int64_t> strides(static_cast<size_t>(v.dim));
-  layout.natural_strides(v, strides.data());
-  Tensor copy = empty_strided(v.sizes, strides.data(), v.dim, v.dtype);
-  if (fill) torch::stable::copy_(copy, t);
-  return copy;
-}
-
-// A tensor that the walk reads: itself, or a dense copy where its strides do not fit.
-class Source {
- public:
-  Source(const Tensor& t, const cpu::Layout& layout) : tensor_(t) {
-    auto strides = layout.strides(view(t));
-    if (!strides) {
-      tensor_ = dense_copy(t, view(t), layout, true);
-      strides = layout.strides(view(tensor_));
-    }
-    operand = {tensor_.data_ptr(), *strides};
-  }
-  cpu::Operand operand;
-
- private:
-  Tensor tensor_;
-};
-
-// A tensor that the walk writes; finish() moves a stand-in's contents to it.
-class Target {
- public:
-  Target(const Tensor& t, const cpu::Layout& layout) : tensor_(t), walked_(t) {
-    auto strides = layout.strides(view(t));
-    if (!strides) {
-      walked_ = dense_copy(t, view(t), layout, false);
-      strides = layout.strides(view(walked_));
-    }
-    operand = {walked_.data_ptr(), *strides};
-  }
-  void finish() {
-    if (walked_.get() != tensor_.get()) torch::stable::copy_(tensor_, walked_);
-  }
-  cpu::Operand operand;
-
- private:
-  Tensor tensor_, walked_;
 };
 
 cpu::Problem make_problem(const TensorView& input, const cpu::Layout& layout, const Config& c,
@@ -336,23 +178,14 @@ void prepare_stats(const Tensor& stats, const OptionalTensor& mean, const Option
   });
 }
 
-struct ForwardTensors {
-  const Tensor& input;
-  const OptionalTensor &mean, &var, &lmbda, &weight, &bias, &residual, &seed, &noise_scale;
-};
-
-std::tuple<Tensor, Tensor> run_forward(const ForwardTensors& t, Config config) {
-  Arguments a;
-  a.input = view(t.input);
-  a.running_mean = view(t.mean), a.running_var = view(t.var), a.running_lmbda = view(t.lmbda);
-  a.weight = view(t.weight), a.bias = view(t.bias), a.residual = view(t.residual);
-  a.seed = view(t.seed), a.noise_scale = view(t.noise_scale);
+ForwardResult run_forward(const ForwardTensors& t, Config config) {
+  const Arguments a = t.arguments();
   check_forward(a, config);
 
   Tensor output = empty_like(t.input, a.input);
   const Dtype compute = statistics_dtype(a.input.dtype);
   const int64_t shape[] = {kStatRows, group_count(a.input, config)};
-  Tensor stats = empty_contiguous(shape, 2, compute);
+  Tensor stats = empty_contiguous(shape, 2, compute, a.input);
   if (a.input.numel() == 0) {
     torch::stable::zero_(stats);
     return {output, stats};
@@ -374,7 +207,7 @@ std::tuple<Tensor, Tensor> run_forward(const ForwardTensors& t, Config config) {
   return {output, stats};
 }
 
-std::tuple<Tensor, Tensor> normal_norm_forward(
+ForwardResult normal_norm_forward(
     const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& running_lmbda, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale,
@@ -400,23 +233,14 @@ Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean
       {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation}));
 }
 
-struct BackwardTensors {
-  const Tensor &grad_output, &input, &stats;
-  const OptionalTensor &weight, &bias, &residual, &seed;
-  bool needs_input, needs_weight, needs_bias, frozen;
-};
-
-std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardTensors& t, Config config) {
-  Arguments a;
-  a.grad_output = view(t.grad_output), a.input = view(t.input), a.stats = view(t.stats);
-  a.weight = view(t.weight), a.bias = view(t.bias), a.residual = view(t.residual), a.seed = view(t.seed);
-  a.needs_weight = t.needs_weight, a.needs_bias = t.needs_bias;
+BackwardResult run_backward(const BackwardTensors& t, Config config) {
+  const Arguments a = t.arguments();
   check_backward(a, config);
 
   const Dtype compute = statistics_dtype(a.input.dtype);
-  Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input.dtype);
-  ParameterGradient grad_weight(t.needs_weight, t.weight, compute, a.input.dtype);
-  ParameterGradient grad_bias(t.needs_bias, t.bias, compute, a.input.dtype);
+  Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input);
+  ParameterGradient grad_weight(t.needs_weight, a.weight, compute, a.input);
+  ParameterGradient grad_bias(t.needs_bias, a.bias, compute, a.input);
   if (a.input.numel() == 0 || !(t.needs_input || t.needs_weight || t.needs_bias)) {
     grad_weight.zero();
     grad_bias.zero();
@@ -441,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const BackwardTensors& t, Config
   return {grad_input, grad_weight.finish(), grad_bias.finish()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> normal_norm_backward(
+BackwardResult normal_norm_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& seed, bool needs_input,
     bool needs_weight, bool needs_bias, bool frozen, const std::string& kind, int64_t num_groups,
@@ -454,17 +278,12 @@ std::tuple<Tensor, Tensor, Tensor> normal_norm_backward(
                        stream, channels_last, activation});
 }
 
-// Tells autograd that a tensor is about to change, as every in-place operation of torch does: a graph that
-// saved it then refuses to go backward. The stable ABI has no other way to move a tensor's version than to
-// write to it.
-void note_write(const Tensor& t) { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get())); }
-
 void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
                    const Tensor& running_lmbda, const OptionalTensor& num_batches_tracked,
                    std::optional<double> momentum, int64_t count, double eps,
                    const std::string& /*backend*/) {
-  check_fold({view(stats), view(running_mean), view(running_var), view(running_lmbda),
-              view(num_batches_tracked), momentum, count, eps});
+  const FoldTensors t{stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps};
+  check_fold(t.arguments());
   const int64_t channels = running_mean.size(0), groups = stats.size(1), repeats = groups / channels;
   const int64_t row = stats.stride(0), column = stats.stride(1);
   double factor = momentum.value_or(0.0);

@@ -1,0 +1,253 @@
+// The ops of namespace normnorm_cuda.
+//
+// The library loads into a torch without CUDA too: the one symbol that only a torch with CUDA has is weak. Nothing
+// here waits for the device; all memory is torch's; everything goes to the current stream, so that it can be captured.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../core/statistics.h"
+#include "../cuda/launch.h"
+#include "by_definition.h"
+#include "cuda_device.h"
+#include "cuda_problem.h"
+#include "tensors.h"
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
+    __attribute__((weak));
+
+// The tests run the kernels on the CPU and register this file's ops for the CPU.
+#ifndef NN_CUDA_DISPATCH_KEY
+#define NN_CUDA_DISPATCH_KEY CUDA
+#endif
+
+namespace normnorm {
+namespace {
+
+// Makes a tensor's device the current one and finds its stream. Tensors of the host run have neither.
+class OnDevice {
+ public:
+  explicit OnDevice(const TensorView& t) {
+    if (t.device_type == aoti_torch_device_type_cpu()) return;
+    if (!aoti_torch_get_current_cuda_stream)
+      throw std::runtime_error("the CUDA kernels were loaded into a torch without CUDA");
+    guard_.emplace(t.device_index);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.device_index, &stream));
+  }
+  void* stream = nullptr;
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+void require_success(int error, const char* what) {
+  if (error == 0) return;
+  throw std::runtime_error(std::string(what) + " could not be started: CUDA error " + std::to_string(error) + ", " +
+                           cuda_error_text(error));
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// A dense parameter as the kernels read it; keeps its copy where it had to be made dense.
+class Parameter {
+ public:
+  Parameter(const OptionalTensor& t, Dtype storage) {
+    if (!t) return;
+    tensor_ = dense(*t);
+    operand = {tensor_->data_ptr(), dtype_of(*tensor_) == storage};
+  }
+  cuda::Parameter operand;
+
+ private:
+  OptionalTensor tensor_;
+};
+
+// The gradient of a parameter, which the kernels write in the parameter's own dtype.
+struct ParameterGradient {
+  ParameterGradient(bool wanted, const TensorView& parameter, const TensorView& input)
+      : tensor(wanted ? empty_contiguous(parameter.sizes, parameter.dim, parameter.dtype, parameter) : nothing(input)),
+        wanted(wanted) {
+    if (wanted) operand = {tensor.data_ptr(), parameter.dtype == input.dtype};
+  }
+  void zero() {
+    if (wanted) torch::stable::zero_(tensor);
+  }
+  Tensor tensor;
+  bool wanted;
+  cuda::Parameter operand;
+};
+
+// Runs a pass on a workspace that goes back to torch, to be used again by whatever this stream does next.
+void run(cuda::Problem& p, bool backward, const TensorView& input, void* stream) {
+  const char* what = backward ? "the backward pass" : "the forward pass";
+  size_t bytes = 0;
+  require_success(normnorm_cuda_workspace(&p, backward, &bytes), what);
+  OptionalTensor workspace;
+  if (bytes > 0) {
+    const int64_t words = int64_t(bytes + 7) / 8;
+    workspace = empty_contiguous(&words, 1, Dtype::kFloat64, input);
+    p.workspace = workspace->data_ptr();
+  }
+  require_success(backward ? normnorm_cuda_backward(&p, stream) : normnorm_cuda_forward(&p, stream), what);
+}
+
+cuda::Buffer buffer(const Tensor& t) { return {t.data_ptr(), storage_of(dtype_of(t)), t.stride(0)}; }
+
+// Fills a statistics tensor with what a frozen layer knows, and with a given noise scale.
+void prepare_stats(Tensor& stats, const ForwardTensors& t, double eps, bool given_scale, void* stream) {
+  if (t.mean) {
+    cuda::RunningStatistics r;
+    r.mean = buffer(*t.mean), r.var = buffer(*t.var), r.lmbda = buffer(*t.lmbda);
+    r.channels = r.row_stride = stats.size(1);
+    r.eps = eps;
+    r.double_stats = dtype_of(stats) == Dtype::kFloat64;
+    r.stats = stats.data_ptr();
+    require_success(normnorm_cuda_pack_running(&r, stream), "reading the running statistics");
+  }
+  if (given_scale) {
+    Tensor row = torch::stable::select(stats, 0, kNoiseScale);
+    torch::stable::copy_(row, *t.noise_scale);
+  }
+}
+
+ForwardResult run_forward(const ForwardTensors& t, Config config) {
+  const Arguments a = t.arguments();
+  check_forward(a, config);
+  const bool noise = config.noise_train > 0;
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return forward_by_definition(t, config);
+
+  const OnDevice device(a.input);
+  Tensor output = empty_like(t.input, a.input);
+  const int64_t shape[] = {kStatRows, group_count(a.input, config)};
+  Tensor stats = empty_contiguous(shape, 2, statistics_dtype(a.input.dtype), a.input);
+  if (a.input.numel() == 0) {
+    torch::stable::zero_(stats);
+    return {output, stats};
+  }
+  const cpu::Layout layout = cuda_layout(a.input, view(output), config, noise);
+  cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
+  const Parameter weight(t.weight, a.input.dtype), bias(t.bias, a.input.dtype);
+  const Source source(t.input, layout);
+  Target target(output, layout);
+  p.weight = weight.operand;
+  p.bias = bias.operand;
+  p.input = source.operand;
+  p.output = target.operand;
+  p.stats = stats.data_ptr();
+  p.frozen = t.mean.has_value();
+  if (noise) p.noise.seed = static_cast<const int64_t*>(t.seed->data_ptr());
+  p.noise.given_scale = noise && t.noise_scale;
+  prepare_stats(stats, t, config.eps, p.noise.given_scale, device.stream);
+  run(p, false, a.input, device.stream);
+  target.finish();
+  return {output, stats};
+}
+
+ForwardResult normal_norm_forward(
+    const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& running_lmbda, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale,
+    const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train,
+    double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
+    const std::string& activation, const std::string& /*backend*/) {
+  return run_forward(
+      {input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale},
+      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream, channels_last,
+       activation});
+}
+
+Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                         const OptionalTensor& running_lmbda, const OptionalTensor& weight,
+                         const OptionalTensor& bias, const OptionalTensor& residual, const std::string& kind,
+                         int64_t num_groups, int64_t normalized_ndim, double eps, double alpha, int64_t order,
+                         double transform_eps, const std::string& activation, const std::string& /*backend*/) {
+  const OptionalTensor none;
+  return std::get<0>(run_forward(
+      {input, running_mean, running_var, running_lmbda, weight, bias, residual, none, none},
+      {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation}));
+}
+
+BackwardResult run_backward(const BackwardTensors& t, Config config) {
+  const Arguments a = t.arguments();
+  check_backward(a, config);
+  // The gradients of the input and of the bias do not know the noise.
+  const bool noise = config.noise_train > 0 && t.needs_weight;
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return backward_by_definition(t, config);
+
+  const OnDevice device(a.input);
+  Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input);
+  ParameterGradient grad_weight(t.needs_weight, a.weight, a.input), grad_bias(t.needs_bias, a.bias, a.input);
+  if (a.input.numel() == 0 || !(t.needs_input || t.needs_weight || t.needs_bias)) {
+    grad_weight.zero();
+    grad_bias.zero();
+    return {grad_input, grad_weight.tensor, grad_bias.tensor};
+  }
+  const cpu::Layout layout = cuda_layout(a.input, t.needs_input ? view(grad_input) : a.input, config, noise);
+  cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
+  const Parameter weight(t.weight, a.input.dtype), bias(t.bias, a.input.dtype);
+  const Source input(t.input, layout), grad_output(t.grad_output, layout);
+  const Tensor stats = dense(t.stats);
+  std::optional<Target> target;
+  if (t.needs_input) target.emplace(grad_input, layout);
+  p.weight = weight.operand;
+  p.bias = bias.operand;
+  p.input = input.operand;
+  p.grad_output = grad_output.operand;
+  if (target) p.output = target->operand;
+  p.stats = stats.data_ptr();
+  p.frozen = t.frozen;
+  if (noise) p.noise.seed = static_cast<const int64_t*>(t.seed->data_ptr());
+  p.grad_weight = grad_weight.operand;
+  p.grad_bias = grad_bias.operand;
+  run(p, true, a.input, device.stream);
+  if (target) target->finish();
+  return {grad_input, grad_weight.tensor, grad_bias.tensor};
+}
+
+BackwardResult normal_norm_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& seed, bool needs_input,
+    bool needs_weight, bool needs_bias, bool frozen, const std::string& kind, int64_t num_groups,
+    int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order, double transform_eps,
+    int64_t stream, bool channels_last, const std::string& activation, const std::string& /*backend*/) {
+  return run_backward({grad_output, input, stats, weight, bias, residual, seed, needs_input, needs_weight,
+                       needs_bias, frozen},
+                      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
+                       channels_last, activation});
+}
+
+void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
+                   const Tensor& running_lmbda, const OptionalTensor& num_batches_tracked,
+                   std::optional<double> momentum, int64_t count, double eps, const std::string& /*backend*/) {
+  const FoldTensors t{stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps};
+  const FoldArguments a = t.arguments();
+  check_fold(a);
+  const OnDevice device(a.stats);
+  cuda::RunningStatistics r;
+  r.mean = buffer(running_mean), r.var = buffer(running_var), r.lmbda = buffer(running_lmbda);
+  r.channels = running_mean.size(0);
+  r.eps = eps;
+  r.double_stats = a.stats.dtype == Dtype::kFloat64;
+  r.stats = stats.data_ptr();
+  r.row_stride = stats.stride(0), r.group_stride = stats.stride(1);
+  r.groups = stats.size(1);
+  r.tracked = num_batches_tracked ? static_cast<int64_t*>(num_batches_tracked->data_ptr()) : nullptr;
+  r.cumulative = !momentum;
+  r.momentum = momentum.value_or(0.0);
+  r.count = double(count);
+  for (const Tensor* written : {&running_mean, &running_var, &running_lmbda}) note_write(*written);
+  if (num_batches_tracked) note_write(*num_batches_tracked);
+  require_success(normnorm_cuda_fold_running(&r, device.stream), "the update of the running statistics");
+}
+
+}  // namespace
+}  // namespace normnorm
+
+STABLE_TORCH_LIBRARY_IMPL(normnorm_cuda, NN_CUDA_DISPATCH_KEY, m) {
+  m.impl("normal_norm_forward", TORCH_BOX(&normnorm::normal_norm_forward));
+  m.impl("normal_norm_backward", TORCH_BOX(&normnorm::normal_norm_backward));
+  m.impl("normal_norm_infer", TORCH_BOX(&normnorm::normal_norm_infer));
+  m.impl("fold_running_", TORCH_BOX(&normnorm::fold_running_));
+}

@@ -1,0 +1,76 @@
+#include "cuda_problem.h"
+
+#include <stdexcept>
+#include <vector>
+
+namespace normnorm {
+namespace {
+
+int64_t product(const TensorView& t, int64_t begin, int64_t end) {
+  int64_t n = 1;
+  for (int64_t i = begin; i < end; ++i) n *= t.sizes[i];
+  return n;
+}
+
+// Strides of a dense tensor in row-major or in (N, spatial..., C) order.
+std::vector<int64_t> dense_strides(const TensorView& t, bool channels_last) {
+  std::vector<int64_t> strides(static_cast<size_t>(t.dim));
+  int64_t next = 1;
+  if (channels_last) {
+    strides[1] = 1;
+    next = t.sizes[1];
+  }
+  for (int64_t i = t.dim - 1; i >= 0; --i) {
+    if (channels_last && i == 1) continue;
+    strides[size_t(i)] = next;
+    next *= t.sizes[i];
+  }
+  return strides;
+}
+
+// The kernels count groups, runs and chunks (of at least four elements) in 32 bits, and blocks in 31.
+void check_extent(const cpu::Geometry& g) {
+  const int64_t blocks = int64_t(1) << 31, counted = int64_t(1) << 32;
+  const int64_t chunks = g.columns ? g.runs : g.runs * (g.length / 4 + 2);
+  if (g.groups() < blocks && g.runs < blocks && g.inner * g.length < counted * 4 && chunks < counted) return;
+  throw std::invalid_argument("the CUDA kernels count up to 2^31 groups and 2^32 chunks of 4 elements in a group; got " +
+                              std::to_string(g.groups()) + " groups of " + std::to_string(g.group_size()) +
+                              " elements");
+}
+
+}  // namespace
+
+bool noise_order_is_out_of_reach(const TensorView& input, const Config& c) {
+  if (c.kind != Kind::kLayer || !c.channels_last || input.dim < 3) return false;
+  return input.sizes[1] > 1 && product(input, 2, input.dim) > 1;
+}
+
+cpu::Layout cuda_layout(const TensorView& input, const TensorView& output, const Config& c, bool noise) {
+  if (!noise || c.kind == Kind::kLayer) return cpu::Layout(input, output, c);
+  const std::vector<int64_t> strides = dense_strides(input, c.channels_last);
+  TensorView in_noise_order = input;
+  in_noise_order.strides = strides.data();
+  return cpu::Layout(in_noise_order, in_noise_order, c);
+}
+
+cuda::Problem cuda_problem(cpu::Storage storage, const cpu::Layout& layout, const Config& c, bool noise) {
+  cuda::Problem p;
+  p.storage = storage;
+  p.geometry = layout.geometry();
+  check_extent(p.geometry);
+  p.affine = layout.affine();
+  p.eps = c.eps;
+  p.alpha = c.alpha;
+  p.transform_eps = c.transform_eps;
+  p.order = int(c.order);
+  if (!noise) return p;
+  cpu::Noise order;
+  layout.place_noise(order, c.channels_last);
+  p.noise.on = true;
+  p.noise.train = c.noise_train;
+  p.noise.stream = static_cast<uint32_t>(c.stream);
+  p.noise.position = order.position;
+  return p;
+}
+
+}  // namespace normnorm

@@ -1,0 +1,86 @@
+// What the ops of every device share: torch's tensors as the checks and the walks see them. This folder alone
+// knows torch, through its stable ABI alone.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../arguments.h"
+#include "../cpu/layout.h"
+
+namespace normnorm {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+TensorView view(const Tensor& t);
+inline TensorView view(const OptionalTensor& t) { return t ? view(*t) : TensorView(); }
+Dtype dtype_of(const Tensor& t);
+cpu::Storage storage_of(Dtype d);
+
+// Uninitialised memory on the device of `like`.
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype, const TensorView& like);
+Tensor empty_contiguous(const int64_t* sizes, int64_t dim, Dtype dtype, const TensorView& like);
+Tensor empty_like(const Tensor& t, const TensorView& v);
+// What an op returns in place of a gradient that is not wanted.
+Tensor nothing(const TensorView& like);
+
+// Tells autograd that a tensor changes, as every in-place operation of torch does: a graph that saved it then
+// refuses to go backward. The tensor's contents stay.
+void note_write(const Tensor& t);
+
+// A tensor that a walk reads: itself, or a dense copy where its strides do not fit.
+class Source {
+ public:
+  Source(const Tensor& t, const cpu::Layout& layout);
+  cpu::Operand operand;
+
+ private:
+  Tensor tensor_;
+};
+
+// A tensor that a walk writes; finish() moves a stand-in's contents to it.
+class Target {
+ public:
+  Target(const Tensor& t, const cpu::Layout& layout);
+  void finish();
+  cpu::Operand operand;
+
+ private:
+  Tensor tensor_, walked_;
+};
+
+// The tensors of the ops, in the order of their schemas (normnorm/ops.py).
+struct ForwardTensors {
+  const Tensor& input;
+  const OptionalTensor &mean, &var, &lmbda, &weight, &bias, &residual, &seed, &noise_scale;
+
+  Arguments arguments() const;
+};
+
+struct BackwardTensors {
+  const Tensor &grad_output, &input, &stats;
+  const OptionalTensor &weight, &bias, &residual, &seed;
+  bool needs_input, needs_weight, needs_bias, frozen;
+
+  Arguments arguments() const;
+};
+
+struct FoldTensors {
+  const Tensor &stats, &mean, &var, &lmbda;
+  const OptionalTensor& tracked;
+  std::optional<double> momentum;
+  int64_t count;
+  double eps;
+
+  FoldArguments arguments() const;
+};
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
+
+}  // namespace normnorm
