@@ -4,8 +4,9 @@
 * under torch.func transforms: :class:`_Functional`, one with ``setup_context`` and ``vmap``;
 * in forward mode (torch.func.jvp, dual numbers): the definition in ``normnorm/reference.py``
   itself, whose forward derivatives nest in any order;
-* while compiling: the registered op, whose gradient ``normnorm/ops.py`` registers, or the
-  definition where the reference backend is chosen, through which a compiler can fuse.
+* while compiling: the registered op, whose gradient ``normnorm/ops.py`` registers; its form in
+  ``normnorm/annealing.py`` once the weight of the noise has changed; or the definition where the
+  reference backend is chosen, through which a compiler can fuse.
 
 Derivatives beyond the first come from the definition too.
 """
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normnorm import backends, ops
+from normnorm import annealing, backends, ops
 from normnorm.backends import reference
 from normnorm.backends.reference import transforms_active
 from normnorm.config import Config
 
-__all__ = ["normal_norm"]
+__all__ = ["Running", "decomposes", "normal_norm"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -32,6 +33,12 @@ Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 def _forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken."""
     return forward_ad._current_level >= 0
+
+
+def decomposes(config: Config) -> bool:
+    """Whether a compiler is to see the definition, PyTorch's own operations, in place of the op:
+    where the reference backend is chosen, and in an export to ONNX, which has no such op."""
+    return config.backend == "reference" or torch.onnx.is_in_onnx_export()
 
 
 def normal_norm(
@@ -52,8 +59,12 @@ def normal_norm(
     """
     arguments = (input, *running, weight, bias, seed, noise_scale, config)
     if torch.compiler.is_compiling():
-        if config.backend == "reference" or transforms_active() or _forward_mode():
+        if decomposes(config) or transforms_active() or _forward_mode():
             return reference.normal_norm_forward(*_with_residual(*arguments))
+        if annealing.is_symbolic(config.noise_train):
+            noise_train: Any = annealing.as_tensor(config.noise_train)
+            arguments = (*arguments[:-1], config._replace(noise_train=noise_train))
+            return annealing.normal_norm_forward(*_with_residual(*arguments))
         return ops.normal_norm_forward(*_with_residual(*arguments))
     if _forward_mode():
         return reference.normal_norm_forward(*_with_residual(*arguments))

@@ -224,13 +224,15 @@ def check_forward(
     seed: Tensor | None,
     noise_scale: Tensor | None,
     config: Config,
+    shard: bool = False,
 ) -> None:
-    """Everything that ``normal_norm_forward`` and ``normal_norm_infer`` ask of their arguments."""
+    """Everything that ``normal_norm_forward`` and ``normal_norm_infer`` ask of their arguments;
+    the input may be a ``shard`` of any size, other ranks holding the rest of its groups."""
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
     _check_reserved(residual, config.activation)
     _check_running(input, config.kind, running)
-    if running[0] is None:
+    if running[0] is None and not shard:
         _check_group_size(input, config)
     _check_noise(input, config.noise_train, seed, noise_scale, group_count(input, config))
     _check_parameters(input, weight, bias, parameter_shape(input, config))

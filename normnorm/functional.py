@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from normnorm import backends, ops, reference
-from normnorm.autograd import Running, normal_norm
+from normnorm.autograd import Running, decomposes, normal_norm
 from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_is_tensor, check_noise_train, check_transform, group_size
 from normnorm.config import Config
@@ -78,8 +78,11 @@ def _configure(
 ) -> Config:
     """The op's configuration: the caller's, the noise's order, and the backend that serves."""
     check_noise_train(noise_train)
-    noise_train = noise_train if training else 0.0
-    channels_last = noise_train > 0.0 and _is_channels_last(input)
+    channels_last = False
+    if training and noise_train > 0.0:
+        channels_last = _is_channels_last(input)
+    else:
+        noise_train = 0.0  # a constant, where a compiler has made the attribute symbolic too
     return Config(
         kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, 0,
         channels_last, "", backends.resolve(input.device).name,
@@ -112,8 +115,11 @@ def _fold(
     arguments = (
         statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend
     )  # fmt: skip
-    if torch.compiler.is_compiling() or transforms_active():
+    if transforms_active():
         ops.fold_running_(*arguments)
+    elif torch.compiler.is_compiling():
+        fold = backends.get("reference").fold if decomposes(config) else ops.fold_running_
+        fold(*arguments)
     else:
         backends.get(config.backend).fold(*arguments)
 

@@ -11,6 +11,7 @@ Importance of Gaussianizing Representations", ICML 2025 (arXiv 2505.00685), and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,23 +62,34 @@ def standardize(
     return centred * rstd, mean, mean_low, rstd
 
 
-def lmbda_newton_step(
-    h: Tensor, dim: tuple[int, ...], eps: float, alpha: float, order: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lmbda, A, D, Q) of standardized h: see :func:`estimate_lmbda`."""
+def newton_terms(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four quantities of every element whose means over a group are A, B, D and E."""
     sign, t = _split_sign(h)
     log = torch.log1p(t)
     q = (1.0 + t) * log
     d = q - t
-    mean_hd = (h * d).mean(dim, keepdim=True)
-    mean_log = (sign * log).mean(dim, keepdim=True)
-    mean_d = d.mean(dim, keepdim=True)
-    mean_e = (d.square() + t * (q * log - 2.0 * d)).mean(dim, keepdim=True)
+    return h * d, sign * log, d, d.square() + t * (q * log - 2.0 * d)
+
+
+def newton_step(
+    means: Sequence[Tensor], eps: float, alpha: float, order: int
+) -> tuple[Tensor, Tensor]:
+    """(lmbda, Q) from the means A, B, D and E: see :func:`estimate_lmbda`."""
+    mean_hd, mean_log, mean_d, mean_e = means
     slope = mean_hd - mean_log
     # log Var(psi) is convex in lambda: the clamp only absorbs rounding.
     curvature = (mean_e - mean_d.square() - 2.0 * mean_hd.square()).clamp_min(0.0) + math.sqrt(eps)
     step = slope / curvature if order == 2 else slope
-    return 1.0 - alpha * step, mean_hd, mean_d, curvature
+    return 1.0 - alpha * step, curvature
+
+
+def lmbda_newton_step(
+    h: Tensor, dim: tuple[int, ...], eps: float, alpha: float, order: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lmbda, A, D, Q) of standardized h: see :func:`estimate_lmbda`."""
+    means = [term.mean(dim, keepdim=True) for term in newton_terms(h)]
+    lmbda, curvature = newton_step(means, eps, alpha, order)
+    return lmbda, means[0], means[2], curvature
 
 
 def estimate_lmbda(

@@ -22,6 +22,7 @@ from normnorm.statistics import Row, statistics_dtype
 __all__ = [
     "fold_running_",
     "gradients",
+    "move_running",
     "normal_norm_backward",
     "normal_norm_forward",
     "normal_norm_infer",
@@ -251,21 +252,33 @@ def fold_running_(
     check_fold(
         stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps
     )
-    channels = running_mean.size(0)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    factor: float | Tensor
+    if momentum is None:
+        assert num_batches_tracked is not None  # check_fold saw to it
+        factor = num_batches_tracked.double().reciprocal()
+    else:
+        factor = momentum
+    move_running(stats, (running_mean, running_var, running_lmbda), factor, count, eps)
+
+
+def move_running(
+    stats: Tensor,
+    running: tuple[Tensor, Tensor, Tensor],
+    factor: float | Tensor,
+    count: int | Tensor,
+    eps: float,
+) -> None:
+    """Moves running mean, variance and lambda by ``factor`` of the way to the statistics of
+    groups of ``count`` elements."""
+    channels = running[0].size(0)
     mean, low, rstd, lmbda = (
         stats[row].double().reshape(-1, channels)
         for row in (Row.MEAN, Row.MEAN_LOW, Row.RSTD, Row.LMBDA)
     )
     biased = (rstd.reciprocal().square() - eps).clamp_min(0.0)
     batch = (mean + low, biased * (count / (count - 1)), lmbda)
-    factor: float | Tensor
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        assert num_batches_tracked is not None  # check_fold saw to it
-        factor = num_batches_tracked.double().reciprocal()
-    else:
-        factor = momentum
-    for running, value in zip((running_mean, running_var, running_lmbda), batch, strict=True):
-        old = running.double()
-        running.copy_(old + factor * (value.mean(0) - old))
+    for buffer, value in zip(running, batch, strict=True):
+        old = buffer.double()
+        buffer.copy_(old + factor * (value.mean(0) - old))
