@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 import normnorm
-from normnorm import demo, doctor, gradcheck
+from normnorm import demo, doctor, experiments, gradcheck
 
 __all__ = ["main"]
 
@@ -14,6 +14,7 @@ _COMMANDS = {
     "doctor": (doctor, "versions, backends, and a check of each against the reference"),
     "gradcheck": (gradcheck, "gradients of every layer, backend and dtype"),
     "demo": (demo, "train small networks with and without normality normalization"),
+    "train": (experiments, "train a network with a choice of normalization layer"),
 }
 
 
