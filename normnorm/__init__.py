@@ -7,7 +7,16 @@ Representations", ICML 2025 (arXiv 2505.00685).
 
 from normnorm import functional
 from normnorm.backends import available_backends, use_backend
+from normnorm.conversion import Replacement, replace_norms, restore_norms
 from normnorm.functional import estimate_lmbda, yeo_johnson
+from normnorm.lazy import (
+    LazyBatchNormalNorm1d,
+    LazyBatchNormalNorm2d,
+    LazyBatchNormalNorm3d,
+    LazyInstanceNormalNorm1d,
+    LazyInstanceNormalNorm2d,
+    LazyInstanceNormalNorm3d,
+)
 from normnorm.modules import (
     BatchNormalNorm1d,
     BatchNormalNorm2d,
@@ -17,8 +26,11 @@ from normnorm.modules import (
     InstanceNormalNorm2d,
     InstanceNormalNorm3d,
     LayerNormalNorm,
+    LayerNormalNorm2d,
 )
+from normnorm.monitoring import Monitor, monitor
 from normnorm.per import PER, per_loss
+from normnorm.recalibration import update_stats
 
 __version__ = "0.1.0"
 
@@ -32,11 +44,24 @@ __all__ = [
     "InstanceNormalNorm2d",
     "InstanceNormalNorm3d",
     "LayerNormalNorm",
+    "LayerNormalNorm2d",
+    "LazyBatchNormalNorm1d",
+    "LazyBatchNormalNorm2d",
+    "LazyBatchNormalNorm3d",
+    "LazyInstanceNormalNorm1d",
+    "LazyInstanceNormalNorm2d",
+    "LazyInstanceNormalNorm3d",
+    "Monitor",
+    "Replacement",
     "__version__",
     "available_backends",
     "estimate_lmbda",
     "functional",
+    "monitor",
     "per_loss",
+    "replace_norms",
+    "restore_norms",
+    "update_stats",
     "use_backend",
     "yeo_johnson",
 ]

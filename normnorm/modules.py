@@ -25,6 +25,7 @@ __all__ = [
     "InstanceNormalNorm2d",
     "InstanceNormalNorm3d",
     "LayerNormalNorm",
+    "LayerNormalNorm2d",
 ]
 
 
@@ -371,6 +372,53 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
             f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
             f"{self._transform_repr()}"
         )
+
+
+class LayerNormalNorm2d(LayerNormalNorm):
+    """Layer normality normalization over the channels of each position of (N, C, H, W).
+
+    :class:`LayerNormalNorm` for convolutional networks such as ConvNeXt: a group is the C values
+    at one position of one sample. Contiguous and channels_last inputs keep their memory format;
+    channels_last is the one that is normalized without strided reads.
+
+    Args:
+        num_channels: C, or a sequence that holds it alone.
+        eps, elementwise_affine, bias, device, dtype: see :class:`LayerNormalNorm`.
+        noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
+
+    Raises:
+        ValueError: also for more than one normalized size, and an input that is not 4D.
+    """
+
+    def __init__(
+        self,
+        num_channels: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        noise_train: float = 1.0,
+        alpha: float = 1.0,
+        order: int = 2,
+        transform_eps: float = 0.0,
+    ) -> None:
+        super().__init__(
+            num_channels, eps, elementwise_affine, bias, device, dtype, noise_train=noise_train,
+            alpha=alpha, order=order, transform_eps=transform_eps,
+        )  # fmt: skip
+        if len(self.normalized_shape) != 1:
+            raise ValueError(
+                "LayerNormalNorm2d normalizes over channels alone; "
+                f"got {len(self.normalized_shape)} sizes: {list(self.normalized_shape)}"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_is_tensor(input)
+        if input.dim() != 4:
+            raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class GroupNormalNorm(_Transform, nn.GroupNorm):

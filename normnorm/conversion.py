@@ -1,0 +1,292 @@
+"""Swapping the normalization of a model in place: :func:`replace_norms`, :func:`restore_norms`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as torch_functional
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from normnorm import counterparts
+from normnorm.checks import check_noise_train, check_transform
+from normnorm.modules import _Transform
+
+__all__ = ["NormSwap", "Replacement", "replace_norms", "restore_norms"]
+
+Where = str | type | tuple[type, ...] | Callable[[str, nn.Module], bool] | None
+
+
+class NormSwap(NamedTuple):
+    """One layer of a :class:`Replacement`.
+
+    Attributes:
+        name: its name in the model; the first one of a layer that stands in several places.
+        before: the name of the class that it had.
+        after: the name of the class that it has now; None for a layer that was left.
+        reason: why it was left; "" for one that was replaced.
+    """
+
+    name: str
+    before: str
+    after: str | None
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Replacement:
+    """What :func:`replace_norms` or :func:`restore_norms` did. Prints as a table.
+
+    Attributes:
+        replaced, left: a :class:`NormSwap` a layer, in the model's order.
+    """
+
+    replaced: tuple[NormSwap, ...]
+    left: tuple[NormSwap, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
+        for title, swaps in (("replaced", self.replaced), ("left", self.left)):
+            kinds: dict[tuple[str, str], list[str]] = {}
+            for swap in swaps:
+                to = f"-> {swap.after}" if swap.after else f": {swap.reason}"
+                kinds.setdefault((swap.before, to), []).append(swap.name)
+            for (before, to), names in kinds.items():
+                space = "" if to.startswith(":") else " "
+                lines.append(f"  {title} {len(names):4d}  {before}{space}{to}")
+                lines.append(f"  {'':{len(title)}}       {_some(names)}")
+        return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{', '.join(names[:2])}, ..., {names[-1]}"
+
+
+class _Slot(NamedTuple):
+    """A place in which a module stands."""
+
+    parent: nn.Module
+    key: str
+    name: str
+
+
+def _slots(model: nn.Module) -> dict[nn.Module, list[_Slot]]:
+    """Every module below the model with all the places in which it stands, in model order."""
+    found: dict[nn.Module, list[_Slot]] = {}
+    for prefix, parent in model.named_modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                found.setdefault(child, []).append(_Slot(parent, key, name))
+    return {module: found[module] for module in model.modules() if module in found}
+
+
+def _predicate(where: Where) -> Callable[[str, nn.Module], bool]:
+    if where is None:
+        return lambda name, module: True
+    if isinstance(where, str):
+        return lambda name, module: fnmatch.fnmatchcase(name, where)
+    if isinstance(where, type) or (
+        isinstance(where, tuple) and where and all(isinstance(cls, type) for cls in where)
+    ):
+        return lambda name, module: isinstance(module, where)
+    if callable(where):
+        return where
+    raise TypeError(
+        "where must be None, a class or a tuple of classes, a pattern of names such as "
+        f"'layer1.*', or a function of (name, module); got {where!r}"
+    )
+
+
+def _check_model(model: nn.Module, what: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"a scripted model cannot be changed: {what} its norms before scripting"
+            )
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise TypeError(
+                f"{what} the norms before wrapping the model in {type(module).__name__}, which "
+                "has taken note of its parameters and buffers"
+            )
+
+
+def _plan(
+    model: nn.Module,
+    where: Where,
+    decide: Callable[[nn.Module], tuple[type[nn.Module] | None, str | None]],
+    make: Callable[[nn.Module, type[nn.Module]], nn.Module],
+) -> tuple[list[tuple[list[_Slot], nn.Module]], Replacement]:
+    """What is to be put where; nothing has changed yet."""
+    chosen = _predicate(where)
+    changes, replaced, left = [], [], []
+    for module, slots in _slots(model).items():
+        cls, reason = decide(module)
+        name, before = slots[0].name, type(module).__name__
+        if cls is None and reason is None:
+            continue
+        if not any(chosen(slot.name, module) for slot in slots):
+            left.append(NormSwap(name, before, None, "not chosen by where"))
+        elif cls is None or reason is not None:
+            left.append(NormSwap(name, before, None, reason or ""))
+        else:
+            changes.append((slots, make(module, cls)))
+            replaced.append(NormSwap(name, before, cls.__name__, ""))
+    return changes, Replacement(tuple(replaced), tuple(left))
+
+
+def _carry_out(model: nn.Module, changes: list[tuple[list[_Slot], nn.Module]]) -> None:
+    for slots, new in changes:
+        for slot in slots:
+            slot.parent._modules[slot.key] = new
+    _guard_fast_paths(model)
+
+
+def _guard_fast_paths(model: nn.Module) -> None:
+    """Keeps nn.TransformerEncoderLayer from computing a plain LayerNorm in place of ours.
+
+    In evaluation it may hand the weights of ``norm1`` and ``norm2`` to a fused kernel and never
+    call them. It asks ``activation_relu_or_gelu`` whether that kernel knows its activation. An
+    nn.TransformerEncoder around it packs a padded batch for that kernel, into a nested tensor
+    that no other layer can read.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            ours = _has_our_norms(module)
+            module.activation_relu_or_gelu = 0 if ours else _known_activation(module.activation)
+        elif isinstance(module, nn.TransformerEncoder):
+            if any(map(_has_our_norms, module.layers)):
+                vars(module).setdefault("packed_before", module.use_nested_tensor)
+                module.use_nested_tensor = False
+            elif "packed_before" in vars(module):
+                module.use_nested_tensor = vars(module).pop("packed_before")
+
+
+def _has_our_norms(layer: nn.Module) -> bool:
+    return any(isinstance(getattr(layer, name, None), _Transform) for name in ("norm1", "norm2"))
+
+
+def _known_activation(activation: Any) -> int:
+    """What torch's constructor makes of it: 1 for ReLU, 2 for GELU, else 0."""
+    if activation is torch_functional.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is torch_functional.gelu or isinstance(activation, nn.GELU) else 0
+
+
+def _refuse_bare_norm(model: nn.Module, cls: type[nn.Module] | None) -> None:
+    if cls is not None:
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, which cannot be exchanged in place; "
+            f"wrap it in nn.Sequential"
+        )
+
+
+def _decide_to_replace(
+    module: nn.Module,
+) -> tuple[type[nn.Module] | None, str | None]:
+    cls = counterparts.counterpart(module)
+    if cls is None:
+        return None, counterparts.why_unknown(module)
+    return cls, counterparts.obstacle(module)
+
+
+def _decide_to_restore(
+    module: nn.Module,
+) -> tuple[type[nn.Module] | None, str | None]:
+    if not isinstance(module, _Transform):
+        return None, None
+    cls = counterparts.original(module)
+    if cls is None:
+        return None, "torch has no counterpart of it"
+    return cls, counterparts.obstacle(module)
+
+
+def replace_norms(
+    model: nn.Module,
+    where: Where = None,
+    *,
+    noise_train: float | None = None,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+) -> Replacement:
+    """Swaps a model's normalization layers for their normality counterparts, in place.
+
+    Knows torch's BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm and InstanceNorm with their lazy
+    variants, timm's norm and norm+activation layers, the channels-first LayerNorms of torchvision
+    and transformers. Everything else that looks like a norm is left, and the summary says why:
+    RMS norms and frozen statistics, subclasses that nobody here knows, layers whose weight is
+    parametrized.
+
+    A new layer holds the old one's parameters, buffers and forward and backward hooks themselves,
+    with its device, dtype, training flag and attributes; an optimizer made before stays valid.
+    Lambda starts at 1. A module that stands in several places is replaced once, in all of them.
+    ``nn.TransformerEncoderLayer``'s fast path, which would pass over the new layers in
+    evaluation, is switched off in the layers that have them.
+
+    With ``alpha=0, noise_train=0`` the model computes what it did before. With the defaults a
+    batch layer's evaluation does so too, until training moves its lambda; the other layers
+    estimate lambda from each sample and change the outputs at once.
+
+    Args:
+        model: changed in place, before it is wrapped in DistributedDataParallel or compiled.
+        where: which layers: a pattern of names as the shell has them ('layer1.*'), a class or a
+            tuple of classes, or a function of (name, module); None for all.
+        noise_train: as in the layers; None for each class's default.
+        alpha, order, transform_eps: as in the layers.
+
+    Returns:
+        What was replaced, what was left, and why; prints as a table.
+
+    Raises:
+        TypeError: a model or ``where`` of another type, a scripted or already wrapped model.
+        ValueError: settings that the layers would refuse, or a model that is itself a norm.
+            The model is unchanged after any error.
+    """
+    settings: dict[str, Any] = {"alpha": alpha, "order": order, "transform_eps": transform_eps}
+    if noise_train is not None:
+        check_noise_train(noise_train)
+        settings["noise_train"] = noise_train
+    check_transform(1.0, alpha, order, transform_eps)
+    _check_model(model, "replace")
+    _refuse_bare_norm(model, counterparts.counterpart(model))
+    changes, summary = _plan(
+        model,
+        where,
+        _decide_to_replace,
+        lambda module, cls: counterparts.recast(module, cls, settings),
+    )
+    _carry_out(model, changes)
+    return summary
+
+
+def restore_norms(model: nn.Module, where: Where = None) -> Replacement:
+    """Swaps normality layers back for the layers that they stand for, in place.
+
+    A layer made by :func:`replace_norms` gets the class back that it had; one that was built as
+    such gets torch's. Weights, biases and running statistics stay as trained, lambda is dropped:
+    unless it is 1, the model's outputs change.
+
+    Args:
+        model, where: as in :func:`replace_norms`.
+
+    Returns:
+        As :func:`replace_norms`.
+
+    Raises:
+        TypeError, ValueError: as :func:`replace_norms`; the model is unchanged then.
+    """
+    _check_model(model, "restore")
+    if isinstance(model, _Transform):
+        _refuse_bare_norm(model, counterparts.original(model))
+    changes, summary = _plan(model, where, _decide_to_restore, counterparts.restored)
+    _carry_out(model, changes)
+    return summary

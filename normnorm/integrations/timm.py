@@ -1,0 +1,260 @@
+"""timm: its norm and norm+activation layers, by class and by name.
+
+:func:`register` lets timm's factories find our layers, so that ``norm_layer=`` takes them in the
+models that join norm and activation, and takes their names. The classes here have the arguments
+that timm's constructors pass, in timm's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm.layers
+import torch
+from timm.layers import create_norm, create_norm_act
+from timm.layers.create_act import create_act_layer
+from timm.models import convnext
+from torch import Tensor, nn
+
+import normnorm
+from normnorm.modules import (
+    BatchNormalNorm1d,
+    BatchNormalNorm2d,
+    LayerNormalNorm,
+    LayerNormalNorm2d,
+)
+
+__all__ = [
+    "BatchNormalNormAct2d",
+    "GroupNormalNorm",
+    "GroupNormalNorm1",
+    "GroupNormalNorm1Act",
+    "GroupNormalNormAct",
+    "LayerNormalNormAct",
+    "LayerNormalNormAct2d",
+    "counterpart",
+    "original",
+    "register",
+]
+
+Layer = str | type[nn.Module] | Callable[..., nn.Module] | None
+
+
+class _Act(nn.Module):
+    """Dropout and activation after the norm, as timm's norm+activation layers have them."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def _set_act(
+        self,
+        apply_act: bool,
+        act_layer: Layer,
+        act_kwargs: dict[str, Any] | None,
+        inplace: bool,
+        drop_layer: Callable[[], nn.Module] | None,
+    ) -> None:
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        act = None
+        if apply_act:
+            act = create_act_layer(act_layer, **{"inplace": inplace, **(act_kwargs or {})})
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+
+class BatchNormalNormAct2d(_Act, BatchNormalNorm2d):
+    """timm's ``BatchNormAct2d`` with normality normalization: norm, dropout, activation.
+
+    Arguments as there; ``noise_train``, ``alpha``, ``order`` and ``transform_eps`` by keyword.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: Layer = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **transform: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **transform
+        )
+        self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+
+class GroupNormalNorm(normnorm.GroupNormalNorm):
+    """timm's ``GroupNorm`` with normality normalization: ``num_channels`` comes first."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, **keywords)
+
+
+class GroupNormalNorm1(GroupNormalNorm):
+    """timm's ``GroupNorm1`` with normality normalization: all channels in one group."""
+
+    def __init__(self, num_channels: int, **keywords: Any) -> None:
+        super().__init__(num_channels, 1, **keywords)
+
+
+class GroupNormalNormAct(_Act, GroupNormalNorm):
+    """timm's ``GroupNormAct`` with normality normalization. ``group_size`` wins over
+    ``num_groups``, as there."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        group_size: int | None = None,
+        apply_act: bool = True,
+        act_layer: Layer = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        **keywords: Any,
+    ) -> None:
+        if group_size:
+            if num_channels % group_size != 0:
+                raise ValueError(
+                    f"num_channels ({num_channels}) must be divisible by group_size ({group_size})"
+                )
+            num_groups = num_channels // group_size
+        super().__init__(num_channels, num_groups, eps, affine, **keywords)
+        self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+
+class GroupNormalNorm1Act(GroupNormalNormAct):
+    """timm's ``GroupNorm1Act`` with normality normalization: all channels in one group."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-5, **keywords: Any) -> None:
+        super().__init__(num_channels, 1, eps, **keywords)
+
+
+class LayerNormalNormAct(_Act, LayerNormalNorm):
+    """timm's ``LayerNormAct`` with normality normalization."""
+
+    def __init__(
+        self,
+        normalization_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        affine: bool = True,
+        apply_act: bool = True,
+        act_layer: Layer = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(normalization_shape, eps, affine, **keywords)
+        self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+
+class LayerNormalNormAct2d(_Act, LayerNormalNorm2d):
+    """timm's ``LayerNormAct2d`` with normality normalization: over the channels of (N, C, H, W)."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        apply_act: bool = True,
+        act_layer: Layer = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(num_channels, eps, affine, **keywords)
+        self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+
+# timm's class, by its name in timm.layers -> ours. Ours computes in float32 for half inputs anyway,
+# which is what timm's ...Fp32 classes are for.
+_COUNTERPARTS = {
+    "BatchNormAct2d": BatchNormalNormAct2d,
+    "GroupNorm": normnorm.GroupNormalNorm,
+    "GroupNorm1": normnorm.GroupNormalNorm,
+    "GroupNormAct": GroupNormalNormAct,
+    "GroupNorm1Act": GroupNormalNormAct,
+    "LayerNorm": LayerNormalNorm,
+    "LayerNormFp32": LayerNormalNorm,
+    "LayerNorm2d": LayerNormalNorm2d,
+    "LayerNorm2dFp32": LayerNormalNorm2d,
+    "LayerNormExp2d": LayerNormalNorm2d,
+    "LayerNormAct": LayerNormalNormAct,
+    "LayerNormActFp32": LayerNormalNormAct,
+    "LayerNormAct2d": LayerNormalNormAct2d,
+    "LayerNormAct2dFp32": LayerNormalNormAct2d,
+}
+
+_NORMS = {
+    "batchnormalnorm": BatchNormalNorm2d,
+    "batchnormalnorm2d": BatchNormalNorm2d,
+    "batchnormalnorm1d": BatchNormalNorm1d,
+    "groupnormalnorm": GroupNormalNorm,
+    "groupnormalnorm1": GroupNormalNorm1,
+    "layernormalnorm": LayerNormalNorm,
+    "layernormalnorm2d": LayerNormalNorm2d,
+}
+
+_NORM_ACTS = {
+    "batchnormalnorm": BatchNormalNormAct2d,
+    "batchnormalnorm2d": BatchNormalNormAct2d,
+    "groupnormalnorm": GroupNormalNormAct,
+    "groupnormalnorm1": GroupNormalNorm1Act,
+    "layernormalnorm": LayerNormalNormAct,
+    "layernormalnorm2d": LayerNormalNormAct2d,
+}
+
+
+def counterpart(module: nn.Module) -> type[nn.Module] | None:
+    """The class of ours that stands for a timm module's, or None."""
+    cls = type(module)
+    if not cls.__module__.startswith("timm.layers."):
+        return None
+    return _COUNTERPARTS.get(cls.__name__)
+
+
+def original(module: nn.Module) -> type[nn.Module] | None:
+    """timm's class for one of the layers above, or None."""
+    name = type(module).__name__.replace("NormalNorm", "Norm")
+    return getattr(timm.layers, name, None)
+
+
+def register() -> None:
+    """Enters our layers into timm's maps, for this process. Calling it again does no harm.
+
+    After it ``timm.create_model(name, norm_layer=...)`` takes ``normnorm.BatchNormalNorm2d``, a
+    ``functools.partial`` of it, or a name ("batchnormalnorm2d", "layernormalnorm2d", ...), in the
+    models too whose blocks join norm and activation.
+    """
+    create_norm._NORM_MAP.update(_NORMS)
+    create_norm._NORM_TYPES.update(_NORMS.values())
+    create_norm_act._NORM_ACT_MAP.update(_NORM_ACTS)
+    create_norm_act._NORM_TO_NORM_ACT_MAP.update(_NORM_ACTS)
+    create_norm_act._NORM_ACT_TYPES.update(_NORM_ACTS.values())
+    create_norm_act._NORM_ACT_REQUIRES_ARG.update(_NORM_ACTS.values())
+    # ConvNeXt has a map of its own, of layers for either layout, in which it also looks up classes.
+    norm_map: dict[Any, Any] = convnext._NORM_MAP
+    for key in ("layernormalnorm", "layernormalnorm2d", LayerNormalNorm, LayerNormalNorm2d):
+        norm_map[key] = (LayerNormalNorm2d, LayerNormalNorm)

@@ -1,0 +1,113 @@
+"""Running statistics estimated anew from data: :func:`update_stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normnorm.modules import _RunningNorm, _Transform
+
+__all__ = ["update_stats"]
+
+
+def _to(value: Any, device: torch.device | str | int | None) -> Any:
+    return value.to(device) if device is not None and hasattr(value, "to") else value
+
+
+def _forward(model: nn.Module, batch: Any, device: torch.device | str | int | None) -> None:
+    if isinstance(batch, Mapping):
+        model(**{name: _to(value, device) for name, value in batch.items()})
+        return
+    if isinstance(batch, (list, tuple)):
+        if not batch:
+            raise ValueError(
+                "a batch that is a list must hold the model's input first; it is empty"
+            )
+        batch = batch[0]
+    model(_to(batch, device))
+
+
+@torch.no_grad()
+def update_stats(
+    loader: Iterable[Any],
+    model: nn.Module,
+    device: torch.device | str | int | None = None,
+    *,
+    noise: bool = True,
+) -> int:
+    """Estimates the running statistics anew, lambda included, as the average over a loader.
+
+    For weights that never saw training batches: averaged ones, loaded ones, or a model whose
+    norms were just replaced. ``torch.optim.swa_utils.update_bn`` does this for torch's batch
+    layers and passes ours by; this does both in one pass.
+
+    Every layer with running statistics starts afresh and averages over all batches with equal
+    weight. The model runs in training mode without gradients, so that dropout is active, as
+    under ``update_bn``. Training flags and momenta are put back, after an exception too; then
+    the statistics are as they were before the call.
+
+    Args:
+        loader: gives batches: a tensor, a list or tuple whose first element is the model's
+            input, or a mapping, which the model takes as keyword arguments.
+        model: with layers that keep running statistics; without any, nothing is run.
+        device: where to move the input; None leaves it.
+        noise: whether our layers add their noise to what the layers after them see, as in
+            training. Without it the statistics are those of noise-free features.
+
+    Returns:
+        How many batches were averaged.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: a loader without batches.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    layers: list[Any] = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, (_RunningNorm, _BatchNorm)) and layer.running_mean is not None
+    ]
+    if not layers:
+        return 0
+    flags = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    weights: list[tuple[Any, float]] = [
+        (layer, layer.noise_train) for layer in flags if isinstance(layer, _Transform)
+    ]
+    before = [
+        (buffer, buffer.clone())
+        for layer in layers
+        for buffer in layer._buffers.values()
+        if isinstance(buffer, Tensor)
+    ]
+    count = 0
+    try:
+        model.train()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None
+        if not noise:
+            for layer, _ in weights:
+                layer.noise_train = 0.0
+        for batch in loader:
+            _forward(model, batch, device)
+            count += 1
+        if count == 0:
+            raise ValueError("the loader gave no batches: there is nothing to average")
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
+    finally:
+        for module, training in flags.items():
+            module.training = training
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for layer, noise_train in weights:
+            layer.noise_train = noise_train
+    return count
