@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 import normnorm
-from normnorm import demo, doctor, experiments, gradcheck
+from normnorm import bench, demo, doctor, experiments, gradcheck
 
 __all__ = ["main"]
 
 _COMMANDS = {
     "doctor": (doctor, "versions, backends, and a check of each against the reference"),
     "gradcheck": (gradcheck, "gradients of every layer, backend and dtype"),
+    "bench": (bench, "time every layer beside torch's, compiled and copied; compare result files"),
     "demo": (demo, "train small networks with and without normality normalization"),
     "train": (experiments, "train a network with a choice of normalization layer"),
 }

@@ -150,10 +150,10 @@ class Measurement:
         method: "wall" (CPU, wall clock), "graph" (device time of a replayed CUDA graph whose
             inputs rotate) or "stream" (GPU, wall clock of calls from Python: what small tensors
             cost, launches included).
-        provider: who did it: "normnorm-cpu", "normnorm-cuda", "normnorm-triton", "reference"
-            (the definition in eager mode), "compiled-reference", "torch" (torch's layer; on a GPU
-            without cuDNN), "cudnn", "compiled-torch", "liger", "quack", or "copy" (a device copy
-            of the input: the roof).
+        provider: who did it: "normnorm-cpu", "normnorm-cuda", "normnorm-triton",
+            "normnorm-reference" (our backends), "reference" (the definition in eager mode),
+            "compiled-reference", "torch" (torch's layer; on a GPU without cuDNN), "cudnn",
+            "compiled-torch", "liger", "quack", or "copy" (a device copy of the input: the roof).
         suite: which question the work belongs to, such as "resnet", "features", "tokens",
             "batch sweep", "channel sweep", "row sweep", "small".
         x_name, x_value: the quantity a sweep varies and its value; "elements" otherwise.
@@ -324,17 +324,17 @@ class Results:
         return [m for m in self.measurements if all(getattr(m, k) == v for k, v in fields.items())]
 
     def share_of_copy(self, measurement: Measurement) -> float | None:
-        """Its GB/s over those of the copy of the same input in this run: 1 is the roof.
+        """Its GB/s over those of a copy of the same input in this run: 1 is the roof.
 
-        None where either was not measured. The copy is timed once for a shape, dtype, memory
-        format and method, under the mode and operation of the first work of that kind.
+        The copy of the same mode where there is one, else of any. None without one.
         """
         same = ("shape", "dtype", "memory_format", "method")
         key = {name: getattr(measurement, name) for name in same}
-        for copy in self.select(provider="copy", status="ok", **key):
-            if copy.gb_per_s and measurement.gb_per_s:
-                return measurement.gb_per_s / copy.gb_per_s
-        return None
+        copies = self.select(provider="copy", status="ok", **key)
+        copies.sort(key=lambda copy: copy.mode != measurement.mode)
+        if not copies or copies[0].gb_per_s is None or measurement.gb_per_s is None:
+            return None
+        return measurement.gb_per_s / copies[0].gb_per_s
 
 
 @dataclass

@@ -16,20 +16,31 @@ from reading values on the host: a CUDA graph holds no such thing.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-__all__ = ["Call", "Method", "Timing", "copies_beyond_cache", "cuda_graph", "interleaved"]
+__all__ = [
+    "Call",
+    "Method",
+    "Timing",
+    "capture_stream",
+    "copies_beyond_cache",
+    "cuda_graph",
+    "interleaved",
+]
 
 Call = Callable[[int], object]
 Method = Literal["wall", "graph", "stream"]
 Sample = Callable[[], float]
+Within = Callable[[], AbstractContextManager[Any]]
 
 _SHORTEST_SAMPLE_MS = 0.5
 _MOST_CALLS = 4096
@@ -64,24 +75,34 @@ class Timing(NamedTuple):
 def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
     """How many copies of inputs of that size a measurement rotates over.
 
-    Enough to exceed three times the L2 cache of a CUDA device, at most 256 (smaller inputs than
-    that reaches are bound by launches anyway); 1 on a CPU.
+    Enough to exceed three times the L2 cache of a CUDA device together, at most 256 (smaller
+    inputs than that reaches are bound by launches anyway); 1 on a CPU.
     """
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(_MOST_COPIES, math.ceil(3 * cache / max(bytes_each, 1))))
+    return max(1, min(_MOST_COPIES, math.ceil(3 * cache / max(bytes_each, 1))))
 
 
-def cuda_graph(call: Call, copies: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """A graph of one call for each copy, captured on ``stream`` after two turns outside it.
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs are captured and replayed on, one for a device.
 
-    A backward pass alone must have had its forward pass on the same stream.
+    Whoever measures a backward pass alone does its forward pass on this stream: autograd runs a
+    backward node on the stream of its forward, and a capture cannot wait for another stream.
+    """
+    return torch.cuda.Stream(device)
+
+
+def cuda_graph(call: Call, copies: int, device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph of one call for each copy, captured on :func:`capture_stream` after two turns
+    outside it.
 
     Raises:
         RuntimeError: something in the call cannot be captured.
     """
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    stream = capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(2):
             for copy in range(copies):
@@ -132,8 +153,8 @@ def _wall(call: Call, device: torch.device, copies: int) -> _Sampler:
 def _graph(call: Call, device: torch.device, copies: int) -> _Sampler:
     """CUDA events around replays of a graph that turns once through all copies."""
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        graph = cuda_graph(call, copies, stream)
+        stream = capture_stream(device)
+        graph = cuda_graph(call, copies, device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample(replays: int) -> float:
@@ -169,6 +190,7 @@ def interleaved(
     *,
     method: Method | None = None,
     copies: int = 1,
+    within: Mapping[str, Within] | None = None,
     budget_s: float = 1.0,
     min_rounds: int = 5,
     max_rounds: int = 100,
@@ -184,6 +206,8 @@ def interleaved(
         method: how a sample is taken (see the module); None for "wall" on a CPU and "graph" on a
             GPU.
         copies: how many copies of the inputs there are: :func:`copies_beyond_cache`.
+        within: by name, makes a context for each sample (which backend serves, say); it is
+            entered before the clock starts.
         budget_s: seconds for all samples together, beyond warm-up and ``min_rounds`` samples each.
         min_rounds, max_rounds: fewest and most samples of one call.
 
@@ -194,11 +218,13 @@ def interleaved(
     device = torch.device(device)
     method = method or ("wall" if device.type == "cpu" else "graph")
     prepare = _graph if method == "graph" else _wall
+    contexts = within or {}
     found: dict[str, Timing | Exception] = {}
     samplers: dict[str, _Sampler] = {}
     for name, call in calls.items():
         try:
-            samplers[name] = prepare(call, device, copies)
+            with contexts.get(name, nullcontext)():
+                samplers[name] = prepare(call, device, copies)
         except Exception as error:  # whatever a provider raises is its result
             found[name] = error
     turns = _turns(samplers, budget_s, min_rounds, max_rounds)
@@ -212,7 +238,8 @@ def interleaved(
             if name in found:
                 continue
             try:
-                samples[name].append(samplers[name].sample())
+                with contexts.get(name, nullcontext)():
+                    samples[name].append(samplers[name].sample())
             except Exception as error:
                 found[name] = error
     for name, sampler in samplers.items():

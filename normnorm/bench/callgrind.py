@@ -1,0 +1,160 @@
+"""Instructions an element of the CPU kernels, counted by callgrind: a measure without noise.
+
+The kernels are compiled without torch into a small program that valgrind runs; only the calls of
+the kernels are counted. valgrind knows no AVX-512, so that the counts are those of the AVX2 path
+(eight lanes). Counts are not time (a division counts as an addition), but they repeat exactly:
+a change of a per cent is a change of the code.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import get_args
+
+import normnorm
+from normnorm.bench.results import Count, Mode, Operation
+
+__all__ = ["CallgrindError", "count"]
+
+_ISA = "avx2"
+_FLAGS = ["-std=c++20", "-O3", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
+
+
+class CallgrindError(RuntimeError):
+    """The instructions cannot be counted here; its text says why."""
+
+
+_PROGRAM = """
+#include <valgrind/callgrind.h>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+#include "csrc/cpu/problem.h"
+using namespace normnorm::cpu;
+namespace normnorm::cpu { const Kernels* avx512_kernels() { return nullptr; } }
+
+void count(const char* name, Geometry g, Affine affine, Strides s, int64_t parameters) {
+  const int64_t n = g.groups() * g.group_size();
+  std::vector<float> x(n), y(n), grad(n), dx(n), stats(8 * g.groups());
+  std::vector<float> w(parameters, 1.f), b(parameters), dw(parameters), db(parameters);
+  uint32_t state = 1;
+  const auto uniform = [&] {
+    return ((state = state * 1664525u + 1013904223u) + 1.0) / 4294967297.0;
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = float(std::sqrt(-2 * std::log(uniform())) * std::cos(6.2831853 * uniform()));
+    grad[i] = float(uniform() - 0.5);
+  }
+  for (int noisy = 0; noisy < 2; ++noisy) {
+    Problem p;
+    p.geometry = g, p.affine = affine;
+    p.noise.on = noisy, p.noise.train = 0.4, p.noise.seed = 3, p.noise.position = s;
+    p.stats = stats.data(), p.weight = w.data(), p.bias = b.data();
+    p.input = {x.data(), s}, p.output = {y.data(), s};
+    Problem q = p;
+    q.grad_output = {grad.data(), s}, q.output = {dx.data(), s};
+    q.grad_weight = dw.data(), q.grad_bias = db.data();
+    char label[100];
+    const char* mode = noisy ? "noise" : "quiet";
+    const auto measure = [&](const char* what, const char* how, auto call) {
+      std::snprintf(label, sizeof(label), "%s|%s|%s|%ld", name, what, how, long(n));
+      CALLGRIND_START_INSTRUMENTATION;
+      CALLGRIND_ZERO_STATS;
+      call();
+      CALLGRIND_DUMP_STATS_AT(label);
+      CALLGRIND_STOP_INSTRUMENTATION;
+    };
+    measure("forward", mode, [&] { kernels().forward(p); });
+    measure("backward", mode, [&] { kernels().backward(q); });
+    if (noisy || affine == Affine::kPerElement) continue;
+    p.frozen = true;
+    measure("forward", "eval", [&] { kernels().forward(p); });
+  }
+}
+
+int main() {
+  count("batch NCHW 8x16x56x56", {false, 1, 16, 8, 3136}, Affine::kPerGroup, {0, 3136, 50176}, 16);
+  count("batch NCHW 8x64x7x7", {false, 1, 64, 8, 49}, Affine::kPerGroup, {0, 49, 3136}, 64);
+  count("batch channels_last 8x64x28x28", {true, 1, 64, 6272, 1}, Affine::kPerColumn, {0, 1, 64},
+        64);
+  count("layer 1024x384", {false, 1, 1024, 1, 384}, Affine::kPerElement, {0, 384, 0}, 384);
+  count("layer 64x4096", {false, 1, 64, 1, 4096}, Affine::kPerElement, {0, 4096, 0}, 4096);
+  return 0;
+}
+"""
+
+
+def _sources() -> Path:
+    root = Path(normnorm.__file__).resolve().parents[1]
+    if not (root / "csrc" / "cpu" / "kernels.cpp").exists():
+        raise CallgrindError(
+            f"the kernels' sources are not beside the package (looked in {root / 'csrc'}); "
+            "counting needs a checkout of the repository"
+        )
+    return root
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise CallgrindError(f"{command[0]} failed: {last[0]}")
+
+
+def _build(root: Path, folder: Path) -> Path:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    needed = {"a C++ compiler": compiler, "valgrind": shutil.which("valgrind")}
+    missing = [name for name, path in needed.items() if path is None]
+    if compiler is None or missing:
+        raise CallgrindError(f"counting needs {' and '.join(missing)}")
+    (folder / "program.cpp").write_text(_PROGRAM, encoding="utf-8")
+    objects = []
+    for isa, flags in (("generic", ["-DNN_GENERIC"]), (_ISA, _AVX2)):
+        target = folder / f"{isa}.o"
+        names = [f"-DNN_KERNEL_TABLE={isa}_kernels", f'-DNN_ISA_NAME="{isa}"']
+        kernels = str(root / "csrc/cpu/kernels.cpp")
+        _run([compiler, *_FLAGS, *flags, *names, "-c", kernels, "-o", str(target)], folder)
+        objects.append(str(target))
+    program = folder / "program"
+    sources = [str(folder / "program.cpp"), str(root / "csrc/cpu/dispatch.cpp")]
+    _run([compiler, *_FLAGS, f"-I{root}", *sources, *objects, "-o", str(program)], folder)
+    return program
+
+
+def _read(path: Path) -> Count | None:
+    """One dump of callgrind's; None for those of no measurement."""
+    text = path.read_text(encoding="utf-8")
+    label = re.search(r"desc: Trigger: Client Request: (.*)", text)
+    total = re.search(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)
+    if not label or not total:
+        return None
+    work, operation, mode, elements = label.group(1).split("|")
+    assert operation in get_args(Operation), operation
+    assert mode in get_args(Mode), mode
+    each = int(total.group(1)) / int(elements)
+    return Count(work=work, mode=mode, operation=operation, isa=_ISA, instructions=round(each, 3))  # type: ignore[arg-type]
+
+
+def count() -> list[Count]:
+    """Compiles the kernels and counts: about a minute.
+
+    Raises:
+        CallgrindError: there is no valgrind, compiler or source to count with.
+    """
+    root = _sources()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        out = folder / "counts"
+        program = _build(root, folder)
+        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no"]
+        _run([*command, f"--callgrind-out-file={out}", str(program)], folder)
+        dumps = sorted(folder.glob("counts.*"), key=lambda path: int(path.suffix[1:]))
+        counts = [found for found in map(_read, dumps) if found is not None]
+    if not counts:
+        raise CallgrindError("valgrind wrote no counts")
+    return counts

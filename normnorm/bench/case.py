@@ -1,0 +1,241 @@
+"""One work's tensors, and what the float64 reference makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normnorm import reference
+from normnorm.bench.work import EPS, LAYERS, Work
+from normnorm.noise import draw_seed, standard_normals
+from normnorm.statistics import statistics_dtype
+
+__all__ = ["Case", "Runner", "bound", "worst_error"]
+
+# Elements that the float64 reference works on at a time: it keeps some forty numbers for each.
+_CHUNK = 1 << 22
+
+
+@dataclass
+class Runner:
+    """A provider made ready for one case.
+
+    Attributes:
+        forward: the layer, from an input to an output; draws its own seed.
+        weight, bias: its parameters.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    weight: Tensor
+    bias: Tensor
+
+    def gradients(self, output: Tensor, input: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """Of input, weight and bias; the graph stays, so that this can be asked again."""
+        leaves = (input, self.weight, self.bias)
+        return torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+    def full(self, input: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """Forward and backward, as a training step does them."""
+        return torch.autograd.grad(self.forward(input), (input, self.weight, self.bias), grad)
+
+
+@dataclass
+class Case:
+    """A work with its tensors: skewed random inputs, never zeros, the same for every provider.
+
+    Attributes:
+        work: what is measured.
+        device: where.
+        copies: how many copies of the inputs; each with values of its own.
+        seed: of the random values.
+        inputs: leaves that require gradients, one a copy.
+        grads: gradients of the output, one a copy.
+        weight, bias: values that every provider's parameters get.
+        running: mean, variance and lambda of evaluation as rows of (3, C); None for layers that
+            keep none.
+    """
+
+    work: Work
+    device: torch.device
+    copies: int
+    seed: int
+    inputs: list[Tensor] = field(init=False)
+    grads: list[Tensor] = field(init=False)
+    weight: Tensor = field(init=False)
+    bias: Tensor = field(init=False)
+    running: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        work = self.work
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=self.device)
+
+        def laid_out(values: Tensor) -> Tensor:
+            dense = values.to(work.torch_dtype)
+            return dense.contiguous(memory_format=work.torch_memory_format)
+
+        self.inputs, self.grads = [], []
+        for _ in range(self.copies):
+            values = normal(*work.shape)
+            values += 0.3 * values.square()
+            self.inputs.append(laid_out(values).requires_grad_())
+            self.grads.append(laid_out(normal(*work.shape)))
+        n, dtype = work.parameters, work.parameter_dtype
+        self.weight = (1 + 0.2 * normal(n)).to(dtype)
+        self.bias = (0.2 * normal(n)).to(dtype)
+        if work.kind == "batch":
+            spread = 1.2 + 0.3 * normal(n).abs()
+            self.running = torch.stack([0.3 + 0.1 * normal(n), spread, 1 - 0.2 * normal(n).abs()])
+
+    def module(self, ours: bool) -> Any:
+        """The layer, ours or torch's, with this case's parameters, in this case's mode."""
+        work = self.work
+        layer = LAYERS[work.layer]
+        sizes, keywords = work.constructor()
+        factory = {"device": self.device, "dtype": work.parameter_dtype}
+        made: Any = (layer.ours if ours else layer.torchs)(*sizes, **keywords, **factory)
+        made.train(work.mode != "eval")
+        if ours and work.mode == "quiet":
+            made.noise_train = 0.0
+        with torch.no_grad():
+            made.weight.copy_(self.weight)
+            made.bias.copy_(self.bias)
+            if self.running is not None:
+                for name, value in zip(("mean", "var", "lmbda"), self.running, strict=True):
+                    if name != "lmbda" or ours:
+                        getattr(made, f"running_{name}").copy_(value)
+        return made
+
+    def result(self, runner: Runner, seed: int) -> dict[str, Tensor]:
+        """What a provider gives for the first copy, with the random state set to ``seed``."""
+        torch.manual_seed(seed)
+        if self.work.mode == "eval":
+            with torch.no_grad():
+                return {"output": runner.forward(self.inputs[0])}
+        output = runner.forward(self.inputs[0])
+        gradients = runner.gradients(output, self.inputs[0], self.grads[0])
+        names = ("grad_input", "grad_weight", "grad_bias")
+        return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+    def expected(self, transform: bool, seed: int) -> dict[str, Tensor]:
+        """What the reference makes of the first copy in float64, chunk by chunk.
+
+        Args:
+            transform: whether for a normality layer; else for torch's (alpha 0, no noise).
+            seed: the random state that the provider's noise is drawn from.
+        """
+        work = self.work
+        noise = 0.0
+        if transform and work.mode == "noise":
+            sizes, keywords = work.constructor()
+            made: Any = LAYERS[work.layer].ours(*sizes, **keywords)
+            noise = made.noise_train
+        z = None
+        if noise:
+            torch.manual_seed(seed)
+            drawn = draw_seed(self.device)
+            z = standard_normals(work.shape, drawn, 0, work.memory_format == "channels_last")
+        return _Reference(self, 1.0 if transform else 0.0, noise, z).result()
+
+
+@dataclass
+class _Reference:
+    """The definition over one case in float64, a few groups at a time."""
+
+    case: Case
+    alpha: float
+    noise: float
+    z: Tensor | None
+
+    def result(self) -> dict[str, Tensor]:
+        work = self.case.work
+        if work.mode == "eval":
+            with torch.no_grad():
+                outputs = [self._output(part)[0] for part in self._parts()]
+            return {"output": torch.cat(outputs, self._dim)}
+        outputs, gradients = [], []
+        for part in self._parts():
+            output, leaves = self._output(part)
+            grad = part(self.case.grads[0]).double()
+            gradients.append(torch.autograd.grad(output, leaves, grad))
+            outputs.append(output.detach())
+        to_input, to_weight, to_bias = zip(*gradients, strict=True)
+
+        def over_all(parts: tuple[Tensor, ...]) -> Tensor:
+            """A channel's parameters belong to its chunk; other layers share theirs among all."""
+            return torch.cat(parts) if work.kind == "batch" else torch.stack(parts).sum(0)
+
+        return {
+            "output": torch.cat(outputs, self._dim),
+            "grad_input": torch.cat(to_input, self._dim),
+            "grad_weight": over_all(to_weight),
+            "grad_bias": over_all(to_bias),
+        }
+
+    @property
+    def _dim(self) -> int:
+        """The dimension along which groups lie apart."""
+        return 1 if self.case.work.kind == "batch" else 0
+
+    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Functions that cut the same slice out of every tensor of the input's shape."""
+        shape, dim = self.case.work.shape, self._dim
+        each = max(1, _CHUNK * shape[dim] // self.case.work.elements)
+        for start in range(0, shape[dim], each):
+            length = min(each, shape[dim] - start)
+            yield lambda t, start=start, length=length: t.narrow(dim, start, length)  # type: ignore[misc]
+
+    def _output(self, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output of a chunk, and the leaves to differentiate it in."""
+        case, work = self.case, self.case.work
+        input = part(case.inputs[0].detach()).double().requires_grad_()
+        per_channel = work.kind == "batch"
+
+        def row(values: Tensor) -> Tensor:
+            if not per_channel:
+                return values.double()
+            like = part(torch.empty(work.shape[:2], device="meta"))
+            start = like.storage_offset()
+            return values[start : start + like.size(1)].double()
+
+        weight, bias = row(case.weight).requires_grad_(), row(case.bias).requires_grad_()
+        frozen = None
+        if work.mode == "eval" and case.running is not None:
+            mean, var, lmbda = (row(values) for values in case.running)
+            lmbda = lmbda if self.alpha else torch.ones_like(lmbda)
+            frozen = reference.pack_running(mean, var, lmbda, EPS, torch.float64)
+        output, _ = reference.normal_norm(
+            input, weight, bias, kind=work.kind, num_groups=work.groups,
+            normalized_ndim=1 if work.kind == "layer" else 0, eps=EPS, noise_train=self.noise,
+            alpha=self.alpha, z=None if self.z is None else part(self.z), frozen=frozen,
+        )  # fmt: skip
+        return output, (input, weight, bias)
+
+
+def bound(work: Work) -> float:
+    """The largest error, relative to the largest value of a result, that is put down to rounding.
+
+    Two roundings to the dtype of storage; sixteen of the arithmetic's (a logarithm, a power, the
+    Newton step's division); and for sums over n elements the root of n of them, which is what
+    plain accumulation does to random summands.
+    """
+    unit = torch.finfo(statistics_dtype(work.torch_dtype)).eps
+    longest = max(work.group_size, work.elements // work.parameters)
+    return 2 * torch.finfo(work.torch_dtype).eps + (16 + longest**0.5) * unit
+
+
+def worst_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
+    """The result that is furthest off, and its largest difference relative to its largest value;
+    NaN counts as infinitely far."""
+    errors = {}
+    for name, value in expected.items():
+        error = ((got[name].double() - value).abs().max() / value.abs().max()).item()
+        errors[name] = error if error == error else float("inf")
+    name = max(errors, key=errors.__getitem__)
+    return name, errors[name]

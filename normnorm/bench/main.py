@@ -1,0 +1,180 @@
+"""``normnorm bench``: measures a plan under a progress bar, keeps what it has, says what failed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from normnorm.bench import environment
+from normnorm.bench.compare import changes, report
+from normnorm.bench.measure import estimated_seconds, measure
+from normnorm.bench.networks import measure_network
+from normnorm.bench.plan import Plan, UsageError, make_plan
+from normnorm.bench.results import (
+    Measurement,
+    NetworkMeasurement,
+    Results,
+    ResultsError,
+    load,
+    save,
+    write_atomically,
+)
+from normnorm.bench.table import csv_text, markdown, text, work_name
+
+__all__ = ["UsageError", "bench", "compare"]
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """That many of torch's threads inside; afterwards those of before."""
+    before = torch.get_num_threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _partial(path: Path) -> Path:
+    """Where results go while the run is on: what stands at ``path`` stays until it is over."""
+    return path.with_name(path.name + ".partial")
+
+
+class _Run:
+    """A run in progress: its results so far, on disk too where a JSON file was asked for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.started = time.monotonic()
+        self.results = Results(environment=environment.before(plan.device, plan.settings.seed))
+
+    def keep(self, rows: list[Measurement] | list[NetworkMeasurement]) -> None:
+        """Takes in what one work or network gave."""
+        for row in rows:
+            if isinstance(row, Measurement):
+                self.results.measurements.append(row)
+                name = f"{row.provider} on {work_name(row)}"
+            else:
+                self.results.networks.append(row)
+                name = f"{row.provider} in {row.network}"
+            sentence = f"{name}: {row.status}: {row.message}"
+            if row.status in ("failed", "wrong") and sentence not in self.results.problems:
+                self.results.problems.append(sentence)
+                tqdm.write(f"normnorm bench: {sentence}", file=sys.stderr)
+        if "json" in self.plan.outputs:
+            save(self.results, _partial(self.plan.outputs["json"]))
+
+    def finish(self, complete: bool) -> None:
+        seconds = time.monotonic() - self.started
+        around = environment.after(self.results.environment, self.plan.device, seconds)
+        self.results.environment = around
+        self.results.complete = complete
+
+
+def _measure_all(run: _Run) -> None:
+    """Everything in the plan. The bar counts seconds as estimated, since works differ so."""
+    plan = run.plan
+    with tqdm(
+        total=plan.seconds(),
+        bar_format="{percentage:3.0f} %|{bar}| {elapsed} passed, {remaining} left{postfix}",
+        smoothing=0,
+        dynamic_ncols=True,
+        disable=None,  # quiet unless standard error is a terminal
+    ) as bar:
+        for work in plan.works:
+            bar.set_postfix_str(str(work))
+            run.keep(measure(work, plan.providers, plan.device, plan.settings))
+            bar.update(estimated_seconds(work, plan.providers, plan.settings))
+        for network in plan.networks:
+            bar.set_postfix_str(str(network))
+            run.keep(measure_network(network, plan.network_providers, plan.device, plan.settings))
+            bar.update(plan.network_seconds())
+        if plan.callgrind:
+            from normnorm.bench.callgrind import CallgrindError, count
+
+            bar.set_postfix_str("callgrind")
+            try:
+                run.results.counts = count()
+            except CallgrindError as error:
+                run.results.problems.append(f"callgrind: {error}")
+
+
+def _write(results: Results, outputs: dict[str, Path]) -> None:
+    """The files that were asked for, each whole or not at all.
+
+    Raises:
+        ResultsError: some cannot be written; the others have been.
+    """
+    failures = []
+    for name, path in outputs.items():
+        try:
+            if name == "json":
+                save(results, path)
+                with suppress(OSError):
+                    _partial(path).unlink(missing_ok=True)
+            elif name == "csv":
+                write_atomically(path, csv_text(results))
+            elif name == "markdown":
+                write_atomically(path, markdown(results))
+            else:
+                from normnorm.bench.report import write_html  # type: ignore[attr-defined]
+
+                write_html(results, path)
+        except (ResultsError, OSError) as error:
+            failures.append(str(error))
+    if failures:
+        raise ResultsError("; ".join(failures))
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measures what the options ask for; the exit status.
+
+    Raises:
+        UsageError: the options make no sense; nothing was measured.
+        ResultsError: a file could not be written.
+    """
+    plan = make_plan(args)
+    with _threads(args.threads):
+        run = _Run(plan)
+        try:
+            _measure_all(run)
+        except KeyboardInterrupt:
+            run.finish(complete=False)
+            print(text(run.results), end="")
+            if "json" in plan.outputs:
+                partial = _partial(plan.outputs["json"])
+                save(run.results, partial)
+                where = f"; what was measured is in {partial}"
+            else:
+                where = ""
+            print(f"normnorm bench: interrupted{where}", file=sys.stderr)
+            return 1
+        run.finish(complete=True)
+    print(text(run.results), end="")
+    _write(run.results, plan.outputs)
+    for problem in run.results.problems:
+        print(f"normnorm bench: {problem}", file=sys.stderr)
+    return 1 if run.results.problems else 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Prints what changed from one result file to another; 1 where something became slower.
+
+    Raises:
+        ResultsError: a file cannot be read.
+        UsageError: they have nothing in common.
+    """
+    before, after = load(args.before), load(args.after)
+    if not changes(before, after):
+        raise UsageError(f"{args.before} and {args.after} have no measurement in common")
+    words, worse = report(before, after)
+    print(words, end="")
+    return 1 if worse else 0

@@ -1,0 +1,227 @@
+"""Measures one work: every provider checked against the float64 reference, then timed in
+alternation with the others."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normnorm.bench.case import Case, Runner, bound, worst_error
+from normnorm.bench.memory import kept_bytes, peak_bytes
+from normnorm.bench.providers import PROVIDERS, Provider, Unavailable
+from normnorm.bench.results import Measurement, Operation, Status
+from normnorm.bench.timing import Call, Timing, capture_stream, copies_beyond_cache, interleaved
+from normnorm.bench.work import Work
+
+__all__ = ["Settings", "estimated_seconds", "measure", "sentence"]
+
+# Who may stand for torch's layer; the faster one does.
+_PEERS = ("torch", "cudnn")
+_COMPILATION_S = 8.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        budget_s: seconds for the samples of one operation, all providers together.
+        min_rounds, max_rounds: fewest and most samples of a provider.
+        seed: of inputs and noise.
+    """
+
+    budget_s: float = 1.5
+    min_rounds: int = 5
+    max_rounds: int = 100
+    seed: int = 20250505
+
+
+@dataclass
+class _Candidate:
+    """A provider on its way through one work: what is known of it so far."""
+
+    provider: Provider
+    runner: Runner | None = None
+    status: Status = "ok"
+    message: str | None = None
+    error: float | None = None
+    kept: int | None = None
+    peaks: dict[Operation, int] = field(default_factory=dict)
+    timings: dict[Operation, Timing] = field(default_factory=dict)
+
+    def fail(self, status: Status, message: str) -> None:
+        self.status, self.message, self.runner = status, message, None
+
+
+def estimated_seconds(work: Work, providers: Sequence[str], settings: Settings) -> float:
+    """Roughly how long :func:`measure` takes: what a progress bar needs."""
+    compiled = sum(PROVIDERS[name].compiled for name in providers)
+    check = work.elements * (5e-7 if work.method == "wall" else 1e-8)
+    return settings.budget_s * len(work.operations) + compiled * _COMPILATION_S + check + 0.1
+
+
+def measure(
+    work: Work, providers: Sequence[str], device: torch.device, settings: Settings
+) -> list[Measurement]:
+    """Rows for each operation and provider, in that order.
+
+    A provider that raises, is wrong or does not do this work leaves rows that say so; the others
+    are measured all the same.
+    """
+    stream: AbstractContextManager[Any] = nullcontext()
+    if device.type == "cuda":
+        stream = torch.cuda.stream(capture_stream(device))
+    candidates = [_Candidate(PROVIDERS[name]) for name in providers]
+    if any(candidate.provider.compiled for candidate in candidates):
+        torch.compiler.reset()  # or the ninth shape of a function would run in eager mode
+    with stream, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        case = _case(work, device, settings.seed)
+        expected: dict[bool, dict[str, Tensor]] = {}
+        for candidate in candidates:
+            _check(candidate, case, expected)
+        expected.clear()
+        rows = []
+        for operation in work.operations:
+            _time(candidates, case, operation, settings)
+            rows += [
+                _row(candidate, work, operation)
+                for candidate in candidates
+                if candidate.provider.name != "copy" or operation == "forward"
+            ]
+    del case, candidates
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [_with_ratio(row, rows) for row in rows]
+
+
+def _case(work: Work, device: torch.device, seed: int) -> Case:
+    copies = 1
+    if work.method == "graph":
+        tensors = 1 if work.mode == "eval" else 2
+        copies = copies_beyond_cache(tensors * work.elements * work.torch_dtype.itemsize, device)
+    return Case(work, device, copies, seed)
+
+
+def sentence(error: Exception) -> str:
+    """The exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _check(candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Tensor]]) -> None:
+    """Makes a provider ready and compares what it gives with the float64 reference."""
+    provider = candidate.provider
+    try:
+        with provider.within():
+            runner = provider.build(case)
+            if provider.name == "copy":
+                copied = runner.forward(case.inputs[0])
+                name, error, allowed = "output", float(not copied.equal(case.inputs[0])), 0.0
+            else:
+                got = case.result(runner, case.seed)
+                if provider.normality not in expected:
+                    expected[provider.normality] = case.expected(provider.normality, case.seed)
+                name, error = worst_error(got, expected[provider.normality])
+                allowed = bound(case.work)
+                del got
+            candidate.error = error
+            if error > allowed:
+                candidate.fail(
+                    "wrong",
+                    f"its {name} is off by {error:.1e} of the largest value; {allowed:.1e} is "
+                    "allowed",
+                )
+                return
+            candidate.runner = runner
+            _remember_memory(candidate, case)
+    except Unavailable as reason:
+        candidate.fail("unavailable", str(reason))
+    except Exception as failure:  # whatever a provider raises is its result
+        candidate.fail("failed", sentence(failure))
+
+
+def _remember_memory(candidate: _Candidate, case: Case) -> None:
+    runner = candidate.runner
+    if runner is None or candidate.provider.name == "copy":
+        return
+    x, grad = case.inputs[0], case.grads[0]
+    if case.work.mode != "eval":
+        candidate.kept = kept_bytes(lambda: runner.forward(x))
+        candidate.peaks["full"] = peak_bytes(lambda: runner.full(x, grad), case.device)
+    with torch.set_grad_enabled(case.work.mode != "eval"):
+        candidate.peaks["forward"] = peak_bytes(lambda: runner.forward(x), case.device)
+
+
+def _call(runner: Runner, case: Case, operation: Operation) -> Call:
+    """The operation as a function of the copy to use."""
+    inputs, grads = case.inputs, case.grads
+    if operation == "full":
+        return lambda i: runner.full(inputs[i], grads[i])
+    if operation == "backward":
+        outputs = [runner.forward(x) for x in inputs]
+        return lambda i: runner.gradients(outputs[i], inputs[i], grads[i])
+    return lambda i: runner.forward(inputs[i])
+
+
+def _time(
+    candidates: Sequence[_Candidate], case: Case, operation: Operation, settings: Settings
+) -> None:
+    """Times one operation of all providers that are still in."""
+    calls: dict[str, Call] = {}
+    within: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
+    by_name = {candidate.provider.name: candidate for candidate in candidates}
+    with torch.set_grad_enabled(case.work.mode != "eval"):
+        for name, candidate in by_name.items():
+            if candidate.runner is None or (name == "copy" and operation != "forward"):
+                continue
+            within[name] = candidate.provider.within
+            try:
+                with candidate.provider.within():
+                    calls[name] = _call(candidate.runner, case, operation)
+            except Exception as failure:
+                candidate.fail("failed", sentence(failure))
+        found = interleaved(
+            calls, case.device, method=case.work.method, copies=case.copies, within=within,
+            budget_s=settings.budget_s, min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
+        )  # fmt: skip
+    for name, timing in found.items():
+        if isinstance(timing, Timing):
+            by_name[name].timings[operation] = timing
+        else:
+            by_name[name].fail("failed", sentence(timing))
+
+
+def _row(candidate: _Candidate, work: Work, operation: Operation) -> Measurement:
+    timing = candidate.timings.get(operation)
+    return Measurement(
+        layer=work.layer, shape=work.shape, groups=work.groups, dtype=work.dtype,
+        memory_format=work.memory_format, mode=work.mode, operation=operation, method=work.method,
+        provider=candidate.provider.name, suite=work.suite, x_name=work.x_name,
+        x_value=work.x_value, status=candidate.status, message=candidate.message,
+        median_ms=timing and timing.median_ms, p20_ms=timing and timing.p20_ms,
+        p80_ms=timing and timing.p80_ms, rounds=timing and timing.rounds,
+        calls=timing and timing.calls, model_bytes=work.model_bytes(operation),
+        kept_bytes=candidate.kept, peak_bytes=candidate.peaks.get(operation),
+        error=candidate.error,
+        bound=0.0 if candidate.provider.name == "copy" else bound(work),
+    )  # fmt: skip
+
+
+def _with_ratio(row: Measurement, rows: Sequence[Measurement]) -> Measurement:
+    """The row with its ratio to the faster of those that stand for torch's layer."""
+    peers = [
+        other for other in rows
+        if other.provider in _PEERS and other.operation == row.operation and other.median_ms
+    ]  # fmt: skip
+    if not peers or not row.median_ms or row.provider == "copy":
+        return row
+    peer = min(peers, key=lambda other: other.median_ms or 0.0)
+    return replace(row, ratio=row.median_ms / (peer.median_ms or 1.0), peer=peer.provider)

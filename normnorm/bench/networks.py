@@ -1,0 +1,296 @@
+"""Whole training steps: networks built once with torch's norm layers and once with ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normnorm.bench.measure import Settings, sentence
+from normnorm.bench.memory import peak_bytes
+from normnorm.bench.providers import PROVIDERS
+from normnorm.bench.results import NetworkMeasurement, Status
+from normnorm.bench.timing import Timing, interleaved
+from normnorm.bench.work import DTYPES, LAYERS, MemoryFormat, Preset
+from normnorm.demo.nets import Block, ConvNet, Norm, Transformer
+
+__all__ = ["NETWORK_PROVIDERS", "Network", "measure_network", "networks"]
+
+Source = Literal["torchvision", "timm", "normnorm"]
+
+# Whose norm layers a network can have. torch's are those that a user has: cuDNN where torch
+# chooses it.
+NETWORK_PROVIDERS = tuple(n for n in PROVIDERS if n == "torch" or n.startswith("normnorm-"))
+_WARM_UP_STEPS = 3
+
+
+class Encoder(nn.Module):
+    """A small masked language model: embedded tokens, transformer blocks, a score for each word."""
+
+    def __init__(self, norm: Norm, words: int, length: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, length, width))
+        self.blocks = nn.Sequential(*(Block(norm, width, width // 64) for _ in range(depth)))
+        self.last_norm = norm(width)
+        self.head = nn.Linear(width, words)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.last_norm(self.blocks(self.embed(tokens) + self.position)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network to train for a few steps.
+
+    Attributes:
+        name, source, batch, sample_shape, unit, dtype, memory_format: as in
+            :class:`normnorm.bench.results.NetworkMeasurement`.
+        layer: the normality layer that takes the place of its norm layers.
+        build: makes it around a norm layer.
+        classes: what its targets are drawn from.
+    """
+
+    name: str
+    source: Source
+    layer: str
+    build: Callable[[Norm], nn.Module]
+    batch: int
+    sample_shape: tuple[int, ...]
+    classes: int
+    unit: Literal["images", "tokens"] = "images"
+    dtype: str = "float32"
+    memory_format: MemoryFormat = "contiguous"
+
+    @property
+    def units(self) -> int:
+        return self.batch * (self.sample_shape[0] if self.unit == "tokens" else 1)
+
+    def missing(self) -> str | None:
+        """Why the library that it comes from cannot be used; None where it can."""
+        try:
+            import_module(self.source)
+        except (ImportError, RuntimeError, OSError) as error:  # built for another torch, say
+            return f"{self.source} does not import: {sentence(error)}"
+        return None
+
+    def __str__(self) -> str:
+        words = [self.name, f"batch {self.batch}", self.dtype]
+        if self.memory_format != "contiguous":
+            words.append(self.memory_format)
+        return " ".join(words)
+
+
+def _torchvision(name: str) -> Callable[[Norm], nn.Module]:
+    def build(norm: Norm) -> nn.Module:
+        return getattr(import_module("torchvision.models"), name)(norm_layer=norm)
+
+    return build
+
+
+def _timm(name: str) -> Callable[[Norm], nn.Module]:
+    def build(norm: Norm) -> nn.Module:
+        return import_module("timm").create_model(name, norm_layer=norm)
+
+    return build
+
+
+def _conv_net(*widths: int) -> Callable[[Norm], nn.Module]:
+    return lambda norm: ConvNet(norm, (3, 32, 32), 10, widths)
+
+
+_CONV = Network(
+    name="conv_net", source="normnorm", layer="BatchNormalNorm2d", build=_conv_net(32, 64, 128),
+    batch=64, sample_shape=(3, 32, 32), classes=10,
+)  # fmt: skip
+_VIT = Network(
+    name="small_vit", source="normnorm", layer="LayerNormalNorm", batch=64,
+    build=lambda norm: Transformer(norm, (3, 32, 32), 10, (4, 4), 128, 4),
+    sample_shape=(3, 32, 32), classes=10,
+)  # fmt: skip
+_ENCODER = Network(
+    name="small_encoder", source="normnorm", layer="LayerNormalNorm", batch=8, unit="tokens",
+    build=lambda norm: Encoder(norm, 1000, 128, 256, 4), sample_shape=(128,), classes=1000,
+)  # fmt: skip
+
+
+def _resnet(name: str, batch: int, size: int) -> Network:
+    return Network(
+        name=name, source="torchvision", layer="BatchNormalNorm2d", build=_torchvision(name),
+        batch=batch, sample_shape=(3, size, size), classes=1000,
+    )  # fmt: skip
+
+
+def _vit_small(batch: int) -> Network:
+    name = "vit_small_patch16_224"
+    return Network(
+        name=name, source="timm", layer="LayerNormalNorm", build=_timm(name), batch=batch,
+        sample_shape=(3, 224, 224), classes=1000,
+    )  # fmt: skip
+
+
+def networks(preset: Preset, device: str) -> list[Network]:
+    """The networks of a preset; some need libraries that may not be installed."""
+    if preset == "quick":
+        return [replace(_CONV, batch=16), replace(_ENCODER, batch=2)]
+    if device == "cpu":
+        sizes = (8, 128) if preset == "default" else (16, 224)
+        real = [_resnet("resnet18", *sizes), _vit_small(sizes[0] // 4)]
+        if preset == "full":
+            real.append(_resnet("resnet50", *sizes))
+        return [_CONV, _VIT, _ENCODER, *real]
+    found = []
+    for net in (_resnet("resnet18", 256, 224), _resnet("resnet50", 256, 224)):
+        amp = replace(net, dtype="bfloat16", memory_format="channels_last")
+        found += [amp] if preset == "default" else [net, amp]
+    wide = replace(
+        _ENCODER, name="encoder", build=lambda norm: Encoder(norm, 32000, 1024, 768, 12),
+        sample_shape=(1024,), classes=32000, dtype="bfloat16",
+    )  # fmt: skip
+    return [_CONV, *found, replace(_vit_small(256), dtype="bfloat16"), wide]
+
+
+def _norm(network: Network, provider: str) -> Norm:
+    about = LAYERS[network.layer]
+    layer = about.torchs if provider == "torch" else about.ours
+    return partial(layer, **dict(about.keywords))
+
+
+class _Training:
+    """A network in training: each call is one step on the same random batch."""
+
+    def __init__(self, network: Network, provider: str, device: torch.device, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.device, self.dtype = device, DTYPES[network.dtype]
+        channels_last = network.memory_format == "channels_last"
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        net: Any = network.build(_norm(network, provider)).to(device)
+        self.net = net.to(memory_format=layout).train()
+        # Momentum 0.9 and a rate at which nothing diverges in however many steps are timed.
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (network.batch, *network.sample_shape)
+        if network.unit == "tokens":
+            self.input = torch.randint(network.classes, shape, generator=generator).to(device)
+            targets = shape
+        else:
+            images = torch.randn(shape, generator=generator)
+            self.input = images.to(device).contiguous(memory_format=layout)
+            targets = shape[:1]
+        self.target = torch.randint(network.classes, targets, generator=generator).to(device)
+        self.loss = torch.full((), math.nan)
+
+    def norm_layers(self, layer: str, provider: str) -> int:
+        about = LAYERS[layer]
+        wanted = about.torchs if provider == "torch" else about.ours
+        return sum(type(module) is wanted for module in self.net.modules())
+
+    def __call__(self, copy: int = 0) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            scores = self.net(self.input)
+            loss = nn.functional.cross_entropy(scores.flatten(0, -2), self.target.flatten())
+        loss.backward()
+        self.optimizer.step()
+        self.loss = loss.detach()
+
+
+@dataclass
+class _Candidate:
+    """A provider on its way through one network."""
+
+    training: _Training
+    norm_layers: int
+    peak: int
+
+
+def _prepare(network: Network, provider: str, device: torch.device, seed: int) -> _Candidate:
+    """Builds the network and trains it for some steps.
+
+    Raises:
+        ArithmeticError: the loss is not finite then.
+    """
+    training = _Training(network, provider, device, seed)
+    for _ in range(_WARM_UP_STEPS):
+        training()
+    if not math.isfinite(training.loss.item()):
+        raise ArithmeticError(f"the loss is {training.loss.item()} after {_WARM_UP_STEPS} steps")
+    layers = training.norm_layers(network.layer, provider)
+    return _Candidate(training, layers, peak_bytes(training, device))
+
+
+def measure_network(
+    network: Network, providers: Sequence[str], device: torch.device, settings: Settings
+) -> list[NetworkMeasurement]:
+    """A row for each provider: "unavailable" where the network's library is missing.
+
+    Args:
+        providers: names among :data:`NETWORK_PROVIDERS`.
+    """
+    candidates: dict[str, _Candidate] = {}
+    failures: dict[str, tuple[str, Status]] = {}
+    missing = network.missing()
+    if missing is not None:
+        failures = dict.fromkeys(providers, (missing, "unavailable"))
+        return list(_rows(network, providers, {}, {}, failures))
+    within = {name: _within(name) for name in providers}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for name in providers:
+            try:
+                with within[name]():
+                    candidates[name] = _prepare(network, name, device, settings.seed)
+            except ArithmeticError as error:
+                failures[name] = (str(error), "wrong")
+            except Exception as error:  # whatever a provider raises is its result
+                failures[name] = (sentence(error), "failed")
+        found = interleaved(
+            {name: candidate.training for name, candidate in candidates.items()}, device,
+            method="wall" if device.type == "cpu" else "stream", within=within,
+            budget_s=settings.budget_s * 2, min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
+        )  # fmt: skip
+    timings: dict[str, Timing] = {}
+    for name, timing in found.items():
+        if isinstance(timing, Timing):
+            timings[name] = timing
+        else:
+            failures[name] = (sentence(timing), "failed")
+    return list(_rows(network, providers, candidates, timings, failures))
+
+
+def _within(name: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The provider's context; none for torch, whose own choice of cuDNN is what a user has."""
+    return nullcontext if name == "torch" else PROVIDERS[name].within
+
+
+def _rows(
+    network: Network,
+    providers: Sequence[str],
+    candidates: Mapping[str, _Candidate],
+    timings: Mapping[str, Timing],
+    failures: Mapping[str, tuple[str, Status]],
+) -> Iterator[NetworkMeasurement]:
+    about, peer = LAYERS[network.layer], timings.get("torch")
+    for name in providers:
+        timing, candidate = timings.get(name), candidates.get(name)
+        message, status = failures.get(name) or (None, "ok")
+        yield NetworkMeasurement(
+            network=network.name, source=network.source,
+            norm=(about.torchs if name == "torch" else about.ours).__name__, provider=name,
+            norm_layers=candidate.norm_layers if candidate else 0, batch=network.batch,
+            sample_shape=network.sample_shape, unit=network.unit, units=network.units,
+            dtype=network.dtype, memory_format=network.memory_format, status=status,
+            message=message, median_ms=timing and timing.median_ms,
+            p20_ms=timing and timing.p20_ms, p80_ms=timing and timing.p80_ms,
+            rounds=timing and timing.rounds,
+            ratio=timing.median_ms / peer.median_ms if timing and peer else None,
+            peer="torch" if timing and peer else None,
+            peak_bytes=candidate.peak if candidate else None,
+        )  # fmt: skip

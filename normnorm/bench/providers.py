@@ -1,0 +1,309 @@
+"""Who can do the work: our backends, torch's layers, compiled ones, other libraries, a copy.
+
+A provider turns a :class:`~normnorm.bench.case.Case` into a :class:`~normnorm.bench.case.Runner`.
+Libraries that are not installed and backends that cannot run say so in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normnorm import backends, reference
+from normnorm import functional as F
+from normnorm.backends.reference import fold_running_
+from normnorm.bench.case import Case, Runner
+from normnorm.bench.work import EPS, Work
+from normnorm.noise import draw_seed
+
+__all__ = ["PROVIDERS", "Provider", "Unavailable", "names", "runnable"]
+
+
+class Unavailable(RuntimeError):
+    """This provider does not do this work; its text says why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody who can do the work.
+
+    Attributes:
+        name: as in :class:`normnorm.bench.results.Measurement`.
+        build: makes it ready for a case; raises :class:`Unavailable` for work it does not do.
+        missing: why it cannot run on a device at all, or None.
+        within: a context in which it is to be called.
+        normality: whether it computes normality normalization; else torch's normalization.
+        compiled: whether it compiles first, which takes seconds.
+    """
+
+    name: str
+    build: Callable[[Case], Runner]
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    normality: bool = True
+    compiled: bool = False
+
+
+# Ours
+
+
+def _eager(case: Case) -> Runner:
+    module = case.module(ours=True)
+    return Runner(module, module.weight, module.bias)
+
+
+def _backend(name: str) -> Provider:
+    def missing(device: torch.device) -> str | None:
+        reason = backends.available_backends()[name]
+        if reason is None:
+            served = backends.get(name).device_type
+            if served not in (None, device.type):
+                return f"backend '{name}' serves {served} tensors"
+        return reason
+
+    return Provider(f"normnorm-{name}", _eager, missing, lambda: backends.use_backend(name))
+
+
+def _definition(case: Case) -> Runner:
+    """The definition as autograd sees it, operation by operation, all intermediates kept: what
+    it costs to write the method down in PyTorch. (The reference backend, "normnorm-reference",
+    keeps the input alone and computes the forward pass again in the backward pass.)"""
+    work, module = case.work, case.module(ours=True)
+    training = work.mode != "eval"
+    running = None
+    if work.kind == "batch":
+        running = (module.running_mean, module.running_var, module.running_lmbda)
+    config: dict[str, Any] = {
+        "kind": work.kind, "num_groups": work.groups, "eps": EPS,
+        "normalized_ndim": 1 if work.kind == "layer" else 0,
+        "noise_train": module.noise_train if training else 0.0,
+        "channels_last": work.memory_format == "channels_last",
+    }  # fmt: skip
+
+    def forward(x: Tensor) -> Tensor:
+        frozen = None
+        if running is not None and not training:
+            frozen = reference.pack_running(*running, EPS, torch.float32)
+        seed = draw_seed(x.device) if config["noise_train"] else None
+        output, statistics = reference.normal_norm(
+            x, module.weight, module.bias, seed=seed, frozen=frozen, **config
+        )
+        if running is not None and training:
+            fold_running_(
+                statistics, *running, module.num_batches_tracked, module.momentum,
+                work.group_size, EPS, "reference",
+            )  # fmt: skip
+        return output
+
+    return Runner(forward, module.weight, module.bias)
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "torch.compile needs Triton on a GPU, which is not installed"
+    return None
+
+
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for one shape, without graph breaks.
+
+    And without donated buffers, since a backward pass is measured again and again after one
+    forward pass: a gradient is not written over what was saved, and nothing else changes.
+    """
+    from torch._functorch import config
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    ready = False
+
+    def call(*arguments: Any) -> Tensor:
+        nonlocal ready
+        if ready:
+            return compiled(*arguments)
+        with config.patch(donated_buffer=False):  # read while compiling, at the first call
+            output = compiled(*arguments)
+        ready = True
+        return output
+
+    return call
+
+
+def _functional(case: Case) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Runner]:
+    """Our layer as a function of input and seed: compiled code draws other random numbers than
+    eager code does, so that the seed comes from outside, as an argument."""
+    work, module = case.work, case.module(ours=True)
+    training, noise = work.mode != "eval", module.noise_train
+    common: dict[str, Any] = {"eps": EPS, "noise_train": noise}
+
+    def call(x: Tensor, seed: Tensor | None) -> Tensor:
+        if work.kind == "batch":
+            return F.batch_normal_norm(
+                x, module.running_mean, module.running_var, module.running_lmbda, module.weight,
+                module.bias, training, seed=seed, num_batches_tracked=module.num_batches_tracked,
+                **common,
+            )  # fmt: skip
+        if work.kind == "layer":
+            return F.layer_normal_norm(
+                x, module.normalized_shape, module.weight, module.bias, training=training,
+                seed=seed, **common,
+            )  # fmt: skip
+        if work.kind == "group":
+            return F.group_normal_norm(
+                x, work.groups, module.weight, module.bias, training=training, seed=seed, **common
+            )
+        return F.instance_normal_norm(
+            x, None, None, None, module.weight, module.bias, training=training, seed=seed, **common
+        )
+
+    return call, Runner(module, module.weight, module.bias)
+
+
+def _compiled_reference(case: Case) -> Runner:
+    function, runner = _functional(case)
+    compiled = _compile(function)
+    if case.work.mode != "noise":
+        runner.forward = lambda x: compiled(x, None)
+    else:
+        runner.forward = lambda x: compiled(x, draw_seed(x.device))
+    return runner
+
+
+# torch's
+
+
+@contextmanager
+def _cudnn(enabled: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+def _torch(case: Case) -> Runner:
+    module = case.module(ours=False)
+    return Runner(module, module.weight, module.bias)
+
+
+def _with_cudnn(case: Case) -> Runner:
+    runner = _torch(case)
+    with torch.enable_grad():
+        output = runner.forward(case.inputs[0])
+    if "Cudnn" not in type(output.grad_fn).__name__:
+        raise Unavailable("torch does not use cuDNN for this layer, dtype and memory format")
+    return runner
+
+
+def _no_cudnn(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"cuDNN serves cuda tensors; the device is {device.type}"
+    return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
+
+
+def _compiled_torch(case: Case) -> Runner:
+    runner = _torch(case)
+    runner.forward = _compile(runner.forward)
+    return runner
+
+
+# Others
+
+
+def _library(module: str, package: str) -> Callable[[torch.device], str | None]:
+    def missing(device: torch.device) -> str | None:
+        if find_spec(module) is None:
+            return f"{package} is not installed"
+        return None if device.type == "cuda" else f"{package} serves cuda tensors"
+
+    return missing
+
+
+def _rows(work: Work, whose: str) -> None:
+    if work.kind != "layer":
+        raise Unavailable(f"{whose} is measured on LayerNorm")
+
+
+def _liger(case: Case) -> Runner:
+    _rows(case.work, "Liger")
+    from liger_kernel.transformers import LigerLayerNorm
+
+    module = LigerLayerNorm(case.work.shape[-1], eps=EPS)
+    module.to(device=case.device, dtype=case.work.parameter_dtype)
+    with torch.no_grad():
+        module.weight.copy_(case.weight)
+        module.bias.copy_(case.bias)
+    return Runner(module, module.weight, module.bias)
+
+
+def _quack(case: Case) -> Runner:
+    _rows(case.work, "quack")
+    if len(case.work.shape) != 2:
+        raise Unavailable("quack's LayerNorm takes rows, inputs of two dimensions")
+    from quack.rmsnorm import layernorm_bwd, layernorm_fwd
+
+    class LayerNorm(torch.autograd.Function):
+        """quack's two kernels; the library itself leaves joining them to its caller."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+            output, rstd, mean = layernorm_fwd(
+                x, weight, bias, EPS, return_rstd=True, return_mean=True
+            )
+            ctx.save_for_backward(x, weight, rstd, mean)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+            x, weight, rstd, mean = ctx.saved_tensors
+            return layernorm_bwd(x, weight, grad, rstd, mean)
+
+    # Its parameters have to be float32.
+    weight, bias = (t.float().requires_grad_() for t in (case.weight, case.bias))
+    return Runner(lambda x: LayerNorm.apply(x, weight, bias), weight, bias)
+
+
+def _copy(case: Case) -> Runner:
+    """Into memory that is there already: the roof of anything that reads and writes once."""
+    outputs = [torch.empty_like(x) for x in case.inputs]
+    places = {id(x): output for x, output in zip(case.inputs, outputs, strict=True)}
+    return Runner(lambda x: places[id(x)].copy_(x.detach()), case.weight, case.bias)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("torch", _torch, within=lambda: _cudnn(False), normality=False),
+        Provider("cudnn", _with_cudnn, _no_cudnn, lambda: _cudnn(True), normality=False),
+        _backend("cpu"),
+        _backend("cuda"),
+        _backend("triton"),
+        _backend("reference"),
+        Provider("reference", _definition),
+        Provider(
+            "compiled-reference", _compiled_reference, _no_compiler,
+            lambda: backends.use_backend("reference"), compiled=True,
+        ),
+        Provider(
+            "compiled-torch", _compiled_torch, _no_compiler, normality=False, compiled=True
+        ),
+        Provider("liger", _liger, _library("liger_kernel", "liger-kernel"), normality=False),
+        Provider("quack", _quack, _library("quack", "quack-kernels"), normality=False),
+        Provider("copy", _copy, normality=False),
+    )
+}  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """Every provider's name."""
+    return tuple(PROVIDERS)
+
+
+def runnable(device: torch.device) -> dict[str, str | None]:
+    """Every provider's name, with None where it can run on a device and the reason where not."""
+    return {name: provider.missing(device) for name, provider in PROVIDERS.items()}
