@@ -6,6 +6,7 @@
 // everywhere.
 #pragma once
 
+#include "lmbda.h"
 #include "normals.h"
 #include "philox.h"
 #include "transform.h"
@@ -43,6 +44,10 @@ NN_HD double absolute(double x) { return ::fabs(x); }
 NN_HD float signed_as(float x, float sign) { return ::copysignf(x, sign); }
 NN_HD double signed_as(double x, double sign) { return ::copysign(x, sign); }
 
+// a b + c rounded once, also on hosts.
+NN_HD float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
+NN_HD double fused(double a, double b, double c) { return ::fma(a, b, c); }
+
 // (e^a - 1)/a for |a| < 1/2, the sibling of second_exponential().
 NN_HD float first_exponential(float a) {
   float p = a * 1.9841270e-04f + 1.3888889e-03f;
@@ -53,70 +58,141 @@ NN_HD float first_exponential(float a) {
   return p * a + 1.0f;
 }
 
+// The power of one element, and psi from it: inverse (P - 1), where `inverse` is 1/eta with the sign of h.
 template <class V>
 struct PowerPsi {
-  V power;      // P = (1+t)^eta
-  V magnitude;  // |psi|
+  V power, psi;
 };
 
-// Logarithms in the base that the power wants: 2 for float, e for double.
+// Logarithms in the base that the power wants: 2 for float, e for double. kUnit is the natural logarithm of the base.
 template <class V>
 struct DeviceLog;
 
 template <>
 struct DeviceLog<float> {
+  static constexpr float kUnit = 0.6931471805599453f;
   static NN_HD float of(float t) { return fast_log2(1.0f + t); }
-  static NN_HD float natural(float log) { return log * 0.6931471805599453f; }
-
-  // kCareful: an exponent of the group is small, so P - 1 would cancel, or h is unbounded (frozen
-  // statistics).
-  template <bool kCareful>
-  static NN_HD PowerPsi<float> psi(float log, const Side<float>& side) {
-    if constexpr (!kCareful) {
-      const float power = fast_exp2(side.eta * log);
-      return {power, (power - 1.0f) * side.inverse};
-    } else {
-      const float a = clamp_exponent<float>(side.eta * natural(log));
-      const float power = fast_exp2(a * 1.4426950408889634f);
-      const float series = a * first_exponential(a);
-      return {power, (absolute(a) < 0.5f ? series : power - 1.0f) * side.inverse};
-    }
+  static NN_HD float bounded(float a) {  // a NaN stays one
+#if defined(__CUDA_ARCH__)
+    float b;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(b) : "f"(a), "f"(TransformLimits<float>::kMaxExponent / kUnit));
+    return b;
+#else
+    return clamp_exponent<float>(a * kUnit) / kUnit;
+#endif
+  }
+  static NN_HD PowerPsi<float> power_psi(float a, float inverse) {
+    const float power = fast_exp2(a);
+    return {power, fused(power, inverse, -inverse)};  // rounded once, as after an exact P - 1
+  }
+  // From a natural exponent, for exponents of any size.
+  static NN_HD ExpPair<float> careful_power(float a) {
+    const float power = fast_exp2(a * 1.4426950408889634f);
+    const float series = a * first_exponential(a);
+    return {power, absolute(a) < 0.5f ? series : power - 1.0f};
   }
 };
 
 template <>
 struct DeviceLog<double> {
+  static constexpr double kUnit = 1.0;
   static NN_HD double of(double t) { return ::log1p(t); }
-  static NN_HD double natural(double log) { return log; }
-  template <bool kCareful>
-  static NN_HD PowerPsi<double> psi(double log, const Side<double>& side) {
-    const ExpPair<double> pair = exp_pair<double>(clamp_exponent<double>(side.eta * log));
-    return {pair.exp, pair.expm1 * side.inverse};
+  static NN_HD double bounded(double a) { return clamp_exponent<double>(a); }
+  static NN_HD PowerPsi<double> power_psi(double a, double inverse) { return {::exp(a), ::expm1(a) * inverse}; }
+  static NN_HD ExpPair<double> careful_power(double a) { return exp_pair<double>(a); }
+};
+
+// How a group's powers are to be taken.
+enum class Care {
+  kPlain,    // both exponents well away from 0, and h standardized, so that no power overflows
+  kBounded,  // the same of an unbounded h (frozen statistics): exponents are clamped
+  kSeries,   // an exponent is small, so that P - 1 would cancel, or the transform is the shifted one
+};
+
+template <class S>
+NN_HD Care care_for(const Exponents<S>& e, S transform_eps, bool frozen) {
+  if (transform_eps > S(0) || has_small_exponent(e)) return Care::kSeries;
+  return frozen ? Care::kBounded : Care::kPlain;
+}
+
+// A group's exponents as kPlain takes them. eta = 1 + sign(h) tilt, so that eta log = |log| + tilt log of the signed
+// logarithm: one instruction where choosing an exponent and multiplying by it are three. 1/eta has the sign of its side.
+template <class V>
+struct Slant {
+  V tilt, inverse_pos, inverse_neg;
+  NN_HD V inverse(V h) const { return h < V(0) ? inverse_neg : inverse_pos; }
+};
+
+// psi comes out times `scale`.
+template <class S>
+NN_HD Slant<S> slant_of(const Exponents<S>& e, S scale) {
+  return {e.eta_pos - S(1), e.inverse_pos * scale, -e.inverse_neg * scale};
+}
+
+template <bool kBounded, class V>
+NN_HD PowerPsi<V> plain_power_psi(V signed_log, V inverse, V tilt) {
+  const V a = fused(tilt, signed_log, absolute(signed_log));
+  return DeviceLog<V>::power_psi(kBounded ? DeviceLog<V>::bounded(a) : a, inverse);
+}
+
+// The terms of the lambda estimate (lmbda.h) over signed logarithms in the device's base. Of e = q (q + t (l-4)) + 3 t^2
+// with q = d + t there remains e = 2 d^2 - q l + t^2: two products, each summed on its own.
+template <class V>
+struct LambdaSums {
+  V slope = 0, log = 0, shift = 0, squares = 0, products = 0;
+
+  // Returns the logarithm of 1+|h|, signed as h.
+  NN_HD V add(V h) {
+    const V t = absolute(h), log_t = DeviceLog<V>::of(t), signed_log = signed_as(log_t, h);
+    const V q = (t + V(1)) * log_t;
+    const V d = fused(q, DeviceLog<V>::kUnit, -t);
+    slope += h * d;
+    log += signed_log;
+    shift += d;
+    squares += d * d;
+    products += q * log_t;
+    return signed_log;
+  }
+  // The sums of LambdaTerms, without the t^2 of e.
+  NN_HD void totals(V (&out)[4]) const {
+    constexpr V unit = DeviceLog<V>::kUnit;
+    out[0] = slope, out[1] = log * unit, out[2] = shift, out[3] = V(2) * squares - unit * unit * products;
   }
 };
 
-// Whether a group takes the careful form: it also covers the shifted transform's linear zone (active = 0).
-template <class S>
-NN_HD bool needs_care(const Exponents<S>& e, bool frozen) {
-  return frozen || has_small_exponent(e) || e.active_pos == S(0) || e.active_neg == S(0);
+// lambda_weight() of lmbda.h by Horner's rule in t, from a logarithm in the device's base.
+template <class V>
+NN_HD V device_lambda_weight(V h, V t, V log, V reciprocal, const LambdaGradient<V>& c) {
+  constexpr V unit = DeviceLog<V>::kUnit;
+  const V odd = h < V(0) ? -c.c_o : c.c_o;
+  const V y = log * (V(2) * unit) - V(1);
+  const V of_t = y * (odd * y + c.c_e) + odd;
+  const V of_log = odd * (log * (V(3) * unit * unit) - c.shift * unit) + c.c_e * unit;
+  return t * of_t + (log * of_log + c.c_r * reciprocal);
 }
 
-// The side of h; without care both sides are known to be active, which saves a selection and a product.
-template <bool kCareful, class V>
-NN_HD Side<V> device_side(V h, const Exponents<V>& e) {
-  if constexpr (kCareful) return side_of(h, e);
-  const bool negative = h < V(0);
-  return {negative ? e.eta_neg : e.eta_pos, negative ? e.inverse_neg : e.inverse_pos, V(1)};
-}
+// A normal pair as radius cos, radius sin. In float the radius lacks the factor kNormalUnit, which whoever scales the
+// noise puts into the scale.
+template <class V>
+struct PolarPair {
+  V radius, cos, sin;
+};
+template <class V>
+constexpr V kNormalUnit = V(1);
+template <>
+inline constexpr float kNormalUnit<float> = 1.1774100225154747f;  // sqrt(2 log 2)
 
 // The angle is taken from the word as a signed number: the same angle, within half a turn of zero, where the
-// special-function sine is at its best.
-NN_HD NormalPair<float> fast_box_muller(uint32_t radius_word, uint32_t angle_word) {
+// special-function sine is at its best. The logarithm is taken as positive: rounded, the uniform number reaches 1.
+NN_HD PolarPair<float> polar_pair(uint32_t radius_word, uint32_t angle_word, float) {
   const float uniform = static_cast<float>(radius_word) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
-  const float radius = fast_sqrt(fast_log2(::fminf(uniform, 0.99999994f)) * -1.3862943611198906f);
   const float angle =
       static_cast<float>(static_cast<int32_t>(angle_word)) * 1.4629180792671596e-09f + 7.314590396335798e-10f;
-  return {radius * fast_cos(angle), radius * fast_sin(angle)};
+  return {fast_sqrt(absolute(fast_log2(uniform))), fast_cos(angle), fast_sin(angle)};
+}
+NN_HD PolarPair<double> polar_pair(uint32_t radius_word, uint32_t angle_word, double) {
+  const NormalPair<double> both = box_muller_double(radius_word, angle_word);
+  return {1.0, both.first, both.second};
 }
 
 // The keys of all rounds, made once a group: as cheap as a register each, where making them anew for every four elements
@@ -147,19 +223,16 @@ struct ScheduledKeys {
   }
 };
 
-NN_HD NormalPair<float> normal_pair(uint32_t radius_word, uint32_t angle_word, float) {
-  return fast_box_muller(radius_word, angle_word);
-}
-NN_HD NormalPair<double> normal_pair(uint32_t radius_word, uint32_t angle_word, double) {
-  return box_muller_double(radius_word, angle_word);
-}
-
-// The normals of elements 4 quad .. 4 quad + 3.
+// The normals of elements 4 quad .. 4 quad + 3, two pairs of them.
 template <class Real>
-NN_HD void quad_normals(const PhiloxSchedule& schedule, uint32_t stream, uint64_t quad, Real* z) {
+struct QuadNormals {
+  PolarPair<Real> even, odd;
+};
+
+template <class Real>
+NN_HD QuadNormals<Real> quad_normals(const PhiloxSchedule& schedule, uint32_t stream, uint64_t quad) {
   const PhiloxWords w = philox_rounds({{uint32_t(quad), uint32_t(quad >> 32), stream, 0u}}, ScheduledKeys(schedule));
-  const auto even = normal_pair(w.word[0], w.word[1], Real()), odd = normal_pair(w.word[2], w.word[3], Real());
-  z[0] = even.first, z[1] = even.second, z[2] = odd.first, z[3] = odd.second;
+  return {polar_pair(w.word[0], w.word[1], Real()), polar_pair(w.word[2], w.word[3], Real())};
 }
 
 }  // namespace

@@ -54,26 +54,33 @@ __device__ inline ColumnPlace locate_column(const ColumnsArgs<RealOf<T>>& a) {
 template <class T, bool kRagged>
 __device__ inline void read_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
                                 RealOf<T> (&out)[kChunkOf<T>]) {
-  const T* at = static_cast<const T*>(tensor) + p.outer * s.outer + row * s.run + p.column;
+  const T* at = static_cast<const T*>(tensor) + int64_t(p.outer) * s.outer + int64_t(row) * s.run + p.column;
   if constexpr (kRagged) load_span(at, p.span, out);
   else load_chunk(at, out);
 }
 template <class T, bool kRagged>
 __device__ inline void write_row(void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
                                  const RealOf<T> (&in)[kChunkOf<T>]) {
-  T* at = static_cast<T*>(tensor) + p.outer * s.outer + row * s.run + p.column;
+  T* at = static_cast<T*>(tensor) + int64_t(p.outer) * s.outer + int64_t(row) * s.run + p.column;
   if constexpr (kRagged) store_span(at, p.span, in);
   else store_chunk(at, in);
 }
 
+// The standard normals of a chunk of a row, without kNormalUnit.
 template <bool kRagged, int N, class Real>
 __device__ __forceinline__ void row_normals(const RowsArgs<Real>& a, const ColumnPlace& p, uint32_t row, const PhiloxSchedule& keys,
                                             Real (&z)[N]) {
-  const int64_t start = p.outer * a.at_noise.outer + row * a.at_noise.run;
+  const int64_t start = int64_t(p.outer) * a.at_noise.outer + int64_t(row) * a.at_noise.run;
   const GroupPlace origin = {0, 0, 0, 0, 0, start, 0};
-  const ChunkPlace chunk = {0, p.column, p.span, false};
-  if constexpr (kRagged) unaligned_normals<N>(a, origin, chunk, keys, z);
-  else chunk_normals<N>(a, origin, chunk, keys, z);
+  const ChunkPlace chunk = {0, 0, p.column, p.span, false};
+  if constexpr (kRagged) {
+    unaligned_normals<N>(a, origin, chunk, keys, z);
+  } else {
+    each_normal_pair<N, true>(a, origin, chunk, keys, [&](int j, const PolarPair<Real>& pair) {
+      z[j] = pair.radius * pair.cos;
+      z[j + 1] = pair.radius * pair.sin;
+    });
+  }
 }
 
 // f(row) over a thread's rows. Threads whose chunk lies past the last column have none.
@@ -133,6 +140,119 @@ __device__ inline void load_tile(const ColumnsArgs<RealOf<T>>& a, const ColumnPl
   }
   __syncthreads();
 }
+
+// What a thread's columns need of their groups, in registers: from shared memory they would take longer to come than an
+// element takes to be computed.
+template <int N, class Real>
+struct ColumnSlants {
+  Slant<Real> of[N];
+  Care care = Care::kPlain;  // the most careful of all columns'
+
+  // scale: a number a column
+  __device__ __forceinline__ ColumnSlants(const GroupConstants<Real>* constants, const Real (&scale)[N], Span span) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      of[j] = slant_of(constants[j].exponents, scale[j]);
+      if (j < span.hi && constants[j].care > care) care = constants[j].care;
+    }
+  }
+};
+
+template <int N, class Real>
+struct ColumnScales {
+  Real mean[N], rstd[N], shift[N];
+
+  __device__ __forceinline__ explicit ColumnScales(const GroupConstants<Real>* constants) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) mean[j] = constants[j].mean, rstd[j] = constants[j].rstd, shift[j] = constants[j].shift;
+  }
+  __device__ Real standardize(int j, Real u) const { return (u - mean[j]) * rstd[j] + shift[j]; }
+};
+
+// From signed logarithms to x times the slants' scale.
+template <Care kCare, int N, class Real>
+__device__ __forceinline__ void transform_row(Real (&x)[N], const ColumnSlants<N, Real>& slants,
+                                              const GroupConstants<Real>* constants, const Real (&scale)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if constexpr (kCare == Care::kSeries) {
+      x[j] = transform_round<kCare>(x[j], constants[j].exponents) * scale[j];
+    } else {
+      const Slant<Real>& s = slants.of[j];
+      x[j] = plain_power_psi<kCare == Care::kBounded>(x[j], s.inverse(x[j]), s.tilt).psi;
+    }
+  }
+}
+
+// weight (or bias) of a chunk's columns.
+template <class T, class Real>
+__device__ inline void column_parameters(const void* data, bool in_storage, Real missing, const ColumnPlace& p,
+                                         Real (&out)[kChunkOf<T>]) {
+#pragma unroll
+  for (int j = 0; j < kChunkOf<T>; ++j)
+    out[j] = data != nullptr && j < p.span.hi ? load_parameter<T>(data, in_storage, p.column + j) : missing;
+}
+
+// The backward reduction of a thread's columns: gradient_round() with the constants in registers.
+template <int N, class Real>
+struct ColumnGradients {
+  ColumnScales<N, Real> scales;
+  Slant<Real> slant[N];
+  LambdaGradient<Real> lmbda[N];
+  Care care = Care::kPlain;
+  Real sums[kGradientSums][N] = {};
+
+  __device__ __forceinline__ ColumnGradients(const GroupConstants<Real>* constants, Span span) : scales(constants) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      slant[j] = gradient_slant(constants[j].exponents);
+      lmbda[j] = constants[j].lmbda;
+      if (j < span.hi && constants[j].care > care) care = constants[j].care;
+    }
+  }
+
+  // noise: in the unit of x. A weight within the group is the sums' own; one that is the group's may be left to
+  // finish_gradient().
+  template <Care kCare>
+  __device__ __forceinline__ Slopes<Real> add(int j, Real h, Real g, Real weight, Real noise,
+                                              const GroupConstants<Real>* constants) {
+    Real terms[5] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j], sums[4][j]};
+    const Slopes<Real> s = gradient_round<kCare>(h, g * weight, slant[j], constants[j].exponents, lmbda[j], terms);
+#pragma unroll
+    for (int i = 0; i < 5; ++i) sums[i][j] = terms[i];
+    sums[5][j] += g;
+    sums[6][j] += g * (s.x + noise);
+    return s;
+  }
+  __device__ __forceinline__ void natural() {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      Real column[kGradientSums];
+#pragma unroll
+      for (int k = 0; k < kGradientSums; ++k) column[k] = sums[k][j];
+      natural_sums(column);
+      sums[2][j] = column[2], sums[6][j] = column[6];
+    }
+  }
+};
+
+// What a unit normal is to be scaled by beside x in the logarithms' unit.
+template <class Real>
+__device__ inline Real gradient_noise(const RowsArgs<Real>& a, const GroupConstants<Real>& c) {
+  return a.noise_train * c.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
+}
+
+template <int N, class Real>
+__device__ __forceinline__ void column_lambda_totals(const LambdaSums<Real> (&terms)[N], Real (&sums)[4][N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    Real totals[4];
+    terms[j].totals(totals);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[k][j] = totals[k];
+  }
+}
+
 
 }  // namespace
 }  // namespace cuda

@@ -92,7 +92,7 @@ class ForwardTile {
 
   __device__ __forceinline__ void moments() {
     Real total[1][N] = {};
-    held_.template each<false, true>([&](Chunk x, uint32_t row, int) {
+    held_.template each<false, true>([&](Chunk x, uint32_t row, uint32_t) {
       read_row<T, kRagged>(a_.walk.input, a_.walk.at_input, p_, row, x[0]);
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
@@ -101,7 +101,7 @@ class ForwardTile {
     Real mean[N], centred[2][N] = {};
 #pragma unroll
     for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.walk.inverse_count;
-    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
+    held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         x[0][j] -= mean[j];
@@ -122,22 +122,19 @@ class ForwardTile {
   }
 
   __device__ __forceinline__ void estimate() {
-    Real rstd[N], shift[N], sums[4][N] = {};
+    Real rstd[N], shift[N], sums[4][N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Moments1<Real>& m = shared_.moments[p_.x * N + j];
       rstd[j] = m.rstd;
       shift[j] = -m.mean_low * m.rstd;
     }
-    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
+    LambdaSums<Real> terms[N];
+    held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        Real terms[4] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j]};
-        x[0][j] = lambda_round(x[0][j] * rstd[j] + shift[j], terms);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sums[k][j] = terms[k];
-      }
+      for (int j = 0; j < N; ++j) x[0][j] = terms[j].add(x[0][j] * rstd[j] + shift[j]);
     });
+    column_lambda_totals(terms, sums);
     team_.sum(sums, shared_.totals);
     for (int i = int(threadIdx.x); i < kColumns; i += kColumnThreads) finish_column(i);
     __syncthreads();
@@ -145,11 +142,16 @@ class ForwardTile {
 
   // x in place of the logarithms; its mean goes to totals[0].
   __device__ __forceinline__ void transform() {
-    Real total[1][N] = {};
-    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
-      transform_row(x[0]);
+    Real total[1][N] = {}, ones[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
+    for (int j = 0; j < N; ++j) ones[j] = Real(1);
+    const ColumnSlants<N, Real> slants(constants(), ones, p_.span);
+    with_care(slants.care, [&](auto tag) {
+      held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
+        transform_row<tag.value>(x[0], slants, constants(), ones);
+#pragma unroll
+        for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
+      });
     });
     team_.sum(total, shared_.totals);
   }
@@ -158,7 +160,7 @@ class ForwardTile {
     Real mean[N], total[1][N] = {};
 #pragma unroll
     for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.walk.inverse_count;
-    held_.template each<true, false>([&](Chunk x, uint32_t, int) {
+    held_.template each<true, false>([&](Chunk x, uint32_t, uint32_t) {
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0][j] += absolute(x[0][j] - mean[j]);
     });
@@ -175,16 +177,25 @@ class ForwardTile {
     if constexpr (kNoise) {
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        if (j < p_.span.hi) noise[j] = a_.walk.noise_train * scale(int(p_.x) * N + j);
-    }
-    held_.template each<true, false>([&](Chunk x, uint32_t row, int) {
-      Real z[N] = {};
-      if constexpr (kNoise) row_normals<kRagged>(a_.walk, p_, row, keys, z);
-      else transform_row(x[0]);
+        if (j < p_.span.hi) noise[j] = a_.walk.noise_train * kNormalUnit<Real> * scale(int(p_.x) * N + j);
+      held_.template each<true, false>([&](Chunk x, uint32_t row, uint32_t) {
+        Real z[N];
+        row_normals<kRagged>(a_.walk, p_, row, keys, z);
 #pragma unroll
-      for (int j = 0; j < N; ++j) x[0][j] = (x[0][j] + noise[j] * z[j]) * weight[j] + bias[j];
-      write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
-    });
+        for (int j = 0; j < N; ++j) x[0][j] = (x[0][j] + noise[j] * z[j]) * weight[j] + bias[j];
+        write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
+      });
+    } else {
+      const ColumnSlants<N, Real> slants(constants(), weight, p_.span);
+      with_care(slants.care, [&](auto tag) {
+        held_.template each<true, false>([&](Chunk x, uint32_t row, uint32_t) {
+          transform_row<tag.value>(x[0], slants, constants(), weight);
+#pragma unroll
+          for (int j = 0; j < N; ++j) x[0][j] += bias[j];
+          write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
+        });
+      });
+    }
     if (team_.block() > 0 || a_.walk.given_scale) return;
     for (int i = int(threadIdx.x); i < kColumns && group(i) < group_end(); i += kColumnThreads)
       a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)] = kNoise ? scale(i) : Real(0);
@@ -197,20 +208,15 @@ class ForwardTile {
     return a_.walk.given_scale ? a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)]
                                : shared_.totals[0][i] * a_.walk.inverse_count;
   }
-  __device__ __forceinline__ void transform_row(Real (&x)[N]) const {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const GroupConstants<Real>& k = shared_.of[p_.x * N + j];
-      x[j] = k.careful ? transform_round<true>(x[j], k.exponents) : transform_round<false>(x[j], k.exponents);
-    }
-  }
+  // Of this thread's columns.
+  __device__ __forceinline__ const GroupConstants<Real>* constants() const { return shared_.of + p_.x * N; }
   __device__ __forceinline__ void finish_column(int i) {
     const Real sums[4] = {shared_.totals[0][i], shared_.totals[1][i], shared_.totals[2][i], shared_.totals[3][i]};
     const RowsArgs<Real>& w = a_.walk;
     const Estimate<Real> e =
         finish_lambda(sums, shared_.moments[i].rstd, w.inverse_count, w.alpha, w.order, w.eps, w.root_eps);
     shared_.of[i].exponents = make_exponents<Real>(e.lmbda, w.transform_eps);
-    shared_.of[i].careful = needs_care(shared_.of[i].exponents, false);
+    shared_.of[i].care = care_for(shared_.of[i].exponents, w.transform_eps, false);
     if (team_.block() == 0 && group(i) < group_end())
       write_statistics(w, group(i), shared_.moments[i], e);
   }
@@ -258,36 +264,41 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync)
     load_tile<T>(a, p, shared.of);
     Held<Real, N, kBackwardRegister<T>, 3> held(p.span.hi > 0 ? a.walk.runs : 0, team.block() * kColumnRows + p.y,
                                                 team.blocks() * kColumnRows);
-    Real weight[N], sums[kGradientSums][N] = {};
-    column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
-    held.template each<false, true>([&](Chunk kept, uint32_t row, int) {
-      Real g[N], z[N] = {};
-      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, kept[2]);
-      read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
-      if (noisy) row_normals<kRagged>(a.walk, p, row, PhiloxSchedule(uint64_t(*a.walk.seed)), z);
+    const GroupConstants<Real>* constants = shared.of + p.x * N;
+    ColumnGradients<N, Real> pass(constants, p.span);
+    with_care(pass.care, [&](auto tag) {
+      held.template each<false, true>([&](Chunk kept, uint32_t row, uint32_t) {
+        Real g[N], z[N] = {};
+        read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, kept[2]);
+        read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
+        if (noisy) row_normals<kRagged>(a.walk, p, row, PhiloxSchedule(uint64_t(*a.walk.seed)), z);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        if (kRagged && !p.span.has(j)) continue;
-        const GroupConstants<Real>& k = shared.of[p.x * N + j];
-        const Slopes<Real> s = column_slopes(k.standardize(kept[2][j]), g[j], weight[j], k, z[j] * a.walk.noise_train, sums, j);
-        kept[0][j] = s.through_h, kept[1][j] = s.w, kept[2][j] = k.standardize(kept[2][j]);
-      }
+        for (int j = 0; j < N; ++j) {
+          if (kRagged && !p.span.has(j)) continue;
+          const Real h = pass.scales.standardize(j, kept[2][j]);
+          const Slopes<Real> s =
+              pass.template add<tag.value>(j, h, g[j], Real(1), gradient_noise(a.walk, constants[j]) * z[j], constants);
+          kept[0][j] = s.through_h, kept[1][j] = s.w, kept[2][j] = h;
+        }
+      });
     });
-    team.sum(sums, shared.totals);
+    pass.natural();
+    team.sum(pass.sums, shared.totals);
     for (int i = int(threadIdx.x); i < kColumns; i += kColumnThreads) {
       const uint32_t column = p.tile * kColumns + i;
       if (column >= a.columns) break;
       Real totals[5];
 #pragma unroll
       for (int k = 0; k < 5; ++k) totals[k] = shared.totals[k][i];
-      shared.gradient[i] = finish_gradient(totals, a.walk.inverse_count, shared.of[i].rstd, a.walk.frozen);
+      const Real weight = a.walk.weight ? load_parameter<T>(a.walk.weight, a.walk.weight_in_storage, column) : Real(1);
+      shared.gradient[i] = finish_gradient(totals, weight, a.walk.inverse_count, shared.of[i].rstd, a.walk.frozen);
       if (team.block() > 0) continue;
       if (a.walk.bias_part) a.walk.bias_part[p.outer * a.columns + column] = shared.totals[5][i];
       if (a.walk.weight_part) a.walk.weight_part[p.outer * a.columns + column] = shared.totals[6][i];
     }
     __syncthreads();
     if (a.walk.output == nullptr) continue;
-    held.template each<true, false>([&](Chunk kept, uint32_t row, int) {
+    held.template each<true, false>([&](Chunk kept, uint32_t row, uint32_t) {
       Real out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = shared.gradient[p.x * N + j](kept[0][j], kept[1][j], kept[2][j]);

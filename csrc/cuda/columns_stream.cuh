@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_lambda(const Columns
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   const ColumnPlace p = locate_column<T, kRagged>(a);
-  Real mean[N], rstd[N], shift[N], sums[4][N] = {};
+  Real mean[N], rstd[N], shift[N], sums[4][N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const uint32_t column = p.column + j < a.columns ? p.column + j : a.columns - 1;
@@ -68,26 +68,28 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_lambda(const Columns
     rstd[j] = stats[int64_t(kRstd) * a.walk.groups];
     shift[j] = -stats[int64_t(kMeanLow) * a.walk.groups] * rstd[j];
   }
+  LambdaSums<Real> terms[N];
   each_row(a, p, [&](uint32_t row) {
     Real u[N];
     read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      Real terms[4] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j]};
-      lambda_round((u[j] - mean[j]) * rstd[j] + shift[j], terms);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sums[k][j] = terms[k];
-    }
+    for (int j = 0; j < N; ++j) terms[j].add((u[j] - mean[j]) * rstd[j] + shift[j]);
   });
+  column_lambda_totals(terms, sums);
   write_column_part<T, 4>(a, p, sums);
 }
 
-// x of one element, from its column's constants.
-template <class Real>
-__device__ __forceinline__ Real column_x(Real u, const GroupConstants<Real>& k) {
-  const Real h = k.standardize(u);
-  const Real signed_log = signed_as(DeviceLog<Real>::of(absolute(h)), h);
-  return k.careful ? transform_round<true>(signed_log, k.exponents) : transform_round<false>(signed_log, k.exponents);
+// x of a row times the slants' scale.
+template <Care kCare, int N, class Real>
+__device__ __forceinline__ void reread_row(Real (&x)[N], const ColumnScales<N, Real>& scales,
+                                           const ColumnSlants<N, Real>& slants, const GroupConstants<Real>* constants,
+                                           const Real (&scale)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const Real h = scales.standardize(j, x[j]);
+    x[j] = signed_as(DeviceLog<Real>::of(absolute(h)), h);
+  }
+  transform_row<kCare>(x, slants, constants, scale);
 }
 
 // Rounds 3 and 4.
@@ -104,26 +106,21 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_sum_x(const ColumnsA
     for (int j = 0; j < N; ++j)
       if (j < p.span.hi) mean[j] = a.mean[p.outer * a.walk.inner.divisor + (p.column + j) / a.width];
   }
-  each_row(a, p, [&](uint32_t row) {
-    Real u[N];
-    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+  Real ones[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (kRagged && !p.span.has(j)) continue;
-      const Real x = column_x(u[j], tile[p.x * N + j]);
-      sums[0][j] += kDeviation ? absolute(x - mean[j]) : x;
-    }
+  for (int j = 0; j < N; ++j) ones[j] = Real(1);
+  const ColumnScales<N, Real> scales(tile + p.x * N);
+  const ColumnSlants<N, Real> slants(tile + p.x * N, ones, p.span);
+  with_care(slants.care, [&](auto tag) {
+    each_row(a, p, [&](uint32_t row) {
+      Real x[N];
+      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, x);
+      reread_row<tag.value>(x, scales, slants, tile + p.x * N, ones);
+#pragma unroll
+      for (int j = 0; j < N; ++j) sums[0][j] += kDeviation ? absolute(x[j] - mean[j]) : x[j];
+    });
   });
   write_column_part<T, 1>(a, p, sums);
-}
-
-// weight (or bias) of a chunk's columns.
-template <class T, class Real>
-__device__ inline void column_parameters(const void* data, bool in_storage, Real missing, const ColumnPlace& p,
-                                         Real (&out)[kChunkOf<T>]) {
-#pragma unroll
-  for (int j = 0; j < kChunkOf<T>; ++j)
-    out[j] = data != nullptr && j < p.span.hi ? load_parameter<T>(data, in_storage, p.column + j) : missing;
 }
 
 // Round 5; also the whole of a frozen layer's forward pass.
@@ -135,36 +132,25 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_output(const Columns
   const ColumnPlace p = locate_column<T, kRagged>(a);
   load_tile<T>(a, p, tile);
   const PhiloxSchedule keys(kNoise ? uint64_t(*a.walk.seed) : 0);
-  Real weight[N], bias[N];
+  Real weight[N], bias[N], noise[N];
   column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
   column_parameters<T>(a.walk.bias, a.walk.bias_in_storage, Real(0), p, bias);
-  each_row(a, p, [&](uint32_t row) {
-    Real x[N], z[N] = {};
-    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, x);
-    if constexpr (kNoise) row_normals<kRagged>(a.walk, p, row, keys, z);
+  const GroupConstants<Real>* constants = tile + p.x * N;
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (kRagged && !p.span.has(j)) continue;
-      const GroupConstants<Real>& k = tile[p.x * N + j];
-      const Real y = column_x(x[j], k) + (kNoise ? a.walk.noise_train * k.noise_scale * z[j] : Real(0));
-      x[j] = y * weight[j] + bias[j];
-    }
-    write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, x);
+  for (int j = 0; j < N; ++j) noise[j] = a.walk.noise_train * kNormalUnit<Real> * constants[j].noise_scale * weight[j];
+  const ColumnScales<N, Real> scales(constants);
+  const ColumnSlants<N, Real> slants(constants, weight, p.span);
+  with_any_care(slants.care, [&](auto tag) {
+    each_row(a, p, [&](uint32_t row) {
+      Real x[N], z[N] = {};
+      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, x);
+      if constexpr (kNoise) row_normals<kRagged>(a.walk, p, row, keys, z);
+      reread_row<tag.value>(x, scales, slants, constants, weight);
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[j] = (kNoise ? noise[j] * z[j] + x[j] : x[j]) + bias[j];
+      write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, x);
+    });
   });
-}
-
-// The backward reduction's terms of one element, added to column j's sums. noise: noise_train z.
-template <int N, class Real>
-__device__ __forceinline__ Slopes<Real> column_slopes(Real h, Real g, Real weight, const GroupConstants<Real>& k,
-                                                      Real noise, Real (&sums)[kGradientSums][N], int j) {
-  Real terms[5] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j], sums[4][j]};
-  const Slopes<Real> s = k.careful ? gradient_round<true>(h, g * weight, k, terms)
-                                   : gradient_round<false>(h, g * weight, k, terms);
-#pragma unroll
-  for (int i = 0; i < 5; ++i) sums[i][j] = terms[i];
-  sums[5][j] += g;
-  sums[6][j] += g * (s.x + noise * k.noise_scale);
-  return s;
 }
 
 // The backward reduction, and the gradient of the input from its totals.
@@ -181,32 +167,37 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_gradient(const Colum
       const uint32_t column = p.tile * kTileColumns<T> + i;
       if (column >= a.columns) break;
       const size_t group = p.outer * a.walk.inner.divisor + column / a.width;
-      gradients[i] = finish_gradient(a.sums + group * kMaxSums, a.walk.inverse_count, tile[i].rstd, a.walk.frozen);
+      gradients[i] = finish_gradient(a.sums + group * kMaxSums, Real(1), a.walk.inverse_count, tile[i].rstd, a.walk.frozen);
     }
     __syncthreads();
   }
   const bool noisy = kSums && a.walk.noise && a.walk.weight_part != nullptr;
   const PhiloxSchedule keys(noisy ? uint64_t(*a.walk.seed) : 0);
-  Real weight[N], sums[kGradientSums][N] = {};
+  const GroupConstants<Real>* constants = tile + p.x * N;
+  Real weight[N];
   column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
-  each_row(a, p, [&](uint32_t row) {
-    Real u[N], g[N], z[N] = {};
-    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
-    read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
-    if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
+  ColumnGradients<N, Real> pass(constants, p.span);
+  with_care(pass.care, [&](auto tag) {
+    each_row(a, p, [&](uint32_t row) {
+      Real u[N], g[N], z[N] = {};
+      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+      read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
+      if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (kRagged && !p.span.has(j)) continue;
-      const GroupConstants<Real>& k = tile[p.x * N + j];
-      const Real h = k.standardize(u[j]);
-      const Slopes<Real> s = column_slopes(h, g[j], weight[j], k, z[j] * a.walk.noise_train, sums, j);
-      if constexpr (!kSums) {
-        u[j] = gradients[p.x * N + j](s.through_h, s.w, h);
+      for (int j = 0; j < N; ++j) {
+        if (kRagged && !p.span.has(j)) continue;
+        const Real h = pass.scales.standardize(j, u[j]);
+        const Real noise = kSums ? gradient_noise(a.walk, constants[j]) * z[j] : Real(0);
+        const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], weight[j], noise, constants);
+        if constexpr (!kSums) u[j] = gradients[p.x * N + j](s.through_h, s.w, h);
       }
-    }
-    if constexpr (!kSums) write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, u);
+      if constexpr (!kSums) write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, u);
+    });
   });
-  if constexpr (kSums) write_column_part<T, kGradientSums>(a, p, sums);
+  if constexpr (kSums) {
+    pass.natural();
+    write_column_part<T, kGradientSums>(a, p, pass.sums);
+  }
 }
 
 // Where the parts of a group lie: entry i of its columns times splits.

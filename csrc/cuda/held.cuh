@@ -19,16 +19,19 @@ class Held {
  public:
   using Chunk = Real[kPlanes][N];
 
+  __device__ uint32_t mine() const { return mine_; }
+
   __device__ Held(uint32_t chunks, uint32_t rank, uint32_t size)
       : rank_(rank), size_(size), mine_(rank < chunks ? (chunks - rank + size - 1) / size : 0) {}
 
-  // f(values, chunk number, register slot or -1) for this thread's chunks. kRead: the values of the round before are
+  // f(values, chunk number, register slot or kRegister) for this thread's chunks. kRead: the values of the round before are
   // wanted; kWrite: those that f leaves are to be kept.
   template <bool kRead, bool kWrite, class F>
   __device__ __forceinline__ void each(F f) {
 #pragma unroll
     for (uint32_t i = 0; i < kRegister; ++i) {
-      if (i < mine_) f(register_[i], rank_ + i * size_, i);
+      if (i >= mine_) break;  // one way out, where a branch around each chunk would have to meet again after each
+      f(register_[i], rank_ + i * size_, i);
     }
     if constexpr (kShared) each_shared<kRead, kWrite>(f);
   }
@@ -42,7 +45,7 @@ class Held {
     for (uint32_t i = kRegister; i < mine_; ++i, slot += kFours * blockDim.x) {
       Chunk values;
       if constexpr (kRead) take(slot, values);
-      f(values, rank_ + i * size_, -1);
+      f(values, rank_ + i * size_, kRegister);
       if constexpr (kWrite) keep(slot, values);
     }
   }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "../core/device_math.h"
-#include "../core/lmbda.h"
 #include "../core/statistics.h"
 #include "device.cuh"
 
@@ -27,52 +26,55 @@ __device__ inline Moments1<Real> finish_moments(Real mean, Real sum, Real square
   return {mean, low, fast_rsqrt((variance < Real(0) ? Real(0) : variance) + eps)};
 }
 
-// Round 2: adds an element's terms of the lambda estimate to sums[4]; returns the logarithm of 1+|h|, signed as h.
-template <class Real>
-__device__ inline Real lambda_round(Real h, Real* sums) {
-  const Real t = absolute(h);
-  const Real log = DeviceLog<Real>::of(t);
-  const Real signed_log = signed_as(log, h);
-  const LambdaTerms<Real> term = lambda_terms_but_squares<Real>(h, t, DeviceLog<Real>::natural(log));
-  sums[0] += term.slope;
-  sums[1] += DeviceLog<Real>::natural(signed_log);
-  sums[2] += term.shift;
-  sums[3] += term.curvature;
-  return signed_log;
-}
-
 template <class Real>
 struct Estimate {
   Real lmbda, slope, shift, curvature;
 };
 
-// The squares that round 2 leaves out have the mean v r^2 = 1 - eps r^2.
+// From the totals of LambdaSums; the squares that they leave out have the mean v r^2 = 1 - eps r^2.
 template <class Real>
 __device__ inline Estimate<Real> finish_lambda(const Real* sums, Real rstd, Real inverse_count, Real alpha, int order,
                                                Real eps, Real root_eps) {
   const LambdaTerms<Real> mean{sums[0] * inverse_count, sums[1] * inverse_count, sums[2] * inverse_count,
-                               sums[3] * inverse_count + Real(3) * (Real(1) - eps * rstd * rstd)};
+                               sums[3] * inverse_count + (Real(1) - eps * rstd * rstd)};
   const LambdaEstimate<Real> step = newton_step<Real>(mean, alpha, order, root_eps);
   return {step.lmbda, mean.slope, mean.shift, step.curvature};
 }
 
 // Round 3: x from round 2's signed logarithm.
-template <bool kCareful, class Real>
+template <Care kCare, class Real>
 __device__ inline Real transform_round(Real signed_log, const Exponents<Real>& e) {
-  const Side<Real> side = device_side<kCareful>(signed_log, e);
-  return signed_as(DeviceLog<Real>::template psi<kCareful>(absolute(signed_log), side).magnitude, signed_log);
+  if constexpr (kCare == Care::kSeries) {
+    const Side<Real> side = side_of(signed_log, e);
+    const Real a = clamp_exponent<Real>(side.eta * (absolute(signed_log) * DeviceLog<Real>::kUnit));
+    return signed_as(DeviceLog<Real>::careful_power(a).expm1 * side.inverse, signed_log);
+  } else {
+    const Slant<Real> slant = slant_of(e, Real(1));
+    return plain_power_psi<kCare == Care::kBounded>(signed_log, slant.inverse(signed_log), slant.tilt).psi;
+  }
 }
 
-// Whether a group is to be treated with care is known only at run time.
-template <int N, class Real>
-__device__ __forceinline__ void transform_chunk(Real (&signed_log)[N], const Exponents<Real>& e, bool careful) {
-  if (careful) {
+template <Care kCare, int N, class Real>
+__device__ __forceinline__ void transform_chunk(Real (&signed_log)[N], const Exponents<Real>& e) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) signed_log[j] = transform_round<true>(signed_log[j], e);
-  } else {
-#pragma unroll
-    for (int j = 0; j < N; ++j) signed_log[j] = transform_round<false>(signed_log[j], e);
-  }
+  for (int j = 0; j < N; ++j) signed_log[j] = transform_round<kCare>(signed_log[j], e);
+}
+
+// Which care a group needs is known only at run time; f(care) is compiled once for each.
+template <Care kCare>
+struct CareTag {
+  static constexpr Care value = kCare;
+};
+template <class F>
+__device__ __forceinline__ void with_care(Care care, F f) {
+  if (care == Care::kPlain) f(CareTag<Care::kPlain>());
+  else f(CareTag<Care::kSeries>());
+}
+// The same where statistics may be frozen.
+template <class F>
+__device__ __forceinline__ void with_any_care(Care care, F f) {
+  if (care == Care::kBounded) f(CareTag<Care::kBounded>());
+  else with_care(care, f);
 }
 
 // The backward pass's constants of a group, read from the statistics tensor.
@@ -81,7 +83,7 @@ struct GroupConstants {
   Real mean, rstd, shift, noise_scale;  // h = (u - mean) rstd + shift
   Exponents<Real> exponents;
   LambdaGradient<Real> lmbda;
-  bool careful;
+  Care care;
 
   __device__ Real standardize(Real u) const { return (u - mean) * rstd + shift; }
 };
@@ -97,54 +99,86 @@ __device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t
   c.noise_scale = row(kNoiseScale);
   const Real lmbda = row(kLmbda);
   c.exponents = make_exponents<Real>(lmbda, transform_eps);
-  c.careful = needs_care(c.exponents, frozen);
+  c.care = care_for(c.exponents, transform_eps, frozen);
   c.lmbda = frozen ? LambdaGradient<Real>{Real(0), Real(0), Real(0), Real(2)}
                    : lambda_gradient<Real>(lmbda, row(kSlope), row(kShift), row(kCurvature), alpha, order);
   return c;
 }
 
-// The backward reduction: adds an element's terms to sums[5]; G = gradient times weight.
+// The backward reduction: adds an element's terms to sums[5], of which natural_sums() makes those of the definition.
+// g may lack a weight that is one number for the group: finish_gradient() puts it in.
 template <class Real>
 struct Slopes {
-  Real through_h;  // G psi_h
+  Real through_h;  // g psi_h
   Real w;          // n dlambda/dh
-  Real x;
+  Real x;          // in the logarithms' unit
 };
 
-template <bool kCareful, class Real>
-__device__ inline Slopes<Real> gradient_round(Real h, Real weighted, const GroupConstants<Real>& c, Real* sums) {
+// The slant that gradient_round() wants: psi in the unit of the logarithms.
+template <class Real>
+__device__ inline Slant<Real> gradient_slant(const Exponents<Real>& e) {
+  return slant_of(e, Real(1) / DeviceLog<Real>::kUnit);
+}
+
+template <Care kCare, class Real>
+__device__ inline Slopes<Real> gradient_round(Real h, Real g, const Slant<Real>& slant, const Exponents<Real>& exponents,
+                                              const LambdaGradient<Real>& lmbda, Real* sums) {
+  constexpr Real unit = DeviceLog<Real>::kUnit;
   const Real t = absolute(h);
   const Real log = DeviceLog<Real>::of(t);
-  const Real l = DeviceLog<Real>::natural(log);
-  const Side<Real> side = device_side<kCareful>(h, c.exponents);
-  const PowerPsi<Real> psi = DeviceLog<Real>::template psi<kCareful>(log, side);
   const Real reciprocal = fast_reciprocal(t + Real(1));
-  const PsiSlopes<Real> slope = psi_slopes<kCareful, Real>(l, reciprocal, psi.power, psi.magnitude, side);
-  const Real through_h = weighted * slope.psi_h;
-  const Real w = lambda_weight<Real>(h, t, l, reciprocal, c.lmbda);
+  Real psi_h, psi_lambda, x;
+  if constexpr (kCare == Care::kPlain) {
+    const Real signed_log = signed_as(log, h);
+    const Real inverse = slant.inverse(h);
+    const PowerPsi<Real> p = plain_power_psi<false>(signed_log, inverse, slant.tilt);
+    psi_h = p.power * reciprocal;
+    psi_lambda = fused(p.power, signed_log, -p.psi) * inverse;
+    x = p.psi;
+  } else {
+    const Side<Real> side = side_of(h, exponents);
+    const Real l = log * unit;
+    const ExpPair<Real> power = DeviceLog<Real>::careful_power(clamp_exponent<Real>(side.eta * l));
+    const Real magnitude = power.expm1 * side.inverse;
+    const PsiSlopes<Real> slope = psi_slopes<true, Real>(l, reciprocal, power.exp, magnitude, side);
+    psi_h = slope.psi_h;
+    psi_lambda = slope.psi_lambda * (Real(1) / (unit * unit));
+    x = signed_as(magnitude, h) * (Real(1) / unit);
+  }
+  const Real through_h = g * psi_h;
+  const Real w = device_lambda_weight(h, t, log, reciprocal, lmbda);
   sums[0] += through_h;
   sums[1] += through_h * h;
-  sums[2] += weighted * slope.psi_lambda;
+  sums[2] += g * psi_lambda;
   sums[3] += w;
   sums[4] += w * h;
-  return {through_h, w, signed_as(psi.magnitude, h)};
+  return {through_h, w, x};
+}
+
+constexpr int kGradientSums = 7;  // the five of gradient_round(), then those of the bias and the weight: g, g x
+
+template <class Real>
+__device__ inline void natural_sums(Real (&sums)[kGradientSums]) {
+  constexpr Real unit = DeviceLog<Real>::kUnit;
+  sums[2] *= unit * unit;
+  sums[6] *= unit;
 }
 
 // du = rstd (G psi_h + Lambda w - offset - slope h); the constants have absorbed rstd and their signs.
 template <class Real>
 struct InputGradient {
-  Real rstd, lmbda, offset, slope;
+  Real through, lmbda, offset, slope;
   __device__ Real operator()(Real through_h, Real w, Real h) const {
-    return rstd * through_h + (lmbda * w + (slope * h + offset));
+    return through * through_h + (lmbda * w + (slope * h + offset));
   }
 };
 
 template <class Real>
-__device__ inline InputGradient<Real> finish_gradient(const Real* sums, Real inverse_count, Real rstd, bool frozen) {
-  if (frozen) return {rstd, Real(0), Real(0), Real(0)};
-  const Real lmbda = sums[2] * inverse_count;
-  return {rstd, rstd * lmbda, -rstd * (sums[0] * inverse_count + lmbda * (sums[3] * inverse_count)),
-          -rstd * (sums[1] * inverse_count + lmbda * (sums[4] * inverse_count))};
+__device__ inline InputGradient<Real> finish_gradient(const Real* sums, Real weight, Real inverse_count, Real rstd, bool frozen) {
+  if (frozen) return {rstd * weight, Real(0), Real(0), Real(0)};
+  const Real share = weight * inverse_count, lmbda = sums[2] * share;
+  return {rstd * weight, rstd * lmbda, -rstd * (sums[0] * share + lmbda * (sums[3] * inverse_count)),
+          -rstd * (sums[1] * share + lmbda * (sums[4] * inverse_count))};
 }
 
 }  // namespace

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "../core/device_math.h"
-#include "../core/lmbda.h"
 #include "../core/statistics.h"
 #include "problem.h"
 #include "storage.cuh"
@@ -15,17 +14,22 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
-// Division by a number known before the launch: a product and a shift (Granlund and Montgomery 1994).
+// Division of numbers below 2^31 by a number known before the launch: a product and a shift (Granlund and Montgomery
+// 1994).
 struct FastDivide {
-  uint32_t divisor = 1, factor = 0, shift = 0;
+  uint32_t divisor = 1, factor = 0x80000001u, shift = 31;
   FastDivide() = default;
   explicit FastDivide(uint32_t d) : divisor(d) {
-    while (shift < 32 && (uint64_t(1) << shift) < d) ++shift;
-    factor = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - d)) / d + 1);
+    while ((uint64_t(1) << (shift - 31)) < d) ++shift;
+    factor = uint32_t((uint64_t(1) << shift) / d + 1);
   }
-  __device__ uint32_t quotient(uint32_t n) const {
-    return uint32_t((uint64_t(__umulhi(n, factor)) + n) >> shift);
-  }
+  __device__ uint32_t quotient(uint32_t n) const { return uint32_t(uint64_t(n) * factor >> shift); }
+};
+
+// A tensor's strides, and for aligned walks how many chunks (of the noise: counters) lie between the end of one run and
+// the start of the next, modulo 2^32.
+struct Walk : Strides {
+  uint32_t gap = 0;
 };
 
 template <class Real>
@@ -38,7 +42,7 @@ struct RowsArgs {
   const void* input;
   const void* grad;
   void* output;
-  Strides at_input, at_grad, at_output, at_noise;
+  Walk at_input, at_grad, at_output, at_noise;
   Strides chunk_origin;  // ragged: what must be a multiple of the chunk's size at its start
   int64_t chunk_base;
   Real* stats;
@@ -75,7 +79,8 @@ __device__ inline GroupPlace locate_group(const RowsArgs<Real>& a, uint32_t grou
 
 // A chunk's place in its group: element j of it is element first + j of the run.
 struct ChunkPlace {
-  int64_t run, first;
+  uint32_t chunk, run;
+  int64_t first;
   Span span;
   bool whole;
 };
@@ -85,52 +90,79 @@ __device__ inline ChunkPlace locate_chunk(const RowsArgs<Real>& a, const GroupPl
   const uint32_t run = a.one_run ? 0 : a.chunks_per_run.quotient(chunk);
   const int64_t first = int64_t(chunk - run * a.chunks_per_run.divisor) * N;
   if constexpr (!kRagged) {
-    return {run, first, {0, N}, true};
+    return {chunk, run, first, {0, N}, true};
   } else {
-    const int64_t start = first - ((g.origin + run * a.chunk_origin.run) & (N - 1));
+    const int64_t start = first - ((g.origin + int64_t(run) * a.chunk_origin.run) & (N - 1));
     const int lo = start < 0 ? int(-start) : 0;
     const int64_t left = a.length - start;
     const int hi = left < N ? int(left) : N;
-    return {run, start, {lo, hi}, lo == 0 && hi == N && a.wide};
+    return {chunk, run, start, {lo, hi}, lo == 0 && hi == N && a.wide};
   }
 }
 
+// Where a chunk lies in a tensor. Aligned: 32 bits count chunks within a group, as far as 64 GiB.
 template <class T, bool kRagged>
-__device__ inline void read_chunk(const void* tensor, int64_t group, const Strides& s, const ChunkPlace& c,
-                                  RealOf<T> (&out)[kChunkOf<T>]) {
-  const T* p = static_cast<const T*>(tensor) + group + c.run * s.run + c.first;
+__device__ __forceinline__ const T* chunk_address(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c) {
+  const T* p = static_cast<const T*>(tensor) + group;
+  if constexpr (kRagged) return p + int64_t(c.run) * s.run + c.first;
+  else return p + uint64_t(c.chunk + c.run * s.gap) * kChunkOf<T>;
+}
+
+template <class T, bool kRagged>
+__device__ __forceinline__ void read_chunk(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+                                           RealOf<T> (&out)[kChunkOf<T>]) {
+  const T* p = chunk_address<T, kRagged>(tensor, group, s, c);
   if (!kRagged || c.whole) load_chunk(p, out);
   else load_span(p, c.span, out);
 }
 
 template <class T, bool kRagged>
-__device__ inline void write_chunk(void* tensor, int64_t group, const Strides& s, const ChunkPlace& c,
-                                   const RealOf<T> (&in)[kChunkOf<T>]) {
-  T* p = static_cast<T*>(tensor) + group + c.run * s.run + c.first;
+__device__ __forceinline__ void write_chunk(void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+                                            const RealOf<T> (&in)[kChunkOf<T>]) {
+  T* p = const_cast<T*>(chunk_address<T, kRagged>(tensor, group, s, c));
   if (!kRagged || c.whole) store_chunk(p, in);
   else store_span(p, c.span, in);
 }
 
-// The standard normals of a chunk, whose first element is served by a counter's first word.
-template <int N, class Real>
-__device__ inline void chunk_normals(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c, const PhiloxSchedule& keys,
-                                     Real (&z)[N]) {
-  const int64_t position = g.noise + c.run * a.at_noise.run + c.first;
+// f(j, pair) for the pairs of normals of a chunk's elements j and j + 1; the chunk's first element is served by a
+// counter's first word.
+template <int N, bool kRagged, class Real, class F>
+__device__ __forceinline__ void each_normal_pair(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+                                                 const PhiloxSchedule& keys, F f) {
+  uint64_t quad;
+  if constexpr (kRagged) quad = uint64_t(g.noise + int64_t(c.run) * a.at_noise.run + c.first) / 4;
+  else quad = uint64_t(g.noise) / 4 + (c.chunk * (N / 4) + c.run * a.at_noise.gap);
 #pragma unroll
-  for (int j = 0; j < N; j += 4) quad_normals(keys, a.stream, uint64_t(position + j) / 4, z + j);
+  for (int j = 0; j < N; j += 4) {
+    const QuadNormals<Real> z = quad_normals<Real>(keys, a.stream, quad + uint64_t(j / 4));
+    f(j, z.even);
+    f(j + 2, z.odd);
+  }
 }
 
-// The same for a chunk that begins anywhere within a counter.
+// x + noise z, where noise lacks kNormalUnit.
+template <bool kRagged, int N, class Real>
+__device__ __forceinline__ void add_noise(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+                                          const PhiloxSchedule& keys, Real noise, Real (&x)[N]) {
+  each_normal_pair<N, kRagged>(a, g, c, keys, [&](int j, const PolarPair<Real>& z) {
+    const Real radius = noise * z.radius;
+    x[j] = radius * z.cos + x[j];
+    x[j + 1] = radius * z.sin + x[j + 1];
+  });
+}
+
+// The standard normals of a chunk that begins anywhere within a counter, without kNormalUnit.
 template <int N, class Real>
 __device__ inline void unaligned_normals(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                          const PhiloxSchedule& keys, Real (&z)[N]) {
-  const int64_t position = g.noise + c.run * a.at_noise.run + c.first;
-  Real quad[4];
+  const int64_t position = g.noise + int64_t(c.run) * a.at_noise.run + c.first;
+  QuadNormals<Real> quad;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const int word = int(position + j) & 3;
-    if (j == 0 || word == 0) quad_normals(keys, a.stream, uint64_t(position + j) / 4, quad);
-    z[j] = word & 2 ? (word & 1 ? quad[3] : quad[2]) : (word & 1 ? quad[1] : quad[0]);
+    if (j == 0 || word == 0) quad = quad_normals<Real>(keys, a.stream, uint64_t(position + j) / 4);
+    const PolarPair<Real>& pair = word & 2 ? quad.odd : quad.even;
+    z[j] = pair.radius * (word & 1 ? pair.sin : pair.cos);
   }
 }
 

@@ -24,10 +24,10 @@ struct ElementSums {
 template <class T, int kRegister>
 struct ElementSums<T, false, kRegister> {};
 
-// g, and G = g times the weight.
+// g, and g times the weight where it varies within the group: one for the whole group is left to finish_gradient().
 template <class T, bool kRagged, class Real>
 __device__ __forceinline__ void weighted_gradient(const RowsArgs<Real>& a, const GroupPlace& place, const ChunkPlace& c,
-                                                  Real weight, Real (&g)[kChunkOf<T>], Real (&weighted)[kChunkOf<T>]) {
+                                                  Real (&g)[kChunkOf<T>], Real (&weighted)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
   read_chunk<T, kRagged>(a.grad, place.grad, a.at_grad, c, g);
   if (a.affine == Affine::kPerElement) {
@@ -35,23 +35,11 @@ __device__ __forceinline__ void weighted_gradient(const RowsArgs<Real>& a, const
 #pragma unroll
     for (int j = 0; j < N; ++j) weighted[j] *= g[j];
   } else {
-    if (a.affine == Affine::kPerRun) weight = run_affine<T>(a, place.inner * a.runs + c.run).weight;
+    const Real weight = a.affine == Affine::kPerRun ? run_affine<T>(a, place.inner * a.runs + c.run).weight : Real(1);
 #pragma unroll
-    for (int j = 0; j < N; ++j) weighted[j] = g[j] * weight;
+    for (int j = 0; j < N; ++j) weighted[j] = a.affine == Affine::kPerRun ? g[j] * weight : g[j];
   }
 }
-
-// y - bias over weight, what the weight's gradient multiplies: x, and the noise where there was some.
-template <int N, class Real>
-__device__ __forceinline__ void add_noise(const RowsArgs<Real>& a, const GroupPlace& place, const ChunkPlace& c,
-                                          const PhiloxSchedule& keys, Real noise, Real (&x)[N]) {
-  Real z[N];
-  chunk_normals<N>(a, place, c, keys, z);
-#pragma unroll
-  for (int j = 0; j < N; ++j) x[j] += noise * z[j];
-}
-
-constexpr int kGradientSums = 7;  // the five of gradient_round(), then those of the bias and the weight
 
 template <class T, bool kRagged, bool kElementwise, class Team, int kRegister = kBackwardRegister<T>>
 class BackwardGroup {
@@ -67,22 +55,25 @@ class BackwardGroup {
   __device__ __forceinline__ void reduce(const GroupPlace& place, const GroupConstants<Real>& constants,
                                          Real (&sums)[kGradientSums]) {
     const bool noisy = a_.noise && a_.weight_part != nullptr;
-    const Real weight = group_affine<T>(a_, place).weight;
-    held_.template each<false, true>([&](Chunk kept, uint32_t chunk, int slot) {
-      const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
-      Real g[N], x[N];
-      read_chunk<T, kRagged>(a_.input, place.input, a_.at_input, c, kept[2]);
-      weighted_gradient<T, kRagged>(a_, place, c, weight, g, kept[0]);
-      if (constants.careful) slopes<true>(c.span, constants, kept, x, sums);
-      else slopes<false>(c.span, constants, kept, x, sums);
-      if (noisy) add_noise<N>(a_, place, c, PhiloxSchedule(seed_), a_.noise_train * constants.noise_scale, x);
-      add_parameters(g, x, slot, sums);
+    // in the unit of x
+    const Real noise = a_.noise_train * constants.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
+    with_care(constants.care, [&](auto tag) {
+      held_.template each<false, true>([&](Chunk kept, uint32_t chunk, uint32_t slot) {
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
+        Real g[N], x[N];
+        read_chunk<T, kRagged>(a_.input, place.input, a_.at_input, c, kept[2]);
+        weighted_gradient<T, kRagged>(a_, place, c, g, kept[0]);
+        slopes<tag.value>(c.span, constants, kept, x, sums);
+        if (noisy) add_noise<kRagged>(a_, place, c, PhiloxSchedule(seed_), noise, x);
+        add_parameters(g, x, slot, sums);
+      });
     });
+    natural_sums(sums);
     team_.sum(sums);
   }
 
   __device__ __forceinline__ void write(const GroupPlace& place, const InputGradient<Real>& du) {
-    held_.template each<true, false>([&](Chunk kept, uint32_t chunk, int) {
+    held_.template each<true, false>([&](Chunk kept, uint32_t chunk, uint32_t) {
       Real out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = du(kept[0][j], kept[1][j], kept[2][j]);
@@ -95,13 +86,13 @@ class BackwardGroup {
   __device__ __forceinline__ void write_element_sums() {
     if constexpr (kElementwise) {
       const GroupPlace origin = {};
-      held_.template each<false, false>([&](Chunk, uint32_t chunk, int slot) {
+      held_.template each<false, false>([&](Chunk, uint32_t chunk, uint32_t slot) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, origin, chunk);
         const int64_t at = team_.index() * a_.length + c.first;
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           if (kRagged && !c.span.has(j)) continue;
-          if (a_.weight_part) a_.weight_part[at + j] = element_.weight[slot][j];
+          if (a_.weight_part) a_.weight_part[at + j] = element_.weight[slot][j] * DeviceLog<Real>::kUnit;
           if (a_.bias_part) a_.bias_part[at + j] = element_.bias[slot][j];
         }
       });
@@ -109,15 +100,16 @@ class BackwardGroup {
   }
 
  private:
-  // From (G, -, u) to (G psi_h, w, h); elements outside the run become zeros.
-  template <bool kCareful>
+  // From (G, -, u) to (G psi_h, w, h), x in the logarithms' unit; elements outside the run become zeros.
+  template <Care kCare>
   __device__ __forceinline__ void slopes(Span span, const GroupConstants<Real>& constants, Chunk kept, Real (&x)[N],
                                          Real (&sums)[kGradientSums]) {
+    const Slant<Real> slant = gradient_slant(constants.exponents);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       if (!kRagged || span.has(j)) {
         kept[2][j] = constants.standardize(kept[2][j]);
-        const Slopes<Real> s = gradient_round<kCareful>(kept[2][j], kept[0][j], constants, sums);
+        const Slopes<Real> s = gradient_round<kCare>(kept[2][j], kept[0][j], slant, constants.exponents, constants.lmbda, sums);
         kept[0][j] = s.through_h, kept[1][j] = s.w, x[j] = s.x;
       } else {
         kept[0][j] = kept[1][j] = kept[2][j] = x[j] = Real(0);
@@ -125,7 +117,7 @@ class BackwardGroup {
     }
   }
 
-  __device__ __forceinline__ void add_parameters(const Real (&g)[N], const Real (&x)[N], int slot,
+  __device__ __forceinline__ void add_parameters(const Real (&g)[N], const Real (&x)[N], uint32_t slot,
                                                  Real (&sums)[kGradientSums]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -158,7 +150,8 @@ __global__ void __launch_bounds__(Team::kThreads, 1) rows_backward(const RowsArg
         load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
     Real sums[kGradientSums] = {};
     pass.reduce(place, constants, sums);
-    if (a.output) pass.write(place, finish_gradient(sums, a.inverse_count, constants.rstd, a.frozen));
+    if (a.output)
+      pass.write(place, finish_gradient(sums, group_affine<T>(a, place).weight, a.inverse_count, constants.rstd, a.frozen));
     if (!kElementwise && team.rank() == 0 && a.affine == Affine::kPerGroup) {
       if (a.bias_part) a.bias_part[group] = sums[5];
       if (a.weight_part) a.weight_part[group] = sums[6];

@@ -28,18 +28,13 @@ __device__ inline void write_statistics(const RowsArgs<Real>& a, uint32_t group,
   s[kCurvature * groups] = e.curvature;
 }
 
-// out = weight (x + noise z) + bias for one chunk, and its way to memory.
+// out = weight (x + noise z) + bias for one chunk, and its way to memory. noise includes kNormalUnit.
 template <class T, bool kRagged, bool kNoise, class Real>
 __device__ __forceinline__ void output_round(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                              const PhiloxSchedule& keys, Real noise, GroupAffine<Real> affine,
                                              Real (&x)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
-  if constexpr (kNoise) {
-    Real z[N];
-    chunk_normals<N>(a, g, c, keys, z);
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[j] += noise * z[j];
-  }
+  if constexpr (kNoise) add_noise<kRagged>(a, g, c, keys, noise, x);
   if (a.affine == Affine::kPerElement) {
     Real weight[N], bias[N];
     element_parameters<T, kRagged>(a.weight, a.weight_in_storage, Real(1), c, weight);
@@ -64,51 +59,58 @@ class ForwardGroup {
   __device__ ForwardGroup(const RowsArgs<Real>& a, Team& team)
       : a_(a), team_(team), held_(a.chunks, team.rank(), team.size()) {}
 
+  // Each thread sums around a pilot of its own, the mean of its first chunk, so that an offset of the data costs no
+  // digits; what is left of the pilots is known per thread. Leaves u minus the pilot.
   __device__ __forceinline__ Moments1<Real> moments(const GroupPlace& g) {
-    Real total[1] = {0};
-    held_.template each<false, true>([&](Chunk x, uint32_t chunk, int) {
-      read_chunk<T, kRagged>(a_.input, g.input, a_.at_input, locate_chunk<kRagged, N>(a_, g, chunk), x[0]);
-#pragma unroll
-      for (int j = 0; j < N; ++j) total[0] += x[0][j];
-    });
-    team_.sum(total);
-    const Real mean = total[0] * a_.inverse_count;
-    Real centred[2] = {0, 0};
-    held_.template each<true, true>([&](Chunk x, uint32_t chunk, int) {
-      const Span span = locate_chunk<kRagged, N>(a_, g, chunk).span;
+    Real pilot = 0, sum = 0, squares = 0, count = 0;
+    held_.template each<false, true>([&](Chunk x, uint32_t chunk, uint32_t slot) {
+      const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
+      read_chunk<T, kRagged>(a_.input, g.input, a_.at_input, c, x[0]);
+      const int elements = kRagged ? c.span.count() : N;
+      if (kRagged ? count == Real(0) : slot == 0) pilot = chunk_sum(x[0]) / Real(elements > 0 ? elements : 1);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        x[0][j] = !kRagged || span.has(j) ? x[0][j] - mean : Real(0);
-        centred[0] += x[0][j];
-        centred[1] += x[0][j] * x[0][j];
+        x[0][j] = !kRagged || c.span.has(j) ? x[0][j] - pilot : Real(0);
+        sum += x[0][j];
+        squares += x[0][j] * x[0][j];
       }
+      if (kRagged) count += Real(elements);
     });
+    if (!kRagged) count = Real(held_.mine() * uint32_t(N));
+    Real total[1] = {pilot * count + sum};
+    team_.sum(total);
+    const Real mean = total[0] * a_.inverse_count;
+    pilot_ = pilot - mean;
+    const Real centred_sum = sum + count * pilot_;
+    Real centred[2] = {centred_sum, squares + pilot_ * (sum + centred_sum)};
     team_.sum(centred);
     return finish_moments(mean, centred[0], centred[1], a_.inverse_count, a_.eps);
   }
 
   // Leaves the signed logarithms; elements outside the run have h = 0, which adds nothing.
   __device__ __forceinline__ Estimate<Real> estimate(const GroupPlace& g, const Moments1<Real>& m) {
-    Real sums[4] = {0, 0, 0, 0};
-    held_.template each<true, true>([&](Chunk x, uint32_t chunk, int) {
+    LambdaSums<Real> terms;
+    const Real shift = (pilot_ - m.mean_low) * m.rstd;
+    held_.template each<true, true>([&](Chunk x, uint32_t chunk, uint32_t) {
       const Span span = locate_chunk<kRagged, N>(a_, g, chunk).span;
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const Real h = !kRagged || span.has(j) ? m.standardize(x[0][j]) : Real(0);
-        x[0][j] = lambda_round(h, sums);
-      }
+      for (int j = 0; j < N; ++j) x[0][j] = terms.add(!kRagged || span.has(j) ? x[0][j] * m.rstd + shift : Real(0));
     });
+    Real sums[4];
+    terms.totals(sums);
     team_.sum(sums);
     return finish_lambda(sums, m.rstd, a_.inverse_count, a_.alpha, a_.order, a_.eps, a_.root_eps);
   }
 
   // Leaves x; returns its mean.
-  __device__ __forceinline__ Real transform(const Exponents<Real>& e, bool careful) {
+  __device__ __forceinline__ Real transform(const Exponents<Real>& e, Care care) {
     Real total[1] = {0};
-    held_.template each<true, true>([&](Chunk x, uint32_t, int) {
-      transform_chunk(x[0], e, careful);
+    with_care(care, [&](auto tag) {
+      held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
+        transform_chunk<tag.value>(x[0], e);
 #pragma unroll
-      for (int j = 0; j < N; ++j) total[0] += x[0][j];
+        for (int j = 0; j < N; ++j) total[0] += x[0][j];
+      });
     });
     team_.sum(total);
     return total[0] * a_.inverse_count;
@@ -116,7 +118,7 @@ class ForwardGroup {
 
   __device__ __forceinline__ Real deviation(const GroupPlace& g, Real mean) {
     Real total[1] = {0};
-    held_.template each<true, false>([&](Chunk x, uint32_t chunk, int) {
+    held_.template each<true, false>([&](Chunk x, uint32_t chunk, uint32_t) {
       const Span span = locate_chunk<kRagged, N>(a_, g, chunk).span;
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0] += !kRagged || span.has(j) ? absolute(x[0][j] - mean) : Real(0);
@@ -129,17 +131,19 @@ class ForwardGroup {
   __device__ __forceinline__ void write_noisy(const GroupPlace& g, uint64_t seed, Real noise) {
     const PhiloxSchedule keys(seed);
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
-    held_.template each<true, false>([&](Chunk x, uint32_t chunk, int) {
+    held_.template each<true, false>([&](Chunk x, uint32_t chunk, uint32_t) {
       output_round<T, kRagged, true>(a_, g, locate_chunk<kRagged, N>(a_, g, chunk), keys, noise, affine, x[0]);
     });
   }
 
   // The last round where there is no noise, from the signed logarithms.
-  __device__ __forceinline__ void write_plain(const GroupPlace& g, const Exponents<Real>& e, bool careful) {
+  __device__ __forceinline__ void write_plain(const GroupPlace& g, const Exponents<Real>& e, Care care) {
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
-    held_.template each<true, false>([&](Chunk x, uint32_t chunk, int) {
-      transform_chunk(x[0], e, careful);
-      output_round<T, kRagged, false>(a_, g, locate_chunk<kRagged, N>(a_, g, chunk), PhiloxSchedule(0), Real(0), affine, x[0]);
+    with_care(care, [&](auto tag) {
+      held_.template each<true, false>([&](Chunk x, uint32_t chunk, uint32_t) {
+        transform_chunk<tag.value>(x[0], e);
+        output_round<T, kRagged, false>(a_, g, locate_chunk<kRagged, N>(a_, g, chunk), PhiloxSchedule(0), Real(0), affine, x[0]);
+      });
     });
   }
 
@@ -147,6 +151,7 @@ class ForwardGroup {
   const RowsArgs<Real>& a_;
   Team& team_;
   Held<Real, N, kRegister, 1> held_;
+  Real pilot_ = 0;  // minus the group's rounded mean
 };
 
 template <class T, bool kRagged, bool kNoise, class Team>
@@ -161,14 +166,14 @@ __global__ void __launch_bounds__(Team::kThreads, 1) rows_forward(const RowsArgs
     const Moments1<Real> m = pass.moments(g);
     const Estimate<Real> estimate = pass.estimate(g, m);
     const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
-    const bool careful = needs_care(e, false);
+    const Care care = care_for(e, a.transform_eps, false);
     Real scale = 0;
     if constexpr (kNoise) {
-      const Real mean = pass.transform(e, careful);
+      const Real mean = pass.transform(e, care);
       scale = a.given_scale ? a.stats[int64_t(kNoiseScale) * a.groups + group] : pass.deviation(g, mean);
-      pass.write_noisy(g, seed, a.noise_train * scale);
+      pass.write_noisy(g, seed, a.noise_train * scale * kNormalUnit<Real>);
     } else {
-      pass.write_plain(g, e, careful);
+      pass.write_plain(g, e, care);
     }
     if (team.rank() == 0) {
       write_statistics(a, group, m, estimate);

@@ -47,6 +47,11 @@ int64_t elements_past_boundary(const void* data) {
   return int64_t(reinterpret_cast<uintptr_t>(data) / sizeof(T) % kChunkOf<T>);
 }
 
+// Whether 32 bits count a group's elements by `unit`, from the start of its first run to the end of its last.
+inline bool counts_in_32_bits(const Geometry& g, const Strides& s, int64_t unit) {
+  return ((g.runs - 1) * s.run + g.length) / unit < int64_t(1) << 32;
+}
+
 // Where all tensors agree about chunk boundaries in memory, and the noise has none of its counters across one.
 template <class T>
 ChunkMode chunk_mode(const Problem& p, bool backward) {
@@ -64,7 +69,17 @@ ChunkMode chunk_mode(const Problem& p, bool backward) {
                                                                       reinterpret_cast<uintptr_t>(p.bias.data) % 16 == 0);
   m.ragged = !m.wide || base != 0 || p.geometry.length % N != 0 || !congruent(p, m.origin, Strides(), N) ||
              !parameters_aligned;
+  for (const Operand* t : tensors) m.ragged = m.ragged || !counts_in_32_bits(p.geometry, t->stride, N);
+  m.ragged = m.ragged || !counts_in_32_bits(p.geometry, p.noise.position, 4);
   return m;
+}
+
+// A tensor's walk; `unit` elements are counted as one.
+inline Walk walk_of(const Geometry& g, const Strides& s, int64_t unit) {
+  Walk w;
+  static_cast<Strides&>(w) = s;
+  w.gap = uint32_t(s.run / unit - g.length / unit);
+  return w;
 }
 
 template <class T>
@@ -82,8 +97,10 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   a.one_run = p.geometry.runs == 1;
   a.wide = mode.wide;
   a.input = p.input.data, a.grad = p.grad_output.data, a.output = p.output.data;
-  a.at_input = p.input.stride, a.at_grad = p.grad_output.stride, a.at_output = p.output.stride;
-  a.at_noise = p.noise.position;
+  a.at_input = walk_of(p.geometry, p.input.stride, N);
+  a.at_grad = walk_of(p.geometry, p.grad_output.stride, N);
+  a.at_output = walk_of(p.geometry, p.output.stride, N);
+  a.at_noise = walk_of(p.geometry, p.noise.position, 4);
   a.chunk_origin = mode.origin, a.chunk_base = mode.base;
   a.stats = static_cast<Real*>(p.stats);
   a.weight = p.weight.data, a.weight_in_storage = p.weight.in_storage_type;

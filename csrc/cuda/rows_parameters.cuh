@@ -8,7 +8,7 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
-// g and g (x + noise z) of a chunk.
+// g and g (x + noise z) of a chunk. kAligned: a counter of the noise begins with the chunk.
 template <class T, bool kRagged, bool kAligned, class Real>
 __device__ __forceinline__ void parameter_terms(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                                 const GroupConstants<Real>& k, const PhiloxSchedule& keys, Real (&grad)[kChunkOf<T>],
@@ -16,13 +16,17 @@ __device__ __forceinline__ void parameter_terms(const RowsArgs<Real>& a, const G
   constexpr int N = kChunkOf<T>;
   read_chunk<T, kRagged>(a.grad, g.grad, a.at_grad, c, grad);
   if (a.weight_part == nullptr) return;
-  reread_x<T, kRagged>(a, g, c, k, x);
+  with_care(k.care, [&](auto tag) { reread_x<T, kRagged, tag.value>(a, g, c, k, x); });
   if (a.noise) {
-    Real z[N];
-    if constexpr (kAligned) chunk_normals<N>(a, g, c, keys, z);
-    else unaligned_normals<N>(a, g, c, keys, z);
+    const Real noise = a.noise_train * k.noise_scale * kNormalUnit<Real>;
+    if constexpr (kAligned) {
+      add_noise<kRagged>(a, g, c, keys, noise, x);
+    } else {
+      Real z[N];
+      unaligned_normals<N>(a, g, c, keys, z);
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] += a.noise_train * k.noise_scale * z[j];
+      for (int j = 0; j < N; ++j) x[j] += noise * z[j];
+    }
   }
 #pragma unroll
   for (int j = 0; j < N; ++j) x[j] = !kRagged || c.span.has(j) ? x[j] * grad[j] : Real(0);
@@ -72,7 +76,7 @@ __global__ void __launch_bounds__(kStreamThreads) element_parameters_pass(const 
     const GroupPlace g = locate_group(a, group);
     const GroupConstants<Real> k = constants_of(a, group);
     const int64_t left = a.length - first;
-    const ChunkPlace c = {0, first, {0, left < N ? int(left) : N}, !kRagged};
+    const ChunkPlace c = {chunk, 0, first, {0, left < N ? int(left) : N}, !kRagged};
     Real grad[N], x[N] = {};
     parameter_terms<T, kRagged, !kRagged>(a, g, c, k, keys, grad, x);
 #pragma unroll

@@ -102,18 +102,20 @@ __global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamArgs
   const GroupPlace g = locate_group(s.rows, slice.group);
   const auto row = [&](StatRow r) { return s.rows.stats[int64_t(r) * s.rows.groups + slice.group]; };
   const Moments1<Real> m = {row(kMean), row(kMeanLow), row(kRstd)};
-  Real sums[4] = {0, 0, 0, 0};
+  LambdaSums<Real> terms;
   each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
     Real u[N];
     read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
 #pragma unroll
-    for (int j = 0; j < N; ++j) lambda_round(!kRagged || c.span.has(j) ? m.standardize(u[j] - m.mean) : Real(0), sums);
+    for (int j = 0; j < N; ++j) terms.add(!kRagged || c.span.has(j) ? m.standardize(u[j] - m.mean) : Real(0));
   });
+  Real sums[4];
+  terms.totals(sums);
   write_part(s, slice, sums);
 }
 
 // x of a chunk, from the statistics.
-template <class T, bool kRagged, class Real>
+template <class T, bool kRagged, Care kCare, class Real>
 __device__ __forceinline__ void reread_x(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                          const GroupConstants<Real>& k, Real (&x)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
@@ -123,7 +125,7 @@ __device__ __forceinline__ void reread_x(const RowsArgs<Real>& a, const GroupPla
     const Real h = k.standardize(x[j]);
     x[j] = signed_as(DeviceLog<Real>::of(absolute(h)), h);
   }
-  transform_chunk(x, k.exponents, k.careful);
+  transform_chunk<kCare>(x, k.exponents);
 }
 
 template <class Real>
@@ -141,14 +143,16 @@ __global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamArgs<Real
   const GroupConstants<Real> k = constants_of(s.rows, slice.group);
   const Real mean = kDeviation ? s.mean[slice.local] : Real(0);
   Real sums[1] = {0};
-  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
-    Real x[N];
-    reread_x<T, kRagged>(s.rows, g, c, k, x);
+  with_care(k.care, [&](auto tag) {
+    each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+      Real x[N];
+      reread_x<T, kRagged, tag.value>(s.rows, g, c, k, x);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const Real term = kDeviation ? absolute(x[j] - mean) : x[j];
-      sums[0] += !kRagged || c.span.has(j) ? term : Real(0);
-    }
+      for (int j = 0; j < N; ++j) {
+        const Real term = kDeviation ? absolute(x[j] - mean) : x[j];
+        sums[0] += !kRagged || c.span.has(j) ? term : Real(0);
+      }
+    });
   });
   write_part(s, slice, sums);
 }
@@ -163,10 +167,13 @@ __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamArgs
   const GroupConstants<Real> k = constants_of(s.rows, slice.group);
   const PhiloxSchedule keys(kNoise ? uint64_t(*s.rows.seed) : 0);
   const GroupAffine<Real> affine = group_affine<T>(s.rows, g);
-  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
-    Real x[N];
-    reread_x<T, kRagged>(s.rows, g, c, k, x);
-    output_round<T, kRagged, kNoise>(s.rows, g, c, keys, s.rows.noise_train * k.noise_scale, affine, x);
+  const Real noise = s.rows.noise_train * k.noise_scale * kNormalUnit<Real>;
+  with_any_care(k.care, [&](auto tag) {
+    each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+      Real x[N];
+      reread_x<T, kRagged, tag.value>(s.rows, g, c, k, x);
+      output_round<T, kRagged, kNoise>(s.rows, g, c, keys, noise, affine, x);
+    });
   });
 }
 
@@ -180,32 +187,37 @@ __global__ void __launch_bounds__(kStreamThreads) stream_gradient(const StreamAr
   const GroupConstants<Real> k = constants_of(s.rows, slice.group);
   const bool noisy = s.rows.noise && s.rows.weight_part != nullptr;
   const PhiloxSchedule keys(kSums && noisy ? uint64_t(*s.rows.seed) : 0);
+  const Real noise = s.rows.noise_train * k.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
   InputGradient<Real> du = {};
-  if (!kSums) du = finish_gradient(s.sums + size_t(slice.local) * kMaxSums, s.rows.inverse_count, k.rstd, s.rows.frozen);
-  const Real weight = group_affine<T>(s.rows, g).weight;
+  if (!kSums)
+    du = finish_gradient(s.sums + size_t(slice.local) * kMaxSums, group_affine<T>(s.rows, g).weight, s.rows.inverse_count,
+                         k.rstd, s.rows.frozen);
   Real sums[kGradientSums] = {};
-  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
-    Real u[N], grad[N], weighted[N], x[N];
-    read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
-    weighted_gradient<T, kRagged>(s.rows, g, c, weight, grad, weighted);
+  const Slant<Real> slant = gradient_slant(k.exponents);
+  with_care(k.care, [&](auto tag) {
+    each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+      Real u[N], grad[N], weighted[N], x[N];
+      read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+      weighted_gradient<T, kRagged>(s.rows, g, c, grad, weighted);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const Real h = k.standardize(u[j]);
-      x[j] = Real(0);
-      if (kRagged && !c.span.has(j)) continue;
-      const Slopes<Real> slope = k.careful ? gradient_round<true>(h, weighted[j], k, sums)
-                                           : gradient_round<false>(h, weighted[j], k, sums);
-      x[j] = slope.x;
-      u[j] = du(slope.through_h, slope.w, h);
-    }
-    if constexpr (!kSums) {
-      write_chunk<T, kRagged>(s.rows.output, g.output, s.rows.at_output, c, u);
-    } else {
-      if (noisy) add_noise<N>(s.rows, g, c, keys, s.rows.noise_train * k.noise_scale, x);
+      for (int j = 0; j < N; ++j) {
+        const Real h = k.standardize(u[j]);
+        x[j] = Real(0);
+        if (kRagged && !c.span.has(j)) continue;
+        const Slopes<Real> slope = gradient_round<tag.value>(h, weighted[j], slant, k.exponents, k.lmbda, sums);
+        x[j] = slope.x;
+        u[j] = du(slope.through_h, slope.w, h);
+      }
+      if constexpr (!kSums) {
+        write_chunk<T, kRagged>(s.rows.output, g.output, s.rows.at_output, c, u);
+      } else {
+        if (noisy) add_noise<kRagged>(s.rows, g, c, keys, noise, x);
 #pragma unroll
-      for (int j = 0; j < N; ++j) sums[5] += grad[j], sums[6] += grad[j] * x[j];
-    }
+        for (int j = 0; j < N; ++j) sums[5] += grad[j], sums[6] += grad[j] * x[j];
+      }
+    });
   });
+  if constexpr (kSums) natural_sums(sums);
   if constexpr (kSums) write_part(s, slice, sums);
 }
 

@@ -105,6 +105,7 @@ __device__ inline void store_chunk(double* p, const double (&in)[4]) {
 struct Span {
   int lo, hi;
   __device__ bool has(int j) const { return j >= lo && j < hi; }
+  __device__ int count() const { return hi > lo ? hi - lo : 0; }
 };
 
 template <class T>
@@ -117,6 +118,16 @@ __device__ inline void store_span(T* p, Span span, const RealOf<T> (&in)[kChunkO
 #pragma unroll
   for (int j = 0; j < kChunkOf<T>; ++j)
     if (span.has(j)) p[j] = from_real<T>(in[j]);
+}
+
+// By halves: short chains, and the sum of equal numbers is exact.
+template <int N, class Real>
+__device__ inline Real chunk_sum(const Real (&x)[N]) {
+  Real part[N / 2];
+#pragma unroll
+  for (int j = 0; j < N / 2; ++j) part[j] = x[j] + x[j + N / 2];
+  if constexpr (N == 2) return part[0];
+  else return chunk_sum(part);
 }
 
 // A parameter's element: parameters have the compute type or the storage type.

@@ -20,10 +20,10 @@ __device__ __forceinline__ void forward(RowsArgs<RealOf<T>> a) {
   const Estimate<Real> estimate = pass.estimate(g, m);
   const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
   if constexpr (kNoise) {
-    const Real mean = pass.transform(e, false);
-    pass.write_noisy(g, uint64_t(*a.seed), a.noise_train * pass.deviation(g, mean));
+    const Real mean = pass.transform(e, Care::kPlain);
+    pass.write_noisy(g, uint64_t(*a.seed), a.noise_train * pass.deviation(g, mean) * kNormalUnit<Real>);
   } else {
-    pass.write_plain(g, e, false);
+    pass.write_plain(g, e, Care::kPlain);
   }
 }
 
@@ -39,10 +39,10 @@ __device__ __forceinline__ void backward(RowsArgs<RealOf<T>> a) {
   const GroupPlace place = locate_group(a, team.index());
   GroupConstants<Real> constants =
       load_constants(a.stats, team.index(), a.groups, a.alpha, a.order, a.transform_eps, false);
-  constants.careful = false;
+  constants.care = Care::kPlain;
   Real sums[kGradientSums] = {};
   pass.reduce(place, constants, sums);
-  pass.write(place, finish_gradient(sums, a.inverse_count, constants.rstd, false));
+  pass.write(place, finish_gradient(sums, group_affine<T>(a, place).weight, a.inverse_count, constants.rstd, false));
   if (kGradients > 0 && threadIdx.x == 0) a.weight_part[team.index()] = sums[6], a.bias_part[team.index()] = sums[5];
 }
 
@@ -50,18 +50,19 @@ __device__ __forceinline__ void backward(RowsArgs<RealOf<T>> a) {
 
 #define PROBE(name, T, call) \
   extern "C" __global__ void __launch_bounds__(128) name(const RowsArgs<RealOf<T>> a) { call(a); }
-#define PROBES(type, T, few, many)                                      \
-  PROBE(forward_##type##_few, T, (forward<T, false, few>))              \
-  PROBE(forward_##type##_many, T, (forward<T, false, many>))            \
-  PROBE(forward_noise_##type##_few, T, (forward<T, true, few>))         \
-  PROBE(forward_noise_##type##_many, T, (forward<T, true, many>))       \
-  PROBE(backward_##type##_few, T, (backward<T, 0, few>))                \
-  PROBE(backward_##type##_many, T, (backward<T, 0, many>))              \
-  PROBE(backward_weight_##type##_few, T, (backward<T, 1, few>))         \
-  PROBE(backward_weight_##type##_many, T, (backward<T, 1, many>))       \
-  PROBE(backward_noise_##type##_few, T, (backward<T, 2, few>))          \
-  PROBE(backward_noise_##type##_many, T, (backward<T, 2, many>))
+// sass.py knows by how many elements a thread "many" exceeds "few": 32 forward, 16 backward.
+#define PROBES(type, T, per_8)                                           \
+  PROBE(forward_##type##_few, T, (forward<T, false, per_8>))             \
+  PROBE(forward_##type##_many, T, (forward<T, false, 5 * per_8>))        \
+  PROBE(forward_noise_##type##_few, T, (forward<T, true, per_8>))        \
+  PROBE(forward_noise_##type##_many, T, (forward<T, true, 5 * per_8>))   \
+  PROBE(backward_##type##_few, T, (backward<T, 0, per_8>))               \
+  PROBE(backward_##type##_many, T, (backward<T, 0, 3 * per_8>))          \
+  PROBE(backward_weight_##type##_few, T, (backward<T, 1, per_8>))        \
+  PROBE(backward_weight_##type##_many, T, (backward<T, 1, 3 * per_8>))   \
+  PROBE(backward_noise_##type##_few, T, (backward<T, 2, per_8>))         \
+  PROBE(backward_noise_##type##_many, T, (backward<T, 2, 3 * per_8>))
 
-PROBES(float32, float, 2, 4)
-PROBES(bfloat16, __nv_bfloat16, 1, 2)
-PROBES(float16, __half, 1, 2)
+PROBES(float32, float, 2)
+PROBES(bfloat16, __nv_bfloat16, 1)
+PROBES(float16, __half, 1)

@@ -24,7 +24,8 @@ PROBES = Path(__file__).with_name("probes.cu")
 BUDGETS = ROOT / "tests/data/sass_budgets.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FLAGS = ("-std=c++20", "-O3", "-cubin")
-PROBE_ELEMENTS = 8  # the elements of a thread by which "many" exceeds "few"
+# the elements of a thread by which a probe "many" exceeds the probe "few"
+PROBE_ELEMENTS = {"forward": 32, "backward": 16}
 
 
 def tool(name: str) -> str | None:
@@ -127,7 +128,8 @@ def per_element(cubin: Path) -> dict[str, dict[str, float]]:
     result = {}
     for name in sorted(n.removesuffix("_few") for n in counts if n.endswith("_few")):
         few, many = counts[f"{name}_few"], counts[f"{name}_many"]
-        total, special = ((b - a) / PROBE_ELEMENTS for a, b in zip(few, many, strict=True))
+        elements = PROBE_ELEMENTS[name.split("_")[0]]
+        total, special = ((b - a) / elements for a, b in zip(few, many, strict=True))
         result[name] = {"instructions": total, "special": special}
     return result
 
