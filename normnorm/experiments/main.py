@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from normnorm.experiments.run import Options, run
+    from normnorm.experiments.folder import Options, run
     from normnorm.experiments.world import joined
 
     experiments = list(_experiments(arguments))
@@ -116,7 +116,7 @@ def _experiments(arguments: argparse.Namespace) -> Any:
 
 
 def _line(experiment: Any, options: Any) -> str:
-    from normnorm.experiments.run import folder_name, read_epochs
+    from normnorm.experiments.folder import folder_name, read_epochs
 
     folder = options.out / folder_name(experiment)
     last = read_epochs(folder)[-1]

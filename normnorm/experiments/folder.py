@@ -80,7 +80,9 @@ def run(experiment: Experiment, options: Options, world: World, hidden: bool = F
     trainer = Trainer(experiment, options.data, world, options.workers)
     folder = options.out / folder_name(experiment)
     checkpoint = folder / CHECKPOINT
-    if (folder / METRICS).exists() and not options.resume:
+    # The first process decides for all: it is about to make the folder.
+    there = world.first and (folder / METRICS).exists() and not options.resume
+    if any(world.total(there)):
         raise ExperimentError(
             f"{folder} holds a run already; --resume goes on with it, another --out keeps it"
         )
