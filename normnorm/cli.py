@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import normnorm
 from normnorm import bench, demo, doctor, experiments, gradcheck
+from normnorm.bench import report
+from normnorm.experiments import study
 
 __all__ = ["main"]
 
@@ -14,8 +16,10 @@ _COMMANDS = {
     "doctor": (doctor, "versions, backends, and a check of each against the reference"),
     "gradcheck": (gradcheck, "gradients of every layer, backend and dtype"),
     "bench": (bench, "time every layer beside torch's, compiled and copied; compare result files"),
+    "report": (report, "render benchmark results as a page, plots or Markdown"),
     "demo": (demo, "train small networks with and without normality normalization"),
     "train": (experiments, "train a network with a choice of normalization layer"),
+    "study": (study, "compare norms on handwritten digits over many seeds"),
 }
 
 

@@ -1,0 +1,180 @@
+"""A study's page: tables and a picture, and what they say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from normnorm.experiments.study.design import Comparison, comparisons
+from normnorm.experiments.study.results import Difference, Study, adjusted, difference, interval
+
+__all__ = ["picture", "write"]
+
+_INTRODUCTION = """\
+# Does it help? A study on handwritten digits
+
+This page is generated from stored results by `normnorm study --page`; its numbers are not edited.
+
+Eftekhari and Papyan report that networks with normality normalization generalize better and are
+more robust than with the plain layers. Their experiments take GPUs and days
+([`normnorm train`](experiments.md) runs them). This study asks the same of small networks on scikit-learn's
+1797 handwritten digits (8 x 8), with enough seeds to tell a difference from chance, and reports what came
+out. Small digits are an easy task: what is found or not found here says little about larger ones.
+"""
+
+_METHOD = """\
+## Method
+
+* A convolutional net (two stages, 16 and 32 channels) with SGD 0.1, momentum 0.9, weight decay 5e-4, batches of
+  64; a transformer (two blocks, width 48) with AdamW 1e-3, weight decay 0.05, batches of 32; {epochs} epochs at a
+  constant learning rate, {seeds} seeds. Each seed holds out another quarter of the images, and fixes initialization,
+  order and noise; arms are compared seed by seed.
+* "+ noise" is the normality layer without its transform (`alpha=0`), "+ transform" without its noise
+  (`noise_train=0`), "+ both" as it comes. "PER" is the projected error function loss with weight 0.01 on the outputs
+  of the norm layers. "strong" adds random shifts, and the learning rate of the best mean accuracy among
+  {rates} on three other seeds: {chosen}.
+* The last epoch counts; none is picked. Differences are means over pairs with 95 % intervals of Student's t,
+  p-values of the paired t-test, and these adjusted for all {count} comparisons (Benjamini and Hochberg).
+"""
+
+_MEASURES = (
+    ("accuracy", "accuracy %", 2),
+    ("noisy_accuracy", "noisy images %", 2),
+    ("change", "change", 3),
+    ("qq_r2", "Q-Q R²", 4),
+    ("joint_distance", "joint", 3),
+    ("correlation", "abs. corr.", 3),
+    ("mutual_information", "AMI", 3),
+    ("step_ms", "ms a step", 2),
+)
+
+
+def write(study: Study, page: Path, image: Path) -> None:
+    """Writes the page, and the picture it shows."""
+    picture(study, image)
+    relative = image.relative_to(page.parent).as_posix()
+    found = _differences(study)
+    parts = [_INTRODUCTION, _verdict(found), f"![Differences in accuracy]({relative})\n"]
+    parts += [_compared(study, found), _arms(study), _method(study), _provenance(study)]
+    page.write_text("\n".join(parts))
+
+
+def _differences(study: Study) -> list[tuple[Comparison, Difference, float]]:
+    """Every comparison's difference in accuracy, with its adjusted p-value."""
+    pairs = [(c, difference(study, c.arm, c.against, "accuracy")) for c in comparisons()]
+    known = [(c, d) for c, d in pairs if d is not None]
+    return [(c, d, p) for (c, d), p in zip(known, adjusted([d.p for _, d in known]), strict=True)]
+
+
+def _names(found: list[tuple[Comparison, Difference, float]]) -> str:
+    return ", ".join(f"{c.arm} ({d.mean:+.2f} points)" for c, d, _ in found) or "none"
+
+
+def _verdict(found: list[tuple[Comparison, Difference, float]]) -> str:
+    """What the tests say, in words made from the numbers alone."""
+    claim = [row for row in found if row[0].arm.endswith("+ both")]
+    better = [row for row in claim if row[2] < 0.05 and row[1].mean > 0]
+    worse = [row for row in claim if row[2] < 0.05 and row[1].mean < 0]
+    open_ = len(claim) - len(better) - len(worse)
+    return (
+        "## What came out\n\n"
+        f"Of {len(claim)} norms, transform and noise together change the test accuracy for the "
+        f"better in {len(better)} ({_names(better)}) and for the worse in {len(worse)} "
+        f"({_names(worse)}), at an adjusted p below 0.05. In {open_} no difference can be told from "
+        "chance.\n"
+    )
+
+
+def _compared(study: Study, found: list[tuple[Comparison, Difference, float]]) -> str:
+    rows = []
+    for comparison, accuracy, p in found:
+        rows.append([
+            comparison.arm, comparison.against, _signed(accuracy, 2), f"{accuracy.p:.3f}",
+            f"{p:.3f}", *(
+                _signed(difference(study, comparison.arm, comparison.against, name), digits)
+                for name, digits in (("noisy_accuracy", 2), ("change", 3))
+            ),
+        ])  # fmt: skip
+    head = ["arm", "against", "accuracy, points", "p", "adjusted", "noisy images, points", "change"]
+    return (
+        '## Against the plain form\n\nPaired differences with their 95 % intervals. "noisy images": '
+        'accuracy with Gaussian noise of one standard deviation on the test images. "change": relative '
+        "change of the outputs when half a standard deviation of noise is added behind a norm layer; less "
+        "is more robust.\n\n" + _markdown(rows, head)
+    )
+
+
+def _signed(found: Difference | None, digits: int) -> str:
+    if found is None:
+        return "-"
+    return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+
+
+def _arms(study: Study) -> str:
+    rows = []
+    for name in study.arms:
+        cells = [name]
+        for key, _, digits in _MEASURES:
+            mean, half = interval(study.values(name, key))
+            if math.isnan(mean):
+                cells.append("-")
+            else:
+                spread = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+                cells.append(f"{mean:.{digits}f}{spread}")
+        rows.append(cells)
+    return (
+        "## Every arm\n\nMeans with half their 95 % intervals. Q-Q R² and the joint distance tell how normal "
+        "the norm layers' outputs on test images are (1 and 0 for the normal), correlation and adjusted mutual "
+        "information how far from independent ([diagnostics](diagnostics.md)).\n\n"
+        + _markdown(rows, ["arm", *(title for _, title, _ in _MEASURES)])
+    )
+
+
+def _method(study: Study) -> str:
+    first = next(iter(study.arms.values()))
+    tuned = {name: arm for name, arm in study.arms.items() if arm["tuning"]}
+    chosen = "; ".join(
+        f"{arm['experiment']['learning_rate']:g} for {n}" for n, arm in tuned.items()
+    )
+    rates = ", ".join(next(iter(tuned.values()))["tuning"]) if tuned else "-"
+    return _METHOD.format(
+        epochs=first["experiment"]["epochs"],
+        seeds=min(len(arm["runs"]) for arm in study.arms.values()),
+        rates=rates,
+        chosen=chosen or "none in this study",
+        count=len(_differences(study)),
+    )
+
+
+def _provenance(study: Study) -> str:
+    words = ", ".join(f"{key} {value}" for key, value in study.environment.items())
+    return f"## Provenance\n\n{words}.\n"
+
+
+def _markdown(rows: list[list[Any]], head: list[str]) -> str:
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def picture(study: Study, path: Path) -> None:
+    """The differences in accuracy with their intervals, as dots and lines."""
+    from matplotlib.figure import Figure
+
+    found = _differences(study)[::-1]
+    figure = Figure(figsize=(7, 0.32 * len(found) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#777777", lw=1)
+    for height, (_, d, p) in enumerate(found):
+        colour = "#777777" if p >= 0.05 else "#0072b2" if d.mean > 0 else "#d55e00"
+        axes.plot([d.low, d.high], [height, height], color=colour, lw=2)
+        axes.plot(d.mean, height, "o", color=colour, ms=5)
+    axes.set_yticks(
+        range(len(found)), [f"{c.arm}  −  {c.against}" for c, _, _ in found], fontsize=8
+    )
+    axes.set_xlabel("test accuracy, points; 95 % interval (grey: not told from chance)", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
