@@ -2,19 +2,23 @@
 
 One library serves every Python from 3.10 and every torch from 2.10, because it uses their stable
 ABIs alone. Where there is no C++ compiler, or NORMNORM_NATIVE=0, the package installs without it
-and says so in one line.
+and says so in one line. Where there is nvcc too, the library holds the CUDA kernels, whichever
+torch it is built with; docs/backends.md describes the variables that decide about them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -48,35 +52,61 @@ AVX512 = [
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
+CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+# What torch.utils.cpp_extension understands beside numbers, for GPUs that these kernels run on.
+CUDA_NAMES = {
+    "Ampere": "8.0 8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
+CUDA_STORAGES = ("float32", "float64", "bfloat16", "float16")
+
 
 class Unbuildable(Exception):
     """Why the kernels cannot be built here; the package works without them."""
 
 
-def sources() -> list[tuple[str, Path, list[str]]]:
-    """(object name, source, own flags) of every object in the library."""
+class Unit(NamedTuple):
+    """One object of the library."""
+
+    name: str
+    source: Path
+    flags: list[str]
+    compiler: list[str]
+
+
+def define(name: str, text: str) -> str:
+    """A macro that holds a text."""
+    return f"-D{name}={json.dumps(text)}"
+
+
+def sources(cxx: list[str], without_cuda: str) -> list[Unit]:
+    """What every library holds; ``without_cuda`` says why it has no CUDA kernels, or is empty."""
     instruction_sets = {
         "generic": ["-DNN_GENERIC"],
         **({"avx2": AVX2, "avx512": AVX512} if X86 else {}),
     }
-    kernels = []
+    units = []
     for isa, flags in instruction_sets.items():
         names = [f"-DNN_KERNEL_TABLE={isa}_kernels", f'-DNN_ISA_NAME="{isa}"']
         own = [*flags, *names, "-Wno-uninitialized"]  # gcc's own intrinsics set that warning off
-        kernels.append((f"kernels_{isa}", CSRC / "cpu/kernels.cpp", own))
-    build_flags = " ".join(FLAGS) + f" torch {TORCH_TARGET}"
-    plain = [
-        ("dispatch", CSRC / "cpu/dispatch.cpp", []),
-        ("layout", CSRC / "cpu/layout.cpp", []),
-        ("arguments", CSRC / "arguments.cpp", []),
-        ("tensors", CSRC / "binding/tensors.cpp", torch_flags()),
-        (
-            "binding",
-            CSRC / "binding/cpu.cpp",
-            [*torch_flags(), f'-DNN_BUILD_FLAGS="{build_flags}"'],
-        ),
+        units.append(Unit(f"kernels_{isa}", CSRC / "cpu/kernels.cpp", [*FLAGS, *own], cxx))
+    about = [
+        define("NN_BUILD_FLAGS", f"{' '.join(FLAGS)} torch {TORCH_TARGET}"),
+        define("NN_WITHOUT_CUDA", without_cuda),
     ]
-    return kernels + plain
+    for name, source, own in (
+        ("dispatch", "cpu/dispatch.cpp", []),
+        ("layout", "cpu/layout.cpp", []),
+        ("arguments", "arguments.cpp", []),
+        ("tensors", "binding/tensors.cpp", torch_flags()),
+        ("binding", "binding/cpu.cpp", [*torch_flags(), *about]),
+    ):
+        units.append(Unit(name, CSRC / source, [*FLAGS, *own], cxx))
+    return units
 
 
 def compiler() -> list[str]:
@@ -103,13 +133,143 @@ def torch_libraries() -> list[str]:
     import torch
 
     folder = Path(torch.__file__).parent / "lib"
-    return [f"-L{folder}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    # libtorch has no symbol that is needed here, but where torch has CUDA it brings libtorch_cuda,
+    # in which the loader finds the one weak symbol of csrc/binding/cuda.cpp.
+    keep = ["-Wl,--no-as-needed"] if sys.platform.startswith("linux") else []
+    return [f"-L{folder}", *keep, "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
-def run(command: list[str]) -> None:
+class Cuda(NamedTuple):
+    """A toolkit that can compile the CUDA kernels."""
+
+    nvcc: str
+    version: str
+    include: Path
+    runtime: Path  # the static library of the CUDA runtime
+    architectures: list[str]
+
+    @classmethod
+    def find(cls) -> Cuda:
+        """The toolkit of CUDA_HOME, of PATH, of the usual place, or of PyPI's wheels."""
+        program = next((p for p in map(shutil.which, cls._places()) if p), None)
+        if program is None:
+            raise Unbuildable("no nvcc was found")
+        program = os.path.realpath(program)
+        told = run([program, "--version"])
+        version = re.search(r"release (\d+\.\d+)", told)
+        # nvcc may be a script that calls another: what it would run tells where its toolkit is.
+        top = re.search(r"^#\$ TOP=(.*)$", run([program, "--dryrun", "-c", "x.cu"]), re.MULTILINE)
+        root = Path(top[1].strip()) if top else Path(program).parent.parent
+        libraries = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
+        includes = [root / "include", *root.glob("targets/*/include")]
+        runtime = next((f / cls._RUNTIME for f in libraries if (f / cls._RUNTIME).exists()), None)
+        include = next((f for f in includes if (f / "cuda_runtime.h").exists()), None)
+        if version is None or runtime is None or include is None:
+            raise Unbuildable(f"the CUDA toolkit of {program} lacks its headers or {cls._RUNTIME}")
+        return cls(program, version[1], include, runtime, cls._architectures(program, version[1]))
+
+    _RUNTIME = "libcudart_static.a"
+
+    @staticmethod
+    def _places() -> list[str]:
+        homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+        wheels = [str(f) for p in sys.path for f in sorted(Path(p or ".").glob("nvidia/cu[0-9]*"))]
+        return [
+            *(f"{home}/bin/nvcc" for home in homes),
+            "nvcc",
+            *(f"{home}/bin/nvcc" for home in ("/usr/local/cuda", *wheels)),
+        ]
+
+    @staticmethod
+    def _architectures(nvcc: str, version: str) -> list[str]:
+        """TORCH_CUDA_ARCH_LIST, names as numbers; each is one this nvcc compiles for."""
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+        names = asked.replace(";", " ").split()
+        words = [word for name in names for word in CUDA_NAMES.get(name, name).split()]
+        known = run([nvcc, "--list-gpu-code"]).split()
+        for word in words:
+            number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+            if number is None:
+                raise Unbuildable(
+                    f"TORCH_CUDA_ARCH_LIST must hold numbers such as 8.0, 9.0a or 10.0+PTX, or "
+                    f"{', '.join(CUDA_NAMES)}; got '{word}'"
+                )
+            if int(number[1]) < 8 or f"sm_{number[1]}{number[2]}" not in known:
+                raise Unbuildable(
+                    f"nvcc {version} cannot compile these kernels for the architecture {word} in "
+                    f"TORCH_CUDA_ARCH_LIST (they need 8.0 or newer, and it knows {' '.join(known)})"
+                )
+        return list(dict.fromkeys(words))
+
+    def flags(self) -> list[str]:
+        code = []
+        for word in self.architectures:
+            number = word.removesuffix("+PTX").replace(".", "")
+            code.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if word.endswith("+PTX"):
+                code.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        compressed = ["--compress-mode=size"] if self.version_number() >= (12, 8) else []
+        words = shlex.split(os.environ.get("CXX", ""))
+        host = [w for w in words if not w.startswith("-")][-1:]  # without flags and ccache
+        return [
+            *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+            *code,
+            *compressed,
+            *(f"-ccbin={name}" for name in host),
+        ]
+
+    def version_number(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in self.version.split("."))
+
+    def sources(self, cxx: list[str]) -> list[Unit]:
+        """The kernels and their binding; the longest compilations first."""
+        units = [
+            Unit(f"cuda_{name}", CSRC / f"cuda/{name}.cu", self.flags(), [self.nvcc])
+            for name in (*CUDA_STORAGES, "launch")
+        ]
+        about = [
+            *("-isystem", str(self.include)),
+            define("NN_CUDA_ARCHITECTURES", " ".join(self.architectures)),
+            define("NN_CUDA_COMPILER", f"nvcc {self.version}"),
+        ]
+        for name, own in (
+            ("cuda", torch_flags()),
+            ("by_definition", torch_flags()),
+            ("cuda_problem", []),
+            ("cuda_about", about),
+        ):
+            flags = [*FLAGS, *own]
+            units.append(Unit(f"binding_{name}", CSRC / f"binding/{name}.cpp", flags, cxx))
+        return units
+
+    def libraries(self) -> list[str]:
+        """The runtime, linked statically and kept out of the symbols that others see."""
+        return [str(self.runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+
+
+def find_cuda() -> Cuda | str:
+    """The toolkit to compile the CUDA kernels with, or why there is none."""
+    wanted = os.environ.get("NORMNORM_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"normnorm: NORMNORM_CUDA must be auto, 0 or 1; got '{wanted}'")
+    if wanted == "0":
+        return "NORMNORM_CUDA=0"
+    if not sys.platform.startswith("linux"):
+        return "the CUDA kernels are built on Linux"
+    try:
+        return Cuda.find()
+    except Unbuildable as reason:
+        if wanted == "1":
+            raise SystemExit(f"normnorm: the CUDA kernels were required: {reason}") from None
+        return str(reason).splitlines()[0]
+
+
+def run(command: list[str]) -> str:
+    """What the program printed."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Unbuildable(f"the compiler failed:\n{shlex.join(command)}\n{done.stderr}")
+        raise Unbuildable(f"the compiler failed\n{shlex.join(command)}\n{done.stderr}")
+    return done.stdout + done.stderr
 
 
 def up_to_date(target: Path, command: list[str]) -> bool:
@@ -124,11 +284,12 @@ def up_to_date(target: Path, command: list[str]) -> bool:
     return all(os.path.exists(w) and os.path.getmtime(w) <= made for w in words)
 
 
-def compile_object(item: tuple[str, Path, list[str]], folder: Path, cxx: list[str]) -> Path:
-    name, source, flags = item
-    target = folder / f"{name}.o"
-    command = [*cxx, *FLAGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", "")), "-MMD", "-MF",
-               str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]  # fmt: skip
+def compile_object(unit: Unit, folder: Path) -> Path:
+    target = folder / f"{unit.name}.o"
+    own = [] if unit.source.suffix == ".cu" else shlex.split(os.environ.get("CXXFLAGS", ""))
+    depends = ["-MD", "-MF"] if unit.source.suffix == ".cu" else ["-MMD", "-MF"]
+    command = [*unit.compiler, *unit.flags, *own, *depends, str(target.with_suffix(".d")),
+               "-c", str(unit.source), "-o", str(target)]  # fmt: skip
     if not up_to_date(target, command):
         run(command)
         target.with_suffix(".cmd").write_text(shlex.join(command))
@@ -157,19 +318,43 @@ class BuildKernels(build_ext):
                 print("\n".join(rest), file=sys.stderr)
 
     def build_library(self, target: Path) -> None:
+        cuda = find_cuda()
+        if isinstance(cuda, Cuda):
+            try:
+                self.build_with(cuda, "", target)
+                return
+            except Unbuildable as failure:
+                if os.environ.get("NORMNORM_CUDA") == "1":
+                    raise SystemExit(
+                        f"normnorm: the CUDA kernels were required: {failure}"
+                    ) from None
+                cuda, *words = str(failure).splitlines()
+                print("\n".join(words), file=sys.stderr)
+        self.build_with(None, cuda, target)
+        if cuda != "NORMNORM_CUDA=0":
+            print(f"normnorm: built for the CPU alone: {cuda}", flush=True)
+
+    def build_with(self, cuda: Cuda | None, without_cuda: str, target: Path) -> None:
         cxx = compiler()
         folder = Path(self.build_temp).resolve() / "objects"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        units = [*(cuda.sources(cxx) if cuda else []), *sources(cxx, without_cuda)]
         jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(lambda item: compile_object(item, folder, cxx), sources()))
+            compiling = [pool.submit(compile_object, unit, folder) for unit in units]
+            try:
+                objects = [compiled.result() for compiled in compiling]
+            except Unbuildable:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         strip = ["-Wl,-s"] if sys.platform.startswith("linux") else []
-        run([*cxx, "-shared", *map(str, objects), *torch_libraries(), *strip, "-o", str(target)])
-        print(
-            f"normnorm: compiled kernels for {platform.machine()} built into {target.name}",
-            flush=True,
-        )
+        libraries = [*torch_libraries(), *(cuda.libraries() if cuda else [])]
+        run([*cxx, "-shared", *map(str, objects), *libraries, *strip, "-o", str(target)])
+        what = platform.machine()
+        if cuda:
+            what += f" and for CUDA {' '.join(cuda.architectures)} (nvcc {cuda.version})"
+        print(f"normnorm: compiled kernels for {what} built into {target.name}", flush=True)
 
     def get_ext_filename(self, name: str) -> str:
         return os.path.join(*name.split(".")) + ".abi3.so"

@@ -1,5 +1,5 @@
 """``normnorm doctor``: what is installed, which backends can run and why not, and whether they
-give the right numbers here."""
+give the right numbers here. ``normnorm doctor --plan SHAPE``: which CUDA kernels would serve."""
 
 from __future__ import annotations
 
@@ -15,15 +15,51 @@ import torch
 
 import normnorm
 from normnorm import backends, selfcheck
+from normnorm.backends import cuda
 
 __all__ = ["add_arguments", "run"]
 
 # One dtype that stores what it computes and one that does not.
 _CHECKED = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_KINDS = ("batch", "layer", "group", "instance")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(int(size) for size in text.replace("x", ",").split(","))
+    if min(shape) < 1:
+        raise ValueError
+    return shape
+
+
+_shape.__name__ = "shape"  # what argparse calls it when it refuses one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    plan = parser.add_argument_group("which CUDA kernels would serve a tensor (no GPU is needed)")
+    plan.add_argument(
+        "--plan", metavar="SHAPE", type=_shape, help="print that instead, for 256,64,56,56"
+    )
+    plan.add_argument("--kind", choices=_KINDS, default="batch")
+    plan.add_argument("--dtype", choices=[_dtype_name(d) for d in _DTYPES], default="float32")
+    plan.add_argument(
+        "--memory-format", choices=("contiguous", "channels_last"), default="contiguous"
+    )
+    plan.add_argument("--num-groups", type=int, help="for kind group (32)")
+    plan.add_argument("--normalized-ndim", type=int, help="for kind layer: trailing dimensions (1)")
+    plan.add_argument("--no-noise", action="store_true", help="a layer with noise_train=0")
+    plan.add_argument("--no-affine", action="store_true", help="a layer without weight and bias")
+    plan.add_argument(
+        "--device-model",
+        choices=tuple(cuda.DEVICE_MODELS),
+        help="the GPU to assume (the one that is here, else H200)",
+    )
+    plan.add_argument("--sms", type=int, help="how many multiprocessors to assume")
 
 
 def _version(package: str) -> str | None:
@@ -60,7 +96,7 @@ def _check_backends() -> list[dict[str, Any]]:
                 "mode": case.mode,
                 "backend": backend,
                 "device": device,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": _dtype_name(dtype),
                 "bound": selfcheck.bound(dtype),
             }
             try:
@@ -78,7 +114,11 @@ def report() -> dict[str, Any]:
     """The whole diagnosis as plain data; ``ok`` says whether every check passed."""
     available = backends.available_backends()
     checks = _check_backends()
-    details = {"cpu": backends.cpu.info()} if available["cpu"] is None else {}
+    details: dict[str, dict[str, Any]] = {}
+    if available["cpu"] is None:
+        details["cpu"] = dict(backends.cpu.info())
+    if cuda.missing() is None:
+        details["cuda"] = dict(cuda.info())
     return {
         "environment": environment(),
         "backends": available,
@@ -112,8 +152,102 @@ def _print_report(found: dict[str, Any]) -> None:
     print(f"\n{len(found['checks']) - missed} checks passed, {missed} missed")
 
 
+def _planned_device(arguments: argparse.Namespace) -> tuple[cuda.Device, str]:
+    """The GPU to plan for, and what to say of it."""
+    here = cuda.current_device()
+    if arguments.device_model is not None:
+        device, why = cuda.DEVICE_MODELS[arguments.device_model], "assumed, as asked"
+    elif here is not None:
+        device, why = here, "the GPU of this machine"
+    else:
+        device, why = cuda.DEVICE_MODELS["H200"], "assumed: there is no GPU here"
+    if arguments.sms is not None:
+        device = device._replace(multiprocessors=arguments.sms)
+    return device, why
+
+
+def plans(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``--plan`` prints, as plain data.
+
+    Raises:
+        RuntimeError: the library holds no CUDA kernels.
+        ValueError: no such layer takes a tensor of that shape.
+    """
+    if arguments.sms is not None and arguments.sms < 1:
+        raise ValueError(f"--sms must be positive; got {arguments.sms}")
+    device, why = _planned_device(arguments)
+    dtype = next(d for d in _DTYPES if _dtype_name(d) == arguments.dtype)
+    input = torch.empty(arguments.plan, dtype=dtype, device="meta")
+    if arguments.memory_format == "channels_last":
+        if input.dim() < 3:
+            raise ValueError(f"channels_last wants (N, C, spatial...); got {arguments.plan}")
+        input = input.movedim(1, -1).contiguous().movedim(-1, 1)
+    kind = arguments.kind
+    num_groups, ndim = arguments.num_groups, arguments.normalized_ndim
+    options: dict[str, Any] = {
+        "num_groups": num_groups if num_groups is not None else 32 if kind == "group" else 0,
+        "normalized_ndim": ndim if ndim is not None else 1 if kind == "layer" else 0,
+        "noise": not arguments.no_noise,
+        "affine": not arguments.no_affine,
+    }
+    return {
+        "shape": list(arguments.plan),
+        "kind": kind,
+        "dtype": arguments.dtype,
+        "memory_format": arguments.memory_format,
+        **options,
+        "device": {**device._asdict(), "source": why},
+        **{
+            name: cuda.plan(input, kind, device, backward=backward, **options)._asdict()
+            for name, backward in (("forward", False), ("backward", True))
+        },
+    }
+
+
+def _print_plans(found: dict[str, Any]) -> None:
+    device, forward = found["device"], found["forward"]
+    shape = ", ".join(map(str, found["shape"]))
+    print(f"kind {found['kind']}, shape ({shape}), {found['dtype']}, {found['memory_format']}")
+    print(
+        f"on {device['name']} ({device['source']}): {device['multiprocessors']} multiprocessors, "
+        f"{device['shared_bytes'] // 1024} KiB of shared memory a block, "
+        f"{'' if device['clusters'] else 'no '}clusters"
+    )
+    print(
+        f"{forward['groups']} groups of {forward['group_size']} elements, "
+        f"walked by {forward['walk']}\n"
+    )
+    columns = ("threads", "blocks", "teams", "waves", "workspace")
+    print(f"{'':10}{'groups live in':46}{''.join(f'{column:>10}' for column in columns)}")
+    for name in ("forward", "backward"):
+        plan = found[name]
+        numbers = "".join(f"{plan[column]:10}" for column in columns)
+        print(f"{name:10}{plan['rung']:46}{numbers}")
+    what = "tile of columns" if forward["walk"] == "columns" else "group"
+    print(
+        f"\nthreads of a block; blocks of a team, which takes one {what} at a time; teams at work\n"
+        f"at the same time; waves: how many a team takes, one after the other; workspace in bytes"
+    )
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    try:
+        found = plans(arguments)
+    except (RuntimeError, ValueError) as reason:
+        print(f"no plan: {reason}", file=sys.stderr)
+        return 2 if isinstance(reason, ValueError) else 1
+    if arguments.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        _print_plans(found)
+    return 0
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report; 1 where a check missed its bound."""
+    """Prints the report, or a plan; 1 where a check missed its bound, or there are no kernels."""
+    if arguments.plan is not None:
+        return _run_plan(arguments)
     found = report()
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import normnorm
-from normnorm import backends, cli, doctor, gradcheck, selfcheck
+from normnorm import backends, cli, gradcheck, selfcheck
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_doctor_reports_a_kernel_that_raises(monkeypatch, capsys):
         raise RuntimeError("this kernel is broken")
 
     monkeypatch.setattr(selfcheck, "worst_errors", broken)
-    assert doctor.run(type("Arguments", (), {"json": False})()) == 1
+    assert cli.main(["doctor"]) == 1
     assert "this kernel is broken" in capsys.readouterr().out
 
 

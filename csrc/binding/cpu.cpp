@@ -346,3 +346,6 @@ extern "C" __attribute__((visibility("default"))) const char* normnorm_cpu_isa()
 extern "C" __attribute__((visibility("default"))) const char* normnorm_build() {
   return "compiler: " __VERSION__ "; flags: " NN_BUILD_FLAGS;
 }
+
+// Why the library has no CUDA kernels; empty where it has them.
+extern "C" __attribute__((visibility("default"))) const char* normnorm_without_cuda() { return NN_WITHOUT_CUDA; }

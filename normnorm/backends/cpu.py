@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["DEVICE_TYPE", "NAME", "info", "unavailable_reason"]
+__all__ = ["DEVICE_TYPE", "NAME", "info", "library", "text", "unavailable_reason"]
 
 NAME = "cpu"
 DEVICE_TYPE = "cpu"
@@ -36,8 +36,14 @@ def unavailable_reason() -> str | None:
     return _reason
 
 
-def _text(function: str) -> str:
-    call = getattr(ctypes.CDLL(str(LIBRARY)), function)
+def library() -> ctypes.CDLL:
+    """The library, for what it says of itself."""
+    return ctypes.CDLL(str(LIBRARY))
+
+
+def text(function: str) -> str:
+    """What a function of the library that returns a text returns."""
+    call = getattr(library(), function)
     call.restype = ctypes.c_char_p
     return str(call().decode())
 
@@ -47,7 +53,7 @@ def info() -> dict[str, str | int]:
     if _reason is not None:
         return {"unavailable": _reason}
     return {
-        "isa": _text("normnorm_cpu_isa"),
-        "build": _text("normnorm_build"),
+        "isa": text("normnorm_cpu_isa"),
+        "build": text("normnorm_build"),
         "threads": torch.get_num_threads(),
     }

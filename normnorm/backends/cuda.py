@@ -1,17 +1,296 @@
-"""The CUDA kernels of the compiled library: whether they can run here, and why not."""
+"""The CUDA kernels of the compiled library: whether they can run here, why not, and which of them
+would serve a tensor."""
 
 from __future__ import annotations
 
-__all__ = ["DEVICE_TYPE", "NAME", "register", "unavailable_reason"]
+import ctypes
+import re
+from typing import NamedTuple
+
+import torch
+
+from normnorm import backends
+from normnorm.backends import cpu
+
+__all__ = [
+    "DEVICE_MODELS",
+    "DEVICE_TYPE",
+    "NAME",
+    "Device",
+    "Plan",
+    "current_device",
+    "info",
+    "missing",
+    "plan",
+    "register",
+    "serves",
+    "unavailable_reason",
+]
 
 NAME = "cuda"
 DEVICE_TYPE = "cuda"
 
 
+def missing() -> str | None:
+    """None where the library holds CUDA kernels; else one sentence that says why it does not."""
+    reason = cpu.unavailable_reason()
+    if reason is not None:
+        return reason
+    library = cpu.library()
+    if not hasattr(library, "normnorm_without_cuda"):
+        return "the compiled library is older than this package: it has to be built again"
+    reason = cpu.text("normnorm_without_cuda")
+    if reason:
+        return f"the CUDA kernels were not built at installation: {reason}"
+    return None
+
+
+def architectures() -> list[str]:
+    """What the kernels were compiled for, as in TORCH_CUDA_ARCH_LIST: "9.0", "10.0+PTX"."""
+    return cpu.text("normnorm_cuda_architectures").split()
+
+
+def serves(compiled: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for the architectures ``compiled`` runs on a GPU of a compute capability:
+    machine code within its major version, PTX on everything newer."""
+    for word in compiled:
+        number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        assert number is not None, word
+        major, minor, variant, ptx = int(number[1]), int(number[2]), number[3], number[4]
+        if variant == "a":  # of one architecture alone, as PTX too
+            if (major, minor) == capability:
+                return True
+            continue
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if ptx and not variant and (major, minor) <= capability:
+            return True
+    return False
+
+
+def _versions() -> tuple[int, int]:
+    """(CUDA runtime that is linked in, newest one that the driver serves), 13000 for 13.0; a
+    missing driver is 0."""
+    versions = (ctypes.c_int * 2)()
+    cpu.library().normnorm_cuda_versions(versions)
+    return versions[0], versions[1]
+
+
+def _version_text(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def unavailable_reason() -> str | None:
     """None where the kernels can run; else one sentence that says why not."""
-    return "this version's CUDA kernels are not bound to torch yet"
+    reason = missing()
+    if reason is not None:
+        return reason
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if torch.cuda.device_count() == 0:
+        return "torch sees no GPU (there is none, its driver is missing, or it is hidden from us)"
+    runtime, driver = _versions()
+    # A driver serves every runtime of its own major version.
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the kernels were built with CUDA {_version_text(runtime)}, and the driver serves "
+            f"CUDA up to {_version_text(driver)}"
+        )
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if not any(serves(architectures(), capability) for capability in found):
+        wanted = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(found)))
+        return (
+            f"the kernels were compiled for {' '.join(architectures())}, and the GPU here is "
+            f"{wanted}: build them with TORCH_CUDA_ARCH_LIST={wanted.split(', ')[0]}"
+        )
+    return None
 
 
 def register() -> None:
     """Takes the kernels into the registry."""
+    backends.register_compiled(NAME, DEVICE_TYPE)
+
+
+def info() -> dict[str, str]:
+    """How the kernels were built: architectures, compiler, runtime; and what the driver serves."""
+    reason = missing()
+    if reason is not None:
+        return {"unavailable": reason}
+    runtime, driver = _versions()
+    return {
+        "architectures": " ".join(architectures()),
+        "compiler": cpu.text("normnorm_cuda_compiler"),
+        "runtime": _version_text(runtime),
+        "driver": _version_text(driver) if driver else "none",
+    }
+
+
+# --- which kernels would serve a tensor ---
+
+
+class Device(NamedTuple):
+    """What the ladder of kernels looks at in a GPU.
+
+    Attributes:
+        name: for people.
+        multiprocessors: how many.
+        shared_bytes: shared memory that one block may ask for.
+        clusters: whether blocks can share their memory in clusters (compute capability 9.0 on).
+    """
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int
+    clusters: bool
+
+
+# From NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities.
+DEVICE_MODELS = {
+    device.name: device
+    for device in (
+        Device("A100", 108, 166912, False),
+        Device("L40S", 142, 101376, False),
+        Device("RTX4090", 128, 101376, False),
+        Device("H100", 132, 232448, True),
+        Device("H200", 132, 232448, True),
+        Device("B200", 148, 232448, True),
+    )
+}
+
+
+def current_device() -> Device | None:
+    """The GPU that torch uses now; None where there is none."""
+    if missing() is not None or torch.version.cuda is None or torch.cuda.device_count() == 0:
+        return None
+    index = torch.cuda.current_device()
+    facts = (ctypes.c_int * 3)()
+    if cpu.library().normnorm_cuda_device(index, facts) != 0:
+        return None
+    return Device(torch.cuda.get_device_name(index), facts[0], facts[1], bool(facts[2]))
+
+
+class _Request(ctypes.Structure):
+    """PlanRequest of csrc/binding/cuda_about.cpp."""
+
+    _fields_ = [
+        ("kind", ctypes.c_char_p),
+        ("num_groups", ctypes.c_int64),
+        ("normalized_ndim", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("storage", ctypes.c_int32),
+        ("channels_last", ctypes.c_int32),
+        ("noise", ctypes.c_int32),
+        ("affine", ctypes.c_int32),
+        ("backward", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
+        ("clusters", ctypes.c_int32),
+    ]
+
+
+class _Answer(ctypes.Structure):
+    """PlanAnswer of csrc/binding/cuda_about.cpp."""
+
+    _fields_ = [
+        ("groups", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("items", ctypes.c_int64),
+        ("workspace", ctypes.c_int64),
+        ("columns", ctypes.c_int32),
+        ("rung", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
+        ("teams", ctypes.c_int32),
+        ("shared_chunks", ctypes.c_int32),
+    ]
+
+
+class Plan(NamedTuple):
+    """How the kernels would serve one pass over a tensor.
+
+    Attributes:
+        walk: "rows" or "columns": what a chunk of neighbouring elements belongs to.
+        groups, group_size: groups in the tensor, and elements in a group.
+        rung: where a group lives between the rounds.
+        threads: of a block.
+        blocks: of a team, which takes one group (of a columns walk: one tile of columns) at a time.
+        teams: at work at the same time.
+        waves: how many groups or tiles a team takes, one after the other.
+        workspace: bytes of scratch memory.
+    """
+
+    walk: str
+    groups: int
+    group_size: int
+    rung: str
+    threads: int
+    blocks: int
+    teams: int
+    waves: int
+    workspace: int
+
+
+# Of the C++ enum, in its order.
+_STORAGES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_RUNGS = ("", "block", "cluster", "co-operating blocks", "streaming")
+
+
+def _rung(answer: _Answer) -> str:
+    rung = _RUNGS[answer.rung]
+    if rung == "streaming":
+        return rung
+    if rung == "block" and answer.threads == 32 and answer.shared_chunks == 0:
+        return "warp, registers"
+    return rung + (", registers" if answer.shared_chunks == 0 else ", registers and shared memory")
+
+
+def plan(
+    input: torch.Tensor,
+    kind: str,
+    device: Device,
+    *,
+    num_groups: int = 0,
+    normalized_ndim: int = 0,
+    noise: bool = True,
+    affine: bool = True,
+    backward: bool = False,
+) -> Plan:
+    """How one pass over a tensor is served; the tensor may be on the meta device.
+
+    Args:
+        input: of any size and of dense strides; only its shape, strides and dtype are looked at.
+        kind, num_groups, normalized_ndim: as in the ops.
+        device: a GPU that need not exist.
+        noise: whether the layer adds noise.
+        affine: whether it has a weight and a bias, whose gradients are wanted.
+        backward: the backward pass instead of the forward one.
+
+    Raises:
+        RuntimeError: the library holds no CUDA kernels.
+        ValueError: no such layer takes that tensor; the sentence says why.
+    """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(reason)
+    if input.dtype not in _STORAGES:
+        raise ValueError(f"dtype must be one of {_STORAGES}; got {input.dtype}")
+    dim = input.dim()
+    last = dim > 2 and input.stride(1) == 1 and input.size(1) > 1
+    request = _Request(
+        kind.encode(), num_groups, normalized_ndim, dim, (ctypes.c_int64 * dim)(*input.shape),
+        (ctypes.c_int64 * dim)(*input.stride()), _STORAGES.index(input.dtype), last, noise, affine,
+        backward, device.multiprocessors, device.shared_bytes, device.clusters,
+    )  # fmt: skip
+    answer = _Answer()
+    ask = cpu.library().normnorm_cuda_plan_shape
+    ask.restype = ctypes.c_char_p
+    problem = ask(ctypes.byref(request), ctypes.byref(answer))
+    if problem is not None:
+        raise ValueError(problem.decode())
+    return Plan(
+        "columns" if answer.columns else "rows", answer.groups, answer.group_size, _rung(answer),
+        answer.threads, answer.blocks, answer.teams, -(-answer.items // max(answer.teams, 1)),
+        answer.workspace,
+    )  # fmt: skip

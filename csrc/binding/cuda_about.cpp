@@ -1,0 +1,117 @@
+// What the CUDA part of the library says of itself, read through ctypes by normnorm/backends/cuda.py.
+#include <cuda_runtime_api.h>
+
+#include <exception>
+#include <limits>
+#include <string>
+
+#include "../cuda/kernels.h"
+#include "cuda_device.h"
+#include "cuda_problem.h"
+
+#define NN_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace normnorm {
+
+const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+namespace {
+
+const cuda::Passes& passes_for(cpu::Storage storage) {
+  switch (storage) {
+    case cpu::Storage::kFloat64:
+      return cuda::float64_passes();
+    case cpu::Storage::kBFloat16:
+      return cuda::bfloat16_passes();
+    case cpu::Storage::kFloat16:
+      return cuda::float16_passes();
+    default:
+      return cuda::float32_passes();
+  }
+}
+
+}  // namespace
+}  // namespace normnorm
+
+// The architectures that there is machine code for, those with +PTX also for newer ones.
+NN_EXPORT const char* normnorm_cuda_architectures() { return NN_CUDA_ARCHITECTURES; }
+NN_EXPORT const char* normnorm_cuda_compiler() { return NN_CUDA_COMPILER; }
+
+// The version of the runtime that is linked in and the newest that the driver serves (0: no driver), as CUDA writes
+// them: 13000 is 13.0.
+NN_EXPORT void normnorm_cuda_versions(int versions[2]) {
+  if (cudaRuntimeGetVersion(&versions[0]) != cudaSuccess) versions[0] = 0;
+  if (cudaDriverGetVersion(&versions[1]) != cudaSuccess) versions[1] = 0;
+}
+
+// What the ladder of kernels looks at in a GPU: multiprocessors, shared memory of a block, whether there are clusters.
+NN_EXPORT int normnorm_cuda_device(int index, int facts[3]) {
+  int major = 0;
+  cudaError_t e = cudaDeviceGetAttribute(&facts[0], cudaDevAttrMultiProcessorCount, index);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&facts[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  facts[2] = major >= 9;
+  return e;
+}
+
+// Which plan would serve a tensor, on a device that need not exist. Mirrored by normnorm/backends/cuda.py.
+struct PlanRequest {
+  const char* kind;
+  int64_t num_groups, normalized_ndim;
+  int64_t dim;
+  const int64_t *sizes, *strides;
+  int32_t storage;  // cpu::Storage
+  int32_t channels_last, noise, affine, backward;
+  int32_t multiprocessors, shared_bytes, clusters;
+};
+
+struct PlanAnswer {
+  int64_t groups, group_size;
+  int64_t items;  // that the teams take in turn: groups, or tiles of columns
+  int64_t workspace;
+  int32_t columns, rung, threads, blocks, teams, shared_chunks;
+};
+
+// Null, or a sentence that says what is wrong with the request.
+NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanAnswer* answer) {
+  using namespace normnorm;
+  static thread_local std::string problem;
+  try {
+    const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
+    Arguments a;
+    a.input.given = true;
+    a.input.dim = request->dim;
+    a.input.sizes = request->sizes;
+    a.input.strides = request->strides;
+    a.input.dtype = dtypes[request->storage];
+    Config c;
+    c.kind_name = request->kind;
+    c.num_groups = request->num_groups;
+    c.normalized_ndim = request->normalized_ndim;
+    c.channels_last = request->channels_last != 0;
+    check_forward(a, c);
+    const bool noise = request->noise && (!request->backward || request->affine);
+    const cpu::Layout layout = cuda_layout(a.input, a.input, c, noise);
+    cuda::Problem p = cuda_problem(cpu::Storage(request->storage), layout, c, noise);
+    // Never read: tensors that begin on a boundary, as torch allocates them.
+    alignas(16) static char somewhere[16];
+    const cpu::Strides strides = *layout.strides(a.input);
+    p.input = p.output = p.grad_output = {somewhere, strides};
+    if (request->affine) p.weight = p.bias = p.grad_weight = p.grad_bias = {somewhere, true};
+    const cuda::Device device = {request->multiprocessors, request->shared_bytes, request->clusters != 0};
+    const cuda::Passes& passes = passes_for(p.storage);
+    const bool backward = request->backward != 0;
+    const cuda::Plan plan = passes.plan(p, backward, device);
+    const size_t workspace = passes.workspace(p, backward, device);
+    // As many teams as anyone may ask for are as many as there are items.
+    p.force.teams = std::numeric_limits<int>::max();
+    const bool streaming = plan.rung == cuda::Rung::kStreaming;
+    const int64_t items = streaming && !p.geometry.columns ? p.geometry.groups() : passes.plan(p, backward, device).teams;
+    *answer = {p.geometry.groups(), p.geometry.group_size(), items, int64_t(workspace), p.geometry.columns,
+               int(plan.rung), plan.threads, plan.blocks, plan.teams, plan.shared_chunks};
+  } catch (const std::exception& e) {
+    problem = e.what();
+    return problem.c_str();
+  }
+  return nullptr;
+}
