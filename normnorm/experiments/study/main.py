@@ -82,7 +82,9 @@ def _train(study: Any, chosen: list[Any], seeds: tuple[int, ...], path: Path) ->
             if kept is None:
                 tuning = tune(experiment, world) if arm.tuned else None
                 if tuning is not None:
-                    experiment = replace(experiment, learning_rate=max(tuning, key=tuning.get))
+                    experiment = replace(
+                        experiment, learning_rate=max(tuning, key=tuning.__getitem__)
+                    )
                 setting = experiment.to_dict()
                 del setting["seed"]
                 kept = {

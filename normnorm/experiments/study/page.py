@@ -20,24 +20,44 @@ This page is generated from stored results by `normnorm study --page`; its numbe
 
 Eftekhari and Papyan report that networks with normality normalization generalize better and are
 more robust than with the plain layers. Their experiments take GPUs and days
-([`normnorm train`](experiments.md) runs them). This study asks the same of small networks on scikit-learn's
-1797 handwritten digits (8 x 8), with enough seeds to tell a difference from chance, and reports what came
-out. Small digits are an easy task: what is found or not found here says little about larger ones.
+([`normnorm train`](experiments.md) runs them). This study asks the same of small networks on
+scikit-learn's 1797 handwritten digits (8 x 8), with enough seeds to tell a difference from chance,
+and reports what came out. Small digits are an easy task: what is found or not found here says
+little about larger ones.
 """
 
 _METHOD = """\
 ## Method
 
-* A convolutional net (two stages, 16 and 32 channels) with SGD 0.1, momentum 0.9, weight decay 5e-4, batches of
-  64; a transformer (two blocks, width 48) with AdamW 1e-3, weight decay 0.05, batches of 32; {epochs} epochs at a
-  constant learning rate, {seeds} seeds. Each seed holds out another quarter of the images, and fixes initialization,
-  order and noise; arms are compared seed by seed.
-* "+ noise" is the normality layer without its transform (`alpha=0`), "+ transform" without its noise
-  (`noise_train=0`), "+ both" as it comes. "PER" is the projected error function loss with weight 0.01 on the outputs
-  of the norm layers. "strong" adds random shifts, and the learning rate of the best mean accuracy among
-  {rates} on three other seeds: {chosen}.
-* The last epoch counts; none is picked. Differences are means over pairs with 95 % intervals of Student's t,
-  p-values of the paired t-test, and these adjusted for all {count} comparisons (Benjamini and Hochberg).
+* A convolutional net (two stages, 16 and 32 channels) with SGD 0.1, momentum 0.9, weight decay
+  5e-4, batches of 64 and a tenth of the learning rate after every {step} epochs; a transformer
+  (two blocks, width 48) with AdamW 1e-3, weight decay 0.05 and batches of 32; {epochs} epochs,
+  {seeds} seeds. Each seed holds out another quarter of the images, and fixes initialization, order
+  and noise; arms are compared seed by seed.
+* "+ noise" is the normality layer without its transform (`alpha=0`), "+ transform" without its
+  noise (`noise_train=0`), "+ both" as it comes. "PER" is the projected error function loss with
+  weight 0.01 on the outputs of the norm layers. "strong" adds random shifts, and the learning rate
+  with the best mean accuracy among {rates} on three other seeds: {chosen}.
+* The last epoch counts; none is picked. Differences are means over pairs with 95 % intervals of
+  Student's t, p-values of the paired t-test, and these adjusted for all {count} comparisons
+  (Benjamini and Hochberg).
+"""
+
+_COMPARED = """\
+## Against the plain form
+
+Paired differences with their 95 % intervals. "noisy images": accuracy with Gaussian noise of one
+standard deviation on the test images. "change": relative change of the outputs when half a standard
+deviation of noise is added behind a norm layer; less is more robust.
+"""
+
+_EVERY_ARM = """\
+## Every arm
+
+Means with half their 95 % intervals. Q-Q R² and the joint distance tell how normal the norm layers'
+outputs on test images are (near 1 and 0 for the normal), correlation and adjusted mutual
+information how far from independent ([diagnostics](diagnostics.md)). Step times are medians beside
+whatever else the machine did; [the benchmarks](benchmarks.md) measure cost.
 """
 
 _MEASURES = (
@@ -78,13 +98,13 @@ def _verdict(found: list[tuple[Comparison, Difference, float]]) -> str:
     claim = [row for row in found if row[0].arm.endswith("+ both")]
     better = [row for row in claim if row[2] < 0.05 and row[1].mean > 0]
     worse = [row for row in claim if row[2] < 0.05 and row[1].mean < 0]
-    open_ = len(claim) - len(better) - len(worse)
+    rest = len(claim) - len(better) - len(worse)
     return (
         "## What came out\n\n"
-        f"Of {len(claim)} norms, transform and noise together change the test accuracy for the "
-        f"better in {len(better)} ({_names(better)}) and for the worse in {len(worse)} "
-        f"({_names(worse)}), at an adjusted p below 0.05. In {open_} no difference can be told from "
-        "chance.\n"
+        f"In {len(claim)} comparisons, transform and noise together change the test accuracy for\n"
+        f"the better in {len(better)}: {_names(better)};\n"
+        f"for the worse in {len(worse)}: {_names(worse)};\n"
+        f"at an adjusted p below 0.05. In {rest} no difference can be told from chance.\n"
     )
 
 
@@ -99,12 +119,7 @@ def _compared(study: Study, found: list[tuple[Comparison, Difference, float]]) -
             ),
         ])  # fmt: skip
     head = ["arm", "against", "accuracy, points", "p", "adjusted", "noisy images, points", "change"]
-    return (
-        '## Against the plain form\n\nPaired differences with their 95 % intervals. "noisy images": '
-        'accuracy with Gaussian noise of one standard deviation on the test images. "change": relative '
-        "change of the outputs when half a standard deviation of noise is added behind a norm layer; less "
-        "is more robust.\n\n" + _markdown(rows, head)
-    )
+    return _COMPARED + "\n" + _markdown(rows, head)
 
 
 def _signed(found: Difference | None, digits: int) -> str:
@@ -125,23 +140,20 @@ def _arms(study: Study) -> str:
                 spread = "" if math.isnan(half) else f" ± {half:.{digits}f}"
                 cells.append(f"{mean:.{digits}f}{spread}")
         rows.append(cells)
-    return (
-        "## Every arm\n\nMeans with half their 95 % intervals. Q-Q R² and the joint distance tell how normal "
-        "the norm layers' outputs on test images are (1 and 0 for the normal), correlation and adjusted mutual "
-        "information how far from independent ([diagnostics](diagnostics.md)).\n\n"
-        + _markdown(rows, ["arm", *(title for _, title, _ in _MEASURES)])
-    )
+    head = ["arm", *(title for _, title, _ in _MEASURES)]
+    return _EVERY_ARM + "\n" + _markdown(rows, head)
 
 
 def _method(study: Study) -> str:
     first = next(iter(study.arms.values()))
     tuned = {name: arm for name, arm in study.arms.items() if arm["tuning"]}
     chosen = "; ".join(
-        f"{arm['experiment']['learning_rate']:g} for {n}" for n, arm in tuned.items()
+        f"{arm['experiment']['learning_rate']:g} for {name}" for name, arm in tuned.items()
     )
     rates = ", ".join(next(iter(tuned.values()))["tuning"]) if tuned else "-"
     return _METHOD.format(
         epochs=first["experiment"]["epochs"],
+        step=first["experiment"]["step_epochs"],
         seeds=min(len(arm["runs"]) for arm in study.arms.values()),
         rates=rates,
         chosen=chosen or "none in this study",
