@@ -1,47 +1,51 @@
 """A model, not a measurement: a ResNet-50 training step on several GPUs of one node.
 
-The time of a collective of b bytes over p ranks is ``alpha(p) + b beta(p)``. A step is
+The time of a message of b bytes over p ranks is ``alpha(p) + b beta(p)``. A step is
 
     computation + gradients that hide behind no computation
-    [+ the layers' small all-reduces + what they read again]
+    [+ the layers' small messages + what they read again]
 
-where the bracket belongs to synchronised statistics alone. A synchronised batch layer exchanges,
-for every channel, 3 floats (count, mean and centred square sum), 4 (the sums for lambda), and
-with noise 1 (sum of x) and 1 (sum of its distance from the mean) in the forward pass, and 5 in
-the backward pass. Each waits for the one before, so none of them hides behind computation, and
-the values of a group cannot stay on the chip meanwhile: every round reads the input again.
+where the bracket belongs to synchronised statistics alone. What such a layer sends is
+:mod:`normnorm.ranks`'s: in the forward pass, for every channel, 3 numbers and a count gathered
+from all ranks, then sums of 4 numbers, and with noise of 1 and of 1; in the backward pass of 5;
+all in float64. Each message waits for the one before, so none of them hides behind computation,
+and the values of a group cannot stay on the chip meanwhile: every round reads the input again.
 
 Every parameter carries its source (:data:`PARAMETERS`). What has none, is not modelled: loading
-the data, ranks that wait for the slowest, more than one node. :mod:`normnorm.bench.gloo` checks
-the form of the model (that a step's collectives cost the sum of ``alpha + b beta``) against
-processes of this machine.
+the data, ranks that wait for the slowest, more than one node. Nor is what the layer's passes
+between the messages, PyTorch operations today, take beyond one read a round.
+:mod:`normnorm.bench.gloo` checks the form of the model (that a step's messages cost the sum of
+``alpha + b beta``) against processes of this machine.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 __all__ = [
     "GPUS",
     "PARAMETERS",
+    "Message",
     "Network",
     "Parameter",
     "Span",
     "StepTime",
     "alpha_us",
-    "gradient_buckets",
+    "gradient_messages",
     "resnet",
-    "statistics_bytes",
+    "statistics_messages",
     "step_time",
 ]
 
 GPUS = tuple(range(1, 9))  # one node, which is as far as the parameters reach
 
-_FLOAT_BYTES = 4
-# Floats a channel of each all-reduce of a synchronised layer, in the order of a step.
-FORWARD_ROUNDS = {True: (3, 4, 1, 1), False: (3, 4)}  # with noise, without
-BACKWARD_ROUNDS = (5,)
+_NUMBER_BYTES = 8  # synchronised layers send float64
+# Numbers a channel that a synchronised layer sums over the ranks, in the order of a step; before
+# them it gathers _GATHERED numbers a channel and one more.
+_GATHERED = 3
+_FORWARD_SUMS = {True: (4, 1, 1), False: (4,)}  # with noise, without
+_BACKWARD_SUMS = (5,)
 # How often a layer reads activations in its forward and its backward pass: a plain one with its
 # values on the chip and one without; a synchronised one, once a round and once more to write.
 _PLAIN_READS = (1 + 2, 2 + 4)
@@ -85,10 +89,13 @@ PARAMETERS = {
     "bus_gb_per_s": Parameter(
         235, "GB/s", "bus bandwidth of a large all-reduce on A100s of one node", _TUNING
     ),
-    "ring_base_us": Parameter(3.6, "us", "ring, LL protocol: an all-reduce's start", _TUNING),
-    "ring_step_us": Parameter(0.47, "us", "ring, LL protocol, NVLink: each of 2(p-1)", _TUNING),
+    "ring_base_us": Parameter(3.6, "us", "ring, LL protocol: a message's start", _TUNING),
+    "ring_step_us": Parameter(
+        0.47, "us", "ring, LL protocol, NVLink: a step; an all-reduce has 2(p-1), a gather p-1",
+        _TUNING,
+    ),
     "tree_base_us": Parameter(4.4, "us", "tree, LL protocol: an all-reduce's start", _TUNING),
-    "tree_step_us": Parameter(0.52, "us", "tree, LL protocol, NVLink: each of 2(p-1)", _TUNING),
+    "tree_step_us": Parameter(0.52, "us", "tree, LL protocol, NVLink: a step of 2(p-1)", _TUNING),
     "ll_share": Parameter(
         0.25, "", "of the bus bandwidth that the LL protocol reaches on a ring", _TUNING
     ),
@@ -175,16 +182,33 @@ def resnet(depth: int = 50, image: int = 224, classes: int = 1000) -> Network:
     return Network(f"ResNet-{depth}", tuple(channels), tuple(elements), parameters)
 
 
-def statistics_bytes(network: Network, noise: bool = True) -> tuple[int, ...]:
-    """Bytes of each all-reduce of a step's synchronised statistics, in their order."""
-    rounds = FORWARD_ROUNDS[noise]
-    forward = [n * c * _FLOAT_BYTES for c in network.channels for n in rounds]
-    backward = [n * c * _FLOAT_BYTES for c in reversed(network.channels) for n in BACKWARD_ROUNDS]
-    return (*forward, *backward)
+class Message(NamedTuple):
+    """One collective operation.
+
+    Attributes:
+        kind: the operation of torch.distributed.
+        bytes: that each rank puts in.
+    """
+
+    kind: Literal["all_reduce", "all_gather"]
+    bytes: int
 
 
-def gradient_buckets(network: Network) -> tuple[int, ...]:
-    """Bytes of each all-reduce of the gradients, in the order in which they become ready.
+def statistics_messages(network: Network, noise: bool = True) -> tuple[Message, ...]:
+    """The messages of a step's synchronised statistics, in their order."""
+    messages = []
+    for channels in network.channels:
+        messages.append(Message("all_gather", (_GATHERED * channels + 1) * _NUMBER_BYTES))
+        for numbers in _FORWARD_SUMS[noise]:
+            messages.append(Message("all_reduce", numbers * channels * _NUMBER_BYTES))
+    for channels in reversed(network.channels):
+        for numbers in _BACKWARD_SUMS:
+            messages.append(Message("all_reduce", numbers * channels * _NUMBER_BYTES))
+    return tuple(messages)
+
+
+def gradient_messages(network: Network) -> tuple[Message, ...]:
+    """The all-reduces of a step's gradients, in the order in which they become ready.
 
     By DistributedDataParallel's sizes; buckets are cut exactly, where torch cuts at parameters.
     """
@@ -194,7 +218,7 @@ def gradient_buckets(network: Network) -> tuple[int, ...]:
     while left > 0:
         buckets.append(min(left, _BUCKET))
         left -= buckets[-1]
-    return tuple(buckets)
+    return tuple(Message("all_reduce", size) for size in buckets)
 
 
 class Span(NamedTuple):
@@ -209,22 +233,31 @@ class Span(NamedTuple):
         return Span(self.low + other.low, self.high + other.high)
 
 
-def alpha_us(gpus: int) -> Span:
-    """Microseconds that an all-reduce of nothing takes: by NCCL's table, and the pessimist's."""
-    steps = 2 * (gpus - 1)
-    ring = _value("ring_base_us") + steps * _value("ring_step_us")
-    tree = _value("tree_base_us") + steps * _value("tree_step_us")
-    return Span(min(ring, tree), _value("slow_alpha_us"))
+def alpha_us(gpus: int, kind: str = "all_reduce") -> Span:
+    """Microseconds that a message of nothing takes: by NCCL's table, and the pessimist's."""
+    steps = gpus - 1
+    if kind == "all_gather":
+        low = _value("ring_base_us") + steps * _value("ring_step_us")
+    else:
+        ring = _value("ring_base_us") + 2 * steps * _value("ring_step_us")
+        tree = _value("tree_base_us") + 2 * steps * _value("tree_step_us")
+        low = min(ring, tree)
+    return Span(low, _value("slow_alpha_us"))
 
 
-def _all_reduces(sizes: tuple[int, ...], gpus: int, share: float = 1.0) -> Span:
+def _messages(messages: tuple[Message, ...], gpus: int, share: float = 1.0) -> Span:
     """One after the other, at a share of the bus bandwidth."""
     if gpus == 1:
         return Span(0.0, 0.0)
-    algorithm_rate = share * _value("bus_gb_per_s") * 1e9 * gpus / (2 * (gpus - 1))
-    bandwidth = sum(sizes) / algorithm_rate
-    low, high = (len(sizes) * a * 1e-6 + bandwidth for a in alpha_us(gpus))
-    return Span(low, high)
+    bus = share * _value("bus_gb_per_s") * 1e9
+    total = Span(0.0, 0.0)
+    for message in messages:
+        # Over the bus, for a byte of each rank: both ways of a ring, or what the others have.
+        travels = gpus - 1 if message.kind == "all_gather" else 2 * (gpus - 1) / gpus
+        seconds = message.bytes * travels / bus
+        low, high = alpha_us(gpus, message.kind)
+        total += Span(low * 1e-6 + seconds, high * 1e-6 + seconds)
+    return total
 
 
 class StepTime(NamedTuple):
@@ -233,7 +266,7 @@ class StepTime(NamedTuple):
     Attributes:
         computation: what one GPU takes alone, plain batch norm included.
         gradients: their all-reduces, as far as they hide behind no computation.
-        statistics: the layers' small all-reduces.
+        statistics: the layers' small messages.
         rereading: the reads of activations that synchronised layers add.
     """
 
@@ -249,10 +282,10 @@ class StepTime(NamedTuple):
 
 def _exposed_gradients(network: Network, gpus: int, computation: float) -> Span:
     """At best all buckets but the last hide behind the backward pass; at worst none does."""
-    buckets = gradient_buckets(network)
-    everything = _all_reduces(buckets, gpus)
+    buckets = gradient_messages(network)
+    everything = _messages(buckets, gpus)
     too_much = max(0.0, everything.low - _BACKWARD_SHARE * computation)
-    return Span(max(_all_reduces(buckets[-1:], gpus).low, too_much), everything.high)
+    return Span(max(_messages(buckets[-1:], gpus).low, too_much), everything.high)
 
 
 def step_time(gpus: int, *, synchronised: bool, noise: bool = True) -> StepTime:
@@ -262,7 +295,7 @@ def step_time(gpus: int, *, synchronised: bool, noise: bool = True) -> StepTime:
         gpus: 1 to 8.
         synchronised: statistics over the whole batch instead of each GPU's share. On one GPU
             there is nobody to synchronise with, and both are the same.
-        noise: whether the layers train with noise, which takes two of their collectives.
+        noise: whether the layers train with noise, which takes two of their messages.
 
     Raises:
         ValueError: more GPUs than the parameters reach, or fewer than one.
@@ -273,8 +306,7 @@ def step_time(gpus: int, *, synchronised: bool, noise: bool = True) -> StepTime:
     computation = _value("batch") / _value("images_per_s")
     statistics = rereading = Span(0.0, 0.0)
     if synchronised and gpus > 1:
-        sizes = statistics_bytes(network, noise)
-        statistics = _all_reduces(sizes, gpus, _value("ll_share"))
+        statistics = _messages(statistics_messages(network, noise), gpus, _value("ll_share"))
         once = sum(network.elements) * _value("batch") * _value("activation_bytes")
         seconds = once / (_value("memory_gb_per_s") * 1e9)
         high, low = ((_SYNCHRONISED_READS[noise] - reads) * seconds for reads in _PLAIN_READS)

@@ -1,0 +1,334 @@
+"""The figures of one benchmark run: ratios, time and rate against size, roofs, networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from normnorm.bench.report.figures import (
+    Plot,
+    label_ends,
+    legend,
+    new_figure,
+    no_ticks,
+    number,
+    plain,
+    plain_log_ticks,
+    styled,
+    times,
+)
+from normnorm.bench.report.roofline import roofline
+from normnorm.bench.report.style import in_order, look, ours
+from normnorm.bench.results import Measurement, NetworkMeasurement, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["describe", "plots_of"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def plots_of(results: Results) -> Iterator[Plot]:
+    """Every figure that a run has the numbers for."""
+    for make in (_ratios, _sizes, _sweeps, roofline, _networks):
+        yield from make(results)
+
+
+def describe(row: Measurement, with_layer: bool = True) -> str:
+    """The work in few words."""
+    words = [row.layer] if with_layer else []
+    words.append("x".join(map(str, row.shape)))
+    if row.groups:
+        words.append(f"{row.groups} groups")
+    if row.memory_format == "channels_last":
+        words.append("channels_last")
+    if row.dtype != "float32":
+        words.append(row.dtype)
+    if row.method == "stream":
+        words.append("with launches")
+    return " ".join(words)
+
+
+# Ratios
+
+
+_WHAT = {
+    ("noise", "full"): "forward + backward, training with noise",
+    ("quiet", "full"): "forward + backward, training without noise",
+    ("eval", "forward"): "forward, evaluation",
+}
+
+
+def _ratios(results: Results) -> Iterator[Plot]:
+    for (mode, operation), what in _WHAT.items():
+        rows = [
+            row
+            for row in results.select(mode=mode, operation=operation, status="ok")
+            if row.ratio is not None and "sweep" not in row.suite and row.provider != row.peer
+        ]
+        rows = [row for row in rows if row.provider not in ("copy", "torch", "cudnn")]
+        if rows:
+            yield Plot(
+                f"ratio_{mode}",
+                f"Time relative to torch's layer: {what}",
+                "Bars: this project's backends; markers: what else could be used. The line at 1 is "
+                "torch's own layer, measured in alternation in the same process; left of it is "
+                "faster. Medians; whiskers reach from the 20th to the 80th percentile.",
+                _ratio_figure(rows),
+            )
+
+
+def _by_work(rows: Sequence[Measurement]) -> dict[tuple[object, ...], list[Measurement]]:
+    works: dict[tuple[object, ...], list[Measurement]] = {}
+    for row in rows:
+        works.setdefault(row.work, []).append(row)
+    return works
+
+
+def _whiskers(row: Measurement) -> list[list[float]]:
+    """Distances from the ratio to those of the percentiles, as errorbar wants them."""
+    median, low, high = times(row)
+    scale = (row.ratio or math.nan) / median
+    return [[scale * (median - low)], [scale * (high - median)]]
+
+
+@styled
+def _ratio_figure(rows: Sequence[Measurement]) -> Figure:
+    works = _by_work(rows)
+    bars = max(1, max(sum(ours(row.provider) for row in group) for group in works.values()))
+    figure, grid = new_figure(height=1.4 + 0.42 * len(works) * (1 + 0.45 * (bars - 1)))
+    axes = grid[0, 0]
+    lowest, highest = 1.0, 1.0
+    for position, group in enumerate(works.values()):
+        bar = 0
+        for row in sorted(
+            group, key=lambda r: in_order(x.provider for x in group).index(r.provider)
+        ):
+            assert row.ratio is not None
+            style, whiskers = look(row.provider), _whiskers(row)
+            lowest = min(lowest, row.ratio - whiskers[0][0])
+            highest = max(highest, row.ratio + whiskers[1][0])
+            if ours(row.provider):
+                thickness = 0.66 / bars
+                y = position + (bar - (bars - 1) / 2) * thickness
+                bar += 1
+                axes.barh(y, row.ratio - 1, thickness * 0.92, left=1, color=style.colour, alpha=0.9)
+                axes.errorbar(row.ratio, y, xerr=whiskers, color="#222222", linewidth=1, capsize=2)
+                slower = row.ratio >= 1
+                end = row.ratio + whiskers[1][0] if slower else row.ratio - whiskers[0][0]
+                axes.annotate(
+                    number(row.ratio), (end, y), (5 if slower else -5, 0),
+                    textcoords="offset points", va="center", ha="left" if slower else "right",
+                    fontsize=9.5, weight="bold", color=style.colour,
+                )  # fmt: skip
+            else:
+                axes.errorbar(
+                    row.ratio, position, xerr=whiskers, color=style.colour, marker=style.marker,
+                    markersize=6.5, linewidth=1, markeredgecolor="white", markeredgewidth=0.5,
+                )  # fmt: skip
+    axes.axvline(1, color="#1a1a1a", linewidth=1.4)
+    axes.set_xscale("log")
+    low, high = lowest / (1.35 if lowest == 1 else 1.9), highest * 1.6
+    axes.set_xlim(low, high)
+    plain_log_ticks(axes.xaxis, low, high)
+    axes.set_yticks(range(len(works)), [describe(group[0]) for group in works.values()], fontsize=9)
+    axes.set_ylim(len(works) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("time / torch's time (log scale; 1 = torch's layer)")
+    legend(figure, (row.provider for row in rows), bars=True)
+    return figure
+
+
+# Time and rate against size
+
+
+def _drawn(results: Results, **fields: object) -> list[Measurement]:
+    return [r for r in results.select(status="ok", **fields) if r.gb_per_s]
+
+
+def _copies(
+    results: Results, rows: Sequence[Measurement], by_size: bool
+) -> list[tuple[float, float]]:
+    """(x, GB/s) of the device's copies of the same inputs."""
+    found = {}
+    for row in rows:
+        for copy in results.select(
+            provider="copy", status="ok", shape=row.shape, dtype=row.dtype,
+            memory_format=row.memory_format, method=row.method,
+        ):  # fmt: skip
+            if copy.gb_per_s:
+                found[float(row.elements if by_size else row.x_value)] = copy.gb_per_s
+    return sorted(found.items())
+
+
+def _lines(
+    axes: Any, rows: Sequence[Measurement], y: Callable[[Measurement], tuple[float, float, float]],
+    x: Callable[[Measurement], float], joined: bool,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """One line a provider with its percentiles; where each ends."""
+    ends = {}
+    for provider in reversed(in_order(row.provider for row in rows)):
+        mine = sorted((row for row in rows if row.provider == provider), key=x)
+        xs = [x(row) for row in mine]
+        middle, low, high = zip(*map(y, mine), strict=True)
+        style = look(provider)
+        width = 2.4 if ours(provider) else 1.6
+        axes.plot(
+            xs, middle, color=style.colour, marker=style.marker, linewidth=width if joined else 0,
+            markersize=5.5, markeredgecolor="white", markeredgewidth=0.6,
+            zorder=3 if ours(provider) else 2,
+        )  # fmt: skip
+        if joined:
+            axes.fill_between(xs, low, high, color=style.colour, alpha=0.16, linewidth=0)
+        ends[provider] = (xs[-1], middle[-1])
+    return ends
+
+
+def _rate(row: Measurement) -> tuple[float, float, float]:
+    return tuple(row.model_bytes / ms * 1e-6 for ms in times(row))  # type: ignore[return-value]
+
+
+@styled
+def _time_and_rate(
+    results: Results, rows: Sequence[Measurement], x_name: str, joined: bool
+) -> Figure:
+    def x(row: Measurement) -> float:
+        return float(row.x_value if joined else row.elements)
+
+    figure, grid = new_figure(2, 1, height=7.2, sharex=True)
+    time, rate = grid[0, 0], grid[1, 0]
+    ends = _lines(time, rows, times, x, joined)
+    rate_ends = _lines(rate, rows, _rate, x, joined)
+    roof = _copies(results, rows, by_size=not joined)
+    if roof:
+        xs, ys = zip(*roof, strict=True)
+        how = {"linestyle": (0, (5, 2))} if joined else {"linestyle": "", "marker": "_", "ms": 14}
+        rate.plot(xs, ys, color=look("copy").colour, linewidth=1.5, **how)
+        rate_ends["copy"] = (xs[-1], ys[-1])
+    for axes, values in ((time, [times(r)[0] for r in rows]), (rate, [_rate(r)[0] for r in rows])):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        if axes is rate:
+            values += [y for _, y in roof]
+        low, high = min(values) / 1.5, max(values) * 1.5
+        axes.set_ylim(low, high)
+        plain_log_ticks(axes.yaxis, low, high, most=8)
+    xs_all = sorted({x(row) for row in rows})
+    if joined:
+        rate.set_xticks(xs_all, [plain(v) for v in xs_all])
+        rate.xaxis.set_minor_locator(no_ticks())
+    else:
+        rate.set_xlim(xs_all[0] / 1.6, xs_all[-1] * 1.6)
+        plain_log_ticks(rate.xaxis, xs_all[0] / 1.6, xs_all[-1] * 1.6)
+    time.set(title="Time", ylabel="ms a call (log scale)")
+    rate.set(title="Rate, by the bytes of one read and one write a pass", ylabel="GB/s (log scale)")
+    rate.set_xlabel(f"{x_name} (log scale)")
+    if joined:
+        label_ends(time, ends)
+        label_ends(rate, rate_ends)
+    else:
+        copies = ["copy"] if roof else []
+        legend(figure, [*(row.provider for row in rows), *copies])
+    return figure
+
+
+def _groups_of_dtypes(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
+    for dtype in _DTYPES:
+        mine = [row for row in rows if row.dtype == dtype]
+        if mine:
+            yield dtype, mine
+
+
+def _sizes(results: Results) -> Iterator[Plot]:
+    """Everything outside the sweeps over its number of elements."""
+    rows = [
+        row
+        for row in _drawn(results, mode="noise", operation="full")
+        if "sweep" not in row.suite and row.provider != "copy"
+    ]
+    for dtype, mine in _groups_of_dtypes(rows):
+        if len({row.elements for row in mine}) > 1:
+            yield Plot(
+                f"size_{dtype}",
+                f"Every layer by its size, {dtype}",
+                "Forward and backward in training with noise; a marker is one layer and provider. "
+                "The grey dashes are device copies of the same inputs: the roof of memory.",
+                _time_and_rate(results, mine, "elements", joined=False),
+            )
+
+
+def _sweeps(results: Results) -> Iterator[Plot]:
+    suites = dict.fromkeys(row.suite for row in results.measurements if "sweep" in row.suite)
+    for suite in suites:
+        rows = [
+            row
+            for row in _drawn(results, suite=suite, mode="noise", operation="full")
+            if row.provider != "copy" and row.memory_format == "contiguous"
+        ]
+        for dtype, mine in _groups_of_dtypes(rows):
+            if len({row.x_value for row in mine}) < 2:
+                continue
+            first = mine[0]
+            sizes = [
+                "·" if len({row.shape[i] for row in mine}) > 1 else str(size)
+                for i, size in enumerate(first.shape)
+            ]
+            yield Plot(
+                f"{suite.replace(' ', '_')}_{dtype}",
+                f"{first.layer} {'x'.join(sizes)} against {first.x_name}, {dtype}",
+                "Forward and backward in training with noise. Medians, shaded from the 20th to the "
+                "80th percentile; the dashed line is a device copy of the same input.",
+                _time_and_rate(results, mine, first.x_name, joined=True),
+            )
+
+
+# Networks
+
+
+def _networks(results: Results) -> Iterator[Plot]:
+    rows = [row for row in results.networks if row.status == "ok"]
+    if rows:
+        yield Plot(
+            "networks",
+            "Training steps of whole networks",
+            "Forward, loss, backward and optimizer; only the normalization layers differ. Medians; "
+            "whiskers reach from the 20th to the 80th percentile.",
+            _network_figure(rows),
+        )
+
+
+@styled
+def _network_figure(rows: Sequence[NetworkMeasurement]) -> Figure:
+    works: dict[tuple[object, ...], list[NetworkMeasurement]] = {}
+    for row in rows:
+        works.setdefault(row.work, []).append(row)
+    figure, grid = new_figure(len(works), 1, height=0.9 + 0.5 * (len(rows) + 1.6 * len(works)))
+    for axes, group in zip(grid[:, 0], works.values(), strict=True):
+        top = max(times(row)[2] for row in group)
+        for i, row in enumerate(group):
+            style, (median, low, high) = look(row.provider), times(row)
+            whiskers = [[median - low], [high - median]]
+            axes.barh(i, median, 0.62, color=style.colour, alpha=0.9)
+            axes.errorbar(median, i, xerr=whiskers, color="#444444", linewidth=1, capsize=2)
+            text = f"{row.rate:,.0f} {row.unit}/s" if row.rate else ""
+            if row.ratio is not None and row.provider != row.peer:
+                text += f", {number(row.ratio)}x"
+            axes.annotate(
+                text, (high, i), (6, 0), textcoords="offset points",
+                va="center", fontsize=9, color=style.colour,
+            )  # fmt: skip
+        names = [f"{row.norm}\n{look(row.provider).label}" for row in group]
+        axes.set_yticks(range(len(group)), names, fontsize=9)
+        axes.set_ylim(len(group) - 0.4, -0.6)
+        axes.set_xlim(0, 1.35 * top)
+        axes.grid(visible=False, axis="y")
+        first = group[0]
+        sample = "x".join(map(str, first.sample_shape))
+        axes.set_title(
+            f"{first.network} ({first.source}), batch {first.batch} of {sample}, {first.dtype}"
+        )
+    grid[-1, 0].set_xlabel("ms a step")
+    figure.align_ylabels()
+    return figure

@@ -1,0 +1,155 @@
+"""How near each of our kernels comes to what memory and arithmetic allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from normnorm.bench.report.figures import Plot, legend, new_figure, plain_log_ticks, styled
+from normnorm.bench.report.style import GREY, in_order, look, ours
+from normnorm.bench.results import Measurement, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Column", "columns", "roofline"]
+
+_LANES = 128  # instructions of single elements that a multiprocessor issues in a clock
+_FEWEST_SHAPES = 3  # fewer do not tell a roof from a kernel
+_MODES = ("noise", "quiet", "eval")
+_NAMES = {"noise": "with noise", "quiet": "without noise", "eval": "evaluation"}
+_TORCH = ("torch", "cudnn")
+
+
+class Column(NamedTuple):
+    """One operation, mode and dtype with its roofs, in 1e9 elements a second.
+
+    Attributes:
+        name: what it is.
+        rows: ours and torch's, of every shape.
+        memory: what the fastest copy of this run allows at the operation's bytes an element.
+        arithmetic: what instructions allow; None where that is not known.
+        counted: whether ``arithmetic`` comes from counted instructions and the device's clock;
+            else it is the highest rate that one of our kernels reached at any shape.
+    """
+
+    name: str
+    rows: list[Measurement]
+    memory: float | None
+    arithmetic: float | None
+    counted: bool
+
+
+def _rate(row: Measurement) -> float:
+    assert row.median_ms
+    return row.elements / row.median_ms * 1e-6
+
+
+def _counted(results: Results, mode: str, operation: str, dtype: str) -> float | None:
+    """By the instructions of the kernel on this architecture, every lane busy in every clock."""
+    gpu = results.environment.gpu
+    if gpu is None or not gpu.max_clock_mhz:
+        return None
+    isa = f"sm_{gpu.capability[0]}{gpu.capability[1]}"
+    counts = [
+        count.instructions
+        for count in results.counts
+        if (count.isa, count.mode, count.operation, count.dtype) == (isa, mode, operation, dtype)
+    ]
+    if not counts:
+        return None
+    return gpu.multiprocessors * _LANES * gpu.max_clock_mhz * 1e-3 / min(counts)
+
+
+def columns(results: Results) -> Iterator[Column]:
+    """Every operation that one of our backends was measured at."""
+    copies = [row.gb_per_s for row in results.select(provider="copy", status="ok") if row.gb_per_s]
+    for dtype in dict.fromkeys(row.dtype for row in results.measurements):
+        for operation in ("forward", "backward"):
+            for mode in _MODES:
+                rows = [
+                    row
+                    for row in results.select(
+                        dtype=dtype, operation=operation, mode=mode, status="ok"
+                    )
+                    if row.suite != "small" and (ours(row.provider) or row.provider in _TORCH)
+                ]
+                mine = [row for row in rows if ours(row.provider)]
+                if not mine:
+                    continue
+                per_element = mine[0].model_bytes / mine[0].elements
+                counted = _counted(results, mode, operation, dtype)
+                enough = len({row.shape for row in mine}) >= _FEWEST_SHAPES
+                best = max(map(_rate, mine)) if enough else None
+                words = [operation, _NAMES[mode], f"{per_element:g} B an element"]
+                if dtype != "float32":
+                    words.insert(2, dtype)
+                yield Column(
+                    "\n".join(words), rows, max(copies) / per_element if copies else None,
+                    counted or best, counted is not None,
+                )  # fmt: skip
+
+
+def roofline(results: Results) -> Iterator[Plot]:
+    """The figure, where one of our backends was measured."""
+    found = list(columns(results))
+    if not found:
+        return
+    how = (
+        "its instructions at the highest clock"
+        if any(column.counted for column in found)
+        else "the highest rate that one of our kernels reached at any size, small ones in cache"
+    )
+    yield Plot(
+        "roofline",
+        "Roofline: what memory and arithmetic allow",
+        "A marker is one layer and shape. Solid: the roof of memory, by the fastest device copy of "
+        f"this run and the bytes of one read and one write a pass. Dashed: the roof of arithmetic, "
+        f"by {how}. A kernel cannot be above both.",
+        _figure(found),
+    )
+
+
+@styled
+def _figure(found: list[Column]) -> Figure:
+    figure, grid = new_figure(height=4.6, width=max(7.6, 1.5 * len(found)))
+    axes = grid[0, 0]
+    values = []
+    for position, column in enumerate(found):
+        providers = in_order(row.provider for row in column.rows)
+        for i, provider in enumerate(providers):
+            x = position + 0.24 * (i - (len(providers) - 1) / 2)
+            rates = [_rate(row) for row in column.rows if row.provider == provider]
+            values += rates
+            style = look(provider)
+            axes.scatter(
+                [x] * len(rates), rates, s=26, color=style.colour, marker=style.marker, alpha=0.75,
+                edgecolor="white", linewidth=0.5, zorder=3,
+            )  # fmt: skip
+        for roof, dashes in ((column.memory, "-"), (column.arithmetic, (0, (4, 2)))):
+            if roof is not None:
+                values.append(roof)
+                axes.plot(
+                    [position - 0.42, position + 0.42], [roof, roof], color=GREY, linestyle=dashes,
+                    linewidth=1.8,
+                )  # fmt: skip
+        if column.memory is not None:
+            axes.annotate(
+                f"memory {column.memory:.2g}", (position + 0.42, column.memory), (0, 3),
+                textcoords="offset points", ha="right", fontsize=8, color=GREY,
+            )  # fmt: skip
+        if column.arithmetic is not None:
+            axes.annotate(
+                f"arithmetic {column.arithmetic:.2g}", (position - 0.42, column.arithmetic), (0, 3),
+                textcoords="offset points", ha="left", fontsize=8, color=GREY,
+            )  # fmt: skip
+    low, high = min(values) / 1.4, max(values) * 1.5
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    plain_log_ticks(axes.yaxis, low, high)
+    axes.set_xticks(range(len(found)), [column.name for column in found], fontsize=8.5)
+    axes.set_xlim(-0.6, len(found) - 0.4)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylabel("1e9 elements a second (log scale)")
+    legend(figure, [row.provider for column in found for row in column.rows])
+    return figure
