@@ -1,0 +1,98 @@
+"""Bad calls raise a sentence, change nothing, and leave the device in order."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import normnorm
+from normnorm import backends
+from normnorm import functional as F
+
+
+def _batch(rig, **changed):
+    d = rig.device
+    arguments = {
+        "input": torch.randn(4, 6, 5, 5, device=d),
+        "running_mean": torch.zeros(6, device=d),
+        "running_var": torch.ones(6, device=d),
+        "running_lmbda": torch.ones(6, device=d),
+        "weight": torch.ones(6, device=d),
+        "bias": torch.zeros(6, device=d),
+        "training": True,
+        "num_batches_tracked": torch.tensor(0, device=d),
+    }
+    arguments.update(changed)
+    return arguments
+
+
+BAD = {
+    "weight's shape": lambda d: {"weight": torch.ones(5, device=d)},
+    "weight's dtype": lambda d: {"weight": torch.ones(6, device=d, dtype=torch.float16)},
+    "bias's shape": lambda d: {"bias": torch.zeros(6, 1, device=d)},
+    "input's dtype": lambda d: {"input": torch.ones(4, 6, 5, 5, device=d, dtype=torch.int32)},
+    "running statistics' shape": lambda d: {"running_lmbda": torch.ones(7, device=d)},
+    "seed's dtype": lambda d: {"seed": torch.zeros(1, device=d)},
+    "seed's size": lambda d: {"seed": torch.zeros(2, device=d, dtype=torch.int64)},
+    "eps": lambda d: {"eps": 0.0},
+    "noise_train": lambda d: {"noise_train": -1.0},
+    "order": lambda d: {"order": 3},
+    "one value a channel": lambda d: {"input": torch.ones(1, 6, 1, 1, device=d)},
+}
+ELSEWHERE = ("weight", "bias", "running_mean", "num_batches_tracked", "seed")
+
+
+def _assert_refused_and_unchanged(arguments) -> None:
+    buffers = ("running_mean", "running_var", "running_lmbda", "num_batches_tracked")
+    before = {name: arguments[name].clone() for name in buffers}
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
+        F.batch_normal_norm(**arguments)
+    text = str(raised.value)
+    assert re.search(r"[a-z]{3}.* ", text), f"not a sentence: {text!r}"
+    assert "CUDA error" not in text
+    for name, value in before.items():
+        assert torch.equal(arguments[name], value), f"{name} was changed"
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_arguments_are_refused(rig, backend, what):
+    _assert_refused_and_unchanged(_batch(rig, **BAD[what](rig.device)))
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_tensor_on_another_device_is_refused(rig, backend, what):
+    """In a dry run the other device is the meta device."""
+    other = rig.pick("cpu", "meta")
+    arguments = _batch(rig, seed=torch.tensor([1], device=rig.device))
+    before = arguments[what]
+    if other == "meta" and what in ("running_mean", "num_batches_tracked"):
+        pytest.skip("a meta tensor has no value to be compared afterwards")
+    arguments[what] = before.to(other)
+    _assert_refused_and_unchanged(arguments)
+
+
+def test_a_backend_refuses_tensors_of_another_device(rig, backend):
+    other = rig.pick("cpu", "cuda")
+    with pytest.raises(RuntimeError, match=f"serves {rig.device.type} tensors"):
+        backends.resolve(torch.device(other), backend)
+    if not rig.dry:
+        with pytest.raises(RuntimeError, match="serves cuda tensors"):
+            normnorm.LayerNormalNorm(8)(torch.randn(3, 8))
+        with pytest.raises(RuntimeError, match="serves cpu tensors"), normnorm.use_backend("cpu"):
+            normnorm.LayerNormalNorm(8, device=rig.device)(torch.randn(3, 8, device=rig.device))
+
+
+def test_the_device_serves_after_all_that(rig, backend):
+    y = F.batch_normal_norm(**_batch(rig))
+    rig.synchronize()
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5, 5), (4, 6, 0, 5)])
+def test_empty_inputs(rig, backend, shape):
+    x = torch.empty(shape, device=rig.device, requires_grad=True)
+    y = F.batch_normal_norm(**_batch(rig, input=x))
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
