@@ -163,9 +163,11 @@ class Cuda(NamedTuple):
         libraries = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
         includes = [root / "include", *root.glob("targets/*/include")]
         runtime = next((f / cls._RUNTIME for f in libraries if (f / cls._RUNTIME).exists()), None)
-        include = next((f for f in includes if (f / "cuda_runtime.h").exists()), None)
+        headers = ("cuda_runtime.h", "nv/target")  # of the runtime and of CCCL
+        include = next((f for f in includes if all((f / h).exists() for h in headers)), None)
         if version is None or runtime is None or include is None:
-            raise Unbuildable(f"the CUDA toolkit of {program} lacks its headers or {cls._RUNTIME}")
+            wanted = ", ".join((*headers, cls._RUNTIME))
+            raise Unbuildable(f"the CUDA toolkit of {program} is not complete ({wanted})")
         return cls(program, version[1], include, runtime, cls._architectures(program, version[1]))
 
     _RUNTIME = "libcudart_static.a"
