@@ -31,6 +31,7 @@ from normnorm.modules import (
 from normnorm.monitoring import Monitor, monitor
 from normnorm.per import PER, per_loss
 from normnorm.recalibration import update_stats
+from normnorm.sync import SyncBatchNormalNorm, convert_sync
 
 __version__ = "0.1.0"
 
@@ -53,8 +54,10 @@ __all__ = [
     "LazyInstanceNormalNorm3d",
     "Monitor",
     "Replacement",
+    "SyncBatchNormalNorm",
     "__version__",
     "available_backends",
+    "convert_sync",
     "estimate_lmbda",
     "functional",
     "monitor",

@@ -1,0 +1,363 @@
+"""The passes and the messages of batch normality normalization over several ranks.
+
+Every rank holds a shard of the batch, and outputs, gradients and statistics are those of one
+process that holds all of it. What travels is small, a few numbers a channel:
+
+* forward: one all-gather of (mean, its low part, sum of squares) and the count, merged as Chan et
+  al. do ("Algorithms for computing the sample variance", 1983); one all-reduce of the four sums
+  behind lambda; where there is noise, two more of one number a channel each, for its scale;
+* backward: one all-reduce of five numbers a channel. Gradients of weight and bias stay local, as
+  everywhere in data-parallel training.
+
+Messages are float64, so that the merge adds no rounding of its own, and nothing is read back to
+the host on the way: the same code serves gloo and NCCL. The passes between the messages are
+PyTorch operations on the definition's own pieces (:mod:`normnorm.reference`); noise, affine map
+and their gradients are one pass of the op each. While compiling, everything is traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normnorm import backends, reference
+from normnorm.autograd import normal_norm
+from normnorm.backends.reference import definition, pull_back
+from normnorm.config import Config
+from normnorm.statistics import Row, statistics_dtype
+
+__all__ = ["Synchronised"]
+
+# Elements that the passes in PyTorch operations take at once: their intermediate results, some
+# sixty of the size of what they work on, would otherwise dwarf the input.
+_CHUNK = 2**22
+
+
+class _Setup(NamedTuple):
+    """What a layer computes and with whom; ``config.stream`` is the rank."""
+
+    config: Config
+    group: Any
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs beside the tensors: how many elements a channel has over all
+    ranks; the means A, B, D and E, (4, C), float64; the statistics tensor, (8, C)."""
+
+    elements: Tensor
+    means: Tensor
+    stats: Tensor
+
+
+# Messages
+
+
+def _all_gather(message: Tensor, group: Any) -> Tensor:
+    """Every rank's message, (ranks, length)."""
+    gathered = message.new_empty(dist.get_world_size(group), message.numel())
+    dist.all_gather(list(gathered.unbind(0)), message, group=group)
+    return gathered
+
+
+def _all_reduce(message: Tensor, group: Any) -> Tensor:
+    """The sum of every rank's message, in its place."""
+    dist.all_reduce(message, group=group)
+    return message
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over the ranks, differentiable to any order: the losses of all ranks count."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _all_reduce(tensor.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return _SumOverRanks.apply(gradient, ctx.group), None
+
+
+# One rank's passes over its shard
+
+
+def _dims(input: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, input.dim()))
+
+
+def _spread(values: Tensor, input: Tensor) -> Tensor:
+    """One value a channel, to be broadcast over the input."""
+    return values.reshape(1, -1, *(1,) * (input.dim() - 2))
+
+
+def _pieces(input: Tensor) -> list[slice]:
+    """The channels in slices of about ``_CHUNK`` elements; a compiler gets them whole."""
+    channels = input.size(1)
+    if torch.compiler.is_compiling() or input.numel() <= _CHUNK:
+        return [slice(0, channels)]
+    width = max(_CHUNK * channels // input.numel(), 1)
+    return [slice(first, first + width) for first in range(0, channels, width)]
+
+
+def _standardize(input: Tensor, stats: Tensor, piece: slice) -> Tensor:
+    u = input[:, piece].to(stats.dtype)
+    mean, low, rstd = (_spread(stats[row, piece], u) for row in (Row.MEAN, Row.MEAN_LOW, Row.RSTD))
+    return ((u - mean) - low) * rstd
+
+
+def _sums(tensors: tuple[Tensor, ...]) -> Tensor:
+    """The sums of each tensor over each channel, (tensors, channels), float64."""
+    return torch.stack([t.sum(_dims(t)).double() for t in tensors])
+
+
+def _moments(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """The shard's message for the first round: count, then mean, low part and sum of squares."""
+    count = input.numel() // max(input.size(1), 1)
+    share = 1.0 / max(count, 1)
+    parts = []
+    for piece in _pieces(input):
+        u = input[:, piece].to(dtype)
+        dims = _dims(u)
+        mean = u.sum(dims) * share
+        u = u - _spread(mean, u)
+        low = u.sum(dims) * share
+        squares = (u - _spread(low, u)).square().sum(dims)
+        parts.append(torch.stack([mean, low, squares]).double())
+    own = torch.cat(parts, dim=1).flatten()
+    return torch.cat([torch.full_like(own[:1], count), own])
+
+
+def _merge(gathered: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(count, statistics of shape (3, C)): mean, its low part and rstd of all shards together.
+
+    The means are merged as distances from the largest shard's, so that shards of one constant
+    give that constant exactly.
+    """
+    counts = gathered[:, :1]
+    mean, low, squares = gathered[:, 1:].unflatten(1, (3, -1)).unbind(1)
+    count = counts.sum()
+    share = count.clamp_min(1.0).reciprocal()
+    pilot = counts.argmax(0)
+    pilot_mean, pilot_low = mean.index_select(0, pilot)[0], low.index_select(0, pilot)[0]
+    distance = (mean - pilot_mean) + (low - pilot_low)
+    # A shard without elements has a mean of 0, and no say.
+    distance = torch.where(counts > 0, distance, 0.0)
+    shift = (counts * distance).sum(0) * share
+    variance = (squares + counts * (distance - shift).square()).sum(0) * share
+    rest = pilot_low + shift
+    rounded = (pilot_mean + rest).to(dtype).double()
+    merged = torch.stack([rounded, (pilot_mean - rounded) + rest, torch.rsqrt(variance + eps)])
+    return count, merged.to(dtype)
+
+
+def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
+    """The rounds before the output: (statistics, transformed values)."""
+    config, group = setup
+    dtype = statistics_dtype(input.dtype)
+    count, merged = _merge(_all_gather(_moments(input, dtype), group), config.eps, dtype)
+    share = count.clamp_min(1.0).reciprocal()
+    pieces = _pieces(input)
+    terms = [_sums(reference.newton_terms(_standardize(input, merged, piece))) for piece in pieces]
+    means = _all_reduce(torch.cat(terms, dim=1), group) * share
+    lmbda, curvature = reference.newton_step(
+        means.unbind(0), config.eps, config.alpha, config.order
+    )
+    lmbda = lmbda.to(dtype)
+
+    x = torch.empty_like(input, dtype=dtype)
+    for piece in pieces:
+        h = _standardize(input, merged, piece)
+        x[:, piece] = reference.yeo_johnson(h, _spread(lmbda[piece], h), config.transform_eps)
+    scale = torch.zeros_like(lmbda)
+    if config.noise_train > 0.0:
+        centre = (_all_reduce(_sums((x,)), group)[0] * share).to(dtype)
+        deviations = [_sums(((x[:, p] - _spread(centre[p], x)).abs(),)) for p in pieces]
+        scale = (_all_reduce(torch.cat(deviations, dim=1), group)[0] * share).to(dtype)
+    rows = {
+        Row.MEAN: merged[Row.MEAN],
+        Row.MEAN_LOW: merged[Row.MEAN_LOW],
+        Row.RSTD: merged[Row.RSTD],
+        Row.LMBDA: lmbda,
+        Row.NOISE_SCALE: scale,
+        Row.A: means[0].to(dtype),
+        Row.D: means[2].to(dtype),
+        Row.CURVATURE: curvature.to(dtype),
+    }
+    return _Saved(count, means, torch.stack([rows[row] for row in Row])), x
+
+
+def _finish(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, scale: Tensor,
+    config: Config,
+) -> Tensor:  # fmt: skip
+    """Noise and affine map of transformed values: the op, frozen at mean 0, variance 1 and
+    lambda 1, where all that comes before them is the identity."""
+    zero = torch.zeros_like(scale)
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    identity = config._replace(eps=0.5, alpha=0.0, order=2, transform_eps=0.0)
+    noise_scale = None if seed is None else scale
+    return normal_norm(
+        x, (zero, zero + 0.5, zero + 1.0), weight, bias, seed, noise_scale, identity, False
+    )[0]  # fmt: skip
+
+
+# Gradients
+
+
+def _pull_back_piece(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, slopes: Tensor,
+    piece: slice, config: Config,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(G psi_h, w, the sums of five products) of some channels of the shard."""
+    h = _standardize(input, stats, piece)
+    g = grad_output[:, piece].to(h.dtype)
+    if weight is not None:
+        g = g * _spread(weight[piece].to(h.dtype), g)
+
+    def transform(h: Tensor, lmbda: Tensor) -> Tensor:
+        return reference.yeo_johnson(h, _spread(lmbda, h), config.transform_eps)
+
+    g_h, g_lmbda = torch.func.vjp(transform, h, stats[Row.LMBDA, piece])[1](g)
+    pulled: Any = torch.func.vjp(reference.newton_terms, h)
+    terms, pull_terms = pulled
+    (w,) = pull_terms(tuple(_spread(slope[piece], h).expand_as(terms[0]) for slope in slopes))
+    sums = torch.cat([_sums((g_h, g_h * h, w, h * w)), g_lmbda.double().unsqueeze(0)])
+    return g_h, w, sums
+
+
+def _input_gradient(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, saved: _Saved, setup: _Setup
+) -> Tensor:
+    """The gradient in the input of all ranks' losses: section 4 of ``docs/mathematics.md``, its
+    five means taken over the ranks."""
+    count, means, stats = saved
+    config, group = setup
+
+    def estimate(values: Tensor) -> Tensor:
+        return reference.newton_step(values.unbind(0), config.eps, config.alpha, config.order)[0]
+
+    # d lambda by A, B, D and E.
+    (slopes,) = torch.func.vjp(estimate, means)[1](torch.ones_like(means[0]))
+    slopes = slopes.to(stats.dtype)
+    pieces = _pieces(input)
+    local = [
+        _pull_back_piece(grad_output, input, weight, stats, slopes, piece, config)
+        for piece in pieces
+    ]
+    total = _all_reduce(torch.cat([sums for _, _, sums in local], dim=1), group)
+    s_a, s_b, w_0, w_1, lam = (total / count.clamp_min(1.0)).unbind(0)
+    constant, slope, lam = (t.to(stats.dtype) for t in (s_a + lam * w_0, s_b + lam * w_1, lam))
+    gradient = torch.empty_like(input)
+    for piece, (g_h, w, _) in zip(pieces, local, strict=True):
+        h = _standardize(input, stats, piece)
+        inner = g_h + _spread(lam[piece], h) * w - _spread(constant[piece], h)
+        inner = inner - h * _spread(slope[piece], h)
+        gradient[:, piece] = inner * _spread(stats[Row.RSTD, piece], h)
+    return gradient
+
+
+def _parameter_gradients(
+    grad_output: Tensor, tensors: tuple[Any, ...], stats: Tensor, needs: tuple[bool, bool],
+    config: Config,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of weight and bias on this rank; all that it takes is in the statistics."""
+    input, weight, bias, seed = tensors
+    if not torch.compiler.is_compiling():
+        _, *found = backends.get(config.backend).backward(
+            grad_output, input, stats, weight, bias, None, seed, False, *needs, False, *config
+        )
+        return found[0] if needs[0] else None, found[1] if needs[1] else None
+    names = [name for name, needed in zip(("weight", "bias"), needs, strict=True) if needed]
+    given = {"weight": weight, "bias": bias}
+
+    def function(*parameters: Tensor) -> Tensor:
+        both = {**given, **dict(zip(names, parameters, strict=True))}
+        return definition(input, stats, both["weight"], both["bias"], seed, True, config)
+
+    pulled = torch.func.vjp(function, *(given[name] for name in names))[1](grad_output)
+    gradients = dict(zip(names, pulled, strict=True))
+    return gradients.get("weight"), gradients.get("bias")
+
+
+def _differentiable(tensors: tuple[Any, ...], saved: _Saved, setup: _Setup) -> Tensor:
+    """The forward pass as a function to be differentiated more than once, sums over the ranks
+    and all; the noise and its scale are constants."""
+    input, weight, bias, seed = tensors
+    count, _, stats = saved
+    config, group = setup
+
+    def mean(*values: Tensor) -> list[Tensor]:
+        sums = _SumOverRanks.apply(_sums(values), group) / count.clamp_min(1.0)
+        return [_spread(total.to(stats.dtype), input) for total in sums.unbind(0)]
+
+    u = input.to(stats.dtype)
+    u = u - _spread(stats[Row.MEAN], u)
+    u = u - mean(u)[0]
+    h = u * torch.rsqrt(mean(u.square())[0] + config.eps)
+    lmbda, _ = reference.newton_step(
+        mean(*reference.newton_terms(h)), config.eps, config.alpha, config.order
+    )
+    x = reference.yeo_johnson(h, lmbda, config.transform_eps)
+    return _finish(x, weight, bias, seed, stats[Row.NOISE_SCALE], config).to(input.dtype)
+
+
+class Synchronised(torch.autograd.Function):
+    """Forward and backward over the ranks; (output, statistics, count)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+        config: Config, group: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        setup = _Setup(config, group)
+        saved, x = _rounds(input, setup)
+        scale = saved.stats[Row.NOISE_SCALE]
+        output = _finish(x, weight, bias, seed, scale, config).to(input.dtype)
+        ctx.save_for_backward(input, weight, bias, seed, *saved)
+        ctx.mark_non_differentiable(saved.stats, saved.elements)
+        ctx.setup = setup
+        return output, saved.stats, saved.elements
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: Tensor, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, count, means, stats = ctx.saved_tensors
+        tensors, saved = tuple(tensors), _Saved(count, means, stats)
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Somebody may differentiate this backward pass.
+            return *_again(grad_output, tensors, saved, ctx.setup, needs), None, None, None
+        grad_input = grad_weight = grad_bias = None
+        if needs[0]:
+            input, weight = tensors[:2]
+            grad_input = _input_gradient(grad_output, input, weight, saved, ctx.setup)
+        if needs[1] or needs[2]:
+            grad_weight, grad_bias = _parameter_gradients(
+                grad_output, tensors, stats, needs[1:], ctx.setup.config
+            )
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _again(
+    grad_output: Tensor, tensors: tuple[Any, ...], saved: _Saved, setup: _Setup,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of input, weight and bias, differentiable in their turn."""
+    *_, seed = tensors
+    asked = [i for i, needed in enumerate(needs) if needed]
+
+    def function(*points: Tensor) -> Tensor:
+        given = list(tensors[:3])
+        for i, point in zip(asked, points, strict=True):
+            given[i] = point
+        return _differentiable((*given, seed), saved, setup)
+
+    gradients: list[Tensor | None] = [None, None, None]
+    found = pull_back(function, tuple(tensors[i] for i in asked), grad_output)
+    for i, gradient in zip(asked, found, strict=True):
+        gradients[i] = gradient
+    return tuple(gradients)

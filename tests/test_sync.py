@@ -1,0 +1,222 @@
+"""Synchronised layers over several processes equal one process that holds the whole batch.
+
+The processes are spawned once for each number of ranks and run every case of sync_cases.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import time
+
+import pytest
+import sync_cases
+import torch
+import torch.multiprocessing
+from filelock import FileLock
+from torch import nn
+
+import normnorm
+from normnorm.sync import revert_sync
+
+# What an empty shard, shards of different sizes and two groups show; the rest is left to two ranks.
+WITH_FOUR = (
+    "outputs_and_gradients_equal_one_process",
+    "second_derivatives_equal_one_process",
+    "running_statistics_are_those_of_the_whole_batch",
+    "running_statistics_are_the_same_bits_on_every_rank",
+    "a_process_group_keeps_to_itself",
+    "ddp_training_equals_one_process",
+    "fsdp2_training_equals_one_process",
+)
+FAILING = sync_cases.one_rank_fails.__name__
+REST = tuple(name for name in sync_cases.CASES if name not in WITH_FOUR)
+
+
+@pytest.fixture
+def outcome(tmp_path_factory, request):
+    """A function of the number of ranks and the cases' names: what each case gave on each rank.
+
+    The ranks are spawned once, also where several test processes share the tests.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # each test process has a folder within the run's
+        shared = shared.parent
+
+    def of(ranks, names):
+        folder = shared / f"{ranks}_ranks_{len(names)}_cases"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                torch.multiprocessing.spawn(
+                    sync_cases.run, (ranks, str(folder), names), nprocs=ranks
+                )
+        return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+    return of
+
+
+def check(name, outcome):
+    failed = {
+        rank: found.get(name, "not reached")
+        for rank, found in enumerate(outcome)
+        if found.get(name, "not reached")
+    }
+    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+
+
+@pytest.mark.parametrize("name", sync_cases.CASES)
+def test_two_ranks(name, outcome):
+    check(name, outcome(2, tuple(sync_cases.CASES)))
+
+
+@pytest.mark.parametrize("name", WITH_FOUR)
+def test_four_ranks(name, outcome):
+    check(name, outcome(4, WITH_FOUR))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_four_ranks_further(name, outcome):
+    check(name, outcome(4, REST))
+
+
+def _lonely(rank, ranks, folder):
+    began = time.monotonic()
+    # The barrier after the case, whose other side is gone.
+    with contextlib.suppress(RuntimeError):
+        sync_cases.run(rank, ranks, folder, (FAILING,), timeout=3)
+    torch.save(time.monotonic() - began, f"{folder}/{rank}_seconds.pt")
+
+
+def test_a_failing_rank_hangs_nobody_beyond_the_time_out(tmp_path):
+    torch.multiprocessing.spawn(_lonely, (2, str(tmp_path)), nprocs=2)
+    waiting, failing = (torch.load(tmp_path / f"{rank}.pt")[FAILING] for rank in range(2))
+    assert "expected an input of 3 channels" in failing
+    assert waiting is not None
+    assert "RuntimeError" in waiting or "DistBackendError" in waiting
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}_seconds.pt") < 60
+
+
+# Without a process group
+
+
+def test_alone_it_is_the_plain_layer():
+    layer = normnorm.SyncBatchNormalNorm(3)
+    alone = normnorm.BatchNormalNorm2d(3)
+    for training in (True, False):
+        input = torch.randn(4, 3, 5, 5)
+        outputs = []
+        for one in (layer, alone):
+            torch.manual_seed(1)
+            outputs.append(one.train(training)(input))
+        assert torch.equal(*outputs)
+    for name, buffer in alone.named_buffers():
+        assert torch.equal(layer.get_buffer(name), buffer)
+
+
+def test_constructor_has_torch_s_order():
+    group = object()
+    layer = normnorm.SyncBatchNormalNorm(
+        3, 1e-3, 0.2, True, True, group, "cpu", torch.float64, bias=False, noise_train=0.1,
+        alpha=0.5, order=1, transform_eps=1e-3,
+    )  # fmt: skip
+    theirs = nn.SyncBatchNorm(3, 1e-3, 0.2, True, True, group, "cpu", torch.float64)
+    assert layer.process_group is theirs.process_group
+    assert (layer.eps, layer.momentum, layer.weight.dtype) == (1e-3, 0.2, torch.float64)
+    assert layer.bias is None
+    assert "noise_train=0.1, alpha=0.5, order=1, transform_eps=0.001" in repr(layer)
+
+
+def test_takes_inputs_of_any_rank_from_two_on():
+    layer = normnorm.SyncBatchNormalNorm(3)
+    for shape in ((5, 3), (5, 3, 4), (5, 3, 2, 2, 2)):
+        assert layer(torch.randn(shape)).shape == shape
+    with pytest.raises(ValueError, match="at least 2D"):
+        layer(torch.randn(3))
+    with pytest.raises(ValueError, match="3 channels"):
+        layer(torch.randn(5, 4))
+
+
+def test_copies_pickles_and_loads():
+    layer = normnorm.SyncBatchNormalNorm(3)
+    layer(torch.randn(4, 3))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is normnorm.SyncBatchNormalNorm
+        assert torch.equal(other.running_lmbda, layer.running_lmbda)
+    alone = normnorm.BatchNormalNorm1d(3)
+    alone.load_state_dict(layer.state_dict())
+    layer.load_state_dict(nn.BatchNorm1d(3).state_dict())
+    assert torch.equal(layer.running_lmbda, torch.ones(3))
+
+
+# Conversion
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        normnorm.BatchNormalNorm2d(4, noise_train=0.3),
+        nn.Sequential(nn.BatchNorm2d(4), normnorm.BatchNormalNorm2d(4, affine=False)),
+        normnorm.InstanceNormalNorm2d(4),
+    )
+
+
+def test_conversion_keeps_every_object():
+    model = network()
+    called = []
+    model[1].register_forward_hook(lambda *_: called.append(1))
+    before = {name: id(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    first, group = model[1], object()
+    assert normnorm.convert_sync(model, group) is model
+    assert model[1] is first
+    assert isinstance(first, normnorm.SyncBatchNormalNorm)
+    assert first.process_group is group
+    assert first.noise_train == 0.3
+    after = {name: id(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    assert before == after
+    first.eval()(torch.randn(2, 4, 5, 5))
+    assert called
+
+
+def test_conversion_leaves_other_layers_alone_and_torch_leaves_ours():
+    model = normnorm.convert_sync(network())
+    assert type(model[2][0]) is nn.BatchNorm2d
+    assert type(model[2][1]) is normnorm.SyncBatchNormalNorm
+    assert type(model[3]) is normnorm.InstanceNormalNorm2d
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[2][0]) is nn.SyncBatchNorm
+    assert type(model[2][1]) is normnorm.SyncBatchNormalNorm
+
+
+def test_a_single_layer_is_converted_in_place():
+    layer = normnorm.BatchNormalNorm1d(3)
+    assert normnorm.convert_sync(layer) is layer
+    assert type(layer) is normnorm.SyncBatchNormalNorm
+    assert normnorm.convert_sync(layer) is layer  # nothing left to do
+
+
+def test_conversion_is_undone():
+    model = normnorm.convert_sync(network())
+    built = normnorm.SyncBatchNormalNorm(4)
+    model.append(built)
+    assert revert_sync(model) is model
+    assert type(model[1]) is type(model[2][1]) is normnorm.BatchNormalNorm2d
+    assert not hasattr(model[1], "process_group")
+    assert type(built) is normnorm.SyncBatchNormalNorm
+    model[1](torch.randn(2, 4, 5, 5))
+
+
+class Mine(normnorm.BatchNormalNorm2d):
+    pass
+
+
+def test_conversion_refuses_what_it_would_lose_and_converts_nothing():
+    model = nn.Sequential(normnorm.BatchNormalNorm2d(4), nn.Sequential(Mine(4)))
+    with pytest.raises(TypeError, match=r"'1\.0' is a Mine"):
+        normnorm.convert_sync(model)
+    assert type(model[0]) is normnorm.BatchNormalNorm2d
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; got int"):
+        normnorm.convert_sync(3)
