@@ -5,6 +5,8 @@
 PYTHON ?= python3
 # What pip is asked for. More words are allowed: TORCH="torch==2.12.0 --index-url URL"
 TORCH ?= torch==2.13.0
+# The Triton that this torch is made for.
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 # Test processes. Each has OMP_NUM_THREADS=1.
 JOBS ?= 2
@@ -49,7 +51,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-install: $(VENV)/.native $(VENV)/.dev
+install: $(VENV)/.native $(VENV)/.dev $(VENV)/.integrations
 
 # The parallel part, then the tests that need the machine to themselves. pytest's exit status 5
 # means that no test was selected: right for an empty part, wrong for both.
@@ -127,9 +129,22 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.installed
 	@$(PIP) 'normnorm[demo]'
 	@touch $@
 
+# A torch built for GPUs brings its own Triton. Any other does without, but the tests interpret and
+# compile the Triton kernels; --no-deps, for nothing may exchange torch. There is none but for Linux.
+triton = $(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || $(PIP) --no-deps $(TRITON)
+
 $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	$(SAY) 'installing the packages for tests and linting'
 	@$(PIP) 'normnorm[dev]'
+	@$(triton)
+	@touch $@
+
+# Beside the torch that is here, never in its place: torchvision 0.(n + 15) belongs to torch 2.n.
+$(VENV)/.integrations: pyproject.toml | $(VENV)/.dev
+	$(SAY) 'installing the libraries that normnorm is tested with'
+	@$(PY) -c 'import torch; v = torch.__version__; n = int(v.split(".")[1]) + 15; \
+	    print(f"torch=={v}\ntorchvision==0.{n}.*")' >$(VENV)/constraints.txt
+	@$(PIP) --constraint $(VENV)/constraints.txt 'normnorm[integrations]'
 	@touch $@
 
 FORCE:

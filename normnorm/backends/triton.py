@@ -1,0 +1,86 @@
+"""The Triton kernels: whether they can run here, and why not.
+
+They serve the CUDA (or ROCm) tensors of torch. With ``TRITON_INTERPRET=1`` in the environment
+Triton runs kernels in Python on the host; then they serve CPU tensors instead, slowly, which is how
+they are tested and debugged without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+
+from normnorm import backends
+
+__all__ = ["NAME", "device_type", "info", "register", "unavailable_reason"]
+
+NAME = "triton"
+_OLDEST = (3, 6)
+
+
+def _interpreted() -> bool:
+    """Whether kernels will be interpreted, by the variable that Triton reads."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def device_type() -> str:
+    """The kind of device whose tensors the kernels serve in this process."""
+    return "cpu" if _interpreted() else "cuda"
+
+
+def _version() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+def unavailable_reason() -> str | None:
+    """None where the kernels can run; else one sentence that says why not."""
+    version = _version()
+    if version is None:
+        return "Triton is not installed; `pip install normnorm[triton]`, or torch with a GPU build"
+    if (release := _release(version)) and release < _OLDEST:
+        return f"the kernels need Triton 3.6 or newer; got {version}"
+    if not _interpreted() and not torch.cuda.is_available():
+        return (
+            "torch sees no GPU (TRITON_INTERPRET=1 in the environment runs the kernels on CPU "
+            "tensors, slowly)"
+        )
+    try:
+        importlib.import_module("normnorm.triton_kernels.launch")
+    except Exception as error:  # whatever another version of Triton makes of the kernels
+        return f"the kernels do not import with Triton {version}: {error}"
+    return None
+
+
+def register() -> None:
+    """Takes the kernels into the registry."""
+    launch = importlib.import_module("normnorm.triton_kernels.launch")
+    backends.register(
+        backends.Backend(
+            NAME,
+            device_type(),
+            launch.normal_norm_forward,
+            launch.normal_norm_backward,
+            launch.normal_norm_infer,
+            launch.fold_running_,
+        )
+    )
+
+
+def info() -> dict[str, str]:
+    """What runs: Triton's version, and on what."""
+    where = "interpreted on the host" if _interpreted() else "compiled at the first call"
+    return {"triton": _version() or "not installed", "kernels": where}

@@ -1,0 +1,86 @@
+"""The Triton kernels compiled ahead of time, through the product's own launches.
+
+A driver that stands in for a GPU's lets every launch get as far as the compiled binary: the
+product runs on CPU tensors with all its code, and only the execution is left out. What comes
+back are the binaries of all kernels that an op would have launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from normnorm.triton_kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class StandInDriver:
+    """As much of a driver as a launch asks for before it launches."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # a key of Triton's cache: one for each target
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch: the kernel's name, what it was compiled for, its binary, its grid."""
+
+    name: str
+    spec: Any
+    kernel: Any
+    grid: tuple[int, ...]
+
+    @property
+    def asm(self) -> dict[str, Any]:
+        return self.kernel.asm
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Compiled]]:
+    """Within, launches compile for the target and do nothing else; the list fills with them."""
+    found: list[Compiled] = []
+    driver, run, fast = triton.runtime.driver, triton.runtime.JITFunction.run, launch.FAST
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        spec = next((a for a in args if type(a).__name__ == "Spec"), None)
+        found.append(Compiled(self.fn.__name__, spec, kernel, tuple(grid)))
+        return kernel
+
+    driver.set_active(StandInDriver(TARGETS[target]))
+    triton.runtime.JITFunction.run = compile_only
+    launch.FAST = target.startswith("sm_")
+    launch._problems.clear()
+    try:
+        yield found
+    finally:
+        triton.runtime.JITFunction.run = run
+        launch.FAST = fast
+        launch._problems.clear()
+        driver._active = None
+
+
+def compiled(target: str, work: Callable[[], Any]) -> list[Compiled]:
+    with compiling(target) as found:
+        work()
+    return found

@@ -1,0 +1,262 @@
+"""The mathematics of one element and of one group, as in ``csrc/core`` and under its names.
+
+With t = |h|, l = log(1+t), eta = 1 + sign(h) (lmbda - 1) and P = (1+t)^eta:
+``|psi| = (P-1)/eta``, ``dpsi/dh = P/(1+t)``, ``dpsi/dlmbda = (P l - |psi|)/eta``.
+
+Two constants run through all of it. ``FAST``: one special-function instruction of an NVIDIA GPU
+each for logarithm, power, reciprocal and root, as in ``device_math.h``; elsewhere (AMD, the
+interpreter) Triton's own. ``CAREFUL``: an exponent of the group is small, so that P - 1 would
+cancel, or its lambda is frozen, so that h is unbounded. float64 takes Triton's own functions.
+"""
+
+import triton
+import triton.language as tl
+
+# Below, (exp(eta l) - 1)/eta is l to rounding; above, exp() no longer has room for weights.
+TINY_ETA_FLOAT = tl.constexpr(1e-12)
+TINY_ETA_DOUBLE = tl.constexpr(1e-20)
+MAX_EXPONENT_FLOAT = tl.constexpr(80.0)
+MAX_EXPONENT_DOUBLE = tl.constexpr(700.0)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def special(x, INSTRUCTION: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        INSTRUCTION, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def fast_log2(x, FAST: tl.constexpr):
+    if FAST:
+        return special(x, "lg2.approx.ftz.f32 $0, $1;")
+    return tl.log2(x)
+
+
+@triton.jit
+def fast_exp2(x, FAST: tl.constexpr):
+    if FAST:
+        return special(x, "ex2.approx.ftz.f32 $0, $1;")
+    return tl.exp2(x)
+
+
+@triton.jit
+def fast_reciprocal(x, FAST: tl.constexpr):
+    if FAST and x.dtype == tl.float32:
+        return special(x, "rcp.approx.ftz.f32 $0, $1;")
+    return 1.0 / x
+
+
+@triton.jit
+def fast_sqrt(x, FAST: tl.constexpr):
+    if FAST:
+        return special(x, "sqrt.approx.ftz.f32 $0, $1;")
+    return tl.sqrt(x)
+
+
+@triton.jit
+def fast_rsqrt(x, FAST: tl.constexpr):
+    if FAST and x.dtype == tl.float32:
+        return special(x, "rsqrt.approx.ftz.f32 $0, $1;")
+    return 1.0 / tl.sqrt(x)
+
+
+@triton.jit
+def absolute(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def signed_as(magnitude, sign):
+    """``magnitude``, which is not negative, with the sign of ``sign``."""
+    if magnitude.dtype == tl.float64:
+        return tl.where(sign < 0, -magnitude, magnitude)
+    bits = sign.to(tl.uint32, bitcast=True) & 0x80000000
+    return (magnitude.to(tl.uint32, bitcast=True) | bits).to(tl.float32, bitcast=True)
+
+
+# Logarithms are kept in the base that the power wants: 2 for float, e for double.
+
+
+@triton.jit
+def log_of(t, FAST: tl.constexpr):
+    """log(1 + t), t >= 0."""
+    if t.dtype == tl.float64:
+        u = 1.0 + t  # the rounding of this sum is taken out again by the quotient
+        return tl.where(u == 1.0, t, tl.log(u) * (t / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return fast_log2(1.0 + t, FAST)
+
+
+@triton.jit
+def natural(log):
+    if log.dtype == tl.float64:
+        return log
+    return log * LN_2
+
+
+@triton.jit
+def first_exponential(a):
+    """(e^a - 1)/a for |a| < 1/2."""
+    if a.dtype == tl.float64:
+        s = 1.0 + a * (1.0 / 18.0)
+        for i in tl.static_range(16):
+            s = 1.0 + s * a * (1.0 / (17 - i))
+        return s
+    p = a * 1.9841270e-04 + 1.3888889e-03
+    p = p * a + 8.3333333e-03
+    p = p * a + 4.1666667e-02
+    p = p * a + 1.6666667e-01
+    p = p * a + 0.5
+    return p * a + 1.0
+
+
+@triton.jit
+def second_exponential(a):
+    """(a e^a - e^a + 1)/a^2 for |a| < 1/2: dpsi/dlmbda = l^2 times it."""
+    if a.dtype == tl.float64:
+        s = 1.0 + a * (18.0 / (17 * 19))
+        for i in tl.static_range(16):
+            s = 1.0 + s * a * ((17 - i) / ((16 - i) * (18 - i)))
+        return s * 0.5
+    p = a * 1.731696539e-04 + 1.200088067e-03
+    p = p * a + 6.944879889e-03
+    p = p * a + 3.333214298e-02
+    p = p * a + 1.249999478e-01
+    p = p * a + 3.333333731e-01
+    return p * a + 0.5
+
+
+@triton.jit
+def max_exponent(a):
+    if a.dtype == tl.float64:
+        return MAX_EXPONENT_DOUBLE
+    else:
+        return MAX_EXPONENT_FLOAT
+
+
+@triton.jit
+def clamp_exponent(a):
+    return tl.where(a > max_exponent(a), max_exponent(a), a)  # a itself where it is NaN
+
+
+@triton.jit
+def make_side(eta, transform_eps):
+    """(eta, 1/eta, active) of one sign of h; active is 0 where the shifted form takes psi as
+    log(1+t) and its derivative in lmbda as 0."""
+    linear = tl.abs(eta) <= tl.where(transform_eps > 0, transform_eps, -1.0)
+    shifted = tl.where(linear, 0.0, eta + tl.where(eta < 0, -transform_eps, transform_eps))
+    # eta = 0 is the limit psi = log(1+t): a tiny exponent gives it to rounding, without a branch.
+    if eta.dtype == tl.float64:
+        shifted = tl.where(tl.abs(shifted) < TINY_ETA_DOUBLE, TINY_ETA_DOUBLE, shifted)
+    else:
+        shifted = tl.where(tl.abs(shifted) < TINY_ETA_FLOAT, TINY_ETA_FLOAT, shifted)
+    one = tl.full([], 1.0, eta.dtype)
+    return shifted, one / shifted, tl.where(linear, 0.0, one)
+
+
+@triton.jit
+def make_exponents(lmbda, transform_eps):
+    """(eta_pos, eta_neg, inverse_pos, inverse_neg, active_pos, active_neg) of a group."""
+    eta_pos, inverse_pos, active_pos = make_side(lmbda, transform_eps)
+    eta_neg, inverse_neg, active_neg = make_side(2.0 - lmbda, transform_eps)
+    return eta_pos, eta_neg, inverse_pos, inverse_neg, active_pos, active_neg
+
+
+@triton.jit
+def needs_care(exponents):
+    """Whether a group is to be treated as CAREFUL: with both exponents at least a quarter the
+    direct form loses less than 4 ulp of l. Also covers the shifted transform's linear zone."""
+    eta_pos, eta_neg, _, _, active_pos, active_neg = exponents
+    large = (tl.abs(eta_pos) >= 0.25) & (tl.abs(eta_neg) >= 0.25)
+    return (large & (active_pos > 0) & (active_neg > 0)) == 0
+
+
+@triton.jit
+def device_side(h, exponents, CAREFUL: tl.constexpr):
+    """(eta, 1/eta, active) for the sign of each h."""
+    eta_pos, eta_neg, inverse_pos, inverse_neg, active_pos, active_neg = exponents
+    negative = h < 0
+    eta = tl.where(negative, eta_neg, eta_pos)
+    inverse = tl.where(negative, inverse_neg, inverse_pos)
+    active = eta
+    if CAREFUL:
+        active = tl.where(negative, active_neg, active_pos)
+    return eta, inverse, active
+
+
+@triton.jit
+def psi(log, eta, inverse, CAREFUL: tl.constexpr, FAST: tl.constexpr):
+    """(P, |psi|) from the logarithm of 1 + |h|."""
+    if log.dtype == tl.float64:
+        a = clamp_exponent(eta * log)
+        power = tl.exp(a)
+        near = tl.abs(a) < 0.5
+        magnitude = tl.where(near, a * first_exponential(a), power - 1.0) * inverse
+    elif CAREFUL:
+        a = clamp_exponent(eta * natural(log))
+        power = fast_exp2(a * LOG2_E, FAST)
+        near = tl.abs(a) < 0.5
+        magnitude = tl.where(near, a * first_exponential(a), power - 1.0) * inverse
+    else:
+        power = fast_exp2(eta * log, FAST)
+        magnitude = (power - 1.0) * inverse
+    return power, magnitude
+
+
+@triton.jit
+def psi_slopes(l, reciprocal, power, magnitude, eta, inverse, active, CAREFUL: tl.constexpr):
+    """(dpsi/dh, dpsi/dlmbda); a saturated psi has no slope."""
+    psi_h = power * reciprocal
+    psi_lambda = (power * l - magnitude) * inverse
+    if CAREFUL:
+        a = eta * l
+        saturated = a > max_exponent(a)
+        psi_lambda = tl.where(tl.abs(a) < 0.5, l * l * second_exponential(a), psi_lambda)
+        psi_lambda = tl.where(saturated, 0.0, psi_lambda) * active
+        psi_h = tl.where(saturated, 0.0, psi_h)
+    return psi_h, psi_lambda
+
+
+@triton.jit
+def lambda_terms_but_squares(h, t, l):
+    """(h d, d, e - 3 t^2) with q = (1+t) l, d = q - t, e = q (q + t (l-4)) + 3 t^2: the terms of
+    the lambda estimate, but for sign(h) l and for the squares, whose mean the variance tells."""
+    q = t * l + l
+    d = q - t
+    return h * d, d, q * (t * (l - 4.0) + q)
+
+
+@triton.jit
+def newton_step(slope, log, shift, curvature, alpha, root_eps, ORDER: tl.constexpr):
+    """(lmbda, Q) from the means of the terms."""
+    variance = curvature - shift * shift - 2.0 * slope * slope
+    q = tl.where(variance < 0, 0.0, variance) + root_eps  # no maximum: a NaN group must stay NaN
+    first = slope - log
+    if ORDER == 1:
+        return 1.0 - alpha * first, q
+    else:
+        return 1.0 - alpha * (first / q), q
+
+
+@triton.jit
+def lambda_gradient(lmbda, slope, shift, curvature, alpha, ORDER: tl.constexpr):
+    """(c_e, c_r, c_o, 2 + 2 D), the constants of n dlmbda/dh_i = w(h_i)."""
+    two_d = 2.0 + 2.0 * shift
+    if ORDER == 1:
+        c_r = alpha + 0.0 * shift
+        return -c_r, c_r, 0.0 * c_r, two_d
+    else:
+        kap = (lmbda - 1.0) / tl.where(alpha == 0, 1.0, alpha)
+        c_r = alpha / curvature
+        return -c_r * (1.0 - 4.0 * slope * kap), c_r, -c_r * kap, two_d
+
+
+@triton.jit
+def lambda_weight(h, t, l, reciprocal, gradient):
+    c_e, c_r, c_o, shift = gradient
+    four_t = t * 4.0
+    even = (t * 2.0 + 1.0) * l - t
+    odd = ((four_t + 3.0) * l - (four_t + shift)) * l + t * 2.0
+    return c_e * even + (c_r * reciprocal + c_o * tl.where(h < 0, -odd, odd))
