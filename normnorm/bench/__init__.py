@@ -7,7 +7,8 @@
 * :mod:`~normnorm.bench.timing`: medians of calls in alternation, on a CPU or a GPU;
 * :mod:`~normnorm.bench.measure`, :mod:`~normnorm.bench.networks`: one work, one network;
 * :mod:`~normnorm.bench.results`: the result file and its schema;
-* :mod:`~normnorm.bench.table`, :mod:`~normnorm.bench.compare`: text.
+* :mod:`~normnorm.bench.table`, :mod:`~normnorm.bench.compare`: text;
+  :mod:`~normnorm.bench.report`: plots and pages (``normnorm report``).
 
 Importing this package needs torch alone; what it runs with is looked for in :func:`run`.
 """
@@ -22,8 +23,9 @@ from typing import Any
 
 __all__ = ["add_arguments", "missing_packages", "run"]
 
-# Beside torch: what measuring needs. Plots and the HTML page also need matplotlib.
+# Beside torch: what measuring needs, and what the page with its plots needs beside that.
 _EXTRAS = ("msgspec", "tabulate", "tqdm")
+_PAGE_EXTRAS = ("jinja2", "matplotlib", "numpy", "scipy")
 
 
 def missing_packages(*names: str) -> list[str]:
@@ -67,9 +69,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true",
         help="three shapes, no compilation, two small networks: within a minute on two cores",
     )  # fmt: skip
-    size.add_argument(
-        "--full", action="store_true", help="every shape, dtype and provider: hours"
-    )
+    size.add_argument("--full", action="store_true", help="every shape, dtype and provider: hours")
     some: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     select.add_argument("--layers", **some, help="layer classes, such as BatchNormalNorm2d")
     select.add_argument(
@@ -103,7 +103,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--budget", type=_seconds, metavar="SECONDS",
         help="time for the samples of one operation, all providers together (default: 1.5; "
-        "0.4 with --quick, 3 with --full)",
+        "0.4 with --quick, 3 with --full; 0.4 times that on a GPU)",
     )  # fmt: skip
     method.add_argument("--seed", type=int, default=20250505, help="of the random inputs")
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         0; 1 where a provider failed or gave wrong numbers, or something became slower; 2 for
         something that cannot be measured or read. A sentence on stderr says which.
     """
-    missing = missing_packages(*_EXTRAS, *(["matplotlib"] if args.html else []))
+    missing = missing_packages(*_EXTRAS, *(_PAGE_EXTRAS if args.html else ()))
     if missing:
         print(
             f'normnorm bench needs {", ".join(missing)}: pip install "normnorm[bench]"',

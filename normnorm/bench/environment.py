@@ -121,6 +121,14 @@ def gpu(device: torch.device) -> Gpu | None:
     )
 
 
+def _command_line() -> str:
+    """As it was typed, without the folder that the program lies in."""
+    program = Path(sys.argv[0])
+    # `python -m normnorm` runs __main__.py of that folder.
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
+
+
 def before(device: torch.device, seed: int) -> Environment:
     """The environment at the start of a run on ``device``."""
     commit, uncommitted = _commit()
@@ -128,7 +136,7 @@ def before(device: torch.device, seed: int) -> Environment:
     info = backends.cpu.info()
     return Environment(
         timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command_line=shlex.join(["normnorm", *sys.argv[1:]]),
+        command_line=_command_line(),
         normnorm=normnorm.__version__,
         torch=str(torch.__version__),
         python=platform.python_version(),

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from normnorm.bench import environment
 from normnorm.bench.compare import changes, report
-from normnorm.bench.measure import estimated_seconds, measure
+from normnorm.bench.machine_code import cuda_counts
+from normnorm.bench.measure import measure
 from normnorm.bench.networks import measure_network
 from normnorm.bench.plan import Plan, UsageError, make_plan
 from normnorm.bench.results import (
@@ -76,6 +77,8 @@ class _Run:
         seconds = time.monotonic() - self.started
         around = environment.after(self.results.environment, self.plan.device, seconds)
         self.results.environment = around
+        if around.gpu is not None:
+            self.results.counts += cuda_counts(around.gpu.capability)
         self.results.complete = complete
 
 
@@ -91,8 +94,8 @@ def _measure_all(run: _Run) -> None:
     ) as bar:
         for work in plan.works:
             bar.set_postfix_str(str(work))
-            run.keep(measure(work, plan.providers, plan.device, plan.settings))
-            bar.update(estimated_seconds(work, plan.providers, plan.settings))
+            run.keep(measure(work, plan.providers_for(work), plan.device, plan.settings))
+            bar.update(plan.work_seconds(work))
         for network in plan.networks:
             bar.set_postfix_str(str(network))
             run.keep(measure_network(network, plan.network_providers, plan.device, plan.settings))
@@ -102,7 +105,7 @@ def _measure_all(run: _Run) -> None:
 
             bar.set_postfix_str("callgrind")
             try:
-                run.results.counts = count()
+                run.results.counts += count()
             except CallgrindError as error:
                 run.results.problems.append(f"callgrind: {error}")
 
@@ -125,7 +128,7 @@ def _write(results: Results, outputs: dict[str, Path]) -> None:
             elif name == "markdown":
                 write_atomically(path, markdown(results))
             else:
-                from normnorm.bench.report import write_html  # type: ignore[attr-defined]
+                from normnorm.bench.report import write_html
 
                 write_html(results, path)
         except (ResultsError, OSError) as error:

@@ -23,7 +23,7 @@ __all__ = ["Settings", "estimated_seconds", "measure", "sentence"]
 
 # Who may stand for torch's layer; the faster one does.
 _PEERS = ("torch", "cudnn")
-_COMPILATION_S = 8.0
+_COMPILATION_S = 4.0
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Plan:
     Attributes:
         device: where.
         works, providers: layers, and who does them.
+        compile_all: whether compiled providers do all of the work, or training with noise alone.
         networks, network_providers: whole networks, and whose norm layers they get.
         callgrind: whether to count instructions.
         settings: how much.
@@ -51,15 +52,28 @@ class Plan:
     device: torch.device
     works: list[Work]
     providers: list[str]
+    compile_all: bool
     networks: list[Network]
     network_providers: list[str]
     callgrind: bool
     settings: Settings
     outputs: dict[str, Path]
 
+    def providers_for(self, work: Work) -> list[str]:
+        """Who does one work. Compiling takes longer than measuring: unless it was asked for by
+        name or the preset is the full one, only training with noise is compiled."""
+        return [
+            name
+            for name in self.providers
+            if self.compile_all or work.mode == "noise" or not PROVIDERS[name].compiled
+        ]
+
+    def work_seconds(self, work: Work) -> float:
+        return estimated_seconds(work, self.providers_for(work), self.settings)
+
     def seconds(self) -> float:
         """Roughly how long it takes."""
-        layers = sum(estimated_seconds(work, self.providers, self.settings) for work in self.works)
+        layers = sum(map(self.work_seconds, self.works))
         return layers + len(self.networks) * self.network_seconds() + 60 * self.callgrind
 
     def network_seconds(self) -> float:
@@ -199,6 +213,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     size: Preset = "quick" if args.quick else "full" if args.full else "default"
     device = _device(args.device)
     budget, rounds = {"quick": (0.4, 3), "default": (1.5, 5), "full": (3.0, 7)}[size]
+    if device.type == "cuda":
+        budget *= 0.4  # device times scatter less
     settings = Settings(args.budget or budget, rounds, 100, args.seed)
     try:
         providers = _providers(args, device, size)
@@ -211,5 +227,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if nets and not network_providers:
         raise UsageError(f"networks need a provider among {', '.join(NETWORK_PROVIDERS)}")
     return Plan(
-        device, works, providers, nets, network_providers, args.callgrind, settings, _outputs(args)
-    )
+        device=device, works=works, providers=providers,
+        compile_all=size == "full" or args.providers is not None, networks=nets,
+        network_providers=network_providers, callgrind=args.callgrind, settings=settings,
+        outputs=_outputs(args),
+    )  # fmt: skip

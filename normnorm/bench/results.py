@@ -23,6 +23,7 @@ import msgspec
 
 __all__ = [
     "FORMAT",
+    "LANES",
     "VERSION",
     "Count",
     "Environment",
@@ -38,6 +39,8 @@ __all__ = [
 
 FORMAT = "normnorm-bench"
 VERSION = 1
+
+LANES = 128  # instructions of single elements that a multiprocessor issues in a clock
 
 Mode = Literal["noise", "quiet", "eval"]
 Operation = Literal["forward", "backward", "full"]
@@ -279,13 +282,17 @@ class NetworkMeasurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """Instructions that a CPU kernel executes, counted by callgrind: a measure without noise.
+    """Instructions that a kernel of ours executes for an element: a measure without noise.
+
+    Those of the CPU kernels are counted by callgrind, those of the CUDA kernels in their machine
+    code.
 
     Attributes:
-        work: layer kind and shape.
+        work: layer kind and shape, or the kind of kernel.
         mode: as in :class:`Measurement`.
         operation: "forward" or "backward".
-        isa: the instruction set that was counted.
+        isa: the instruction set that was counted: "avx2", "sm_90".
+        dtype: of the elements.
         instructions: an element.
     """
 
@@ -293,6 +300,7 @@ class Count:
     mode: Mode
     operation: Operation
     isa: str
+    dtype: str = "float32"
     instructions: float
 
 
@@ -304,7 +312,8 @@ class Results:
         environment: where and how.
         measurements: layers, in the order of the run.
         networks: whole training steps.
-        counts: instruction counts of the CPU kernels, where callgrind was asked.
+        counts: instruction counts: of the CUDA kernels on a GPU, of the CPU kernels where
+            callgrind was asked.
         problems: sentences about what failed or was wrong; empty when all went well.
         complete: False while the run goes on, and for ever if it was interrupted.
     """
@@ -335,6 +344,30 @@ class Results:
         if not copies or copies[0].gb_per_s is None or measurement.gb_per_s is None:
             return None
         return measurement.gb_per_s / copies[0].gb_per_s
+
+    def share_of_issue(self, measurement: Measurement) -> float | None:
+        """The time in which the multiprocessors could issue its instructions, over its time.
+
+        The second roof of a GPU's kernels: counted instructions, every one of the 128 lanes of a
+        multiprocessor at the highest clock. None for other providers and devices, and where
+        the instructions were not counted.
+        """
+        gpu = self.environment.gpu
+        if gpu is None or not gpu.max_clock_mhz or not measurement.median_ms:
+            return None
+        if measurement.provider != "normnorm-cuda":
+            return None
+        key = (measurement.mode, f"sm_{gpu.capability[0]}{gpu.capability[1]}", measurement.dtype)
+        counts = [c for c in self.counts if (c.mode, c.isa, c.dtype) == key]
+        counted = {count.operation: count.instructions for count in counts}
+        passes: tuple[Operation, ...] = (measurement.operation,)
+        if measurement.operation == "full":
+            passes = ("forward", "backward")
+        if not all(operation in counted for operation in passes):
+            return None
+        each = sum(counted[operation] for operation in passes)
+        per_ms = gpu.multiprocessors * LANES * gpu.max_clock_mhz * 1e3
+        return measurement.elements * each / per_ms / measurement.median_ms
 
 
 @dataclass

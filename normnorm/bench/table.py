@@ -106,16 +106,19 @@ def _layer_table(results: Results, rows: Sequence[Measurement], style: str) -> s
     """Providers down, operations across."""
     operations = [o for o in _OPERATIONS if any(row.operation == o for row in rows)]
     last = operations[-1]
+    on_gpu = results.environment.gpu is not None
     head = [
         "provider", *(f"{o} ms" for o in operations), f"{last} / torch's", "GB/s", "of copy",
-        "kept", "peak", "error",
+        *(["of issue"] if on_gpu else []), "kept", "peak", "error",
     ]  # fmt: skip
     body, remarks = [], []
     for provider in dict.fromkeys(row.provider for row in rows):
         mine = {row.operation: row for row in rows if row.provider == provider}
         times = [mine.get(o) for o in operations]
         judged = mine.get(last, next(iter(mine.values())))
-        share = results.share_of_copy(judged)
+        shares = [results.share_of_copy(judged)]
+        if on_gpu:
+            shares.append(results.share_of_issue(judged))
         if judged.status != "ok":
             remarks.append(f"{provider}: {judged.status}: {judged.message}")
         body.append([
@@ -123,7 +126,7 @@ def _layer_table(results: Results, rows: Sequence[Measurement], style: str) -> s
             *(milliseconds(t.median_ms, t.p20_ms, t.p80_ms) if t else "" for t in times),
             "" if judged.ratio is None else f"{judged.ratio:.2f}",
             "" if judged.gb_per_s is None else f"{judged.gb_per_s:.3g}",
-            "" if share is None else f"{100 * share:.0f}%",
+            *("" if share is None else f"{100 * share:.0f}%" for share in shares),
             size(judged.kept_bytes),
             size(judged.peak_bytes),
             "" if judged.error is None else f"{judged.error:.0e}",
@@ -183,8 +186,8 @@ def _suite_ratios(results: Results) -> list[list[str]]:
 _LEGEND = (
     "ms: median of interleaved samples ± half the distance of the 20th and 80th percentiles. "
     "GB/s: bytes of one read and one write a pass over the time. of copy: of a copy of the input. "
-    "kept: for the backward pass. error: against the float64 reference, relative to the largest "
-    "value."
+    "of issue: of what the multiprocessors could issue. kept: for the backward pass. error: "
+    "against the float64 reference, relative to the largest value."
 )
 _MEANS = (
     "Time over that of torch's layer, geometric means: forward and backward in training, forward "
@@ -207,7 +210,7 @@ def _sections(results: Results, style: str) -> list[tuple[str, str]]:
             [c.work, c.mode, c.operation, c.isa, f"{c.instructions:.2f}"] for c in results.counts
         ]
         head = ["kernel", "mode", "operation", "ISA", "instructions an element"]
-        sections.append(("Instructions of the CPU kernels, counted", _tabulate(body, head, style)))
+        sections.append(("Instructions, counted", _tabulate(body, head, style)))
     means = _suite_ratios(results)
     if len(means) > 1:
         sections.append((_MEANS, _tabulate(means[1:], means[0], style)))

@@ -45,6 +45,9 @@ Within = Callable[[], AbstractContextManager[Any]]
 _SHORTEST_SAMPLE_MS = 0.5
 _MOST_CALLS = 4096
 _MOST_COPIES = 256
+# A measurement ends early once it has taken this many times its budget: the machine became slower
+# than it was when the samples were counted out.
+_PATIENCE = 2.0
 # Clock cycles that keep the device busy while the host enqueues the events and the graph.
 _BACKLOG_CYCLES = 200_000
 
@@ -231,7 +234,11 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     total = max(turns.values(), default=0)
     shuffled = random.Random(total)
+    end = time.perf_counter() + _PATIENCE * budget_s
     for turn in range(total):
+        late = time.perf_counter() > end
+        if late and all(len(samples[n]) >= min_rounds for n in samples if n not in found):
+            break
         due = [n for n, k in turns.items() if (turn + 1) * k // total > turn * k // total]
         shuffled.shuffle(due)
         for name in due:

@@ -64,6 +64,8 @@ LAYERS = {
 class Work:
     """One layer on one kind of input in one mode; the fields are those of a result row.
 
+    Of the operations evaluation has the forward pass alone.
+
     Raises:
         WorkError: the shape does not fit the layer, or the memory format the shape.
     """
@@ -80,6 +82,9 @@ class Work:
     x_name: str = "elements"
 
     def __post_init__(self) -> None:
+        if self.mode == "eval":
+            forward = tuple(o for o in self.operations if o == "forward")
+            object.__setattr__(self, "operations", forward)
         layer, text = LAYERS[self.layer], self.shape_text
         if len(self.shape) not in layer.ranks:
             wanted = " or ".join(map(str, layer.ranks))
@@ -303,8 +308,6 @@ def _variants(work: Work, name: Preset, device: str) -> Iterator[Work]:
 
 
 def _for_device(work: Work, device: str) -> Work:
-    if work.mode == "eval":
-        work = replace(work, operations=("forward",))
     if device == "cpu":
         return replace(work, method="wall")
     return replace(work, method="graph") if work.method == "wall" else work
