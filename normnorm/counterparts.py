@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from normnorm import lazy, modules
 from normnorm.modules import _RunningNorm, _Transform
+from normnorm.sync import SyncBatchNormalNorm
 
 __all__ = ["counterpart", "obstacle", "original", "recast", "restored", "why_unknown"]
 
@@ -34,6 +35,7 @@ _TORCH: dict[type, type] = {
         for dim in (1, 2, 3)
     },
     nn.LayerNorm: modules.LayerNormalNorm,
+    nn.SyncBatchNorm: SyncBatchNormalNorm,
     nn.GroupNorm: modules.GroupNormalNorm,
 }
 _ORIGINALS = {ours: theirs for theirs, ours in _TORCH.items()}
@@ -74,15 +76,21 @@ def counterpart(module: nn.Module) -> type[nn.Module] | None:
 
 def original(module: nn.Module) -> type[nn.Module] | None:
     """The class that a layer of ours once was, or stands for; None if there is none."""
-    cls = type(module)
+    if isinstance(module, SyncBatchNormalNorm):
+        return nn.SyncBatchNorm  # also where convert_sync made it one
     found: type[nn.Module] | None
-    found = vars(module).get("original_class") or _ORIGINALS.get(cls)
-    if found is None and cls.__module__.startswith("normnorm.integrations."):
-        found = importlib.import_module(cls.__module__).original(module)
+    found = vars(module).get("original_class") or _ORIGINALS.get(type(module))
+    if found is None and _is_of_a_library(module):
+        found = importlib.import_module(type(module).__module__).original(module)
     if found is not None and not isinstance(module, LazyModuleMixin):
         # Initialized since, a lazy layer has become what torch's would have.
         return getattr(found, "cls_to_become", None) or found
     return found
+
+
+def _is_of_a_library(module: nn.Module) -> bool:
+    """Whether a layer of ours is one that was written for another library."""
+    return type(module).__module__.startswith("normnorm.integrations.")
 
 
 def why_unknown(module: nn.Module) -> str | None:
@@ -97,6 +105,8 @@ def why_unknown(module: nn.Module) -> str | None:
     # torch.nn.utils has parametrizations named _WeightNorm and _SpectralNorm.
     if not _A_NORM.search(cls.__name__) or cls.__module__.startswith("torch.nn.utils."):
         return None
+    if any(_A_NORM.search(type(child).__name__) for child in list(module.modules())[1:]):
+        return None  # a block, such as ConvNormAct, that holds one
     if "Frozen" in cls.__name__:
         return "its statistics are frozen: there is nothing to estimate"
     if any(word in cls.__name__ for word in _ROOT_MEAN_SQUARE):
@@ -173,6 +183,8 @@ def recast(module: nn.Module, cls: type[nn.Module], settings: dict[str, Any]) ->
             running_var = new._buffers.get("running_var")
             lmbda = None if running_var is None else torch.ones_like(running_var)
             new.register_buffer("running_lmbda", lmbda)
+        if isinstance(new, SyncBatchNormalNorm):
+            new._alone = None
     vars(new)["original_class"] = type(module)
     return new
 
@@ -182,10 +194,12 @@ def restored(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     if isinstance(module, LazyModuleMixin):
         return _new_lazy(module, cls, {})
     new = _shell(module, cls)
-    for name in (*_TRANSFORM, "original_class"):
+    for name in (*_TRANSFORM, "original_class", "_alone"):
         vars(new).pop(name, None)
     new._buffers.pop("running_lmbda", None)
     new._non_persistent_buffers_set.discard("running_lmbda")
+    if new.__class__ is not vars(module).get("original_class") and _is_of_a_library(module):
+        importlib.import_module(type(module).__module__).complete(new)
     return new
 
 

@@ -61,7 +61,7 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
     def reset_parameters(self) -> None:
         """As in the layer that it becomes; nothing before the sizes are known."""
         if not self.has_uninitialized_params() and self.num_features != 0:
-            super().reset_parameters()
+            _RunningNorm.reset_parameters(self)
 
     def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]
         """Takes ``num_features``, and the size of what has none yet, from the first input."""

@@ -123,7 +123,8 @@ class Monitor:
         self._groups = groups
         self._elements = elements
         self._compiled = compiled
-        self._seen: dict[str, _Seen] = {}
+        # Every name from the start: compiled code takes note of which there are.
+        self._seen: dict[str, _Seen | None] = dict.fromkeys(layers)
 
     def _observe(self, name: str, layer: Any, input: Tensor) -> None:
         # Slices and one small copy: nothing here waits for a device or draws a random number.
@@ -152,21 +153,22 @@ class Monitor:
             RuntimeError: a model that was compiled before it was monitored, whose hooks the
                 compiled code may not call.
         """
-        if not self._seen and self._compiled:
+        seen_layers = {name: seen for name, seen in self._seen.items() if seen is not None}
+        if not seen_layers and self._compiled:
             raise RuntimeError(
                 "no layer was seen: code compiled before normnorm.monitor began does not call "
                 "its hooks. Enter the monitor before the first call of the compiled model, or "
                 "call torch.compiler.reset() after entering it"
             )
         numbers = {}
-        for name, seen in self._seen.items():
+        for name, seen in seen_layers.items():
             for measure, value in _measures(self._layers[name], seen).items():
                 numbers[f"{prefix}{name}/{measure}" if name else f"{prefix}{measure}"] = value
         return numbers
 
     def clear(self) -> None:
         """Forgets what was seen, so that ``scalars`` speaks of layers that ran since."""
-        self._seen.clear()
+        self._seen.update(dict.fromkeys(self._seen))
 
 
 def _was_compiled(module: nn.Module) -> bool:

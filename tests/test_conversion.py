@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import normnorm
-from normnorm import counterparts, lazy
+from normnorm import counterparts, lazy, sync
 
 _FLAG = "__allow_nonbracketed_mutation_flag"
 _allowed = getattr(torch.backends, _FLAG, True)
@@ -509,6 +509,24 @@ def test_a_layer_without_counterpart_in_torch_is_left_by_restoring():
     assert "torch has no counterpart" in summary.left[0].reason
     with pytest.raises(ValueError, match="is itself a BatchNormalNorm2d"):
         normnorm.restore_norms(normnorm.BatchNormalNorm2d(3))
+
+
+def test_synchronised_layers_are_swapped_both_ways():
+    group = object()
+    model = nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.BatchNorm2d(3))
+    plain = copy.copy(vars(model[0]))
+    normnorm.replace_norms(model)
+    made = sync.SyncBatchNormalNorm(3, process_group=group)
+    assert type(model[0]) is sync.SyncBatchNormalNorm
+    assert model[0].process_group is group
+    assert vars(model[0]).keys() - {"original_class"} == vars(made).keys()
+    sync.convert_sync(model, group)
+    assert type(model[1]) is sync.SyncBatchNormalNorm
+    normnorm.restore_norms(model)
+    for layer in model:
+        assert type(layer) is nn.SyncBatchNorm
+        assert layer.process_group is group
+        assert vars(layer).keys() == plain.keys()
 
 
 # Lazy layers

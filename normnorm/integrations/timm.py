@@ -14,6 +14,7 @@ import timm.layers
 import torch
 from timm.layers import create_norm, create_norm_act
 from timm.layers.create_act import create_act_layer
+from timm.layers.fast_norm import is_fast_norm
 from timm.models import convnext
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ __all__ = [
     "GroupNormalNormAct",
     "LayerNormalNormAct",
     "LayerNormalNormAct2d",
+    "complete",
     "counterpart",
     "original",
     "register",
@@ -239,6 +241,11 @@ def original(module: nn.Module) -> type[nn.Module] | None:
     """timm's class for one of the layers above, or None."""
     name = type(module).__name__.replace("NormalNorm", "Norm")
     return getattr(timm.layers, name, None)
+
+
+def complete(module: nn.Module) -> None:
+    """Gives a timm layer what its own constructor would have set, and ours did not."""
+    vars(module).setdefault("_fast_norm", is_fast_norm())
 
 
 def register() -> None:

@@ -1,0 +1,36 @@
+"""Small models of other libraries, built by those libraries, with weights that say something."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def speak(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every norm layer a weight, a bias and running statistics of its own, and every zero
+    parameter a value: a fresh model's heads and residual branches may be zero, and then no
+    difference in what lies before them shows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor, low, high):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for module in model.modules():
+            weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+            if "Norm" in type(module).__name__:
+                for tensor, low, high in ((weight, 0.5, 1.5), (bias, -0.3, 0.3)):
+                    if tensor is not None:
+                        uniform(tensor, low, high)
+                if getattr(module, "running_mean", None) is not None:
+                    uniform(module.running_mean, -0.3, 0.3)
+                    uniform(module.running_var, 0.5, 1.5)
+        for parameter in model.parameters():
+            if not parameter.any():
+                uniform(parameter, -0.1, 0.1)
+    return model
+
+
+def first_tensor(output) -> torch.Tensor:
+    """The tensor that a model's output is, or begins with."""
+    return output if isinstance(output, torch.Tensor) else output[0]

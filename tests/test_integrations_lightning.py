@@ -1,0 +1,117 @@
+"""Lightning: the plugin that synchronises our layers, and its Trainer with replaced models."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning.pytorch as lightning
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import normnorm
+from normnorm import sync
+from normnorm.integrations.lightning import NormalNormSync
+
+QUIET = {
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def make_module(base):
+    class Regression(base):
+        """Regression of a line, counting the classes of norm layers that its steps see."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(
+                nn.Linear(4, 8), normnorm.BatchNormalNorm1d(8, noise_train=0.0), nn.Linear(8, 1)
+            )
+            self.register_buffer("steps_synchronised", torch.zeros(()))
+
+        def training_step(self, batch, index):
+            if type(self.net[1]) is sync.SyncBatchNormalNorm:
+                self.steps_synchronised += 1
+            input, target = batch
+            return (self.net(input) - target).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    return Regression()
+
+
+def data(batch_size):
+    """Sixteen samples: two shards of eight are the whole of them, in whatever order."""
+    generator = torch.Generator().manual_seed(1)
+    input = torch.empty(16, 4).exponential_(generator=generator)
+    return DataLoader(TensorDataset(input, input.sum(1, keepdim=True)), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("package", [lightning, pytorch_lightning], ids=lambda p: p.__name__)
+def test_two_processes_with_the_plugin_train_as_one_with_the_whole_batch(package):
+    alone = make_module(package.LightningModule)
+    trainer = package.Trainer(**QUIET, max_epochs=4, logger=False)
+    trainer.fit(alone, data(16))
+    assert alone.steps_synchronised == 0
+
+    both = make_module(package.LightningModule)
+    trainer = package.Trainer(
+        **QUIET, max_epochs=4, logger=False, strategy="ddp_fork", devices=2,
+        plugins=[NormalNormSync(torch_layers=False)],
+    )  # fmt: skip
+    trainer.fit(both, data(8))
+    assert both.steps_synchronised == 4
+    assert type(both.net[1]) is normnorm.BatchNormalNorm1d  # reverted after the fit
+    ours, theirs = both.state_dict(), alone.state_dict()
+    assert (theirs["net.1.running_lmbda"] != 1).any()
+    for name in theirs:
+        if name != "steps_synchronised":
+            assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_lightnings_own_switch_leaves_our_layers_alone():
+    plugin = lightning.plugins.TorchSyncBatchNorm()
+    model = nn.Sequential(normnorm.BatchNormalNorm1d(3))
+    assert type(plugin.apply(model)[0]) is normnorm.BatchNormalNorm1d
+
+
+@pytest.mark.parametrize("torch_layers", [True, False])
+def test_torch_layers_are_synchronised_with_ours_unless_told_otherwise(torch_layers):
+    model = nn.Sequential(nn.BatchNorm1d(3), normnorm.BatchNormalNorm1d(3))
+    plugin = NormalNormSync(torch_layers=torch_layers)
+    applied = plugin.apply(copy.deepcopy(model))
+    assert type(applied[0]) is (nn.SyncBatchNorm if torch_layers else nn.BatchNorm1d)
+    assert type(applied[1]) is sync.SyncBatchNormalNorm
+    reverted = plugin.revert(applied)
+    assert not isinstance(reverted[0], nn.SyncBatchNorm)
+    assert type(reverted[1]) is normnorm.BatchNormalNorm1d
+    input = torch.randn(6, 3)
+    assert_close(reverted.eval()(input), model.eval()(input))
+
+
+def test_a_trainer_logs_what_the_monitor_saw(tmp_path):
+    module = make_module(lightning.LightningModule)
+
+    class Log(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            module.log_dict(watch.scalars("train/"))
+
+    trainer = lightning.Trainer(
+        **QUIET, max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[Log()]
+    )
+    with normnorm.monitor(module) as watch:
+        trainer.fit(module, data(4))
+    header, *rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
+    assert "train/net.1/lmbda" in header.split(",")
+    assert "train/net.1/qq_r2" in header.split(",")
+    assert len(rows) == 4
+    assert trainer.logged_metrics["train/net.1/lmbda"].isfinite()

@@ -1,0 +1,75 @@
+"""MONAI: its factory knows our layers by name, and its networks are built with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_zoo import speak
+from monai.networks.layers import Norm, get_norm_layer
+from monai.networks.nets import DenseNet, SegResNet, UNet
+from torch.testing import assert_close
+
+import normnorm
+import normnorm.integrations.monai as normnorm_monai
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    before, names = dict(Norm.components), Norm.__doc__
+    normnorm_monai.register()
+    normnorm_monai.register()  # again: no harm
+    yield
+    Norm.components.clear()
+    Norm.components.update(before)
+    Norm.__doc__ = names
+
+
+def ours_in(network):
+    return [module for module in network.modules() if hasattr(module, "noise_train")]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_the_factory_gives_the_class_of_each_dimension(dim):
+    assert Norm[Norm.BATCHNORMAL, dim] is getattr(normnorm, f"BatchNormalNorm{dim}d")
+    assert Norm["instancenormal", dim] is getattr(normnorm, f"InstanceNormalNorm{dim}d")
+    assert Norm["groupnormal", dim] is normnorm.GroupNormalNorm
+    assert Norm["layernormal", dim] is normnorm.LayerNormalNorm
+
+
+def test_layers_are_made_with_their_channels_and_our_settings():
+    layer = get_norm_layer(("batchnormal", {"noise_train": 0.1}), spatial_dims=2, channels=5)
+    assert type(layer) is normnorm.BatchNormalNorm2d
+    assert (layer.num_features, layer.noise_train) == (5, 0.1)
+    layer = get_norm_layer(("groupnormal", {"num_groups": 2}), spatial_dims=3, channels=6)
+    assert (layer.num_groups, layer.num_channels) == (2, 6)
+    layer = get_norm_layer(("instancenormal", {"affine": True}), spatial_dims=1, channels=4)
+    assert layer.weight.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [
+        (lambda norm: UNet(3, 1, 2, (4, 8, 16), (2, 2), num_res_units=1, norm=norm), 6),
+        (lambda norm: SegResNet(3, 8, 1, 2, blocks_down=(1, 1), blocks_up=(1,), norm=norm), 7),
+        (lambda norm: DenseNet(3, 1, 2, 8, 4, (2, 2), 2, norm=norm), 11),
+    ],
+    ids=["UNet", "SegResNet", "DenseNet"],
+)
+def test_networks_built_with_our_layers_equal_replaced_ones(build, count):
+    network = speak(build(("batchnormal", {"alpha": 0.0, "noise_train": 0.0})))
+    assert len(ours_in(network)) == count
+    plain = build("batch")
+    plain.load_state_dict(
+        {k: v for k, v in network.state_dict().items() if not k.endswith("running_lmbda")}
+    )
+    input = torch.randn(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        expected = plain.eval()(input)
+        scale = expected.std().item()
+        assert_close(network.eval()(input), expected, rtol=1e-4, atol=1e-4 * scale)
+    summary = normnorm.replace_norms(plain)
+    assert len(summary.replaced) == count
+    assert [type(m) for m in plain.modules()] == [type(m) for m in network.modules()]
+    loss = network.train()(input).square().mean()
+    loss.backward()
+    assert all(layer.weight.grad.isfinite().all() for layer in ours_in(network))

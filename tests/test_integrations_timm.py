@@ -1,0 +1,312 @@
+"""timm: constructors and factories by class and by name, models whose blocks join norm and
+activation, and replacement in models as timm builds them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import timm.layers
+import timm.optim
+import torch
+from model_zoo import speak
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.testing import assert_close
+
+import normnorm
+import normnorm.integrations.timm as normnorm_timm
+
+OFF = {"alpha": 0.0, "noise_train": 0.0}
+NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+
+# model -> (image size, layers replaced); the test_* models are timm's own small ones.
+MODELS = {
+    "test_resnet": (64, 15),
+    "test_efficientnet": (64, 13),
+    "test_efficientnet_gn": (64, 13),
+    "test_efficientnet_ln": (64, 13),
+    "test_convnext": (64, 14),
+    "test_vit": (160, 13),
+    "regnety_002": (64, 44),
+}
+SLOW = {
+    "resnetv2_50": (64, 49),
+    "resnetv2_50x1_bit": (64, None),
+    "efficientnet_b0": (64, 49),
+    "convnext_atto": (64, 17),
+    "test_nfnet": (96, None),
+    "test_byobnet": (64, None),
+    "maxvit_pico_rw_256": (256, None),
+    "swin_tiny_patch4_window7_224": (224, None),
+    "mobilenetv3_small_050": (64, None),
+    "densenet121": (64, None),
+}
+each_model = pytest.mark.parametrize(
+    "name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+ACTS = {
+    "BatchNormAct2d": (timm.layers.BatchNormAct2d, (6,), {}),
+    "GroupNormAct": (timm.layers.GroupNormAct, (6,), {"num_groups": 3}),
+    "GroupNorm1Act": (timm.layers.GroupNorm1Act, (6,), {}),
+    "LayerNormAct": (timm.layers.LayerNormAct, (5,), {}),
+    "LayerNormActFp32": (timm.layers.LayerNormActFp32, (5,), {}),
+    "LayerNormAct2d": (timm.layers.LayerNormAct2d, (6,), {}),
+    "LayerNormAct2dFp32": (timm.layers.LayerNormAct2dFp32, (6,), {}),
+}
+PLAIN = {
+    "GroupNorm": (timm.layers.GroupNorm, (6, 3), {}),
+    "GroupNorm1": (timm.layers.GroupNorm1, (6,), {}),
+    "LayerNorm": (timm.layers.LayerNorm, (5,), {}),
+    "LayerNormFp32": (timm.layers.LayerNormFp32, (5,), {}),
+    "LayerNorm2d": (timm.layers.LayerNorm2d, (6,), {}),
+    "LayerNorm2dFp32": (timm.layers.LayerNorm2dFp32, (6,), {}),
+    "LayerNormExp2d": (timm.layers.norm.LayerNormExp2d, (6,), {}),
+}
+
+
+@pytest.fixture
+def registered():
+    """Our layers in timm's maps; the maps as they were afterwards."""
+    from timm.layers import create_norm, create_norm_act
+    from timm.models import convnext
+
+    places = [
+        (create_norm, ("_NORM_MAP", "_NORM_TYPES")),
+        (
+            create_norm_act,
+            (
+                "_NORM_ACT_MAP",
+                "_NORM_ACT_TYPES",
+                "_NORM_TO_NORM_ACT_MAP",
+                "_NORM_ACT_REQUIRES_ARG",
+            ),
+        ),
+        (convnext, ("_NORM_MAP",)),
+    ]
+    maps = [getattr(module, name) for module, names in places for name in names]
+    before = [copy.copy(one) for one in maps]
+    normnorm_timm.register()
+    yield
+    for one, old in zip(maps, before, strict=True):
+        one.clear()
+        one.update(old)
+
+
+def build(name):
+    torch.manual_seed(0)
+    size, count = (MODELS | SLOW)[name]
+    return speak(timm.create_model(name)).eval(), torch.randn(2, 3, size, size), count
+
+
+def ours_in(model):
+    return [module for module in model.modules() if hasattr(module, "noise_train")]
+
+
+# Replacing
+
+
+@each_model
+def test_outputs_stay_without_transform_and_noise_and_come_back_exactly(name):
+    model, input, count = build(name)
+    with torch.no_grad():
+        expected = model(input)
+        classes = [type(module) for module in model.modules()]
+        norms = sum(issubclass(cls, NORMS) for cls in classes)
+        summary = normnorm.replace_norms(model, **OFF)
+        assert not summary.left, summary
+        assert len(summary.replaced) == norms
+        assert count in (None, norms)
+        scale = expected.std().item()
+        assert scale > 1e-3
+        assert_close(model(input), expected, rtol=1e-4, atol=1e-4 * scale)
+        normnorm.restore_norms(model)
+        assert [type(module) for module in model.modules()] == classes
+        assert torch.equal(model(input), expected)
+
+
+@pytest.mark.parametrize("name", [*ACTS, *PLAIN])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_each_layer_class_is_replaced_with_its_activation_and_dropout(name, training, backend):
+    cls, arguments, keywords = (ACTS | PLAIN)[name]
+    if name in ACTS:
+        keywords = {**keywords, "act_layer": nn.LeakyReLU, "act_kwargs": {"negative_slope": 0.3}}
+        keywords["drop_layer"] = partial(nn.Dropout, 0.5)
+    theirs = speak(cls(*arguments, **keywords)).train(training)
+    model = nn.Sequential(copy.deepcopy(theirs))
+    summary = normnorm.replace_norms(model, **OFF)
+    assert len(summary.replaced) == 1
+    if name in ACTS:
+        assert type(model[0].act) is nn.LeakyReLU
+        assert model[0].act.negative_slope == 0.3
+        assert type(model[0].drop) is nn.Dropout
+    input = torch.randn(4, 6, 4, 5)
+    if "LayerNorm" in name and "2d" in name:
+        # timm's output lies so in any case, and dropout draws in the order of memory.
+        input = input.contiguous(memory_format=torch.channels_last)
+    outputs = []
+    for layer in (model, theirs):
+        torch.manual_seed(1)  # the same dropout
+        outputs.append(layer(input))
+    assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    if name in ACTS:
+        assert (outputs[0] < 0).any()
+        assert bool((outputs[0] == 0).any()) is training
+    normnorm.restore_norms(model)
+    assert type(model[0]) is cls
+    assert vars(model[0]).keys() == vars(theirs).keys()
+
+
+# Ours in place of timm's ...Fp32 classes are of the plain class.
+@pytest.mark.parametrize("name", [name for name in ACTS if not name.endswith("Fp32")])
+def test_a_layer_built_by_our_constructor_is_restored_to_timms(name):
+    cls, arguments, keywords = ACTS[name]
+    ours = getattr(normnorm_timm, name.replace("Norm", "NormalNorm"))(*arguments, **keywords)
+    model = nn.Sequential(ours)
+    normnorm.restore_norms(model)
+    assert type(model[0]) is cls
+    input = torch.randn(4, 6, 4, 5)
+    assert_close(model(input), cls(*arguments, **keywords)(input))
+
+
+def test_rms_norms_of_timm_are_left_with_the_reason():
+    model = nn.Sequential(
+        timm.layers.RmsNorm(4), timm.layers.RmsNormAct2d(4), timm.layers.SimpleNorm2d(4),
+        timm.layers.EvoNorm2dS0(32), timm.layers.FrozenBatchNormAct2d(4),
+    )  # fmt: skip
+    summary = normnorm.replace_norms(model)
+    assert [swap.reason.split()[0] for swap in summary.left] == [
+        "it", "it", "it", "normnorm", "its",
+    ]  # fmt: skip
+    assert not summary.replaced
+
+
+def test_training_in_timms_way_goes_on_after_replacement():
+    model, input, _ = build("test_efficientnet")
+    ema = ModelEmaV3(model, decay=0.5)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
+    normnorm.replace_norms(model)
+    normnorm.replace_norms(ema.module)
+    model.train()
+    keys = [key for key in model.state_dict() if key.endswith(("running_lmbda", "running_var"))]
+    assert len(keys) == 2 * 13
+    expected = {key: ema.module.state_dict()[key].clone() for key in keys}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input.repeat(4, 1, 1, 1)).square().mean().backward()
+        optimizer.step()
+        ema.update(model)
+        for key in keys:
+            expected[key].lerp_(model.state_dict()[key], 0.5)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for key in keys:
+        assert (expected[key] != 1).any()
+        assert_close(ema.module.state_dict()[key], expected[key])
+
+
+def test_weight_decay_passes_our_layers_by_as_timm_does_theirs():
+    model = timm.create_model("test_vit")
+    plain = timm.optim.param_groups_weight_decay(model, 0.1)
+    normnorm.replace_norms(model)
+    ours = timm.optim.param_groups_weight_decay(model, 0.1)
+    assert [len(group["params"]) for group in ours] == [len(group["params"]) for group in plain]
+
+
+# Constructors
+
+
+def test_norm_layer_of_a_plain_resnet_needs_no_registration():
+    for layer in (normnorm.BatchNormalNorm2d, partial(normnorm.BatchNormalNorm2d, alpha=0.5)):
+        model = timm.create_model("resnet18", norm_layer=layer)
+        assert len(ours_in(model)) == 20
+
+
+def test_without_registration_timm_refuses_joined_layers():
+    # What register() is for, in a process in which nothing else has run.
+    program = """
+import conftest; conftest._stand_in_for_torchvision_ops()
+import timm, normnorm, normnorm.integrations.timm
+try:
+    timm.create_model("efficientnet_b0", norm_layer=normnorm.BatchNormalNorm2d)
+except AssertionError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "No equivalent norm_act layer" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "norm_layer", "keywords", "count"),
+    [
+        ("efficientnet_b0", normnorm.BatchNormalNorm2d, {}, 49),
+        ("efficientnet_b0", "batchnormalnorm2d", {}, 49),
+        ("efficientnet_b0", partial(normnorm.BatchNormalNorm2d, noise_train=0.1), {}, 49),
+        ("regnety_002", "batchnormalnorm", {}, 44),
+        ("test_efficientnet", normnorm_timm.GroupNormalNorm1, {}, 13),
+        ("test_efficientnet", "layernormalnorm2d", {}, 13),
+        ("convnext_atto", "layernormalnorm2d", {}, 17),
+        ("convnext_atto", normnorm.LayerNormalNorm2d, {}, 17),
+        ("convnext_tiny", "layernormalnorm", {"depths": (1, 1, 1, 1)}, 9),
+        ("test_vit", normnorm.LayerNormalNorm, {}, 13),
+        ("test_vit", "layernormalnorm", {}, 13),
+    ],
+)
+def test_create_model_takes_classes_partials_and_names(
+    name, norm_layer, keywords, count, registered
+):
+    normnorm_timm.register()  # a second time: no harm
+    model = timm.create_model(name, norm_layer=norm_layer, num_classes=7, **keywords)
+    ours = ours_in(model)
+    assert len(ours) == count
+    wanted = 0.1 if isinstance(norm_layer, partial) else ours[0].noise_train
+    assert {module.noise_train for module in ours} == {wanted}
+    size = 160 if name == "test_vit" else 64
+    output = model(torch.randn(2, 3, size, size))
+    assert output.shape == (2, 7)
+    output.square().mean().backward()
+    assert all(module.weight.grad.isfinite().all() for module in ours)
+
+
+def test_joined_layers_get_timms_activation(registered):
+    model = timm.create_model("efficientnet_b0", norm_layer="batchnormalnorm2d")
+    plain = timm.create_model("efficientnet_b0")
+    ours = [type(m.act) for m in ours_in(model)]
+    theirs = [type(m.act) for m in plain.modules() if isinstance(m, timm.layers.BatchNormAct2d)]
+    assert ours == theirs
+    assert nn.SiLU in ours
+    assert nn.Identity in ours
+    model.load_state_dict(plain.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["batchnormalnorm2d", "groupnormalnorm", "groupnormalnorm1"])
+@pytest.mark.parametrize("apply_act", [True, False])
+def test_factories_of_single_layers_know_our_names(name, apply_act, registered):
+    plain = timm.layers.create_norm_layer(name, 64, eps=1e-3)
+    assert plain.eps == 1e-3
+    joined = timm.layers.create_norm_act_layer(
+        name, 64, act_layer=nn.GELU, apply_act=apply_act, eps=1e-3
+    )
+    assert type(joined.act) is (nn.GELU if apply_act else nn.Identity)
+    assert joined.eps == 1e-3
+    assert plain.weight.shape == joined.weight.shape == (64,)
+    if name == "groupnormalnorm":
+        assert plain.num_groups == joined.num_groups == 32
+    assert joined(torch.randn(2, 64, 3, 3)).isfinite().all()
+
+
+def test_group_size_wins_over_the_number_of_groups_and_must_divide():
+    layer = normnorm_timm.GroupNormalNormAct(64, group_size=16)
+    assert layer.num_groups == timm.layers.GroupNormAct(64, group_size=16).num_groups == 4
+    with pytest.raises(ValueError, match="must be divisible by group_size \\(7\\)"):
+        normnorm_timm.GroupNormalNormAct(64, group_size=7)

@@ -1,0 +1,375 @@
+"""normnorm.monitor: right numbers, bounded memory, no waiting for the device, and no trace left."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import normnorm
+
+MEASURES = {
+    "lmbda",
+    "lmbda_min",
+    "lmbda_max",
+    "noise_scale",
+    "skewness",
+    "excess_kurtosis",
+    "qq_r2",
+}
+
+
+def network(**keywords):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        normnorm.BatchNormalNorm2d(8),
+        nn.ReLU(),
+        normnorm.LayerNormalNorm2d(8),
+        normnorm.GroupNormalNorm(2, 8),
+        normnorm.InstanceNormalNorm2d(8),
+        nn.Flatten(),
+        normnorm.LayerNormalNorm(8 * 36),
+    )
+    for module in network.modules():
+        if hasattr(module, "noise_train"):
+            vars(module).update(keywords)
+    return network
+
+
+def small():
+    """Two layers without noise, which eager and compiled code would draw differently."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        normnorm.BatchNormalNorm2d(3, noise_train=0.0), nn.Flatten(),
+        normnorm.LayerNormalNorm(192, noise_train=0.0),
+    )  # fmt: skip
+
+
+def images():
+    generator = torch.Generator().manual_seed(2)
+    return torch.empty(16, 3, 8, 8).exponential_(generator=generator)
+
+
+def by_scipy(groups):
+    """(skewness, excess kurtosis, Q-Q R^2) averaged over rows, as SciPy has them."""
+    rows = groups.detach().double().numpy()
+    skewness = abs(scipy.stats.skew(rows, axis=1)).mean()
+    kurtosis = scipy.stats.kurtosis(rows, axis=1).mean()
+    r = [scipy.stats.probplot(row)[1][2] for row in rows]
+    return skewness, kurtosis, (torch.tensor(r) ** 2).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "rows"),
+    [
+        (normnorm.BatchNormalNorm1d(5), (40, 5), lambda x: x.T),
+        (normnorm.BatchNormalNorm2d(3), (4, 3, 5, 6), lambda x: x.transpose(0, 1).flatten(1)),
+        (normnorm.LayerNormalNorm(30), (2, 3, 30), lambda x: x.flatten(0, 1)),
+        (normnorm.LayerNormalNorm((5, 6)), (7, 5, 6), lambda x: x.flatten(1)),
+        (
+            normnorm.LayerNormalNorm2d(12),
+            (2, 12, 2, 2),
+            lambda x: x.permute(0, 2, 3, 1).flatten(0, 2),
+        ),
+        (normnorm.GroupNormalNorm(2, 6), (4, 6, 7), lambda x: x.reshape(8, 21)),
+        (normnorm.InstanceNormalNorm1d(3), (2, 3, 25), lambda x: x.flatten(0, 1)),
+        (normnorm.InstanceNormalNorm1d(3), (3, 25), lambda x: x),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_numbers_are_those_of_the_layer_itself(layer, shape, rows, training, backend):
+    generator = torch.Generator().manual_seed(7)
+    input = torch.empty(shape).exponential_(generator=generator)
+    layer.train(training).noise_train = 0.5
+    running = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
+    frozen = running[0] is not None and not training
+    if frozen:
+        running[0].fill_(0.8)
+        running[1].fill_(1.3)
+        layer.running_lmbda.copy_(torch.linspace(0.2, 0.9, shape[1]))
+    with normnorm.monitor(layer, groups=64) as watch:
+        layer(input)
+        found = watch.scalars()
+    assert found.keys() == MEASURES
+    groups = rows(input).double()
+    if frozen:
+        h = (groups - 0.8) / math.sqrt(1.3 + 1e-5)
+        lmbda = layer.running_lmbda.double()[:, None]
+    else:
+        h = groups - groups.mean(1, keepdim=True)
+        h = h / (h.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        lmbda = normnorm.estimate_lmbda(h, 1, keepdim=True)
+    x = normnorm.yeo_johnson(h, lmbda)
+    assert found["lmbda"] == pytest.approx(lmbda.mean().item(), abs=1e-5)
+    assert found["lmbda_min"] == pytest.approx(lmbda.min().item(), abs=1e-5)
+    assert found["lmbda_max"] == pytest.approx(lmbda.max().item(), abs=1e-5)
+    scale = (x - x.mean(1, keepdim=True)).abs().mean() if training else 0.0
+    assert found["noise_scale"] == pytest.approx(float(scale), abs=1e-5)
+    shape_of_it = [found[name] for name in ("skewness", "excess_kurtosis", "qq_r2")]
+    assert shape_of_it == pytest.approx(by_scipy(x), abs=1e-4)
+
+
+def test_normal_values_look_normal_and_skewed_ones_do_not():
+    layer = normnorm.BatchNormalNorm1d(4)
+    off = normnorm.BatchNormalNorm1d(4, alpha=0.0)
+    input = torch.empty(2000, 4).exponential_()
+    with normnorm.monitor(nn.ModuleList([layer, off])) as watch:
+        layer(input)
+        off(input)
+        found = watch.scalars()
+    assert found["0/qq_r2"] > 0.96 > 0.9 > found["1/qq_r2"]
+    assert found["0/skewness"] < 0.8 < 1.5 < found["1/skewness"]
+    assert found["0/lmbda"] < 0.5
+    assert found["1/lmbda"] == 1.0
+
+
+def test_the_dictionary_is_flat_floats_of_every_layer_of_the_last_step():
+    model = network()
+    with normnorm.monitor(model) as watch:
+        assert watch.scalars() == {}
+        model(images())
+        first = watch.scalars("train/")
+        assert watch.scalars("train/") == first
+        model(2.0 + images().square())
+        second = watch.scalars("train/")
+        watch.clear()
+        assert watch.scalars() == {}
+    names = ("1", "3", "4", "5", "7")
+    assert first.keys() == {f"train/{name}/{measure}" for name in names for measure in MEASURES}
+    assert all(type(value) is float for value in first.values())
+    assert second.keys() == first.keys()
+    assert second["train/1/lmbda"] != first["train/1/lmbda"]
+    assert watch.scalars() == {}
+
+
+def test_it_goes_straight_into_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = network()
+    written = []
+    with SummaryWriter(tmp_path / "one") as writer, normnorm.monitor(model) as watch:
+        for step in range(2):
+            model(images() ** (step + 1))
+            written.append(watch.scalars())
+            for tag, value in written[-1].items():
+                writer.add_scalar(tag, value, step)
+    events = EventAccumulator(str(tmp_path / "one"))
+    events.Reload()
+    for tag in written[0]:
+        read = [event.value for event in events.Scalars(tag)]
+        assert read == pytest.approx([numbers[tag] for numbers in written], rel=1e-5)
+    with SummaryWriter(tmp_path / "many") as writer:
+        writer.add_scalars("normality", written[0], 0)
+    assert len(list((tmp_path / "many").rglob("events*"))) == len(written[0]) + 1
+
+
+class HostReads(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket._qualified_op_name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_watching_waits_for_no_device_and_draws_no_random_number(training, backend):
+    outputs = []
+    for watched in (False, True):
+        model = network().train(training)
+        torch.manual_seed(4)
+        input = images().requires_grad_()
+        if watched:
+            with normnorm.monitor(model), HostReads() as reads:
+                output = model(input)
+            assert "aten::_local_scalar_dense" not in reads.names
+        else:
+            output = model(input)
+        (gradient,) = torch.autograd.grad(output.square().sum(), input)
+        outputs.append((output, gradient, torch.get_rng_state()))
+    assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+
+
+def test_memory_is_bounded_whatever_the_input_and_the_number_of_steps():
+    model = nn.Sequential(
+        normnorm.BatchNormalNorm2d(64), normnorm.LayerNormalNorm2d(64),
+        normnorm.GroupNormalNorm(8, 64), normnorm.InstanceNormalNorm2d(64),
+        nn.Flatten(), normnorm.LayerNormalNorm(64 * 256),
+    )  # fmt: skip
+    with normnorm.monitor(model, groups=3, elements=50) as watch:
+        for _ in range(3):
+            model(torch.randn(8, 64, 16, 16))
+        kept = [seen.values for seen in watch._seen.values()]
+        assert len(kept) == 5
+        for values in kept:
+            assert values.size(0) <= 3
+            assert values.size(1) <= 50
+            # Copies of their own, that hold no activation alive, and no graph.
+            assert values.untyped_storage().nbytes() == 4 * values.numel()
+            assert not values.requires_grad
+        assert all(math.isfinite(value) for value in watch.scalars().values())
+
+
+def test_a_part_of_a_group_estimates_the_whole():
+    model = normnorm.BatchNormalNorm2d(4)
+    input = torch.empty(32, 4, 32, 32).exponential_()
+    with normnorm.monitor(model) as watch:
+        model(input)
+        part = watch.scalars()
+    with normnorm.monitor(model, elements=input.numel()) as watch:
+        model(input)
+        whole = watch.scalars()
+    for name in MEASURES:
+        assert part[name] == pytest.approx(whole[name], rel=0.05, abs=0.1)
+
+
+def test_hooks_are_gone_after_the_block_and_after_an_exception():
+    model = network()
+    watches = []
+
+    def interrupted():
+        with normnorm.monitor(model) as watch:
+            watches.append(watch)
+            assert sum(len(module._forward_hooks) for module in model.modules()) == 5
+            model(images())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert not any(module._forward_hooks for module in model.modules())
+    before = watches[0].scalars()
+    assert before  # and what was seen may still be read
+    model(images() + 1)
+    assert watches[0].scalars() == before
+
+
+def test_two_monitors_and_hooks_of_others_do_not_disturb_each_other():
+    model = network()
+    calls = []
+    handle = model[1].register_forward_hook(lambda *_: calls.append(1))
+    with normnorm.monitor(model) as outer:
+        with normnorm.monitor(model[1]) as inner:
+            model(images())
+        assert inner.scalars()["lmbda"] == outer.scalars()["1/lmbda"]
+        model(images())
+    assert len(calls) == 2
+    assert len(model[1]._forward_hooks) == 1
+    handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_are_watched_in_double_precision(dtype):
+    model = normnorm.LayerNormalNorm(32).to(dtype)
+    input = torch.randn(5, 32).to(dtype)
+    with torch.no_grad(), normnorm.monitor(model) as watch:
+        model(input)
+        found = watch.scalars()
+    with normnorm.monitor(model.double()) as watch:
+        model(input.double())
+        assert watch.scalars() == pytest.approx(found, abs=1e-12)
+
+
+def test_autocast_and_checkpointing_change_nothing():
+    model = network(noise_train=0.0)
+    with normnorm.monitor(model) as watch:
+        model(images())
+        plain = watch.scalars()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images())
+        amp = watch.scalars()
+        checkpoint(model, images(), use_reentrant=False).sum().backward()
+        again = watch.scalars()
+    assert plain["1/lmbda"] == pytest.approx(amp["1/lmbda"], abs=0.05)
+    assert again == pytest.approx(plain)
+
+
+def test_a_constant_group_has_no_shape_and_does_not_spoil_the_mean():
+    layer = normnorm.LayerNormalNorm(16)
+    input = torch.randn(4, 16)
+    with normnorm.monitor(layer) as watch:
+        layer(input)
+        whole = watch.scalars()
+        input = torch.cat([input, torch.full((1, 16), 3.0)])
+        layer(input)
+        with_constant = watch.scalars()
+        layer(torch.zeros(2, 16))
+        nothing = watch.scalars()
+    for name in ("skewness", "excess_kurtosis", "qq_r2"):
+        assert with_constant[name] == pytest.approx(whole[name])
+        assert math.isnan(nothing[name])
+    assert nothing["lmbda"] == 1.0
+
+
+def test_empty_and_meta_inputs_are_passed_over():
+    layer = normnorm.LayerNormalNorm(16)
+    with normnorm.monitor(layer) as watch:
+        layer(torch.zeros(0, 16))
+        layer.to("meta")(torch.zeros(2, 16, device="meta"))
+        assert watch.scalars() == {}
+
+
+def test_under_function_transforms_nothing_escapes():
+    layer = normnorm.LayerNormalNorm(16, noise_train=0.0)
+    with normnorm.monitor(layer) as watch:
+        torch.vmap(layer)(torch.randn(3, 2, 16))
+        torch.func.grad(lambda x: layer(x).sum())(torch.randn(2, 16))
+        assert watch.scalars() == {}
+        layer(torch.randn(2, 16))
+        assert len(watch.scalars()) == len(MEASURES)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_watched_without_graph_break_or_recompilation(in_place):
+    torch.compiler.reset()
+    model = small()
+    if in_place:
+        compiled = model
+        model.compile(fullgraph=True, backend="aot_eager")
+    else:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager = small()
+    with normnorm.monitor(compiled) as watch, normnorm.monitor(eager) as expected:
+        for step in range(3):
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                compiled(images() + step)
+            eager(images() + step)
+            assert watch.scalars() == pytest.approx(expected.scalars(), abs=1e-4)
+    torch.compiler.reset()
+
+
+def test_a_model_compiled_before_says_so_and_how_to_go_on():
+    torch.compiler.reset()
+    compiled = torch.compile(small(), fullgraph=True, backend="aot_eager")
+    compiled(images())
+    with normnorm.monitor(compiled) as watch:
+        compiled(images())
+        with pytest.raises(RuntimeError, match=r"compiled before normnorm\.monitor began"):
+            watch.scalars()
+        torch.compiler.reset()  # as it advises
+        compiled(images())
+        assert len(watch.scalars()) == 2 * len(MEASURES)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "error", "words"),
+    [
+        (3, {}, TypeError, "nn.Module; got int"),
+        (nn.Linear(2, 2), {}, ValueError, "no normality layer"),
+        (normnorm.LayerNormalNorm(4), {"groups": 0}, ValueError, "groups must be at least 1"),
+        (normnorm.LayerNormalNorm(4), {"elements": 3}, ValueError, "elements at least 8"),
+    ],
+)
+def test_bad_arguments_raise_a_sentence(model, keywords, error, words):
+    with pytest.raises(error, match=words), normnorm.monitor(model, **keywords):
+        pass

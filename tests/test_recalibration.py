@@ -1,0 +1,186 @@
+"""update_stats: running statistics estimated anew, and everything else left as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.testing import assert_close
+
+import normnorm
+
+
+def network(noise_train=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        normnorm.BatchNormalNorm1d(6, noise_train=noise_train),
+        nn.ReLU(),
+        nn.Linear(6, 5),
+        nn.BatchNorm1d(5, momentum=0.3),
+        nn.Dropout(0.5),
+        normnorm.LayerNormalNorm(5),
+        normnorm.BatchNormalNorm1d(5, momentum=None, noise_train=noise_train),
+    )
+
+
+def batches(count=3, size=16):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.empty(size, 4).exponential_(generator=generator) for _ in range(count)]
+
+
+def state_of(model):
+    flags = [(module.training, getattr(module, "momentum", 0)) for module in model.modules()]
+    weights = [getattr(module, "noise_train", None) for module in model.modules()]
+    return flags, weights, {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def test_statistics_are_the_equal_average_over_the_batches(backend):
+    model = network()
+    model[1].running_mean.fill_(7.0)  # to be forgotten
+    assert normnorm.update_stats(batches(), model) == 3
+    with torch.no_grad():
+        features = [model[0](batch).double() for batch in batches()]
+    mean = torch.stack([f.mean(0) for f in features]).mean(0)
+    var = torch.stack([f.var(0) for f in features]).mean(0)
+    h = [(f - f.mean(0)) / (f.var(0, correction=0) + 1e-5).sqrt() for f in features]
+    lmbda = torch.stack([normnorm.estimate_lmbda(x, 0) for x in h]).mean(0)
+    assert_close(model[1].running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+    assert_close(model[1].running_var.double(), var, rtol=1e-5, atol=1e-5)
+    assert_close(model[1].running_lmbda.double(), lmbda, rtol=1e-4, atol=1e-4)
+    assert model[1].num_batches_tracked == model[4].num_batches_tracked == 3
+
+
+def test_torch_layers_get_what_update_bn_gives_them():
+    ours, theirs = network(), network()
+    torch.manual_seed(3)
+    normnorm.update_stats(batches(), ours)
+    torch.manual_seed(3)
+    update_bn(batches(), theirs)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert_close(getattr(ours[4], name), getattr(theirs[4], name))
+    # Ours only moved on with their momentum: the reason for update_stats.
+    assert_close(ours[4].running_mean, theirs[4].running_mean)
+    assert not torch.allclose(ours[1].running_mean, theirs[1].running_mean, rtol=0.1)
+
+
+def test_flags_momenta_and_parameters_are_put_back():
+    model = network(0.4).train()
+    model[4].eval()  # frozen by its user
+    model[6].eval()
+    flags, weights, before = state_of(model)
+    normnorm.update_stats(batches(), model, noise=False)
+    assert state_of(model)[:2] == (flags, weights)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+    assert model[4].num_batches_tracked == 3
+
+
+class Unlucky:
+    def __iter__(self):
+        yield batches()[0]
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "words"),
+    [
+        (Unlucky(), OSError, "disk"),
+        ([batches()[0], torch.zeros(3, 99)], RuntimeError, "shapes"),
+        ([], ValueError, "gave no batches"),
+        ([[]], ValueError, "hold the model's input first"),
+    ],
+)
+def test_an_exception_leaves_everything_as_it_was(loader, error, words):
+    model = network(0.4)
+    model(batches()[0])
+    model[1].eval()
+    before = state_of(model)
+    with pytest.raises(error, match=words):
+        normnorm.update_stats(loader, model, noise=False)
+    after = state_of(model)
+    assert after[:2] == before[:2]
+    for name, tensor in before[2].items():
+        assert torch.equal(after[2][name], tensor), name
+
+
+def test_without_noise_the_statistics_are_those_of_evaluation():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        normnorm.BatchNormalNorm1d(4, noise_train=2.0), normnorm.BatchNormalNorm1d(4)
+    )
+    data = batches(1, 4096)
+    normnorm.update_stats(data, model)
+    noisy = model[1].running_var.clone()
+    normnorm.update_stats(data, model, noise=False)
+    quiet = model[1].running_var
+    # Noise of weight 2 and the scale of a normal's mean deviation: about 1 + 4 * 2 / pi.
+    assert (noisy > 2.5 * quiet).all()
+    output = model[0].eval()(data[0])
+    assert_close(quiet, output.var(0), rtol=1e-3, atol=1e-3)
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = normnorm.BatchNormalNorm1d(4)
+
+    def forward(self, input, scale):
+        return self.norm(scale * input)
+
+
+def test_batches_may_be_tensors_sequences_or_mappings():
+    found = []
+    for wrap in (lambda x: x, lambda x: (x, "label"), lambda x: [x]):
+        model = network()
+        torch.manual_seed(5)
+        normnorm.update_stats((wrap(batch) for batch in batches()), model, "cpu")
+        found.append(model.state_dict())
+    for other in found[1:]:
+        assert_close(other, found[0])
+    model = Keywords()
+    normnorm.update_stats(
+        [{"input": batch, "scale": torch.tensor(2.0)} for batch in batches()], model, "cpu"
+    )
+    assert_close(model.norm.running_mean, 2 * torch.stack([b.mean(0) for b in batches()]).mean(0))
+
+
+def test_tracked_instance_layers_are_updated_too():
+    model = nn.Sequential(normnorm.InstanceNormalNorm1d(3, track_running_stats=True))
+    data = [torch.randn(2, 3, 8) + 5.0 for _ in range(2)]
+    normnorm.update_stats(data, model)
+    expected = torch.stack([batch.mean((0, 2)) for batch in data]).mean(0)
+    assert_close(model[0].running_mean, expected)
+
+
+def test_a_model_without_running_statistics_is_not_run():
+    def loader():
+        raise AssertionError("nobody should ask")
+        yield
+
+    model = nn.Sequential(normnorm.LayerNormalNorm(4), nn.Linear(4, 4))
+    assert normnorm.update_stats(loader(), model) == 0
+    with pytest.raises(TypeError, match=r"nn\.Module; got list"):
+        normnorm.update_stats([], [])
+
+
+def test_averaged_weights_get_statistics_of_their_own():
+    model = network()
+    averaged = AveragedModel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in batches(4):
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    normnorm.update_stats(batches(), averaged)
+    layer = averaged.module[1]
+    with torch.no_grad():
+        mean = torch.stack([averaged.module[0](b).mean(0) for b in batches()]).mean(0)
+    assert_close(layer.running_mean, mean, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer.running_mean, model[1].running_mean)
+    assert copy.deepcopy(averaged).eval()(batches()[0]).isfinite().all()
