@@ -25,13 +25,15 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint wheel install clean distclean FORCE
+.PHONY: help demo report test test-all lint wheel install gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (about five minutes)'
 	@echo 'make test      set up what is missing, then lint and run the tests'
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
 	@echo 'make lint      ruff and mypy alone'
+	@echo 'make report    runs/report.html and the README section from the stored benchmark results'
+	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
 	@echo 'make wheel     a wheel and a source archive in dist/'
 	@echo 'make install   the environment alone, with the extension built in place'
 	@echo 'make clean     remove what was built (distclean: the environment too)'
@@ -40,6 +42,12 @@ help:
 
 demo: $(VENV)/.native $(VENV)/.demo
 	$(PY) -m normnorm demo $(ARGS)
+
+# RESULTS="a.json b.json" names others; what another program stored beside them is left out.
+report: $(VENV)/.native $(VENV)/.dev
+	@mkdir -p runs
+	$(PY) -m normnorm report $(or $(RESULTS),$(shell grep -lE '"format": *"normnorm-(bench|scaling)"' \
+	    benchmarks/results/*.json)) --html runs/report.html $(if $(RESULTS),,--readme README.md)
 
 test: lint
 	$(call pytest,not slow)
@@ -63,6 +71,13 @@ OMP_NUM_THREADS=1 $(PY) -m pytest -m '($(1)) and serial' $(ARGS) || serial=$$?; 
 case $$serial in 0|5) ;; *) exit $$serial;; esac; \
 if [ $$parallel = 5 ] && [ $$serial = 5 ]; then echo 'no test was selected'; exit 5; fi
 endef
+
+# With the machine's own Python and torch, and no network; only a dry run uses the environment.
+# DRY=1 runs without a GPU; RESULTS=DIR is where results go.
+gpu-check: WET := $(if $(filter-out 0,$(DRY)),,yes)
+gpu-check: $(if $(filter-out 0,$(DRY)),install)
+	$(if $(WET),$(PYTHON),$(PY)) benchmarks/gpu_check.py $(if $(WET),,--dry) \
+	    --results '$(or $(RESULTS),$(if $(WET),benchmarks/results,runs/gpu-check))' $(ARGS)
 
 # Without what an earlier build collected: setuptools would put deleted modules into the wheel.
 wheel: $(VENV)/.torch

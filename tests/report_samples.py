@@ -130,6 +130,12 @@ def cpu_results() -> Results:
     )  # fmt: skip
 
 
+def small_results() -> Results:
+    """One work by two providers: a page of two plots."""
+    rows = [row(provider, (8, 64, 28, 28)) for provider in ("normnorm-cpu", "torch")]
+    return Results(environment=CPU, measurements=rows, complete=True)
+
+
 def gpu_results() -> Results:
     """A complete run on a GPU, with counted instructions and two of our backends."""
     providers = ("normnorm-cuda", "normnorm-triton", "torch", "cudnn", "copy")

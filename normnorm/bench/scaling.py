@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from normnorm.bench.work import Work
 
 __all__ = [
     "FORMAT",
+    "SEED",
     "VERSION",
     "Fit",
     "Plan",
@@ -48,6 +49,7 @@ FORMAT = "normnorm-scaling"
 VERSION = 1
 
 Against = Literal["elements", "groups", "group size", "threads"]
+SEED = 20250505  # of the random inputs
 _CONFIDENCE = 0.95
 
 
@@ -293,8 +295,7 @@ def sweep(
     providers: Sequence[str] = ("normnorm-cpu", "torch"),
     *,
     budget_s: float = 10.0,
-    seed: int = 20250505,
-    progress: Callable[[], object] = lambda: None,
+    seed: int = SEED,
 ) -> list[Sweep]:
     """Measures a plan on the CPU, forward and backward in training with noise.
 
@@ -302,7 +303,6 @@ def sweep(
         providers: names as ``normnorm bench`` has them.
         budget_s: seconds of timing, all points and providers together.
         seed: of the random inputs.
-        progress: called once the plan is done.
 
     Raises:
         RuntimeError: a provider failed.
@@ -338,7 +338,6 @@ def sweep(
                 provider=provider, points=tuple(points), fit=fit,
             )
         )  # fmt: skip
-    progress()
     return sweeps
 
 

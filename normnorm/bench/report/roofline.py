@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normnorm.bench.report.figures import Plot, legend, new_figure, plain_log_ticks, styled
 from normnorm.bench.report.style import GREY, in_order, look, ours
@@ -63,6 +63,8 @@ def _counted(results: Results, mode: str, operation: str, dtype: str) -> float |
 
 def columns(results: Results) -> Iterator[Column]:
     """Every operation that one of our backends was measured at."""
+    # Beside counted instructions, rates that were only reached would be no roof.
+    any_counted = any(count.isa.startswith("sm_") for count in results.counts)
     copies = [row.gb_per_s for row in results.select(provider="copy", status="ok") if row.gb_per_s]
     for dtype in dict.fromkeys(row.dtype for row in results.measurements):
         for operation in ("forward", "backward"):
@@ -80,10 +82,8 @@ def columns(results: Results) -> Iterator[Column]:
                 per_element = mine[0].model_bytes / mine[0].elements
                 counted = _counted(results, mode, operation, dtype)
                 enough = len({row.shape for row in mine}) >= _FEWEST_SHAPES
-                best = max(map(_rate, mine)) if enough else None
+                best = max(map(_rate, mine)) if enough and not any_counted else None
                 words = [operation, _NAMES[mode], f"{per_element:g} B an element"]
-                if dtype != "float32":
-                    words.insert(2, dtype)
                 yield Column(
                     "\n".join(words), rows, max(copies) / per_element if copies else None,
                     counted or best, counted is not None,
@@ -112,36 +112,41 @@ def roofline(results: Results) -> Iterator[Plot]:
 
 @styled
 def _figure(found: list[Column]) -> Figure:
-    figure, grid = new_figure(height=4.6, width=max(7.6, 1.5 * len(found)))
-    axes = grid[0, 0]
+    """A row of axes for each dtype."""
+    by_dtype: dict[str, list[Column]] = {}
+    for column in found:
+        by_dtype.setdefault(column.rows[0].dtype, []).append(column)
+    widest = max(map(len, by_dtype.values()))
+    figure, grid = new_figure(
+        len(by_dtype), 1, height=0.6 + 3.9 * len(by_dtype), width=max(7.6, 1.5 * widest)
+    )
+    for axes, (dtype, columns_) in zip(grid[:, 0], by_dtype.items(), strict=True):
+        _draw(axes, columns_)
+        if len(by_dtype) > 1:
+            axes.set_title(dtype)
+    legend(figure, [row.provider for column in found for row in column.rows])
+    return figure
+
+
+def _draw(axes: Any, found: list[Column]) -> None:
     values = []
     for position, column in enumerate(found):
-        providers = in_order(row.provider for row in column.rows)
-        for i, provider in enumerate(providers):
-            x = position + 0.24 * (i - (len(providers) - 1) / 2)
-            rates = [_rate(row) for row in column.rows if row.provider == provider]
-            values += rates
-            style = look(provider)
-            axes.scatter(
-                [x] * len(rates), rates, s=26, color=style.colour, marker=style.marker, alpha=0.75,
-                edgecolor="white", linewidth=0.5, zorder=3,
+        values += _draw_kernels(axes, position, column.rows)
+        for roof, word, dashes, end in (
+            (column.memory, "memory", "-", 0.42),
+            (column.arithmetic, "arithmetic", (0, (4, 2)), -0.42),
+        ):
+            if roof is None:
+                continue
+            values.append(roof)
+            axes.plot(
+                [position - 0.42, position + 0.42], [roof, roof], color=GREY, linestyle=dashes,
+                linewidth=1.8,
             )  # fmt: skip
-        for roof, dashes in ((column.memory, "-"), (column.arithmetic, (0, (4, 2)))):
-            if roof is not None:
-                values.append(roof)
-                axes.plot(
-                    [position - 0.42, position + 0.42], [roof, roof], color=GREY, linestyle=dashes,
-                    linewidth=1.8,
-                )  # fmt: skip
-        if column.memory is not None:
             axes.annotate(
-                f"memory {column.memory:.2g}", (position + 0.42, column.memory), (0, 3),
-                textcoords="offset points", ha="right", fontsize=8, color=GREY,
-            )  # fmt: skip
-        if column.arithmetic is not None:
-            axes.annotate(
-                f"arithmetic {column.arithmetic:.2g}", (position - 0.42, column.arithmetic), (0, 3),
-                textcoords="offset points", ha="left", fontsize=8, color=GREY,
+                f"{word} {roof:.0f}" if roof >= 10 else f"{word} {roof:.2g}",
+                (position + end, roof), (0, 3), textcoords="offset points", fontsize=8, color=GREY,
+                ha="right" if end > 0 else "left",
             )  # fmt: skip
     low, high = min(values) / 1.4, max(values) * 1.5
     axes.set_yscale("log")
@@ -151,5 +156,19 @@ def _figure(found: list[Column]) -> Figure:
     axes.set_xlim(-0.6, len(found) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("1e9 elements a second (log scale)")
-    legend(figure, [row.provider for column in found for row in column.rows])
-    return figure
+
+
+def _draw_kernels(axes: Any, position: int, rows: list[Measurement]) -> list[float]:
+    """Each provider's rates beside those of the others; all of them."""
+    providers = in_order(row.provider for row in rows)
+    values = []
+    for i, provider in enumerate(providers):
+        x = position + 0.24 * (i - (len(providers) - 1) / 2)
+        rates = [_rate(row) for row in rows if row.provider == provider]
+        values += rates
+        style = look(provider)
+        axes.scatter(
+            [x] * len(rates), rates, s=26, color=style.colour, marker=style.marker, alpha=0.75,
+            edgecolor="white", linewidth=0.5, zorder=3,
+        )  # fmt: skip
+    return values
