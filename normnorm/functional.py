@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normnorm import backends, ops, reference
+from normnorm import backends, likelihood, ops, reference
 from normnorm.autograd import Running, decomposes, normal_norm
 from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_is_tensor, check_noise_train, check_transform, group_size
@@ -387,8 +387,9 @@ def estimate_lmbda(
     alpha: float = 1.0,
     order: int = 2,
     keepdim: bool = False,
+    iterations: int | None = 1,
 ) -> Tensor:
-    """Lambda by one Newton step from 1 on the Yeo-Johnson negative log-likelihood.
+    """Lambda by Newton's method from 1 on the Yeo-Johnson negative log-likelihood.
 
     Args:
         h: standardized values (mean 0, variance 1 over ``dim``), floating.
@@ -397,13 +398,15 @@ def estimate_lmbda(
         alpha: length of the step.
         order: 2 for Newton's step, 1 for a plain gradient step.
         keepdim: whether the reduced dimensions stay as size 1.
+        iterations: how many steps, 1 in the layers; None for the likelihood's optimum, with its
+            gradient by the implicit function theorem. Other than 1 with whole Newton steps only.
 
     Returns:
         Lambda in float32 (float64 for float64 input), differentiable in ``h``.
 
     Raises:
         TypeError: h is not a floating tensor.
-        ValueError: eps, alpha or order out of range.
+        ValueError: eps, alpha, order or iterations out of range.
     """
     _check_floating("h", h)
     check_transform(eps, alpha, order, 0.0)
@@ -411,7 +414,20 @@ def estimate_lmbda(
         dims = tuple(range(h.dim()))
     else:
         dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    lmbda = reference.estimate_lmbda(h.to(statistics_dtype(h.dtype)), dims, eps, alpha, order)
+    h = h.to(statistics_dtype(h.dtype))
+    if iterations == 1:
+        lmbda = reference.estimate_lmbda(h, dims, eps, alpha, order)
+    elif alpha != 1.0 or order != 2:
+        raise ValueError(
+            f"iterations other than 1 take whole Newton steps (alpha 1, order 2); got alpha "
+            f"{alpha} and order {order}"
+        )
+    elif iterations is None:
+        lmbda = likelihood.optimal_lmbda(h, dims)
+    elif iterations < 1:
+        raise ValueError(f"iterations must be positive or None; got {iterations}")
+    else:
+        lmbda = likelihood.newton_lmbda(h, dims, iterations, eps)
     return lmbda if keepdim else lmbda.squeeze(dims)
 
 

@@ -174,6 +174,7 @@ def normal_norm(
     channels_last: bool = False,
     z: Tensor | None = None,
     noise_scale: Tensor | None = None,
+    lmbda: Tensor | None = None,
     frozen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normality normalization of any layer kind, differentiable in input, weight and bias.
@@ -189,6 +190,8 @@ def normal_norm(
         seed, stream, channels_last: where the noise comes from (:mod:`normnorm.noise`).
         z: given noise of the input's shape, in place of the stream's.
         noise_scale: given noise scale s, shape (groups,), in place of mean(abs(x - mean(x))).
+        lmbda: given lambda, shape (groups,), in place of the Newton step's (:mod:`likelihood
+            <normnorm.likelihood>` has others); gradients flow into it.
         frozen: a statistics tensor (8, groups) to normalize with instead of the input's own.
 
     Returns:
@@ -203,7 +206,8 @@ def normal_norm(
 
     if frozen is None:
         h, mean, mean_low, rstd = standardize(u, dim, eps)
-        lmbda, mean_hd, mean_d, curvature = lmbda_newton_step(h, dim, eps, alpha, order)
+        step, mean_hd, mean_d, curvature = lmbda_newton_step(h, dim, eps, alpha, order)
+        lmbda = step if lmbda is None else lmbda.reshape(per_group)
     else:
         mean, mean_low, rstd, lmbda, _, mean_hd, mean_d, curvature = (
             row.reshape(per_group) for row in frozen.unbind(0)

@@ -10,6 +10,7 @@ from torch import nn
 
 from normnorm import modules
 from normnorm.experiments.decorrelated import DecorrelatedBatchNorm2d
+from normnorm.experiments.iterated import IteratedBatchNormalNorm2d
 
 __all__ = ["CONVOLUTIONAL", "NORMS", "TOKENS", "make_norm", "noise_and_alpha_apply"]
 
@@ -34,6 +35,13 @@ def _decorrelated(power: bool) -> Callable[..., nn.Module]:
     return make
 
 
+def _iterated(iterations: int | None) -> Callable[..., nn.Module]:
+    def make(num_features: int, **options: Any) -> nn.Module:
+        return IteratedBatchNormalNorm2d(num_features, iterations, **options)
+
+    return make
+
+
 def _affine_instance(cls: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return lambda num_features, **options: cls(num_features, affine=True, **options)
 
@@ -42,6 +50,8 @@ def _affine_instance(cls: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 CONVOLUTIONAL: dict[str, Callable[..., nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "batchnormal": modules.BatchNormalNorm2d,
+    "batchnormal-2": _iterated(2),
+    "batchnormal-optimal": _iterated(None),
     "group": _group(nn.GroupNorm),
     "groupnormal": _group(modules.GroupNormalNorm),
     "instance": _affine_instance(nn.InstanceNorm2d),
@@ -61,7 +71,7 @@ NORMS = tuple(dict.fromkeys((*CONVOLUTIONAL, *TOKENS)))
 
 def noise_and_alpha_apply(name: str) -> bool:
     """Whether the layer of that name has a transform and noise."""
-    return name.endswith("normal")
+    return "normal" in name
 
 
 def make_norm(
@@ -86,6 +96,8 @@ def make_norm(
         raise ValueError(
             f"norm '{name}' does not normalize {kind}; this model takes {', '.join(table)}"
         )
+    if alpha is not None and name.startswith("batchnormal-"):
+        raise ValueError(f"norm '{name}' has no alpha: it takes whole Newton steps")
     given = {"alpha": alpha, "noise_train": noise_train}
     options = {key: value for key, value in given.items() if value is not None}
     if options and not noise_and_alpha_apply(name):

@@ -1,0 +1,124 @@
+"""Lambda beyond one Newton step: more of them, or the optimum of the likelihood.
+
+The layers take one step from lambda 1, as Eftekhari and Papyan do; whether more are worth their
+cost is a question their paper leaves open. Here both ways can be had, in the definition's plain
+PyTorch; ``docs/likelihood.md`` has what they change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from normnorm.reference import yeo_johnson
+
+__all__ = ["negative_log_likelihood", "newton_lmbda", "optimal_lmbda"]
+
+# Newton's method, halving the step where it does not lead down, is at float64 rounding long
+# before: the likelihood is convex in lambda.
+_MOST_STEPS = 50
+_MOST_HALVINGS = 30
+
+
+def _derivatives(h: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """psi and its first and second derivative in lambda."""
+    lmbda = lmbda.expand_as(h).clone()
+    one = torch.ones_like(lmbda)
+
+    def first(value: Tensor) -> Any:
+        return jvp(lambda v: yeo_johnson(h, v), (value,), (one,))
+
+    found: Any = jvp(first, (lmbda,), (one,))
+    (psi, slope), (_, bend) = found
+    return psi, slope, bend
+
+
+def _ones(h: Tensor, dim: tuple[int, ...]) -> Tensor:
+    reduced = {d % h.dim() for d in dim}
+    return h.new_ones([1 if i in reduced else size for i, size in enumerate(h.shape)])
+
+
+def _mean_log(h: Tensor, dim: tuple[int, ...]) -> Tensor:
+    return torch.where(h < 0, -torch.log1p(h.abs()), torch.log1p(h.abs())).mean(dim, keepdim=True)
+
+
+def negative_log_likelihood(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Yeo and Johnson's, a value and up to a constant, with mean and variance at their optimum.
+
+    ``log(Var psi(h; lmbda)) / 2 - (lmbda - 1) mean(sign(h) log(1 + |h|))``
+
+    Args:
+        h: values.
+        lmbda: one for each group, the reduced dimensions of size 1.
+        dim: the dimensions that a group spans.
+    """
+    variance = yeo_johnson(h, lmbda).var(dim, correction=0, keepdim=True)
+    return 0.5 * torch.log(variance) - (lmbda - 1.0) * _mean_log(h, dim)
+
+
+def _slope_and_curvature(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The first and second derivative of the negative log-likelihood in lambda."""
+    parts = [x - x.mean(dim, keepdim=True) for x in _derivatives(h, lmbda)]
+    psi, slope, bend = parts
+    variance = psi.square().mean(dim, keepdim=True)
+    along = (psi * slope).mean(dim, keepdim=True) / variance
+    across = (slope.square() + psi * bend).mean(dim, keepdim=True) / variance
+    return along - _mean_log(h, dim), across - 2.0 * along.square()
+
+
+def newton_lmbda(h: Tensor, dim: tuple[int, ...], iterations: int, eps: float = 1e-5) -> Tensor:
+    """``iterations`` Newton steps from lambda 1, differentiable through all of them.
+
+    The second derivative carries ``+ sqrt(eps)`` in every step, as in the layers' one step, and is
+    not taken for less than zero. One iteration is :func:`normnorm.reference.estimate_lmbda`.
+    """
+    lmbda = _ones(h, dim)
+    for _ in range(iterations):
+        slope, curvature = _slope_and_curvature(h, lmbda, dim)
+        lmbda = lmbda - slope / (curvature.clamp_min(0.0) + eps**0.5)
+    return lmbda
+
+
+def optimal_lmbda(h: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """The lambda of the greatest likelihood, with its gradient by the implicit function theorem.
+
+    ``dlambda/dh = -(dL'/dh) / L''`` at the optimum; derivatives of a higher order are not those of
+    the optimum. A group of equal values keeps lambda 1.
+    """
+    best = _search(h.detach(), dim)
+    varies = h.detach().var(dim, correction=0, keepdim=True) > 0
+    # The branch not taken computes on a harmless value, or its gradient would be 0 * inf.
+    harmless = torch.linspace(-1, 1, h.numel(), dtype=h.dtype, device=h.device).view_as(h)
+    slope, curvature = _slope_and_curvature(torch.where(varies, h, harmless), best, dim)
+    # At the optimum the slope is zero, up to rounding: the step changes the gradient alone.
+    step = slope / curvature.detach()
+    return best - torch.where(varies, step - step.detach(), 0.0)
+
+
+@torch.no_grad()
+def _search(h: Tensor, dim: tuple[int, ...]) -> Tensor:
+    lmbda = _ones(h, dim)
+    loss = negative_log_likelihood(h, lmbda, dim)
+    for _ in range(_MOST_STEPS):
+        slope, curvature = _slope_and_curvature(h, lmbda, dim)
+        step = torch.where(curvature > 0, slope / curvature, slope)
+        moved = torch.zeros_like(lmbda, dtype=torch.bool)
+        for halving in range(_MOST_HALVINGS):
+            trial = lmbda - step * 0.5**halving
+            trial_loss = negative_log_likelihood(h, trial, dim)
+            better = (trial_loss < loss) & ~moved
+            lmbda = torch.where(better, trial, lmbda)
+            loss = torch.where(better, trial_loss, loss)
+            moved |= better
+            if moved.all():
+                break
+        if not moved.any():
+            break
+    # The loss, flat at its least, knows lambda to half the digits; its slope knows the rest.
+    for _ in range(2):
+        slope, curvature = _slope_and_curvature(h, lmbda, dim)
+        lmbda = lmbda - torch.where(curvature > 0, slope / curvature, 0.0)
+    return lmbda
