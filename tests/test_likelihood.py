@@ -33,7 +33,8 @@ def _standardized(law: str) -> Tensor:
 def test_the_likelihood_is_scipys(law: str) -> None:
     h = _standardized(law)
     for lmbda in (-0.5, 0.0, 1.0, 2.0, 2.3):
-        found = likelihood.negative_log_likelihood(h, torch.full((3, 1), lmbda, dtype=torch.float64), (1,))
+        same = torch.full((3, 1), lmbda, dtype=torch.float64)
+        found = likelihood.negative_log_likelihood(h, same, (1,))
         expected = [-scipy.stats.yeojohnson_llf(lmbda, row) / row.size for row in h.numpy()]
         np.testing.assert_allclose(found[:, 0], expected, rtol=1e-10, atol=1e-12)
 
