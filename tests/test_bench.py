@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from layer_table import LAYERS as LAYER_ROWS
 from torch import nn
 
 from normnorm import cli, reference
-from normnorm.bench import callgrind, compare, environment, machine_code, measure, memory
+from normnorm.bench import callgrind, compare, environment, machine_code, measure, memory, timing
 from normnorm.bench import case as case_module
 from normnorm.bench import networks as networks_module
 from normnorm.bench import results as results_module
@@ -689,6 +689,86 @@ def test_real_time_is_measured_in_milliseconds():
     assert copies_beyond_cache(8, CPU) == 1
 
 
+@pytest.fixture
+def pretended_gpu(clock, monkeypatch):
+    """What the timer asks of torch.cuda, kept by the fake clock: a replay takes a millisecond for
+    each call that was captured, and nothing passes on the host."""
+
+    class Graph:
+        def replay(self):
+            clock.now += 1e-3 * self.calls
+            clock.replays += 1
+
+    @contextmanager
+    def capture(graph, stream):
+        before = len(clock.log)
+        yield
+        graph.calls = len(clock.log) - before
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.at = clock.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+        def synchronize(self):
+            pass
+
+    def sleep(cycles):
+        clock.now += 1e-4  # before the first event: in no sample
+
+    clock.replays = 0
+    pretended = {
+        "Stream": Stream, "current_stream": lambda device: Stream(), "CUDAGraph": Graph,
+        "graph": capture, "Event": Event, "_sleep": sleep, "synchronize": lambda device: None,
+        "stream": lambda stream: nullcontext(), "device": lambda device: nullcontext(),
+        "get_device_properties": lambda device: type("P", (), {"L2_cache_size": 60 << 20}),
+    }  # fmt: skip
+    for name, fake in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    timing.capture_stream.cache_clear()
+    yield clock
+    timing.capture_stream.cache_clear()
+
+
+def test_graphs_hold_a_call_for_each_copy(pretended_gpu):
+    clock, device = pretended_gpu, torch.device("cuda")
+    assert copies_beyond_cache(50 << 20, device) == 4
+    assert copies_beyond_cache(200 << 20, device) == 1
+    assert copies_beyond_cache(16, device) == 256
+    found = interleaved(
+        {"a": clock.call("a", 0.0)}, device, copies=4, budget_s=0.04, min_rounds=3, max_rounds=8
+    )
+    assert clock.log == [("a", copy) for _ in range(3) for copy in range(4)]  # 2 turns, 1 capture
+    assert found["a"].median_ms == pytest.approx(1.0)
+    assert found["a"].calls == 4
+    assert found["a"].rounds == 8
+    assert clock.replays == 2 + 8
+
+
+def test_launches_are_timed_from_the_host(pretended_gpu):
+    clock = pretended_gpu
+    calls = {"a": clock.call("a", 2e-5)}
+    found = interleaved(calls, torch.device("cuda"), method="stream", budget_s=0.01)
+    assert found["a"].median_ms == pytest.approx(0.02)
+    assert found["a"].calls >= 25
+    assert clock.replays == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_time_the_device_and_rotate_over_more_than_the_cache():
     device = torch.device("cuda")
@@ -986,6 +1066,12 @@ def test_a_slowdown_beyond_the_noise_is_found(tmp_path, capsys):
 def test_what_is_no_slowdown_is_not_called_one(before, after, tmp_path, capsys):
     assert comparison([row("torch", *before)], [row("torch", *after)], tmp_path) == 0
     assert "0 slower" in capsys.readouterr().out
+
+
+def test_one_long_sample_does_not_make_a_change():
+    before = row("torch", 1.0)
+    after = replace(row("torch", 1.2), p20_ms=1.15, p80_ms=2.0)
+    assert not compare.changes(some_results(before), some_results(after))[0].significant
 
 
 def test_a_slower_machine_shows_beside_the_slowdown():

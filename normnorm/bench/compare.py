@@ -29,8 +29,8 @@ class Change:
             the two runs.
         against_torch: how the ratio to torch's layer changed, after over before, which leaves out
             what made the whole machine slower; None where it was not known.
-        significant: whether the time moved by more than 5 % and the ranges between the 20th and
-            80th percentiles of the two runs do not touch.
+        significant: whether the time moved by more than 5 % and by more than the noise, and the
+            ranges between the 20th and 80th percentiles of the two runs do not touch.
     """
 
     name: str
@@ -74,11 +74,11 @@ def _change(old: Row, new: Row) -> Change:
     b = (new.p20_ms or 0.0, new.median_ms or math.nan, new.p80_ms or 0.0)
     ratio = b[1] / a[1]
     apart = b[0] > a[2] or a[0] > b[2]
+    noise = max((t[2] - t[0]) / (2 * t[1]) for t in (a, b))
     against = new.ratio / old.ratio if new.ratio and old.ratio else None
     return Change(
-        name=_name(new), before_ms=a[1], after_ms=b[1],
-        noise=max((t[2] - t[0]) / (2 * t[1]) for t in (a, b)), against_torch=against,
-        significant=apart and abs(math.log(ratio)) > math.log1p(SMALLEST),
+        name=_name(new), before_ms=a[1], after_ms=b[1], noise=noise, against_torch=against,
+        significant=apart and abs(math.log(ratio)) > math.log1p(max(SMALLEST, noise)),
     )  # fmt: skip
 
 
