@@ -74,10 +74,10 @@ endef
 
 # With the machine's own Python and torch, and no network; only a dry run uses the environment.
 # DRY=1 runs without a GPU; RESULTS=DIR is where results go.
-gpu-check: WET := $(if $(filter-out 0,$(DRY)),,yes)
+gpu-check: DRY_RUN := $(filter-out 0,$(DRY))
 gpu-check: $(if $(filter-out 0,$(DRY)),install)
-	$(if $(WET),$(PYTHON),$(PY)) benchmarks/gpu_check.py $(if $(WET),,--dry) \
-	    --results '$(or $(RESULTS),$(if $(WET),benchmarks/results,runs/gpu-check))' $(ARGS)
+	$(if $(DRY_RUN),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(if $(DRY_RUN),--dry) \
+	    --results '$(or $(RESULTS),$(if $(DRY_RUN),runs/gpu-check,benchmarks/results))' $(ARGS)
 
 # Without what an earlier build collected: setuptools would put deleted modules into the wheel.
 wheel: $(VENV)/.torch

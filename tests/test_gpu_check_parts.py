@@ -4,10 +4,12 @@ and for programs of the CUDA toolkit; every name of ``torch.cuda`` that they use
 from __future__ import annotations
 
 import ast
+import ctypes
 import inspect
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from gpu import forced  # noqa: E402
 from gpucheck import (  # noqa: E402
     benchmark,
     build,
@@ -167,11 +170,14 @@ def test_the_build_is_for_the_found_architecture_and_requires_the_kernels(sectio
 
     monkeypatch.setattr(build.subprocess, "run", run)
     monkeypatch.setattr(build, "_usage", lambda library: None)
+    linked = []
+    monkeypatch.setattr(build, "_link_launchers", linked.append)
     build.run(section)
     assert seen["command"][1:] == ["setup.py", "build_ext", "--inplace"]
     assert seen["env"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert seen["env"]["NORMNORM_CUDA"] == seen["env"]["NORMNORM_NATIVE"] == "1"
     assert section.data["said"] == ["normnorm: built"]
+    assert linked == [real]
     assert list(schema.problems(section.data, schema.DATA["build"])) == []
 
 
@@ -187,6 +193,54 @@ def test_a_failed_build_says_what_it_said(section, monkeypatch):
     with pytest.raises(stage.Failure, match=r"exit status 1: normnorm: .* no nvcc was found"):
         build.run(section)
     assert section.data["architecture"] == "9.0"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_a_forced_problem_arrives_as_it_was_meant(tmp_path):
+    """Every field of the launchers' problem through ``forced.cpp``, against stand-ins for them."""
+    stub = forced.SOURCE.with_name("forced_stub.cpp")
+    library = tmp_path / "forced.so"
+    subprocess.run(
+        ["g++", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden",
+         str(forced.SOURCE), str(stub), "-o", str(library)], check=True,
+    )  # fmt: skip
+    loaded = ctypes.CDLL(str(library))
+    numbers = iter(range(1001, 1100))
+
+    def operand():
+        return next(numbers), (next(numbers), next(numbers), next(numbers))
+
+    problem = {
+        "storage": 2, "geometry": [1, 3, 4, 5, 6], "affine": 3, "noise": True,
+        "given_scale": True, "seed": 7, "noise_train": 0.25, "stream": 9,
+        "position": (10, 11, 12), "eps": 1e-3, "alpha": 0.5, "transform_eps": 0.125, "order": 1,
+        "frozen": True, "stats": 13, "workspace": 14, "rung": 3, "threads": 64, "blocks": 15,
+        "teams": 16, **{name: operand() for name in ("input", "output", "grad_output")},
+        "weight": (17, True), "bias": (18, False), "grad_weight": (19, False),
+        "grad_bias": (20, True),
+    }  # fmt: skip
+    arrays = forced.arrays(problem)
+    types = (ctypes.c_int64, ctypes.c_double, ctypes.c_void_p)
+    size = ctypes.c_size_t()
+    made = [(t * len(a))(*a) for t, a in zip(types, arrays, strict=True)]
+    assert loaded.forced_workspace(*made, 1, ctypes.byref(size)) == 0
+    seen = list((ctypes.c_double * size.value).in_dll(loaded, "seen"))
+    operands = [
+        n for name in ("input", "output", "grad_output")
+        for n in (problem[name][0], *problem[name][1])
+    ]  # fmt: skip
+    assert seen == [
+        1, 2, 1, 3, 4, 5, 6, 3, 1, 1, 9, 0.25, 10, 11, 12, 1, 1, 1e-3, 0.5, 0.125,
+        17, 1, 18, 0, 19, 0, 20, 1, *operands, 3, 64, 15, 16, 7, 13, 14,
+    ]  # fmt: skip
+    assert loaded.forced_run(*made, 0, None) == size.value
+    assert ctypes.c_double.in_dll(loaded, "seen").value == 0
+
+
+def test_missing_objects_are_said_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(forced, "ROOT", tmp_path)
+    with pytest.raises(stage.Failure, match="build/ holds no compiled CUDA kernels"):
+        forced.build(tmp_path)
 
 
 def test_cuobjdumps_report_is_read():

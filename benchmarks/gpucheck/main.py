@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = _chosen(options.stages, parser)
     default = ROOT / ("runs/gpu-check" if options.dry else "benchmarks/results")
     try:
-        record = Record(options.results or default, options.dry)
+        record = Record((options.results or default).resolve(), options.dry)
     except Unwritable as sentence:
         print(sentence, file=sys.stderr)
         return 2
@@ -73,10 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted = True
         print("\ninterrupted; what was found so far is kept", flush=True)
     passed = record.finish()
-    if not summary.write(record):
-        passed = False
-    with contextlib.suppress(OSError):
-        print(summary.text(record.data), flush=True)
+    passed = summary.write(record) and passed
+    print(summary.text(record.data), flush=True)
     print(f"\nrecord: {record.path}", flush=True)
     if interrupted:
         return 130

@@ -1,0 +1,123 @@
+"""The CUDA kernels by their launchers, which take a rung of the caller's choice; the ops do not.
+
+On a GPU ``forced.cpp`` is linked with the kernels that the build has left as objects; in a dry run
+the kernels are those of ``tests/host_cuda``. Either way :class:`host_cuda.harness.Call` turns the
+tensors of a layer call into what the launchers are given, and calls ``forward`` and ``backward``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpucheck.environment import find_nvcc
+from gpucheck.rig import Rig
+from gpucheck.stage import ROOT, Failure
+from host_cuda import harness
+
+__all__ = ["Kernels", "arrays", "build", "kernels"]
+
+SOURCE = Path(__file__).with_name("forced.cpp")
+_PARAMETERS = ("weight", "bias", "grad_weight", "grad_bias")
+_OPERANDS = ("input", "output", "grad_output")
+
+
+def arrays(problem: dict[str, Any]) -> tuple[list[int], list[float], list[int]]:
+    """(numbers, reals, pointers) of a problem, in the order in which ``forced.cpp`` reads them."""
+    p = problem
+    numbers = [
+        p["storage"], *p["geometry"], p["affine"], p["noise"], p["given_scale"], p["stream"],
+        *p["position"], p["order"], p["frozen"], *(p[name][1] for name in _PARAMETERS),
+        *(stride for name in _OPERANDS for stride in p[name][1]), p["rung"], p["threads"],
+        p["blocks"], p["teams"],
+    ]  # fmt: skip
+    reals = [p["noise_train"], p["eps"], p["alpha"], p["transform_eps"]]
+    pointers = [p[name][0] for name in (*_PARAMETERS, *_OPERANDS)]
+    pointers += [p["seed"], p["stats"], p.get("workspace", 0)]
+    return [int(n) for n in numbers], [float(r) for r in reals], pointers
+
+
+class Kernels:
+    """The library of ``forced.cpp``, with the two functions that the host run's module has."""
+
+    def __init__(self, library: Path, device: torch.device) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._device = device
+
+    def forward(self, problem: dict[str, Any]) -> None:
+        self._run(problem, False)
+
+    def backward(self, problem: dict[str, Any]) -> None:
+        self._run(problem, True)
+
+    def _run(self, problem: dict[str, Any], backward: bool) -> None:
+        size = ctypes.c_size_t()
+        self._call("forced_workspace", problem, backward, ctypes.byref(size))
+        # Filled with what no kernel may rely on.
+        workspace = torch.full((size.value + 16,), 0xFF, dtype=torch.uint8, device=self._device)
+        problem = {**problem, "workspace": (workspace.data_ptr() + 15) // 16 * 16}
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._call("forced_run", problem, backward, ctypes.c_void_p(stream))
+        torch.cuda.synchronize(self._device)
+
+    def _call(self, name: str, problem: dict[str, Any], backward: bool, last: Any) -> None:
+        numbers, reals, pointers = arrays(problem)
+        error = getattr(self._library, name)(
+            (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_double * len(reals))(*reals),
+            (ctypes.c_void_p * len(pointers))(*pointers), int(backward), last,
+        )  # fmt: skip
+        if error:
+            raise RuntimeError(f"{name}: CUDA error {error}")
+
+
+def _objects() -> list[Path]:
+    """The kernels as the build has compiled them, the newest where there are several builds."""
+    found: dict[str, Path] = {}
+    for path in sorted((ROOT / "build").glob("temp*/objects/cuda_*.o"), key=os.path.getmtime):
+        found[path.name] = path
+    if "cuda_launch.o" not in found:
+        raise Failure("build/ holds no compiled CUDA kernels to call with a forced rung")
+    return list(found.values())
+
+
+def _runtime() -> list[str]:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise Failure("no nvcc was found, beside which the CUDA runtime would be")
+    home = Path(nvcc).resolve().parent.parent
+    folders = [home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    return [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").exists()]
+
+
+def build(folder: Path) -> Path:
+    """Compiles ``forced.cpp`` and links it with the kernels' objects.
+
+    Raises:
+        Failure: that is not possible; a sentence.
+    """
+    library = folder / "forced.so"
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
+    command = [
+        compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", str(SOURCE),
+        *map(str, _objects()), *_runtime(), "-l:libcudart_static.a", "-Wl,--exclude-libs,ALL",
+        "-ldl", "-lrt", "-lpthread", "-o", str(library),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Failure(f"the launchers could not be linked: {done.stderr.strip()[-1500:]}")
+    return library
+
+
+def kernels(rig: Rig) -> Any:
+    """What :class:`host_cuda.harness.Call` calls, on the rig's device."""
+    if rig.dry:
+        folder = Path(tempfile.gettempdir()) / f"normnorm-host-cuda-{os.getuid()}"
+        return harness.load(harness.build(folder))
+    with tempfile.TemporaryDirectory() as name:
+        return Kernels(build(Path(name)), rig.device)  # loaded, it needs its file no longer
