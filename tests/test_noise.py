@@ -359,8 +359,9 @@ def test_the_gradient_of_the_weight_contains_the_noise(case, backend, device):
         numpy(noisy_dweight - dweight), want, rtol=0, atol=1e-13 * np.abs(term).sum()
     )
     assert np.abs(want).max() > 0.1
-    assert torch.equal(noisy_dbias, dbias)
-    # which carries no gradient to the input
+    # which carries no gradient to the bias and the input; kernels that cut their work where the
+    # noise's counters end may add in another order
+    torch.testing.assert_close(noisy_dbias, dbias, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(noisy_du, du, rtol=1e-12, atol=1e-13)
 
 
