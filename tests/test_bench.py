@@ -307,6 +307,22 @@ def test_wrong_gradients_are_seen_too(monkeypatch, tmp_path):
     assert "grad_" in broken[0].message
 
 
+def test_a_provider_that_turns_wrong_while_it_is_timed_has_no_times(monkeypatch, tmp_path):
+    def wearing_out(forward):
+        calls = itertools.count()
+        return lambda x: forward(x) + (1.0 if next(calls) > 50 else 0.0)
+
+    providing("tired", wearing_out, monkeypatch)
+    path = tmp_path / "tired.json"
+    assert run_tiny(path, "torch", "tired") == 1
+    found = load(path)
+    for m in found.select(provider="tired"):
+        assert m.status == "wrong"
+        assert m.median_ms is None
+        assert m.message.startswith("after it was timed, its output is off by")
+    assert len(found.select(provider="torch", status="ok")) == 3
+
+
 def test_a_provider_that_raises_half_way_leaves_the_results_so_far(monkeypatch, tmp_path):
     def failing(forward):
         calls = itertools.count()
