@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
 import types
@@ -20,6 +21,7 @@ from oracle import to_numpy as numpy
 
 import normnorm
 from normnorm import backends
+from normnorm.backends import cpu, cuda
 from normnorm.statistics import Row
 
 NAMES = ("reference", "cpu", "cuda", "triton")
@@ -195,6 +197,69 @@ print("triton" in sys.modules, "normnorm.backends.triton" in sys.modules)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "False"]
+
+
+# --- why the CUDA kernels cannot run ---
+
+
+@pytest.mark.parametrize(
+    ("compiled", "capability", "runs"),
+    [
+        ("8.0 9.0 10.0+PTX", (8, 0), True),
+        ("8.0 9.0 10.0+PTX", (8, 9), True),  # machine code serves its major version
+        ("8.0 9.0 10.0+PTX", (9, 0), True),
+        ("8.0 9.0 10.0+PTX", (12, 0), True),  # by PTX
+        ("8.0 9.0 10.0+PTX", (7, 5), False),
+        ("8.6", (8, 0), False),
+        ("9.0", (10, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f", (12, 0), False),
+        ("8.0+PTX 9.0", (10, 0), True),
+    ],
+)
+def test_which_gpus_the_compiled_architectures_serve(compiled, capability, runs):
+    assert cuda.serves(compiled.split(), capability) is runs
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a library, a torch and a GPU that suit each other; tests break one part."""
+
+    def says(function):
+        return {"normnorm_without_cuda": "", "normnorm_cuda_architectures": "8.0 9.0"}[function]
+
+    library = types.SimpleNamespace(normnorm_without_cuda=None)
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cpu, "library", lambda: library)
+    monkeypatch.setattr(cpu, "text", says)
+    monkeypatch.setattr(cuda, "_versions", lambda: (13000, 13010))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    return monkeypatch
+
+
+def test_nothing_is_in_the_way_where_all_fits(gpu):
+    assert cuda.unavailable_reason() is None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "sentence"),
+    [
+        (cpu, "unavailable_reason", lambda: "no library", "no library"),
+        (cpu, "text", lambda _: "no nvcc was found", "were not built at installation: no nvcc"),
+        (cpu, "library", lambda: types.SimpleNamespace(), "older than this package"),
+        (torch.version, "cuda", None, "was built without CUDA"),
+        (torch.cuda, "device_count", lambda: 0, "torch sees no GPU"),
+        (cuda, "_versions", lambda: (13000, 12080), "with CUDA 13.0, .* serves CUDA up to 12.8"),
+        (torch.cuda, "get_device_capability", lambda _: (12, 1), "for 8.0 9.0, .*=12.1"),
+    ],
+)
+def test_each_thing_in_the_way_has_its_sentence(owner, name, value, sentence, gpu):
+    gpu.setattr(owner, name, value)
+    assert re.search(sentence, cuda.unavailable_reason())
 
 
 # --- the switch ---

@@ -11,6 +11,7 @@ import torch
 
 import normnorm
 from normnorm import backends, cli, gradcheck, selfcheck
+from normnorm.backends import cuda
 
 
 @pytest.fixture
@@ -102,6 +103,95 @@ def test_a_wrong_forward_or_fold_is_seen_too(wrong, monkeypatch):
     rows = gradcheck.table("cpu")
     batch = [row for row in rows if row["layer"].startswith("Batch") and row["mode"] == "training"]
     assert all(not row["passed"] for row in batch if row["dtype"] in ("float64", "float32"))
+
+
+# --- doctor --plan ---
+
+without_kernels = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
+
+
+def plan(capsys, *words):
+    """What ``doctor --plan --json`` says."""
+    assert cli.main(["doctor", "--json", "--plan", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@without_kernels
+def test_plan_says_in_words_what_serves_both_passes_and_on_what_device(capsys):
+    assert cli.main(["doctor", "--plan", "256,64,56,56", "--device-model", "H200"]) == 0
+    text = capsys.readouterr().out
+    assert "kind batch, shape (256, 64, 56, 56), float32, contiguous" in text
+    assert "on H200 (assumed, as asked): 132 multiprocessors" in text
+    assert "64 groups of 802816 elements, walked by rows" in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    assert "co-operating blocks" in lines["forward"]
+    assert lines["backward"].split()[-1].isdigit()
+
+
+@without_kernels
+def test_plan_follows_the_ladder(capsys):
+    on = ("--device-model", "H200", "--dtype", "bfloat16")
+    short = plan(capsys, "8192,512", "--kind", "layer", *on)["forward"]
+    assert short["rung"] == "warp, registers"
+    assert (short["threads"], short["groups"], short["group_size"]) == (32, 8192, 512)
+    middle = plan(capsys, "8192,8192", "--kind", "layer", *on)["forward"]
+    assert middle["rung"].startswith("block, registers")
+    assert middle["threads"] > 32
+    long = plan(capsys, "64,262144", "--kind", "layer", *on)["forward"]
+    assert long["rung"].startswith("cluster")
+    assert long["blocks"] > 1
+    older = plan(capsys, "64,262144", "--kind", "layer", *on[2:], "--device-model", "A100")
+    assert older["device"]["clusters"] is False
+    assert not older["forward"]["rung"].startswith("cluster")
+    assert older["forward"]["waves"] * older["forward"]["teams"] >= 64
+
+
+@without_kernels
+def test_plan_knows_the_memory_format_and_the_device(capsys):
+    last = plan(capsys, "256x256x14x14", "--memory-format", "channels_last")
+    assert last["forward"]["walk"] == last["backward"]["walk"] == "columns"
+    assert plan(capsys, "256x256x14x14")["forward"]["walk"] == "rows"
+    assert plan(capsys, "64,256")["forward"]["walk"] == "columns"
+    small, large = (plan(capsys, "8,64,56,56", "--sms", n)["forward"] for n in ("16", "132"))
+    assert small["teams"] * small["blocks"] < large["teams"] * large["blocks"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to plan for")
+@without_kernels
+def test_plan_says_what_it_assumes_where_there_is_no_gpu(capsys):
+    found = plan(capsys, "64,256")
+    assert found["device"]["name"] == "H200"
+    assert "no GPU" in found["device"]["source"]
+
+
+@without_kernels
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["64,3,8,8", "--kind", "group", "--num-groups", "2"], "divisible by num_groups"),
+        (["64,3", "--kind", "layer", "--normalized-ndim", "3"], "normalized_ndim"),
+        (["64", "--kind", "batch"], "wants an input of shape"),
+        (["64,3", "--memory-format", "channels_last"], "channels_last wants"),
+        (["64,3", "--sms", "0"], "--sms must be positive"),
+    ],
+)
+def test_plan_refuses_what_no_layer_takes(words, sentence, capsys):
+    assert cli.main(["doctor", "--plan", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_plan_without_kernels_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "missing", lambda: "the CUDA kernels were not built: no nvcc")
+    assert cli.main(["doctor", "--plan", "64,3"]) == 1
+    assert "no plan: the CUDA kernels were not built: no nvcc" in capsys.readouterr().err
+
+
+def test_plan_wants_a_shape(capsys):
+    for shape in ("big", "3,0", ""):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["doctor", "--plan", shape])
+        assert stop.value.code == 2
+    assert "invalid shape value: ''" in capsys.readouterr().err
 
 
 def test_unknown_command_and_backend_exit_2(capsys):
