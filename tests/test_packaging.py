@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -16,9 +17,11 @@ from typing import NamedTuple
 
 import pip
 import pytest
+import setuptools
 import torch
 
 import normnorm
+from normnorm.backends import cpu, cuda
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ("matplotlib", "numpy", "scipy", "sklearn", "tqdm", "triton")
@@ -99,6 +102,159 @@ def test_no_file_names_a_machines_folders():
         lines = content.decode("utf-8").splitlines()
         found += [f"{name}:{i}" for i, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
     assert not found
+
+
+# --- the build ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """The module setup.py, which sets nothing up, with no variable that steers it."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("NORMNORM_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("normnorm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toolkit(folder: Path, *left_out: str) -> Path:
+    """Something that answers as nvcc 13.0 does, with files that stand for the toolkit's."""
+    for name in ("include/cuda_runtime.h", "include/nv/target", "lib/libcudart_static.a"):
+        if name not in left_out:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    program = folder / "bin/nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+--list-gpu-code) printf 'sm_75\nsm_80\nsm_90\nsm_100\nsm_120\n' ;;
+--dryrun) echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
+*) echo "this is no compiler" >&2; exit 1 ;;
+esac
+"""
+    )
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("asked", "understood"),
+    [
+        (None, ["8.0", "9.0", "10.0+PTX"]),
+        ("9.0", ["9.0"]),
+        ("8.0;9.0 10.0+PTX", ["8.0", "9.0", "10.0+PTX"]),
+        ("9.0a", ["9.0a"]),
+        ("Hopper;9.0+PTX", ["9.0+PTX"]),
+    ],
+)
+def test_the_architectures_are_those_of_torchs_variable(asked, understood, build, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        if asked is not None:
+            patch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        patch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda").parent.parent))
+        cuda = build.find_cuda()
+    assert cuda.architectures == understood
+    assert cuda.version == "13.0"
+    generated = [flag for flag in cuda.flags() if flag.startswith("-gencode")]
+    assert len(generated) == len(understood) + sum("+PTX" in word for word in understood)
+    if asked == "9.0a":
+        assert generated == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+@pytest.mark.parametrize("asked", ["7.5", "6.1+PTX", "13.7", "Volta", "fast"])
+def test_an_architecture_that_cannot_be_is_refused_in_words(asked, build, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda").parent.parent))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    reason = build.find_cuda()
+    assert isinstance(reason, str)
+    assert asked in reason
+    assert "TORCH_CUDA_ARCH_LIST" in reason
+    monkeypatch.setenv("NORMNORM_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"the CUDA kernels were required: .*TORCH_CUDA_ARCH_LIST"):
+        build.find_cuda()
+
+
+def test_where_there_is_no_nvcc_the_build_says_so_or_stops(build, monkeypatch):
+    monkeypatch.setattr(build.Cuda, "_places", staticmethod(list))
+    assert build.find_cuda() == "no nvcc was found"
+    monkeypatch.setenv("NORMNORM_CUDA", "1")
+    with pytest.raises(SystemExit, match="were required: no nvcc was found"):
+        build.find_cuda()
+
+
+@pytest.mark.parametrize("absent", ["include/nv/target", "lib/libcudart_static.a"])
+def test_half_a_toolkit_is_named(absent, build, tmp_path, monkeypatch):
+    program = toolkit(tmp_path / "cuda", absent)
+    monkeypatch.setattr(build.Cuda, "_places", staticmethod(lambda: [str(program)]))
+    assert "is not complete (cuda_runtime.h, nv/target, libcudart_static.a)" in build.find_cuda()
+
+
+def test_nvcc_is_also_found_in_a_python_package(build, tmp_path, monkeypatch):
+    program = toolkit(tmp_path / "nvidia/cu13")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert str(program) in build.Cuda._places()
+
+
+def test_normnorm_cuda_0_asks_for_no_kernels_and_other_words_are_refused(build, monkeypatch):
+    monkeypatch.setenv("NORMNORM_CUDA", "0")
+    assert build.find_cuda() == "NORMNORM_CUDA=0"
+    monkeypatch.setenv("NORMNORM_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be auto, 0 or 1; got 'yes'"):
+        build.find_cuda()
+
+
+@pytest.fixture
+def builds(build, tmp_path, monkeypatch):
+    """Runs the build command with a toolkit whose compiler fails: what each attempt was given."""
+    program = toolkit(tmp_path / "cuda")
+    monkeypatch.setattr(build.Cuda, "_places", staticmethod(lambda: [str(program)]))
+    attempts = []
+
+    def build_with(self, cuda, without_cuda, target):
+        attempts.append(without_cuda)
+        if cuda is not None:
+            build.compile_object(cuda.sources(["c++"])[0], tmp_path)
+
+    monkeypatch.setattr(build.BuildKernels, "build_with", build_with)
+    command = object.__new__(build.BuildKernels)  # of which nothing else is asked
+    return attempts, lambda: command.build_library(tmp_path / "library.so")
+
+
+def test_kernels_that_do_not_compile_are_left_out_with_a_line(builds, capsys):
+    attempts, run_build = builds
+    run_build()
+    assert attempts == ["", "the compiler failed"]
+    said = capsys.readouterr()
+    assert said.out == "normnorm: built for the CPU alone: the compiler failed\n"
+    assert "this is no compiler" in said.err
+
+
+def test_kernels_that_do_not_compile_stop_a_build_that_requires_them(builds, monkeypatch):
+    attempts, run_build = builds
+    monkeypatch.setenv("NORMNORM_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"(?s)were required: the compiler failed.*no compiler"):
+        run_build()
+    assert attempts == [""]
+
+
+@pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf here")
+def test_the_library_with_cuda_kernels_loads_with_and_without_cuda():
+    """It asks for libtorch, which brings libtorch_cuda where there is one; what only that has is
+    weak; and nobody else sees the CUDA runtime in it."""
+    needed = run("readelf", "--dynamic", cpu.LIBRARY, cwd=ROOT)
+    assert "[libtorch.so]" in needed
+    assert "libcudart" not in needed
+    assert "libtorch_cuda" not in needed
+    symbols = run("readelf", "--dyn-syms", "--wide", cpu.LIBRARY, cwd=ROOT).splitlines()
+    (stream,) = (line for line in symbols if "aoti_torch_get_current_cuda_stream" in line)
+    assert " WEAK " in stream
+    assert not [line for line in symbols if re.search(r"\bcuda[A-Z]", line)]
 
 
 # --- the wheel ------------------------------------------------------------------------------------
@@ -200,6 +356,6 @@ def test_source_archive_builds_a_wheel_that_works(tmp_path: Path):
     left_out = {str(p) for p in project_files() if not (ROOT / p).is_symlink()} - names
     assert {n for n in left_out if not n.startswith((".", "shared/"))} == set()
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    built = build_wheel(unpacked, tmp_path / "wheels")
+    built = build_wheel(unpacked, tmp_path / "wheels", TORCH_CUDA_ARCH_LIST="9.0")
     binaries = install_in_empty_environment(built.wheel, tmp_path / "environment")
     run(binaries / "normnorm", "doctor", cwd=tmp_path / "environment")
