@@ -104,6 +104,13 @@ def _works(providers: tuple[str, ...], **common: Any) -> Iterator[Measurement]:
 def cpu_results() -> Results:
     """A complete run on a CPU, with a provider that was wrong and one that is not there."""
     rows = list(_works(("normnorm-cpu", "torch", "compiled-torch", "reference", "copy")))
+    # Not every input has the same ratio.
+    rows = [
+        replace(each, median_ms=1.2 * each.median_ms, p80_ms=1.3 * each.p80_ms, ratio=1.56)
+        if each.shape == (8, 128, 14, 14) and each.provider == "normnorm-cpu"
+        else each
+        for each in rows
+    ]
     bad = {"median_ms": None, "p20_ms": None, "p80_ms": None, "ratio": None}
     rows.append(
         replace(

@@ -25,8 +25,8 @@ from normnorm.bench.report.style import in_order, look
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = (
-    "normnorm-cpu", "normnorm-triton", "torch", "cudnn", "compiled-torch", "compiled-reference",
-    "reference", "liger", "quack", "copy",
+    "normnorm-cpu", "normnorm-triton", "normnorm-reference", "torch", "cudnn", "compiled-torch",
+    "compiled-reference", "reference", "liger", "quack", "copy",
 )  # fmt: skip
 
 
@@ -213,9 +213,9 @@ def test_every_plot_is_a_png_that_shows_something(files: list[Path], tmp_path: P
     assert report(files[0], files[2], "--png", tmp_path / "plots") == 0
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert {
-        "1_ratio_noise.png", "1_ratio_eval.png", "1_size_float32.png",
-        "1_batch_sweep_float32.png", "1_roofline.png", "1_networks.png", "1_ratio_quiet.png",
-        "2_growth.png", "2_collectives.png", "2_several_gpus.png",
+        "1_ratio_noise_float32.png", "1_ratio_eval_float32.png", "1_size_float32.png",
+        "1_batch_sweep_float32.png", "1_roofline.png", "1_networks.png",
+        "1_ratio_quiet_float32.png", "2_growth.png", "2_collectives.png", "2_several_gpus.png",
     } == names  # fmt: skip
     for name in names:
         pixels = matplotlib.image.imread(tmp_path / "plots" / name)[..., :3]
@@ -285,10 +285,19 @@ def test_markdown_has_the_numbers_and_where_they_come_from(files: list[Path]) ->
     assert "[cpu.json](cpu.json)" in text
     head, _, first, *_ = table_after(text, "**Measured: A processor")
     run = results.load(files[0])
-    ours = run.select(provider="normnorm-cpu", operation="full", mode="noise")[0]
-    assert head[3:5] == ["normnorm (CPU), ms", "/ torch"]
-    assert float(first[3]) == pytest.approx(ours.median_ms, rel=0.005)
-    assert float(first[4]) == pytest.approx(ours.ratio, abs=0.005)
+    resnet = run.select(
+        provider="normnorm-cpu", operation="full", mode="noise", suite="resnet", status="ok"
+    )
+    largest = max(resnet, key=lambda row: row.elements)
+    assert head[3:8] == ["largest", "torch, ms", "normnorm (CPU), ms", "/ torch", "over inputs"]
+    assert first[:4] == [
+        "BatchNormalNorm2d", "resnet, float32", "forward + backward, noise", "8x64x28x28",
+    ]  # fmt: skip
+    assert float(first[5]) == pytest.approx(largest.median_ms, rel=0.005)
+    geometric = np.exp(np.mean([np.log(row.ratio) for row in resnet]))
+    assert float(first[6]) == pytest.approx(geometric, abs=0.005)
+    low, high = min(row.ratio for row in resnet), max(row.ratio for row in resnet)
+    assert first[7] == f"{len(resnet)}: {low:.2f} to {high:.2f}"
     assert "1 measurements failed or were wrong" in text
     assert "Measured: how cost grows" in text
 

@@ -54,7 +54,7 @@ def growth_plots(study: Scaling) -> Iterator[Plot]:
     if model_is_supported(study.collectives):
         yield Plot(
             "several_gpus",
-            "Model: a ResNet-50 training step on several A100s",
+            "A ResNet-50 training step on several A100s, modelled",
             "Not measured: an alpha-beta model, each parameter with its source in the table. Bands "
             "reach from an optimist's parameters to a pessimist's; dashed beyond the number of "
             "processes at which the form of the model was checked. The cross is a published "

@@ -71,10 +71,6 @@ def _busy(run: Source) -> str | None:
 def _machines(sources: Sources) -> Iterator[dict[str, Any]]:
     for number, (run, name) in enumerate(zip(sources.runs, sources.names(), strict=True)):
         results = run.results
-        counts = [
-            (c.work, c.mode, c.operation, c.isa, tables.number(c.instructions))
-            for c in results.counts
-        ]
         yield {
             "id": _identifier(name, number),
             "name": name,
@@ -85,7 +81,7 @@ def _machines(sources: Sources) -> Iterator[dict[str, Any]]:
             "summary": tables.summary(results),
             "plots": [_embedded(plot) for plot in plots_of(results)],
             "networks": tables.network_table(results.networks),
-            "counts": Table(("work", "mode", "operation", "isa", "instructions"), counts, 4),
+            "counts": tables.counts_table(results.counts),
         }
 
 

@@ -74,13 +74,17 @@ def _run(run: Source, name: str, folder: Path) -> list[str]:
     if table.rows:
         parts.append(_pipes(table))
         parts.append(
-            "Medians of calls in alternation. Noise: training as published. A ratio is a time over "
-            "that of torch's own layer; below 1 is faster."
+            "Medians of calls in alternation; times at the largest input, ratios as geometric "
+            "means over all of them, with their number and range. Noise: training as published. "
+            "Below 1 is faster than torch's own layer."
         )
     networks = [row for row in run.results.networks if row.status == "ok"]
     if networks:
         parts.append("Training steps of whole networks, of which only the norm layers differ:")
         parts.append(_pipes(_networks(run)))
+    if run.results.counts and run.environment.gpu is None:
+        parts.append("Instructions an element of the CPU kernels, counted, which repeats exactly:")
+        parts.append(_pipes(tables.counts_table(run.results.counts)))
     failed = sum(m.status in ("failed", "wrong") for m in run.results.measurements)
     if failed:
         parts.append(f"{failed} measurements failed or were wrong; the file says which.")

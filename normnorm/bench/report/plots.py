@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "plots_of"]
 
+_MOST_BARS = 20  # works in one figure
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -44,8 +45,6 @@ def describe(row: Measurement, with_layer: bool = True) -> str:
         words.append(f"{row.groups} groups")
     if row.memory_format == "channels_last":
         words.append("channels_last")
-    if row.dtype != "float32":
-        words.append(row.dtype)
     if row.method == "stream":
         words.append("with launches")
     return " ".join(words)
@@ -69,15 +68,19 @@ def _ratios(results: Results) -> Iterator[Plot]:
             if row.ratio is not None and "sweep" not in row.suite and row.provider != row.peer
         ]
         rows = [row for row in rows if row.provider not in ("copy", "torch", "cudnn")]
-        if rows:
-            yield Plot(
-                f"ratio_{mode}",
-                f"Time relative to torch's layer: {what}",
-                "Bars: this project's backends; markers: what else could be used. The line at 1 is "
-                "torch's own layer, measured in alternation in the same process; left of it is "
-                "faster. Medians; whiskers reach from the 20th to the 80th percentile.",
-                _ratio_figure(rows),
-            )
+        for dtype, mine in _groups_of_dtypes(rows):
+            works = list(_by_work(mine).values())
+            parts = [works[i : i + _MOST_BARS] for i in range(0, len(works), _MOST_BARS)]
+            for number_, part in enumerate(parts, start=1):
+                which = f", {number_} of {len(parts)}" if len(parts) > 1 else ""
+                yield Plot(
+                    f"ratio_{mode}_{dtype}" + (f"_{number_}" if number_ > 1 else ""),
+                    f"Time relative to torch's layer: {what}, {dtype}{which}",
+                    "Bars: this project's backends; markers: what else could be used. The line at "
+                    "1 is torch's own layer, measured in alternation in the same process; left of "
+                    "it is faster. Medians; whiskers reach from the 20th to the 80th percentile.",
+                    _ratio_figure([row for rows_ in part for row in rows_]),
+                )
 
 
 def _by_work(rows: Sequence[Measurement]) -> dict[tuple[object, ...], list[Measurement]]:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Column", "columns", "roofline"]
 
-_LANES = 128  # instructions of single elements that a multiprocessor issues in a clock
 _FEWEST_SHAPES = 3  # fewer do not tell a roof from a kernel
 _MODES = ("noise", "quiet", "eval")
 _NAMES = {"noise": "with noise", "quiet": "without noise", "eval": "evaluation"}
@@ -45,20 +44,13 @@ def _rate(row: Measurement) -> float:
     return row.elements / row.median_ms * 1e-6
 
 
-def _counted(results: Results, mode: str, operation: str, dtype: str) -> float | None:
-    """By the instructions of the kernel on this architecture, every lane busy in every clock."""
-    gpu = results.environment.gpu
-    if gpu is None or not gpu.max_clock_mhz:
-        return None
-    isa = f"sm_{gpu.capability[0]}{gpu.capability[1]}"
-    counts = [
-        count.instructions
-        for count in results.counts
-        if (count.isa, count.mode, count.operation, count.dtype) == (isa, mode, operation, dtype)
-    ]
-    if not counts:
-        return None
-    return gpu.multiprocessors * _LANES * gpu.max_clock_mhz * 1e-3 / min(counts)
+def _counted(results: Results, rows: list[Measurement]) -> float | None:
+    """What the counted instructions allow, every lane busy in every clock."""
+    for row in rows:
+        share = results.share_of_issue(row)
+        if share:
+            return _rate(row) / share
+    return None
 
 
 def columns(results: Results) -> Iterator[Column]:
@@ -80,7 +72,7 @@ def columns(results: Results) -> Iterator[Column]:
                 if not mine:
                     continue
                 per_element = mine[0].model_bytes / mine[0].elements
-                counted = _counted(results, mode, operation, dtype)
+                counted = _counted(results, mine)
                 enough = len({row.shape for row in mine}) >= _FEWEST_SHAPES
                 best = max(map(_rate, mine)) if enough and not any_counted else None
                 words = [operation, _NAMES[mode], f"{per_element:g} B an element"]

@@ -29,6 +29,7 @@ _LOOKS = {
     "normnorm-cpu": Look("normnorm (CPU)", "#0072B2", "o"),
     "normnorm-cuda": Look("normnorm (CUDA)", "#0072B2", "o"),
     "normnorm-triton": Look("normnorm (Triton)", "#56B4E9", "D"),
+    "normnorm-reference": Look("normnorm (reference)", "#7B4FA3", "p"),
     "torch": Look("torch", "#1a1a1a", "s"),
     "cudnn": Look("torch (cuDNN)", "#777777", "X"),
     "compiled-torch": Look("torch, compiled", "#E69F00", "v"),
@@ -38,7 +39,7 @@ _LOOKS = {
     "quack": Look("quack", "#8A7A00", ">"),
     "copy": Look("device copy", "#8c8c8c", "_"),
 }
-_OTHERS = ("#7B4FA3", "#A0522D", "#3B7A57", "#B03060")
+_OTHERS = ("#5B7083", "#A0522D", "#3B7A57", "#B03060")
 
 RC = {
     "font.size": 10.5,

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from normnorm.bench.distributed_model import PARAMETERS
 from normnorm.bench.gloo import CollectiveCheck
 from normnorm.bench.report.growth import exponent
-from normnorm.bench.report.plots import describe
 from normnorm.bench.report.style import in_order, look, ours
-from normnorm.bench.results import Environment, Measurement, NetworkMeasurement, Results
+from normnorm.bench.results import (
+    Count,
+    Environment,
+    Measurement,
+    NetworkMeasurement,
+    Results,
+)
 from normnorm.bench.scaling import Sweep
 
 __all__ = [
     "Table",
     "collectives_table",
+    "counts_table",
     "environment_lines",
     "measurement_table",
     "network_table",
@@ -51,7 +59,11 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}"
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"
-    return f"{value:#.{digits}g}"
+    return f"{value:#.{digits}g}".removesuffix(".")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}"
 
 
 def _megabytes(value: int | None) -> str:
@@ -62,20 +74,20 @@ def measurement_table(results: Results, machine: str) -> Table:
     """Every row of a run, those that failed included."""
     rows = []
     for m in results.measurements:
-        share = results.share_of_copy(m)
+        of_copy, of_issue = results.share_of_copy(m), results.share_of_issue(m)
         rows.append((
-            machine, m.layer, "x".join(map(str, m.shape)) + (f" / {m.groups}" if m.groups else ""),
+            machine, m.layer, _shape(m),
             m.dtype, m.memory_format, m.mode, m.operation, look(m.provider).label, m.suite,
             m.method,
             number(m.median_ms, 4), number(m.p20_ms, 4), number(m.p80_ms, 4), number(m.ratio),
-            number(m.gb_per_s), "" if share is None else f"{100 * share:.0f}",
+            number(m.gb_per_s), _percent(of_copy), _percent(of_issue),
             _megabytes(m.kept_bytes), _megabytes(m.peak_bytes), number(m.error, 2),
             m.status if m.status == "ok" else f"{m.status}: {m.message}",
         ))  # fmt: skip
     head = (
         "machine", "layer", "shape", "dtype", "memory format", "mode", "operation", "provider",
-        "suite", "method", "ms", "20 %", "80 %", "ratio", "GB/s", "% of copy", "kept MB", "peak MB",
-        "error", "status",
+        "suite", "method", "ms", "20 %", "80 %", "ratio", "GB/s", "% of copy", "% of issue",
+        "kept MB", "peak MB", "error", "status",
     )  # fmt: skip
     return Table(head, rows, 10)
 
@@ -99,6 +111,19 @@ def network_table(networks: Iterable[NetworkMeasurement]) -> Table:
     return Table(head, rows, 5)
 
 
+def counts_table(counts: Iterable[Count]) -> Table:
+    """Instructions an element, a line a work, isa and dtype; a column an operation and mode."""
+    works: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
+    for count in counts:
+        work = works.setdefault((count.work, count.isa, count.dtype), {})
+        work[count.operation, count.mode] = count.instructions
+    passes = list(dict.fromkeys(key for found in works.values() for key in found))
+    rows = [(*key, *(number(found.get(p)) for p in passes)) for key, found in works.items()]
+    names = tuple(f"{operation}, {_MODE_NAMES[mode]}" for operation, mode in passes)
+    return Table(("work", "instruction set", "dtype", *names), rows, 3)
+
+
+_MODE_NAMES = {"noise": "noise", "quiet": "no noise", "eval": "evaluation"}
 _SUMMARY_MODES = (("noise", "full"), ("quiet", "full"), ("eval", "forward"))
 _MODE_WORDS = {
     "noise": "forward + backward, noise",
@@ -108,39 +133,76 @@ _MODE_WORDS = {
 
 
 def summary(results: Results, modes: Sequence[str] = ("noise", "eval")) -> Table:
-    """A line a work: torch's time, ours, and the others' as multiples of torch's.
+    """A line for each layer, suite, dtype, memory format and mode: times at the largest input,
+    and ratios to torch's layer as geometric means over all inputs.
 
-    Sweeps are left out, as are works that none of our backends did.
+    Sweeps are left out, as are works that none of our backends did or torch's layer did not.
     """
-    works: dict[tuple[object, ...], list[Measurement]] = {}
+    lines: dict[tuple[str, ...], dict[tuple[object, ...], list[Measurement]]] = {}
     for mode, operation in _SUMMARY_MODES:
-        if mode in modes:
-            for row in results.select(mode=mode, operation=operation, status="ok"):
-                if "sweep" not in row.suite:
-                    works.setdefault(row.work, []).append(row)
-    works = {
-        key: rows
-        for key, rows in works.items()
-        if any(ours(row.provider) for row in rows) and any(row.peer for row in rows)
-    }
-    providers = in_order(row.provider for rows in works.values() for row in rows)
-    mine = [p for p in providers if ours(p)]
+        for row in results.select(mode=mode, operation=operation, status="ok"):
+            if mode in modes and "sweep" not in row.suite:
+                line = lines.setdefault(_line(row), {})
+                line.setdefault(row.work, []).append(row)
+    compared = {name: _compared(works) for name, works in lines.items()}
+    compared = {name: works for name, works in compared.items() if works}
+    providers = in_order(
+        row.provider for works in compared.values() for rows in works for row in rows
+    )
+    mine = [provider for provider in providers if ours(provider)]
     others = [p for p in providers if not ours(p) and p not in (*_TORCH, "copy")]
-    lines = []
-    for rows in works.values():
-        by = {row.provider: row for row in rows}
-        peer = next(row.peer for row in rows if row.peer)
-        cells = [describe(rows[0]), _MODE_WORDS[rows[0].mode], number(by[peer].median_ms)]
-        for provider in mine:
-            found = by.get(provider)
-            cells += [number(found.median_ms), ratio(found.ratio)] if found else ["", ""]
-        cells += [ratio(by[provider].ratio) if provider in by else "" for provider in others]
-        lines.append(tuple(cells))
-    head = ["layer and input", "what", "torch, ms"]
+    head = ["layer", "inputs", "what", "largest", "torch, ms"]
     for provider in mine:
-        head += [f"{look(provider).label}, ms", "/ torch"]
+        head += [f"{look(provider).label}, ms", "/ torch", "over inputs"]
     head += [f"{look(provider).label} / torch" for provider in others]
-    return Table(tuple(head), lines, 2)
+    cells = []
+    for name, works in compared.items():
+        largest = {row.provider: row for row in max(works, key=lambda rows: rows[0].elements)}
+        any_row = next(iter(largest.values()))
+        peer = next(row.peer for row in largest.values() if row.peer)
+        line_ = [*name, _shape(any_row), number(largest[peer].median_ms)]
+        for provider in mine:
+            found = largest.get(provider)
+            mean, spread = _mean_ratio(works, provider)
+            line_ += [number(found.median_ms) if found else "", mean, spread]
+        line_ += [_mean_ratio(works, provider)[0] for provider in others]
+        cells.append(tuple(line_))
+    return Table(tuple(head), cells, 4)
+
+
+def _line(row: Measurement) -> tuple[str, str, str]:
+    """What a line of the summary is about."""
+    words = [row.suite]
+    if row.memory_format != "contiguous":
+        words.append(row.memory_format)
+    words.append(row.dtype)
+    if row.method == "stream":
+        words.append("with launches")
+    return row.layer, ", ".join(words), _MODE_WORDS[row.mode]
+
+
+def _shape(row: Measurement) -> str:
+    return "x".join(map(str, row.shape)) + (f" / {row.groups}" if row.groups else "")
+
+
+def _compared(works: dict[tuple[object, ...], list[Measurement]]) -> list[list[Measurement]]:
+    """The works that one of our backends and torch's layer did."""
+    return [
+        rows
+        for rows in works.values()
+        if any(ours(row.provider) for row in rows)
+        and any(row.peer in {other.provider for other in rows} for row in rows)
+    ]
+
+
+def _mean_ratio(works: Sequence[Sequence[Measurement]], provider: str) -> tuple[str, str]:
+    """The geometric mean of a provider's ratios, and their number and range."""
+    ratios = [row.ratio for rows in works for row in rows if row.provider == provider and row.ratio]
+    if not ratios:
+        return "", ""
+    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    spread = f"{ratio(min(ratios))} to {ratio(max(ratios))}" if len(ratios) > 1 else ""
+    return ratio(mean), f"{len(ratios)}: {spread}" if spread else "1"
 
 
 def ratio(value: float | None) -> str:
