@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import itertools
 import json
 import math
+import os
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -164,6 +168,23 @@ def test_a_selection_is_measured_and_nothing_else(tmp_path, capsys):
     ))  # fmt: skip
     assert found.networks == []
     assert "bfloat16" in capsys.readouterr().out
+
+
+def test_a_terminal_sees_the_progress_and_the_remaining_time():
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "normnorm", "bench", "--quick", "--shape", "4x8", "5x8"]
+    options = ["--layers", "LayerNormalNorm", "--providers", "torch", "--budget", "0.01"]
+    done = subprocess.run(
+        [*command, *options, "--device", "cpu"], stdout=subprocess.PIPE, stderr=theirs, check=True
+    )
+    os.close(theirs)
+    seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "passed" in seen
+    assert "left, LayerNormalNorm 4x8 float32 noise" in seen
+    assert "100 %|" in seen
+    assert b"left" not in done.stdout
 
 
 def test_networks_alone(tmp_path, capsys):
@@ -661,6 +682,13 @@ def test_a_machine_that_becomes_slow_ends_the_measurement_early(clock):
     found = interleaved(calls, budget_s=2.0, min_rounds=4)
     assert found["a"].rounds + found["b"].rounds <= 10
     assert min(found["a"].rounds, found["b"].rounds) >= 4
+
+
+def test_what_takes_longer_than_its_share_is_sampled_three_times(clock):
+    calls = {"a": clock.call("a", 1e-3), "slow": clock.call("slow", 10.0)}
+    found = interleaved(calls, budget_s=1.0, min_rounds=7)
+    assert found["slow"].rounds == 3
+    assert found["a"].rounds >= 7
 
 
 def test_contexts_surround_samples_outside_the_clock(clock):

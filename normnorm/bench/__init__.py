@@ -117,7 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--csv", type=Path, metavar="FILE", help="layers, in Liger's columns")
     out.add_argument("--markdown", type=Path, metavar="FILE", help="the tables")
     out.add_argument("--html", type=Path, metavar="FILE", help="tables and plots on one page")
-    actions = parser.add_subparsers(dest="action", metavar="compare")
+    # Otherwise argparse shows a page of options, and the comparison as if it were required.
+    parser.usage = f"{parser.prog} [options]\n       {parser.prog} compare A.json B.json"
+    actions = parser.add_subparsers(dest="action", metavar="compare", prog=parser.prog)
     compare = actions.add_parser(
         "compare", help="what became slower between two result files, with the noise beside it"
     )

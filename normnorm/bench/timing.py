@@ -44,6 +44,7 @@ Within = Callable[[], AbstractContextManager[Any]]
 
 _SHORTEST_SAMPLE_MS = 0.5
 _MOST_CALLS = 4096
+_FEWEST_ROUNDS = 3
 _MOST_COPIES = 256
 # A measurement ends early once it has taken this many times its budget: the machine became slower
 # than it was when the samples were counted out.
@@ -179,12 +180,44 @@ def _graph(call: Call, device: torch.device, copies: int) -> _Sampler:
 def _turns(
     samplers: Mapping[str, _Sampler], budget_s: float, low: int, high: int
 ) -> dict[str, int]:
-    """How often each is sampled: all have the same share of the time, within limits."""
+    """How often each is sampled: all have the same share of the time, within limits. One whose
+    single sample takes longer than its share is content with three."""
     share = budget_s / max(len(samplers), 1)
-    return {
-        name: max(low, min(high, int(share / max(sampler.estimate_s, 1e-9))))
-        for name, sampler in samplers.items()
-    }
+    turns = {}
+    for name, sampler in samplers.items():
+        wanted = int(share / max(sampler.estimate_s, 1e-9))
+        turns[name] = min(high, max(low if wanted else min(low, _FEWEST_ROUNDS), wanted))
+    return turns
+
+
+def _samples(
+    samplers: Mapping[str, _Sampler],
+    turns: Mapping[str, int],
+    contexts: Mapping[str, Within],
+    low: int,
+    seconds: float,
+) -> dict[str, list[float] | Exception]:
+    """Each call's samples, or what it raised. After so many seconds only those that everybody has
+    to have are still taken."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    failures: dict[str, list[float] | Exception] = {}
+    total = max(turns.values(), default=0)
+    shuffled = random.Random(total)
+    end = time.perf_counter() + seconds
+    for turn in range(total):
+        due = [n for n, k in turns.items() if (turn + 1) * k // total > turn * k // total]
+        if time.perf_counter() > end:
+            due = [n for n, k in turns.items() if len(samples[n]) < min(k, low)]
+        shuffled.shuffle(due)
+        for name in due:
+            if name in failures:
+                continue
+            try:
+                with contexts.get(name, nullcontext)():
+                    samples[name].append(samplers[name].sample())
+            except Exception as error:
+                failures[name] = error
+    return {**samples, **failures}
 
 
 def interleaved(
@@ -212,7 +245,8 @@ def interleaved(
         within: by name, makes a context for each sample (which backend serves, say); it is
             entered before the clock starts.
         budget_s: seconds for all samples together, beyond warm-up and ``min_rounds`` samples each.
-        min_rounds, max_rounds: fewest and most samples of one call.
+        min_rounds, max_rounds: fewest and most samples of one call; three are enough where
+            one sample takes longer than the call's share of the time.
 
     Returns:
         For each name its timing, or the exception that it raised: the others are timed all the
@@ -231,25 +265,10 @@ def interleaved(
         except Exception as error:  # whatever a provider raises is its result
             found[name] = error
     turns = _turns(samplers, budget_s, min_rounds, max_rounds)
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
-    total = max(turns.values(), default=0)
-    shuffled = random.Random(total)
-    end = time.perf_counter() + _PATIENCE * budget_s
-    for turn in range(total):
-        late = time.perf_counter() > end
-        if late and all(len(samples[n]) >= min_rounds for n in samples if n not in found):
-            break
-        due = [n for n, k in turns.items() if (turn + 1) * k // total > turn * k // total]
-        shuffled.shuffle(due)
-        for name in due:
-            if name in found:
-                continue
-            try:
-                with contexts.get(name, nullcontext)():
-                    samples[name].append(samplers[name].sample())
-            except Exception as error:
-                found[name] = error
-    for name, sampler in samplers.items():
-        if name not in found:
-            found[name] = Timing.of(samples[name], sampler.calls)
+    samples = _samples(samplers, turns, contexts, min_rounds, _PATIENCE * budget_s)
+    for name, taken in samples.items():
+        if isinstance(taken, Exception):
+            found[name] = taken
+        else:
+            found[name] = Timing.of(taken, samplers[name].calls)
     return {name: found[name] for name in calls}
