@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,12 +32,14 @@ from gpucheck import (  # noqa: E402
     benchmark,
     build,
     environment,
+    plugin,
     rig,
     sanitizers,
     schema,
     smoke,
     stage,
     targets,
+    tests,
     works,
 )
 
@@ -155,6 +158,89 @@ def test_the_rig_finds_the_current_gpu(monkeypatch):
     assert found.device == torch.device("cuda", 1)
     assert not found.dry
     assert found.pick("gpu", "dry") == "gpu"
+
+
+class FakeStream:
+    """Notes what is asked of it."""
+
+    said: list[str]
+
+    def __init__(self, device=None) -> None:
+        self.device = device
+
+    def wait_stream(self, other) -> None:
+        self.said.append("wait")
+
+
+@contextmanager
+def noted(said: list[str], name: str):
+    said.append(f"{name} begins")
+    yield
+    said.append(f"{name} ends")
+
+
+def test_a_step_is_warmed_up_beside_captured_once_and_replayed(monkeypatch):
+    said: list[str] = []
+    FakeStream.said = said
+    current = FakeStream()
+    graph = SimpleNamespace(replay=lambda: said.append("replay"))
+    a_gpu(
+        monkeypatch,
+        current_stream=lambda device: current,
+        Stream=FakeStream,
+        stream=lambda stream: noted(said, "side" if stream is not current else "current"),
+        CUDAGraph=lambda: graph,
+        graph=lambda cuda_graph: noted(said, "capture"),
+    )
+    results = [torch.zeros(1)]
+
+    def step():
+        said.append("step")
+        return results
+
+    real = rig.Rig(False, torch.device("cuda", 0))
+    replay = real.capture(step)
+    assert said == [
+        "wait", "side begins", "step", "step", "side ends", "wait", "capture begins", "step",
+        "capture ends",
+    ]  # fmt: skip
+    said.clear()
+    assert replay() is results
+    assert said == ["replay"]
+    said.clear()
+    with real.stream():
+        said.append("work")
+    assert said == ["wait", "side begins", "work", "side ends"]
+
+
+def test_work_of_the_device_is_told_from_the_hosts():
+    """Categories of events as torch's profiler names them in a trace."""
+    trace = {
+        "traceEvents": [
+            {"ph": "X", "cat": "cpu_op", "name": "aten::random_"},
+            {"ph": "X", "cat": "cpu_op", "name": "normnorm_cuda::normal_norm_forward"},
+            {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernelExC"},
+            {"ph": "X", "cat": "kernel", "name": "rows_forward"},
+            {"ph": "X", "cat": "gpu_memset", "name": "Memset (Device)"},
+            {"ph": "X", "cat": "gpu_user_annotation", "name": "step"},
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
+    assert rig.work_in(trace, dry=False) == ["rows_forward", "Memset (Device)"]
+    assert rig.work_in(trace, dry=True) == ["aten::random_", "normnorm_cuda::normal_norm_forward"]
+
+
+def test_the_shares_hold_every_test_once():
+    def item(name, **params):
+        return SimpleNamespace(nodeid=name, callspec=SimpleNamespace(params=params))
+
+    items = [SimpleNamespace(nodeid="plain"), item("other", dtype=1)]
+    items += [item(f"{b}-{i}", backend=b) for i in range(7) for b in ("cuda", "triton")]
+    real = SimpleNamespace(serving=lambda: ["cuda", "triton"])
+    found = [[i.nodeid for i in plugin.share_of(items, s)] for s in tests.shares(real)]
+    assert found[0] == ["plain", "other", *(f"cuda-{i}" for i in range(7))]
+    assert [name for part in found[1:] for name in part] == [f"triton-{i}" for i in range(7)]
+    assert tests.shares(SimpleNamespace(serving=lambda: ["cuda"])) == ["cuda 1/1"]
 
 
 def test_the_build_is_for_the_found_architecture_and_requires_the_kernels(section, monkeypatch):

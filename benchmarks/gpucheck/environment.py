@@ -56,10 +56,15 @@ def nvidia_smi() -> dict[str, str] | None:
 
 
 def find_nvcc() -> str | None:
-    """The compiler's path: as the build looks for it, on PATH and in the usual folder."""
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    places = [shutil.which("nvcc"), *(str(Path(home) / "bin/nvcc") for home in homes if home)]
-    return next((place for place in places if place and os.access(place, os.X_OK)), None)
+    """The compiler's path, looked for where setup.py does and in the same order."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    wheels = [f for p in sys.path for f in sorted(Path(p or ".").glob("nvidia/cu[0-9]*"))]
+    places = [
+        *(f"{home}/bin/nvcc" for home in homes),
+        "nvcc",
+        *(f"{home}/bin/nvcc" for home in ("/usr/local/cuda", *wheels)),
+    ]
+    return next((found for found in map(shutil.which, places) if found), None)
 
 
 def _nvcc_version() -> str | None:

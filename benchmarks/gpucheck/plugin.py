@@ -1,9 +1,10 @@
 """A pytest plugin that writes down each test as it begins and ends, for a watcher outside.
 
 Events go, a JSON object a line, into the file named by ``NORMNORM_GPU_CHECK_EVENTS``; tests named
-in the file ``NORMNORM_GPU_CHECK_DONE``, a node id a line, are left out. After a failed test the
-device is asked whether it still serves; where it does not, the process ends, since every later
-test of it would fail as well.
+in the file ``NORMNORM_GPU_CHECK_DONE``, a node id a line, are left out, and so are those that are
+not of the share ``NORMNORM_GPU_CHECK_SHARE`` ("cuda 1/1": the backend, and which part of its
+tests). After a failed test the device is asked whether it still serves; where it does not, the
+process ends, since every later test of it would fail as well.
 """
 
 from __future__ import annotations
@@ -20,17 +21,34 @@ from gpucheck.stage import die_with_parent
 
 EVENTS = "NORMNORM_GPU_CHECK_EVENTS"
 DONE = "NORMNORM_GPU_CHECK_DONE"
+SHARE = "NORMNORM_GPU_CHECK_SHARE"
 # Exit status of a process whose device serves no longer.
 BROKEN = 70
 _MESSAGE = 1500
 
 
+def _backend(item: pytest.Item) -> str:
+    """Whose test it is; one that is nobody's goes with the CUDA kernels'."""
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("backend", "cuda")) if callspec is not None else "cuda"
+
+
+def share_of(items: list[pytest.Item], share: str) -> list[pytest.Item]:
+    """The tests of a share, neighbours together: they need the same compiled kernels."""
+    backend, _, part = share.partition(" ")
+    number, _, of = part.partition("/")
+    mine = [item for item in items if _backend(item) == backend]
+    each = -(-len(mine) // int(of))
+    return mine[(int(number) - 1) * each : int(number) * each]
+
+
 class Reporter:
     """Writes the events; remembers how the test at work stands."""
 
-    def __init__(self, path: Path, done: frozenset[str]) -> None:
+    def __init__(self, path: Path, done: frozenset[str], share: str | None) -> None:
         self._path = path
         self._done = done
+        self._share = share
         self._outcome: dict[str, tuple[str, str | None]] = {}
         self._began: dict[str, float] = {}
 
@@ -42,11 +60,14 @@ class Reporter:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        self._emit(event="collected", tests=[item.nodeid for item in items])
-        left_out = [item for item in items if item.nodeid in self._done]
+        mine = items if self._share is None else share_of(items, self._share)
+        self._emit(event="collected", tests=[item.nodeid for item in mine])
+        kept = [item for item in mine if item.nodeid not in self._done]
+        chosen = {item.nodeid for item in kept}
+        left_out = [item for item in items if item.nodeid not in chosen]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if item.nodeid not in self._done]
+            items[:] = kept
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._began[nodeid] = time.time()
@@ -90,4 +111,5 @@ def pytest_configure(config: pytest.Config) -> None:
     if path:
         die_with_parent()
         done = Path(os.environ[DONE]).read_text(encoding="utf-8").splitlines()
-        config.pluginmanager.register(Reporter(Path(path), frozenset(done)))
+        share = os.environ.get(SHARE)
+        config.pluginmanager.register(Reporter(Path(path), frozenset(done), share))

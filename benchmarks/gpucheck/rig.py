@@ -23,7 +23,7 @@ import normnorm
 from gpucheck.stage import ROOT, Failure
 from normnorm import backends
 
-__all__ = ["BACKENDS", "VARIABLE", "NoGpu", "Rig"]
+__all__ = ["BACKENDS", "VARIABLE", "NoGpu", "Rig", "work_in"]
 
 T = TypeVar("T")
 
@@ -155,11 +155,7 @@ class Rig:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        if self.dry:
-            ops = [e["name"] for e in events if e.get("cat") == "cpu_op"]
-            return [name for name in ops if name.startswith(_HOST_WORK)]
-        return [e["name"] for e in events if e.get("cat") in _DEVICE_WORK]
+            return work_in(json.loads(path.read_text(encoding="utf-8")), self.dry)
 
     def allocated(self) -> int:
         """Bytes of tensors alive on the device; 0 on a CPU, which does not count them."""
@@ -175,6 +171,15 @@ class Rig:
         """That backend for every layer in the block."""
         with normnorm.use_backend(name):
             yield
+
+
+def work_in(trace: dict[str, Any], dry: bool) -> list[str]:
+    """What a device did by a profile in Chrome's format; in a dry run, the ops that ask for it."""
+    events = trace["traceEvents"]
+    if dry:
+        ops = [e["name"] for e in events if e.get("cat") == "cpu_op"]
+        return [name for name in ops if name.startswith(_HOST_WORK)]
+    return [e["name"] for e in events if e.get("cat") in _DEVICE_WORK]
 
 
 # The registration that stands for a GPU's, kept for the rest of the process.

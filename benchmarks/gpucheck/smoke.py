@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from gpucheck.rig import Rig
@@ -46,6 +48,8 @@ def _broken(rig: Rig) -> str | None:
 
 
 def run(section: Section) -> None:
+    if section.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton, whose kernels then serve a CPU
     rig = Rig.find(section.dry)
     section.data = {"backends": rig.reasons(), "checks": []}
     for name, reason in section.data["backends"].items():

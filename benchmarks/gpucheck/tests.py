@@ -13,8 +13,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,12 @@ from gpucheck import plugin
 from gpucheck.rig import Rig
 from gpucheck.stage import ROOT, Failure, Section, main
 
-__all__ = ["Watcher", "run"]
+__all__ = ["Findings", "Watcher", "run", "shares"]
 
 LIMIT_S = 60.0  # of one test
 START_S = 90.0  # of what comes before the first and after the last
 MOST_RESTARTS = 12
+_TRITON_SHARES = 5
 _FOLDER = ROOT / "tests/gpu"
 # What would make the rest pointless stands first.
 _FIRST = (
@@ -51,12 +55,15 @@ class Watcher:
         until: when it has to be over.
         limit_s: seconds that one test may take.
         save: called whenever there is something new.
+        share: which of the tests are meant, as the plugin's :func:`plugin.share_of` takes it; None
+            for all.
     """
 
     files: list[str]
     until: float
     limit_s: float
-    save: Any
+    save: Callable[[], None]
+    share: str | None = None
     collected: list[str] = field(default_factory=list)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     restarts: int = 0
@@ -100,6 +107,8 @@ class Watcher:
             "--confcutdir", str(Path(self.files[0]).parent), "-p", "no:cacheprovider", *self.files,
         ]  # fmt: skip
         environment = {**os.environ, plugin.EVENTS: str(events), plugin.DONE: str(done)}
+        if self.share is not None:
+            environment[plugin.SHARE] = self.share
         self._current, self._since, self._rest = None, time.time(), ""
         code: int | None = None
         with output.open("w", encoding="utf-8") as file, events.open(encoding="utf-8") as news:
@@ -171,36 +180,67 @@ def _kill(process: subprocess.Popen) -> None:
         process.wait(10)
 
 
+def shares(rig: Rig) -> list[str]:
+    """The tests in parts that run at the same time: Triton compiles its kernels as it meets them,
+    which takes several processors some minutes, and the CUDA kernels' tests do not wait for it."""
+    triton = (f"triton {n}/{_TRITON_SHARES}" for n in range(1, _TRITON_SHARES + 1))
+    return ["cuda 1/1", *(triton if "triton" in rig.serving() else ())]
+
+
+class Findings:
+    """What all watchers have found, saved at most twice a second."""
+
+    def __init__(self, section: Section) -> None:
+        self._section = section
+        self._lock = threading.Lock()
+        self._saved = 0.0
+        self.watchers: list[Watcher] = []
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        return [result for watcher in self.watchers for result in list(watcher.results.values())]
+
+    @property
+    def not_run(self) -> list[str]:
+        return [_short(test) for watcher in self.watchers for test in watcher.not_run]
+
+    def save(self, at_once: bool = False) -> None:
+        with self._lock:
+            if not at_once and time.time() - self._saved < 0.5:
+                return
+            self._saved = time.time()
+            self._section.data = {
+                "limit_a_test_s": LIMIT_S,
+                "counts": dict(Counter(result["outcome"] for result in self.results)),
+                "restarts": sum(watcher.restarts for watcher in self.watchers),
+                "tests": self.results,
+                "not_run": self.not_run,
+            }
+            self._section.save()
+
+
 def run(section: Section) -> None:
-    Rig.find(section.dry)
-    last_save = 0.0
-
-    def save() -> None:
-        nonlocal last_save
-        section.data = {
-            "limit_a_test_s": LIMIT_S,
-            "counts": dict(Counter(result["outcome"] for result in watcher.results.values())),
-            "restarts": watcher.restarts,
-            "tests": list(watcher.results.values()),
-            "not_run": list(map(_short, watcher.not_run)),
-        }
-        if time.time() - last_save > 0.5:
-            last_save = time.time()
-            section.save()
-
-    watcher = Watcher(_files(_FOLDER), section.until - 3, LIMIT_S, save)
+    rig = Rig.find(section.dry)
+    findings = Findings(section)
+    findings.watchers = [
+        Watcher(_files(_FOLDER), section.until - 4, LIMIT_S, findings.save, share)
+        for share in shares(rig)
+    ]
     try:
-        watcher.run()
+        with ThreadPoolExecutor(len(findings.watchers)) as pool:
+            ends = [pool.submit(watcher.run) for watcher in findings.watchers]
     finally:
-        save()
-        section.save()
-    counts = section.data["counts"]
+        findings.save(at_once=True)
+    for end in ends:
+        end.result()  # raises what the watcher did
+    counts, results = section.data["counts"], findings.results
     words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-    print(f"tests: {words}; {len(watcher.not_run)} not run; {watcher.restarts} restarts")
-    failed = [r for r in watcher.results.values() if r["outcome"] == "failed"]
-    if failed or watcher.not_run:
+    restarts = section.data["restarts"]
+    print(f"tests: {words}; {len(findings.not_run)} not run; {restarts} restarts")
+    failed = [r for r in results if r["outcome"] == "failed"]
+    if failed or findings.not_run:
         first = f"; first {failed[0]['test']}: {failed[0]['message']}" if failed else ""
-        raise Failure(f"{len(failed)} failed, {len(watcher.not_run)} not run{first}"[:2000])
+        raise Failure(f"{len(failed)} failed, {len(findings.not_run)} not run{first}"[:2000])
     if not counts.get("passed"):
         raise Failure("no test ran to its end: all were skipped")
 

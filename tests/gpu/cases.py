@@ -74,7 +74,8 @@ class Call:
         rig, case: where and what.
         input, grad, weight, bias: the operands; ``grad`` is the output's gradient.
         running: (mean, var, lmbda) of a batch layer in evaluation; else None.
-        options: ``noise_train`` and the other numbers of the function.
+        options: ``noise_train`` and the other numbers of the function; a ``seed`` other than
+            :data:`SEED` is not what ``expected`` takes.
     """
 
     rig: Rig
@@ -87,8 +88,9 @@ class Call:
     options: dict[str, Any] = field(default_factory=lambda: {"noise_train": 0.0})
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        seed = torch.tensor([SEED], device=x.device)
-        common = {"seed": seed, **self.options}
+        common = dict(self.options)
+        if "seed" not in common:  # made here, it could not be captured
+            common["seed"] = torch.tensor([SEED], device=x.device)
         kind = self.case.kind
         if kind == "batch":
             running = self.running or (None, None, None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -86,31 +85,25 @@ def _objects() -> list[Path]:
     return list(found.values())
 
 
-def _runtime() -> list[str]:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise Failure("no nvcc was found, beside which the CUDA runtime would be")
-    home = Path(nvcc).resolve().parent.parent
-    folders = [home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    return [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").exists()]
-
-
 def build(folder: Path) -> Path:
-    """Compiles ``forced.cpp`` and links it with the kernels' objects.
+    """Compiles ``forced.cpp`` and links it with the kernels' objects and the CUDA runtime, by nvcc,
+    which knows where that is.
 
     Raises:
         Failure: that is not possible; a sentence.
     """
-    library = folder / "forced.so"
-    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
+    library, objects, nvcc = folder / "forced.so", _objects(), find_nvcc()
+    if nvcc is None:
+        raise Failure("no nvcc was found to link the launchers with")
     command = [
-        compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", str(SOURCE),
-        *map(str, _objects()), *_runtime(), "-l:libcudart_static.a", "-Wl,--exclude-libs,ALL",
-        "-ldl", "-lrt", "-lpthread", "-o", str(library),
+        nvcc, "-std=c++20", "-O1", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+        "-Xlinker", "--exclude-libs,ALL", "-cudart", "static", str(SOURCE), *map(str, objects),
+        "-o", str(library),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Failure(f"the launchers could not be linked: {done.stderr.strip()[-1500:]}")
+        said = (done.stderr + done.stdout).strip()[-1500:]
+        raise Failure(f"the launchers could not be linked: {said}")
     return library
 
 

@@ -32,7 +32,8 @@ def test_a_batch_layers_training_step_is_four_kernels(rig, backend, name):
     x = torch.randn(shape, device=rig.device, requires_grad=True)
     work = rig.work_of(_step(make(rig.device), x, torch.randn(shape, device=rig.device)))
     assert work, "the profiler recorded no work of the device"
-    assert len(work) <= 4, f"{len(work)}: {work}"
+    kernels = [name for name in work if not name.startswith(("Memset", "Memcpy"))]
+    assert len(kernels) <= 4, f"{len(kernels)} of {work}"
 
 
 def test_a_layers_evaluation_is_at_most_two_kernels(rig, backend):
