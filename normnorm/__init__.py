@@ -8,6 +8,7 @@ Representations", ICML 2025 (arXiv 2505.00685).
 from normnorm import functional
 from normnorm.backends import available_backends, use_backend
 from normnorm.conversion import Replacement, replace_norms, restore_norms
+from normnorm.export import decompositions
 from normnorm.functional import estimate_lmbda, yeo_johnson
 from normnorm.lazy import (
     LazyBatchNormalNorm1d,
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "convert_sync",
+    "decompositions",
     "estimate_lmbda",
     "functional",
     "monitor",

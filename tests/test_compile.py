@@ -12,6 +12,7 @@ import copy
 import pytest
 import torch
 from layer_table import KINDS, LAYERS, RUNNING, few
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -146,17 +147,111 @@ def test_batch_sizes_share_a_graph(row, backend):
     assert len(counter.graphs) == 1
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_no_training_step_folds_into_another_graph(momentum, backend):
+    counter = Counter()
+    layer = KINDS[0].make(momentum=momentum)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for number in range(5):
+        compiled(KINDS[0].input(torch.float32, number))
+    assert len(counter.graphs) == 1
+    assert layer.num_batches_tracked == 5
+
+
+# Noise whose weight changes between steps
+
+
 @pytest.mark.parametrize("row", few(KINDS, KINDS[1:2]))
 def test_annealed_noise_takes_effect_in_compiled_layers(row, backend):
     layer = row.make(noise_train=0.8)
     eager = copy.deepcopy(layer)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    for noise in (0.8, 0.4, 0.0):
+    for noise in (0.8, 0.4, 0.0, 0.3):
         layer.noise_train = eager.noise_train = noise
         torch.manual_seed(1)
         expected = eager(row.input(torch.float32))
         torch.manual_seed(1)
         assert_close(compiled(row.input(torch.float32)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("row", few(KINDS, KINDS[:1]))
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 1)])
+def test_annealed_noise_compiles_again_once_at_most(row, dynamic, graphs, backend):
+    counter = Counter()
+    layer = row.make()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=dynamic)
+    for number in range(12):
+        layer.noise_train = 0.8 - 0.05 * number
+        compiled(row.input(torch.float32, number)).sum().backward()
+    assert len(counter.graphs) == graphs
+
+
+@pytest.mark.parametrize("row", few(KINDS, ()))
+def test_annealed_noise_has_the_gradients_of_eager(row, backend):
+    layer = row.make()
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for number, noise in enumerate((0.8, 0.4, 0.2)):
+        layer.noise_train = eager.noise_train = noise
+        input = row.input(torch.float32, number)
+        torch.manual_seed(number)
+        expected = step(eager, input)
+        torch.manual_seed(number)
+        found = step(compiled, input)
+        assert_close(found[0], expected[0], **CLOSE)
+        assert_close(found[1], expected[1], rtol=1e-4, atol=2e-5)
+
+
+def test_two_layers_anneal_in_one_graph(backend):
+    counter = Counter()
+    row = KINDS[0]
+    model = torch.nn.Sequential(row.make(), torch.nn.ReLU(), row.make())
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for number in range(6):
+        model[0].noise_train = 0.5 - 0.05 * number
+        model[2].noise_train = 1.0 - 0.1 * number
+        compiled(row.input(torch.float32, number))
+    assert len(counter.graphs) == 2
+
+
+def annealed_arguments(row):
+    input = row.input(torch.float32)
+    config = (
+        row.kind, row.num_groups, row.normalized_ndim, 1e-5, torch.tensor(0.4, dtype=torch.float64),
+        1.0, 2, 0.0, 0, False, "", "auto",
+    )  # fmt: skip
+    layer = row.make()
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    return input, weight, bias, torch.tensor([5]), config
+
+
+@pytest.mark.parametrize("row", few(KINDS, KINDS[:1]))
+def test_annealed_ops_are_sound(row):
+    input, weight, bias, seed, config = annealed_arguments(row)
+    ops = torch.ops.normnorm
+    tracked = [t.requires_grad_() for t in (input, weight, bias)]
+    forward = (tracked[0], None, None, None, *tracked[1:], None, seed, None, *config)
+    torch.library.opcheck(ops.normal_norm_forward.annealed, forward)
+    _, stats = ops.normal_norm_forward.annealed(*forward)
+    backward = (
+        input.detach().cos(), input.detach(), stats, weight.detach(), bias.detach(), None, seed,
+        True, True, True, False, *config,
+    )  # fmt: skip
+    torch.library.opcheck(ops.normal_norm_backward.annealed, backward)
+
+
+def test_annealed_ops_equal_the_ops(backend):
+    row = KINDS[0]
+    input, weight, bias, seed, config = annealed_arguments(row)
+    plain = (*config[:4], 0.4, *config[5:])
+    tensors = (input, None, None, None, weight, bias, None, seed, None)
+    ops = torch.ops.normnorm
+    found = ops.normal_norm_forward.annealed(*tensors, *config)
+    for one, other in zip(found, ops.normal_norm_forward(*tensors, *plain), strict=True):
+        assert torch.equal(one, other)
+
+
+# What a compiler sees
 
 
 def test_reference_backend_is_traced_through():
@@ -169,6 +264,20 @@ def test_reference_backend_is_traced_through():
     targets = {str(node.target) for node in graph.graph.nodes if node.op != "placeholder"}
     opaque = {target for target in targets if "normnorm" in target}
     assert not opaque, f"opaque ops in the graph: {opaque}"
+
+
+def test_generated_code_of_the_reference_backend_is_fused():
+    """Of some hundred elementwise operations only the last result is written to memory."""
+    row = KINDS[0]
+    layer = row.make().eval()
+    model = torch.nn.Sequential(torch.nn.ReLU(), layer, torch.nn.Sigmoid())
+    input = row.input(torch.float32)
+    with normnorm.use_backend("reference"), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)
+        found, (code,) = run_and_get_code(compiled, input)
+        assert_close(found, model(input), **CLOSE)
+    assert "normnorm" not in code
+    assert code.count(f"empty_strided_cpu({row.shape}") == 1
 
 
 COMPILED = [
@@ -189,6 +298,19 @@ def test_compiled_backend_is_one_op_and_one_fold_in_the_graph(name):
     assert len(ours) == 2
     assert "normal_norm_forward" in ours[0]
     assert "fold_running_" in ours[1]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_generated_code_calls_the_op_forward_and_backward(name):
+    row = KINDS[1]
+    layer = row.make(noise_train=0.0)
+    input = row.input(torch.float32).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True)
+    with normnorm.use_backend(name):
+        found, codes = run_and_get_code(lambda x: step(compiled, x), input)
+        assert_close(found, step(layer, input), rtol=1e-4, atol=1e-5)
+    assert any("normnorm.normal_norm_forward" in code for code in codes)
+    assert any("normnorm.normal_norm_backward" in code for code in codes)
 
 
 @pytest.mark.parametrize("name", COMPILED)
