@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as torch_functional
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normnorm import counterparts
 from normnorm.checks import check_noise_train, check_transform
 from normnorm.modules import _Transform
 
 __all__ = ["NormSwap", "Replacement", "replace_norms", "restore_norms"]
+
+# By name: importing them all would take longer than everything else here.
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 Where = str | type | tuple[type, ...] | Callable[[str, nn.Module], bool] | None
 
@@ -112,10 +114,11 @@ def _check_model(model: nn.Module, what: str) -> None:
             raise TypeError(
                 f"a scripted model cannot be changed: {what} its norms before scripting"
             )
-        if isinstance(module, (DataParallel, DistributedDataParallel)):
+        wrapper = next((cls for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
+        if wrapper is not None:
             raise TypeError(
-                f"{what} the norms before wrapping the model in {type(module).__name__}, which "
-                "has taken note of its parameters and buffers"
+                f"{what} the norms before wrapping the model in {wrapper.__name__}, which has "
+                "taken note of its parameters and buffers"
             )
 
 
@@ -237,7 +240,7 @@ def replace_norms(
     estimate lambda from each sample and change the outputs at once.
 
     Args:
-        model: changed in place, before it is wrapped in DistributedDataParallel or compiled.
+        model: changed in place, before it is wrapped for data parallelism or compiled.
         where: which layers: a pattern of names as the shell has them ('layer1.*'), a class or a
             tuple of classes, or a function of (name, module); None for all.
         noise_train: as in the layers; None for each class's default.

@@ -76,10 +76,10 @@ def counterpart(module: nn.Module) -> type[nn.Module] | None:
 
 def original(module: nn.Module) -> type[nn.Module] | None:
     """The class that a layer of ours once was, or stands for; None if there is none."""
-    if isinstance(module, SyncBatchNormalNorm):
-        return nn.SyncBatchNorm  # also where convert_sync made it one
     found: type[nn.Module] | None
     found = vars(module).get("original_class") or _ORIGINALS.get(type(module))
+    if type(module) is SyncBatchNormalNorm:
+        return nn.SyncBatchNorm  # whatever it was before convert_sync made it one
     if found is None and _is_of_a_library(module):
         found = importlib.import_module(type(module).__module__).original(module)
     if found is not None and not isinstance(module, LazyModuleMixin):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm import reference
+from normnorm import annealing, reference
 from normnorm.backends.reference import transforms_active
 from normnorm.modules import (
     GroupNormalNorm,
@@ -33,24 +33,28 @@ class _Seen:
 
     Attributes:
         values: (groups, elements), the layer's input.
-        running: (3, groups), the mean, variance and lambda that were used; None where the layer
-            took them from its input.
+        running: (groups,) each, the mean, variance and lambda that were used; None where the
+            layer took them from its input.
         noisy: whether noise was added.
     """
 
     values: Tensor
-    running: Tensor | None
+    running: tuple[Tensor, Tensor, Tensor] | None
     noisy: bool
 
 
-def _every(size: int, at_most: int) -> int:
-    """The step that leaves at most so many."""
-    return max(1, math.ceil(size / at_most))
-
-
 def _thin(values: Tensor, dim: int, at_most: int) -> Tensor:
-    """At most so many along a dimension, evenly spaced."""
-    step = _every(values.size(dim), at_most)
+    """At most so many along a dimension, evenly spaced.
+
+    By a step that has no factor in common with the size: a step of an image's width would take
+    one column of it, a step of a sequence's length its first token. Where a compiler knows the
+    size as a symbol alone, the step is taken as it comes.
+    """
+    size = values.size(dim)
+    step = max(1, math.ceil(size / at_most))
+    if not (torch.compiler.is_compiling() and annealing.is_symbolic(size)):
+        while 1 < step < size and math.gcd(step, size) > 1:
+            step += 1
     return values[(slice(None),) * dim + (slice(None, None, step),)]
 
 
@@ -82,10 +86,10 @@ def _groups(layer: Any, input: Tensor, at_most: int) -> Tensor:
 
 def _measures(layer: Any, seen: _Seen) -> dict[str, float]:
     """What the layer made of its input, before noise and affine map."""
-    values = seen.values.double().cpu()
+    values = seen.values.cpu().double()
     frozen = None
     if seen.running is not None:
-        mean, var, lmbda = seen.running.cpu().unbind()
+        mean, var, lmbda = (tensor.cpu() for tensor in seen.running)
         frozen = reference.pack_running(mean, var, lmbda, layer.eps, torch.float64)
     # Every group a row: the layer kind whose groups are rows.
     output, statistics = reference.normal_norm(
@@ -136,8 +140,11 @@ class Monitor:
             values = _thin(_groups(layer, input.detach(), self._groups), 1, self._elements)
             running = None
             if _uses_running(layer):
-                buffers = (layer.running_mean, layer.running_var, layer.running_lmbda)
-                running = torch.stack([_thin(b, 0, self._groups).double() for b in buffers])
+                running = (
+                    _thin(layer.running_mean, 0, self._groups).clone(),
+                    _thin(layer.running_var, 0, self._groups).clone(),
+                    _thin(layer.running_lmbda, 0, self._groups).clone(),
+                )
             noisy = layer.training and layer.noise_train > 0.0
             self._seen[name] = _Seen(values.clone(), running, noisy)
 
@@ -210,7 +217,8 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
 
     It works in training and evaluation, under no_grad and autocast, and under torch.compile if
     it is entered before the first call of the compiled model (not with CUDA graphs, which would
-    overwrite what was kept). Under torch.func transforms nothing is recorded.
+    overwrite what was kept). Under torch.func transforms nothing is recorded. In a process group
+    each rank sees its own shard.
 
     Args:
         model: with layers of ours; those that are replaced later are not seen.
@@ -238,13 +246,15 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
     watch = Monitor(layers, groups, elements, any(map(_was_compiled, model.modules())))
 
     def hook_of(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if inputs:
-                watch._observe(name, layer, inputs[0])
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            watch._observe(name, layer, args[0] if args else kwargs["input"])
 
         return hook
 
-    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_hook(hook_of(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield watch
     finally:

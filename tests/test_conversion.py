@@ -454,6 +454,33 @@ def test_bad_arguments_raise_a_sentence_and_change_nothing(model, where, setting
         assert fingerprint(model) == before
 
 
+def test_a_sharded_model_is_refused():
+    from torch.distributed.fsdp import FSDPModule
+
+    class Sharded(FSDPModule, nn.Sequential):  # as fully_shard() makes them
+        pass
+
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model.__class__ = Sharded
+    before = fingerprint(model)
+    with pytest.raises(TypeError, match="before wrapping the model in FSDPModule"):
+        normnorm.replace_norms(model)
+    assert fingerprint(model) == before
+
+
+def test_a_model_compiled_and_run_before_runs_the_new_layers():
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    input = torch.randn(5, 4)
+    before = compiled(input)
+    normnorm.replace_norms(compiled)
+    model[1].running_lmbda.fill_(0.2)
+    assert_close(compiled(input), model(input))
+    assert not torch.allclose(compiled(input), before)
+    torch.compiler.reset()
+
+
 def test_a_failure_halfway_changes_nothing(monkeypatch):
     model = model_of_all()
     before = fingerprint(model)

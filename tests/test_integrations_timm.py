@@ -174,6 +174,24 @@ def test_a_layer_built_by_our_constructor_is_restored_to_timms(name):
     assert_close(model(input), cls(*arguments, **keywords)(input))
 
 
+def test_layers_that_timm_has_synchronised_become_ours_synchronised():
+    model, input, count = build("test_efficientnet")
+    with torch.no_grad():
+        expected = model(input)
+        model = timm.layers.convert_sync_batchnorm(model)
+        summary = normnorm.replace_norms(model, **OFF)
+        assert not summary.left
+        kinds = {type(module) for module in ours_in(model)}
+        assert kinds == {normnorm_timm.SyncBatchNormalNormAct}
+        assert len(ours_in(model)) == count
+        assert_close(model(input), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+    model.train()(input).square().mean().backward()  # a group of one
+    assert all(module.num_batches_tracked == 1 for module in ours_in(model))
+    normnorm.restore_norms(model)
+    restored = {type(m) for m in model.modules() if isinstance(m, nn.SyncBatchNorm)}
+    assert restored == {timm.layers.SyncBatchNormAct}
+
+
 def test_rms_norms_of_timm_are_left_with_the_reason():
     model = nn.Sequential(
         timm.layers.RmsNorm(4), timm.layers.RmsNormAct2d(4), timm.layers.SimpleNorm2d(4),

@@ -233,6 +233,33 @@ def test_a_part_of_a_group_estimates_the_whole():
         assert part[name] == pytest.approx(whole[name], rel=0.05, abs=0.1)
 
 
+@pytest.mark.parametrize("size", [16, 24, 56, 64])
+def test_the_part_that_is_kept_is_not_one_column_of_the_image(size):
+    model = normnorm.BatchNormalNorm2d(1, noise_train=0.0)
+    columns = torch.linspace(-2.0, 2.0, size).expand(4, 1, size, size).contiguous()
+    with normnorm.monitor(model, elements=size) as watch:
+        model(columns)
+        (kept,) = watch._seen[""].values
+    assert len(kept) <= size
+    assert len(kept.unique()) > 0.8 * len(kept)
+
+
+def test_the_tokens_that_are_kept_are_not_all_the_first():
+    model = normnorm.LayerNormalNorm(16)
+    tokens = torch.randn(8, 24, 16) + 10.0 * torch.arange(24.0)[:, None]
+    with normnorm.monitor(model) as watch:
+        model(tokens)
+        kept = watch._seen[""].values.mean(1) / 10.0
+    assert len(kept.round().unique()) > 4
+
+
+def test_an_input_given_by_name_is_seen():
+    layer = normnorm.LayerNormalNorm(16)
+    with normnorm.monitor(layer) as watch:
+        layer(input=torch.randn(2, 16))
+        assert watch.scalars().keys() == MEASURES
+
+
 def test_hooks_are_gone_after_the_block_and_after_an_exception():
     model = network()
     watches = []
@@ -338,11 +365,27 @@ def test_a_compiled_model_is_watched_without_graph_break_or_recompilation(in_pla
     else:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     eager = small()
-    with normnorm.monitor(compiled) as watch, normnorm.monitor(eager) as expected:
+    # More groups than there are: which of them a part holds differs where sizes are symbols.
+    several = normnorm.monitor(compiled, groups=64), normnorm.monitor(eager, groups=64)
+    with several[0] as watch, several[1] as expected:
         for step in range(3):
             with torch._dynamo.config.patch(error_on_recompile=step > 0):
                 compiled(images() + step)
             eager(images() + step)
+            assert watch.scalars() == pytest.approx(expected.scalars(), abs=1e-4)
+    torch.compiler.reset()
+
+
+def test_a_model_compiled_for_any_batch_size_is_watched_too():
+    torch.compiler.reset()
+    compiled = torch.compile(small(), fullgraph=True, dynamic=True, backend="aot_eager")
+    eager = small()
+    several = normnorm.monitor(compiled, groups=64), normnorm.monitor(eager, groups=64)
+    with several[0] as watch, several[1] as expected:
+        for size in (16, 8, 5):
+            with torch._dynamo.config.patch(error_on_recompile=size < 16):
+                compiled(images()[:size].clone())
+            eager(images()[:size].clone())
             assert watch.scalars() == pytest.approx(expected.scalars(), abs=1e-4)
     torch.compiler.reset()
 

@@ -25,6 +25,7 @@ from normnorm.modules import (
     LayerNormalNorm,
     LayerNormalNorm2d,
 )
+from normnorm.sync import SyncBatchNormalNorm
 
 __all__ = [
     "BatchNormalNormAct2d",
@@ -34,6 +35,7 @@ __all__ = [
     "GroupNormalNormAct",
     "LayerNormalNormAct",
     "LayerNormalNormAct2d",
+    "SyncBatchNormalNormAct",
     "complete",
     "counterpart",
     "original",
@@ -94,6 +96,14 @@ class BatchNormalNormAct2d(_Act, BatchNormalNorm2d):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **transform
         )
         self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+
+class SyncBatchNormalNormAct(_Act, SyncBatchNormalNorm):
+    """timm's ``SyncBatchNormAct`` with normality normalization.
+
+    Not to be built by hand: ``normnorm.replace_norms`` makes it of what
+    ``timm.layers.convert_sync_batchnorm`` has made of a ``BatchNormAct2d``.
+    """
 
 
 class GroupNormalNorm(normnorm.GroupNormalNorm):
@@ -194,6 +204,7 @@ class LayerNormalNormAct2d(_Act, LayerNormalNorm2d):
 # which is what timm's ...Fp32 classes are for.
 _COUNTERPARTS = {
     "BatchNormAct2d": BatchNormalNormAct2d,
+    "SyncBatchNormAct": SyncBatchNormalNormAct,
     "GroupNorm": normnorm.GroupNormalNorm,
     "GroupNorm1": normnorm.GroupNormalNorm,
     "GroupNormAct": GroupNormalNormAct,
