@@ -256,10 +256,19 @@ void check_fold(const FoldArguments& a) {
   const char* names[] = {"running_mean", "running_var", "running_lmbda", "num_batches_tracked"};
   for (int i = 0; i < 4; ++i) {
     if (!buffers[i]->given) continue;
-    if (i < 3) check_channel_buffer(names[i], *buffers[i], channels);
+    if (i < 3) {
+      check_channel_buffer(names[i], *buffers[i], channels);
+      require(channels <= 1 || buffers[i]->strides[0] != 0, [&] {
+        return std::string(names[i]) + " must have memory for each channel; got one element expanded to " +
+               std::to_string(channels);
+      });
+    }
     require(buffers[i]->same_device(a.stats),
             [&] { return std::string(names[i]) + " must be on the statistics' device; got another one"; });
   }
+  require(!a.shared_buffers, [] {
+    return std::string("running_mean, running_var and running_lmbda must be three buffers; got the same memory twice");
+  });
   require(channels > 0 && a.stats.sizes[1] > 0 && a.stats.sizes[1] % channels == 0, [&] {
     return "stats must hold a multiple of the " + std::to_string(channels) + " channels; got " +
            std::to_string(a.stats.sizes[1]) + " groups";

@@ -41,6 +41,7 @@ struct FoldArguments {
   std::optional<double> momentum;
   int64_t count = 0;
   double eps = 0;
+  bool shared_buffers = false;  // two of the three running statistics begin at the same place in memory
 };
 void check_fold(const FoldArguments& a);
 

@@ -314,6 +314,11 @@ def check_fold(
             raise ValueError(
                 f"{name} must have memory for each channel; got one element expanded to {channels}"
             )
+    if running_mean is running_var or running_var is running_lmbda or running_lmbda is running_mean:
+        raise ValueError(
+            "running_mean, running_var and running_lmbda must be three buffers; "
+            "got the same memory twice"
+        )
     if channels == 0 or stats.size(1) == 0 or stats.size(1) % channels != 0:
         raise ValueError(
             f"stats must hold a multiple of the {channels} channels; got {stats.size(1)} groups"

@@ -352,6 +352,18 @@ def test_the_fold_tells_autograd_and_leaves_what_it_does_not_change():
     assert all(t._version > v for t, v in zip((*running, tracked), versions, strict=True))
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu", "cuda"])
+def test_the_fold_refuses_buffers_that_share_their_memory(name):
+    stats, running = torch.rand(len(Row), 4).add_(0.5), torch.rand(4)
+    others = torch.rand(4), torch.rand(4)
+    for buffers in ((running, running, others[0]), (others[0], running, running)):
+        with pytest.raises(ValueError, match="must be three buffers"):
+            OPS.fold_running_(stats, *buffers, None, 0.1, 40, 1e-5, name)
+    one = torch.rand(1).expand(4)
+    with pytest.raises(ValueError, match="running_var must have memory for each channel"):
+        OPS.fold_running_(stats, running, one, others[0], None, 0.1, 40, 1e-5, name)
+
+
 def test_a_graph_that_saved_a_buffer_refuses_to_go_backward():
     layer = normnorm.BatchNormalNorm1d(4)
     x = torch.randn(8, 4)

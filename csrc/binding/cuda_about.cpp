@@ -98,7 +98,10 @@ NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanA
     const cpu::Strides strides = *layout.strides(a.input);
     p.input = p.output = p.grad_output = {somewhere, strides};
     if (request->affine) p.weight = p.bias = p.grad_weight = p.grad_bias = {somewhere, true};
-    const cuda::Device device = {request->multiprocessors, request->shared_bytes, request->clusters != 0};
+    cuda::Device device;
+    device.multiprocessors = request->multiprocessors;
+    device.shared_bytes = request->shared_bytes;
+    device.clusters = request->clusters != 0;
     const cuda::Passes& passes = passes_for(p.storage);
     const bool backward = request->backward != 0;
     const cuda::Plan plan = passes.plan(p, backward, device);

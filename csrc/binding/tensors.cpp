@@ -165,7 +165,9 @@ Arguments BackwardTensors::arguments() const {
 }
 
 FoldArguments FoldTensors::arguments() const {
-  return {view(stats), view(mean), view(var), view(lmbda), view(tracked), momentum, count, eps};
+  const void *first = mean.data_ptr(), *second = var.data_ptr(), *third = lmbda.data_ptr();
+  const bool shared = first && (first == second || second == third || third == first);
+  return {view(stats), view(mean), view(var), view(lmbda), view(tracked), momentum, count, eps, shared};
 }
 
 }  // namespace normnorm
