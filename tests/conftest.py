@@ -117,6 +117,14 @@ def backend(target: Target) -> Iterator[str]:
         yield target.backend
 
 
+@pytest.fixture(params=[t.backend for t in targets() if t.device == "cpu"])
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend that serves the processor, chosen for the length of the test: for
+    what is asked of modules and not of kernels, and is asked with tensors on the processor."""
+    with normnorm.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def device(target: Target) -> str:
     """The device on which ``backend`` is to be tested."""

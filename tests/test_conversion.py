@@ -112,7 +112,7 @@ def torch_cases():
 @each_mode
 @pytest.mark.parametrize(("info", "index"), torch_cases())
 def test_without_transform_and_noise_torch_module_inputs_give_torch_outputs(
-    info, index, training, backend
+    info, index, training, cpu_backend
 ):
     torch.manual_seed(0)
     sample = info.module_inputs_func(info, "cpu", torch.float32, False, training)[index]

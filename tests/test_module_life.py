@@ -35,7 +35,7 @@ def input_of(row, seed=0):
 
 @each_batch_layer
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_exponential_averages_follow_parameters_and_buffers(row, use_buffers, backend):
+def test_exponential_averages_follow_parameters_and_buffers(row, use_buffers, cpu_backend):
     layer = row.make()
     average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -62,7 +62,7 @@ def test_exponential_averages_follow_parameters_and_buffers(row, use_buffers, ba
 
 @each_layer
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_repeats_the_noise_and_gives_the_same_gradients(row, reentrant, backend):
+def test_checkpointing_repeats_the_noise_and_gives_the_same_gradients(row, reentrant, cpu_backend):
     results = []
     for checkpointed in (False, True):
         layer = row.make()
@@ -78,7 +78,7 @@ def test_checkpointing_repeats_the_noise_and_gives_the_same_gradients(row, reent
 
 
 @each_batch_layer
-def test_checkpointing_counts_a_batch_twice_as_in_torch(row, backend):
+def test_checkpointing_counts_a_batch_twice_as_in_torch(row, cpu_backend):
     # Where something that is recomputed follows; the last layer of a region need not run to its
     # end a second time, and then counts once.
     layers = row.make(**OFF), row.make_counterpart()
@@ -104,7 +104,7 @@ class Exponential(nn.Module):
 
 
 @each_layer
-def test_a_parametrized_weight_trains_its_original(row, backend):
+def test_a_parametrized_weight_trains_its_original(row, cpu_backend):
     layer = row.make(noise_train=0.0)
     with torch.no_grad():
         layer.weight.abs_().add_(0.1)
@@ -136,7 +136,7 @@ def test_orthogonal_layers_beside_ours_and_pruned_weights_in_ours_work():
 
 
 @each_layer
-def test_functional_call_uses_and_leaves_what_it_should(row, backend):
+def test_functional_call_uses_and_leaves_what_it_should(row, cpu_backend):
     layer = row.make(noise_train=0.0)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     other = {name: tensor.detach() * 0.5 + 0.25 for name, tensor in layer.named_parameters()}
@@ -151,7 +151,7 @@ def test_functional_call_uses_and_leaves_what_it_should(row, backend):
 
 
 @each_layer
-def test_per_sample_gradients_by_vmap_of_grad(row, backend):
+def test_per_sample_gradients_by_vmap_of_grad(row, cpu_backend):
     layer = row.make(noise_train=0.0).eval()
     if row.keeps_running:
         layer.running_lmbda.fill_(0.8)
@@ -176,7 +176,7 @@ def test_per_sample_gradients_by_vmap_of_grad(row, backend):
 
 @each_layer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_scaled_loss_trains_under_autocast_and_skips_overflows(row, dtype, backend):
+def test_a_scaled_loss_trains_under_autocast_and_skips_overflows(row, dtype, cpu_backend):
     torch.manual_seed(0)
     head = nn.Linear(row.shape[-1], row.shape[-1])
     model = nn.Sequential(head, row.make())
@@ -214,7 +214,7 @@ def test_a_scaled_loss_trains_under_autocast_and_skips_overflows(row, dtype, bac
 
 
 @each_batch_layer
-def test_a_model_in_half_precision_with_statistics_in_full_trains(row, backend):
+def test_a_model_in_half_precision_with_statistics_in_full_trains(row, cpu_backend):
     layer = row.make(noise_train=0.0)
     exact = copy.deepcopy(layer).double()
     for name in ("weight", "bias"):
@@ -238,7 +238,7 @@ def test_a_model_in_half_precision_with_statistics_in_full_trains(row, backend):
 
 
 @each_layer
-def test_hooks_of_every_kind_see_and_change_what_torchs_do(row, backend):
+def test_hooks_of_every_kind_see_and_change_what_torchs_do(row, cpu_backend):
     seen = {}
     for name, layer in (("ours", row.make(**OFF)), ("torch", row.make_counterpart())):
         calls = []
@@ -286,7 +286,7 @@ def test_channels_first_layer_is_copied_with_all_its_settings(duplicate):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_channels_first_layer_is_the_layer_over_moved_channels(dtype, memory_format, backend):
+def test_channels_first_layer_is_the_layer_over_moved_channels(dtype, memory_format, cpu_backend):
     layer = channels_first(noise_train=0.0)
     input = channels_first_input(dtype).contiguous(memory_format=memory_format).requires_grad_()
     if dtype == torch.float64:
@@ -302,7 +302,7 @@ def test_channels_first_layer_is_the_layer_over_moved_channels(dtype, memory_for
     assert input.grad.stride() == input.stride()
 
 
-def test_channels_first_layer_makes_noise_of_one_seed_again(backend):
+def test_channels_first_layer_makes_noise_of_one_seed_again(cpu_backend):
     layer = channels_first()
     outputs = []
     for _ in range(2):
@@ -312,7 +312,7 @@ def test_channels_first_layer_makes_noise_of_one_seed_again(backend):
     assert not torch.equal(layer(outputs[0]), layer(outputs[0]))
 
 
-def test_channels_first_gradients_pass_gradcheck(backend):
+def test_channels_first_gradients_pass_gradcheck(cpu_backend):
     layer = channels_first(noise_train=0.0).double()
     input = channels_first_input(torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(layer, input, fast_mode=True)

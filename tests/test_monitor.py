@@ -85,7 +85,7 @@ def by_scipy(groups):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_numbers_are_those_of_the_layer_itself(layer, shape, rows, training, backend):
+def test_numbers_are_those_of_the_layer_itself(layer, shape, rows, training, cpu_backend):
     generator = torch.Generator().manual_seed(7)
     input = torch.empty(shape).exponential_(generator=generator)
     layer.train(training).noise_train = 0.5
@@ -183,7 +183,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_watching_waits_for_no_device_and_draws_no_random_number(training, backend):
+def test_watching_waits_for_no_device_and_draws_no_random_number(training, cpu_backend):
     outputs = []
     for watched in (False, True):
         model = network().train(training)

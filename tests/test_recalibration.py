@@ -38,7 +38,7 @@ def state_of(model):
     return flags, weights, {name: t.clone() for name, t in model.state_dict().items()}
 
 
-def test_statistics_are_the_equal_average_over_the_batches(backend):
+def test_statistics_are_the_equal_average_over_the_batches(cpu_backend):
     model = network()
     model[1].running_mean.fill_(7.0)  # to be forgotten
     assert normnorm.update_stats(batches(), model) == 3
