@@ -15,7 +15,7 @@ from tqdm import tqdm
 from normnorm.bench import environment
 from normnorm.bench.compare import changes, report
 from normnorm.bench.machine_code import cuda_counts
-from normnorm.bench.measure import measure
+from normnorm.bench.measure import measure, sentence
 from normnorm.bench.networks import measure_network
 from normnorm.bench.plan import Plan, UsageError, make_plan
 from normnorm.bench.results import (
@@ -66,12 +66,16 @@ class _Run:
             else:
                 self.results.networks.append(row)
                 name = f"{row.provider} in {row.network}"
-            sentence = f"{name}: {row.status}: {row.message}"
-            if row.status in ("failed", "wrong") and sentence not in self.results.problems:
-                self.results.problems.append(sentence)
-                tqdm.write(f"normnorm bench: {sentence}", file=sys.stderr)
+            if row.status in ("failed", "wrong"):
+                self.problem(f"{name}: {row.status}: {row.message}")
         if "json" in self.plan.outputs:
             save(self.results, _partial(self.plan.outputs["json"]))
+
+    def problem(self, words: str) -> None:
+        """Remembers what went wrong and says it at once, above the bar; once each."""
+        if words not in self.results.problems:
+            self.results.problems.append(words)
+            tqdm.write(f"normnorm bench: {words}", file=sys.stderr)
 
     def finish(self, complete: bool) -> None:
         seconds = time.monotonic() - self.started
@@ -94,7 +98,10 @@ def _measure_all(run: _Run) -> None:
     ) as bar:
         for work in plan.works:
             bar.set_postfix_str(str(work))
-            run.keep(measure(work, plan.providers_for(work), plan.device, plan.settings))
+            try:
+                run.keep(measure(work, plan.providers_for(work), plan.device, plan.settings))
+            except (RuntimeError, MemoryError) as error:  # its inputs do not fit into memory, say
+                run.problem(f"{work}: not measured: {sentence(error)}")
             bar.update(plan.work_seconds(work))
         for network in plan.networks:
             bar.set_postfix_str(str(network))
@@ -107,7 +114,7 @@ def _measure_all(run: _Run) -> None:
             try:
                 run.results.counts += count()
             except CallgrindError as error:
-                run.results.problems.append(f"callgrind: {error}")
+                run.problem(f"callgrind: {error}")
 
 
 def _write(results: Results, outputs: dict[str, Path]) -> None:
@@ -163,8 +170,6 @@ def bench(args: argparse.Namespace) -> int:
         run.finish(complete=True)
     print(text(run.results), end="")
     _write(run.results, plan.outputs)
-    for problem in run.results.problems:
-        print(f"normnorm bench: {problem}", file=sys.stderr)
     return 1 if run.results.problems else 0
 
 

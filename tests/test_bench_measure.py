@@ -1,0 +1,299 @@
+"""What is measured, and the check against the float64 reference that comes before."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_samples import BRIEF, CPU, DTYPES, EAGER, ON_CPU, TINY, row
+from layer_table import LAYERS as LAYER_ROWS
+from torch import nn
+
+from normnorm import reference
+from normnorm.bench import case as case_module
+from normnorm.bench import measure
+from normnorm.bench import networks as networks_module
+from normnorm.bench.case import Case, bound, worst_error
+from normnorm.bench.providers import PROVIDERS, runnable
+from normnorm.bench.work import LAYERS, RESNET18, RESNET50, Work, WorkError, named_shapes, preset
+from normnorm.noise import draw_seed
+
+# One small work a layer class.
+SMALL = tuple(
+    Work(
+        layer=layer.name,
+        shape=layer.shape if layer.kind != "layer" else (6, 10),
+        groups=layer.num_groups,
+        suite="test",
+    )
+    for layer in LAYER_ROWS
+)
+
+
+# Work
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_cover_every_layer_dtype_mode_and_format(device):
+    default, full = preset("default", device), preset("full", device)
+    for works in (default, full):
+        assert {work.layer for work in works} == set(LAYERS)
+        assert {work.mode for work in works} == {"noise", "quiet", "eval"}
+        assert {work.memory_format for work in works} == {"contiguous", "channels_last"}
+        assert len(works) == len(set(works))
+        assert {work.suite for work in works} == {
+            "resnet", "features", "tokens", "batch sweep", "channel sweep", "row sweep", "small",
+            "group", "instance", "volumes",
+        }  # fmt: skip
+        rows = {work.shape[-1] for work in works if work.suite == "row sweep"}
+        assert min(rows) == 192
+    assert {work.dtype for work in full} == {"float32", "bfloat16", "float16"}
+    assert {work.operations for work in full if work.mode == "eval"} == {("forward",)}
+    assert len(preset("quick", "cpu")) == 6
+    assert {work.shape for work in preset("quick", "cpu")} == {
+        (8, 64, 28, 28), (8192, 64), (1024, 384)
+    }  # fmt: skip
+    methods = {work.method for work in full}
+    assert methods == ({"wall"} if device == "cpu" else {"graph", "stream"})
+    batches = {work.shape[0] for work in preset("full", "cuda") if work.suite == "resnet"}
+    assert batches == {32, 64, 128, 256}
+
+
+@pytest.mark.parametrize(("name", "shapes"), [("resnet18", RESNET18), ("resnet50", RESNET50)])
+def test_resnet_shapes_are_those_of_the_network(name, shapes):
+    from torchvision import models
+
+    seen = []
+    with torch.device("meta"):
+        net = getattr(models, name)()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1:]))
+        net(torch.empty(2, 3, 224, 224))
+    assert set(shapes) == set(map(tuple, seen))
+    assert len(shapes) == len(set(shapes))
+
+
+def test_shapes_choose_their_layers():
+    def layers(*shape):
+        return {work.layer for work in named_shapes([], [shape], "quick", "cpu")}
+
+    assert layers(8, 16) == {"BatchNormalNorm1d", "LayerNormalNorm"}
+    assert layers(8, 16, 4, 4) == {"BatchNormalNorm2d"}
+    assert layers(8, 16, 4, 4, 4) == {"BatchNormalNorm3d"}
+    group = named_shapes(["GroupNormalNorm"], [(4, 48, 5)], "quick", "cpu")
+    assert {work.groups for work in group} == {16}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"layer": "GroupNormalNorm", "shape": (2, 6, 4), "groups": 4}, "4 groups do not divide 6"),
+        ({"layer": "BatchNormalNorm1d", "shape": (4, 3), "memory_format": "channels_last"},
+         "channels_last needs 4 or 5 dimensions; got shape 4x3"),
+        ({"layer": "InstanceNormalNorm2d", "shape": (2, 3, 1, 1)}, "more than one value"),
+    ],
+)  # fmt: skip
+def test_impossible_work_is_refused(fields, sentence):
+    with pytest.raises(WorkError, match=sentence):
+        Work(suite="test", **fields)
+
+
+def test_model_bytes_count_each_tensor_of_a_pass_once():
+    work = Work(layer="LayerNormalNorm", shape=(10, 100), dtype="bfloat16", suite="test")
+    assert work.model_bytes("forward") == 2 * 1000 * 2
+    assert work.model_bytes("backward") == 3 * 1000 * 2
+    assert work.model_bytes("full") == 5 * 1000 * 2
+
+
+# The check against the reference
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda work: work.layer)
+@pytest.mark.parametrize("mode", ["noise", "quiet", "eval"])
+def test_the_reference_in_chunks_is_the_reference(work, mode, monkeypatch):
+    work = replace(work, mode=mode)
+    case = Case(work, CPU, 1, 7)
+    whole = case.expected(True, 7)
+    monkeypatch.setattr(case_module, "_CHUNK", work.elements // 3)
+    chunked = case.expected(True, 7)
+    assert set(whole) == ({"output"} if mode == "eval" else
+                          {"output", "grad_input", "grad_weight", "grad_bias"})  # fmt: skip
+    for name, value in whole.items():
+        torch.testing.assert_close(chunked[name], value, rtol=1e-12, atol=1e-12)
+    # ... and that of the definition with the same seed, asked directly.
+    x = case.inputs[0].detach().double()
+    torch.manual_seed(7)
+    seed = draw_seed(CPU) if mode == "noise" else None
+    frozen = None
+    if mode == "eval" and case.running is not None:
+        frozen = reference.pack_running(*case.running, 1e-5, torch.float64)
+    output, _ = reference.normal_norm(
+        x, case.weight.double(), case.bias.double(), kind=work.kind, num_groups=work.groups,
+        normalized_ndim=int(work.kind == "layer"), seed=seed, frozen=frozen,
+        noise_train={"layer": 1.0}.get(work.kind, 0.4) if mode == "noise" else 0.0,
+    )  # fmt: skip
+    torch.testing.assert_close(whole["output"], output, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda work: work.layer)
+@pytest.mark.parametrize("mode", ["noise", "eval"])
+def test_for_torchs_layer_the_reference_is_torchs_in_float64(work, mode):
+    work = replace(work, mode=mode)
+    case = Case(work, CPU, 1, 3)
+    module = case.module(ours=False).double()
+    x = case.inputs[0].detach().double().requires_grad_()
+    output = module(x)
+    expected = case.expected(False, 3)
+    torch.testing.assert_close(expected["output"], output.detach(), rtol=1e-10, atol=1e-10)
+    if mode == "noise":
+        gradients = torch.autograd.grad(
+            output, (x, module.weight, module.bias), case.grads[0].double()
+        )
+        for name, value in zip(("grad_input", "grad_weight", "grad_bias"), gradients, strict=True):
+            torch.testing.assert_close(expected[name], value, rtol=1e-9, atol=1e-9)
+
+
+FAST = {("float32", "noise"), ("float32", "quiet"), ("float32", "eval"), ("bfloat16", "noise")}
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda work: work.layer)
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [
+        pytest.param(*both, marks=() if both in FAST else pytest.mark.slow)
+        for both in itertools.product(DTYPES, ("noise", "quiet", "eval"))
+    ],
+)
+def test_every_eager_provider_does_every_layer(work, dtype, mode):
+    rows = measure.measure(replace(work, dtype=dtype, mode=mode), EAGER, CPU, BRIEF)
+    assert {(m.provider, m.status, m.message) for m in rows} == {(n, "ok", None) for n in EAGER}
+    for m in rows:
+        assert m.rounds >= 2
+        assert m.error <= m.bound
+        assert m.ratio is None if m.provider == "copy" else m.ratio > 0
+        assert (m.kept_bytes is None) == (mode == "eval" or m.provider == "copy")
+
+
+def test_channels_last_inputs_stay_so_and_are_checked():
+    work = Work(
+        layer="BatchNormalNorm2d", shape=(4, 6, 5, 3), memory_format="channels_last", suite="test"
+    )
+    case = Case(work, CPU, 2, 1)
+    for x in (*case.inputs, *case.grads):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert (x != 0).all()
+    assert not case.inputs[0].equal(case.inputs[1])
+    rows = measure.measure(work, EAGER, CPU, BRIEF)
+    assert {m.status for m in rows} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "mode", ["noise", *(pytest.param(m, marks=pytest.mark.slow) for m in ("quiet", "eval"))]
+)
+@pytest.mark.parametrize(
+    "work",
+    [pytest.param(w, id=w.layer, marks=() if w.layer == "LayerNormalNorm" else pytest.mark.slow)
+     for w in SMALL],
+)  # fmt: skip
+def test_compiled_providers_match_the_reference_too(work, mode):
+    names = [name for name in ON_CPU if PROVIDERS[name].compiled]
+    assert names == ["compiled-reference", "compiled-torch"]
+    rows = measure.measure(replace(work, mode=mode), names, CPU, BRIEF)
+    assert {(m.provider, m.status, m.message) for m in rows} == {(n, "ok", None) for n in names}
+
+
+def test_a_backend_provider_runs_that_backend(monkeypatch):
+    from normnorm import backends
+
+    served = []
+    for name in ("cpu", "reference"):
+        right = backends.get(name)
+        recorded = replace(
+            right, forward=lambda *a, n=name, f=right.forward: (served.append(n), f(*a))[1]
+        )
+        monkeypatch.setitem(backends._backends, name, recorded)
+    for name in ("cpu", "reference"):
+        served.clear()
+        measure.measure(TINY, [f"normnorm-{name}"], CPU, BRIEF)
+        assert set(served) == {name}
+
+
+def test_libraries_that_are_not_there_are_named():
+    reasons = runnable(CPU)
+    assert "cuda tensors" in reasons["cudnn"]
+    for name, package in (("liger", "liger-kernel"), ("quack", "quack-kernels")):
+        assert reasons[name] is not None
+        assert package in reasons[name]
+
+
+def test_the_worst_error_is_relative_and_nan_is_worst():
+    value = {"output": torch.tensor([4.0, 1.0]), "grad_input": torch.tensor([10.0])}
+    off = {"output": torch.tensor([4.0, 1.4]), "grad_input": torch.tensor([10.5])}
+    assert worst_error(off, value) == ("output", pytest.approx(0.1))
+    off["grad_input"] = torch.tensor([math.nan])
+    assert worst_error(off, value) == ("grad_input", math.inf)
+    assert bound(TINY) < 1e-5 < bound(replace(TINY, dtype="bfloat16")) < 0.02
+
+
+def test_the_ratio_is_to_the_faster_of_torchs():
+    rows = [row("torch", 2.0), row("cudnn", 1.0), row("normnorm-cuda", 1.5), row("copy", 0.1)]
+    found = {r.provider: measure._with_ratio(r, rows) for r in rows}
+    assert found["normnorm-cuda"].ratio == 1.5
+    assert found["normnorm-cuda"].peer == "cudnn"
+    assert found["torch"].ratio == 2.0
+    assert found["copy"].ratio is None
+    failed = row("torch", None, status="failed", message="it did")
+    assert measure._with_ratio(row("normnorm-cuda", 1.5), [failed]).ratio is None
+
+
+# Networks
+
+
+def test_networks_get_the_norm_layers_they_are_told_to():
+    conv, encoder = networks_module.networks("quick", "cpu")
+    for network, layers in ((replace(conv, batch=2), 3), (replace(encoder, batch=1), 9)):
+        rows = networks_module.measure_network(network, ["torch", "normnorm-cpu"], CPU, BRIEF)
+        assert [r.status for r in rows] == ["ok", "ok"]
+        assert [r.norm_layers for r in rows] == [layers, layers]
+        assert rows[1].norm == network.layer
+        assert rows[0].ratio == 1
+        assert rows[0].rate == pytest.approx(rows[0].units / rows[0].median_ms * 1e3)
+        assert all(r.peak_bytes > 0 for r in rows)
+
+
+def test_a_network_step_trains():
+    network = networks_module.networks("quick", "cpu")[0]
+    training = networks_module._Training(network, "normnorm-cpu", CPU, 1)
+    training.optimizer.param_groups[0]["lr"] = 0.01
+    losses = []
+    for _ in range(15):
+        training()
+        losses.append(training.loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_network_that_diverges_is_wrong_and_a_missing_library_is_said():
+    network = networks_module.networks("quick", "cpu")[0]
+
+    class Diverging(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), norm(1))
+
+        def forward(self, x):
+            return self.net[1](self.net[0](x)) * math.inf
+
+    rows = networks_module.measure_network(
+        replace(network, build=Diverging), ["torch"], CPU, BRIEF
+    )
+    assert rows[0].status == "wrong"
+    assert "the loss is nan" in rows[0].message
+    absent = networks_module.measure_network(
+        replace(network, source="no_such_library"), ["torch"], CPU, BRIEF
+    )
+    assert absent[0].status == "unavailable"
+    assert "no_such_library does not import" in absent[0].message
