@@ -22,6 +22,7 @@ from normnorm.bench.report.plots import plots_of
 from normnorm.bench.report.roofline import columns
 from normnorm.bench.report.sources import Source, Sources, read
 from normnorm.bench.report.style import in_order, look
+from normnorm.bench.report.tables import across
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = (
@@ -176,6 +177,21 @@ def test_page_says_where_how_and_what_went_wrong(page: Path) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", text)
     assert "@import" not in text
     assert "http-equiv" not in text
+
+
+def test_machines_stand_side_by_side(page: Path) -> None:
+    runs = [("one", report_samples.cpu_results()), ("two", report_samples.gpu_results())]
+    table = across(runs)
+    assert table.head[3:] == (
+        "one: normnorm (CPU)", "two: normnorm (CUDA)", "two: normnorm (Triton)",
+    )  # fmt: skip
+    works = {row[:3]: row[3:] for row in table.rows}
+    assert works["LayerNormalNorm", "tokens, float32", "forward, evaluation"] == (
+        "1.30", "0.80", "0.95",
+    )  # fmt: skip
+    assert not any("bfloat16" in name[1] for name in works)  # that only one of them measured
+    assert across(runs[:1]).rows == []
+    assert 'id="across"' in page.read_text(encoding="utf-8")
 
 
 def test_page_is_the_same_for_the_same_results() -> None:

@@ -144,6 +144,9 @@ def render_html(sources: Sources) -> str:
         css=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
         script=Markup((_PAGE / "report.js").read_text(encoding="utf-8")),
         machines=list(_machines(sources)),
+        across=tables.across(
+            [(n, run.results) for n, run in zip(sources.names(), sources.runs, strict=True)]
+        ),
         studies=list(_studies(sources)),
         model=_model(sources),
         parameters=tables.parameter_table(),

@@ -133,7 +133,9 @@ def _ratio_figure(rows: Sequence[Measurement]) -> Figure:
                 )  # fmt: skip
     axes.axvline(1, color="#1a1a1a", linewidth=1.4)
     axes.set_xscale("log")
-    low, high = lowest / (1.35 if lowest == 1 else 1.9), highest * 1.6
+    # Room for the numbers beside the bars, in proportion to what the axis spans.
+    room = 1.25 * (highest / lowest) ** 0.12
+    low, high = lowest / (1.35 if lowest == 1 else room), highest * room
     axes.set_xlim(low, high)
     plain_log_ticks(axes.xaxis, low, high)
     axes.set_yticks(range(len(works)), [describe(group[0]) for group in works.values()], fontsize=9)

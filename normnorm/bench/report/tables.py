@@ -22,6 +22,7 @@ from normnorm.bench.scaling import Sweep
 
 __all__ = [
     "Table",
+    "across",
     "collectives_table",
     "counts_table",
     "environment_lines",
@@ -138,14 +139,7 @@ def summary(results: Results, modes: Sequence[str] = ("noise", "eval")) -> Table
 
     Sweeps are left out, as are works that none of our backends did or torch's layer did not.
     """
-    lines: dict[tuple[str, ...], dict[tuple[object, ...], list[Measurement]]] = {}
-    for mode, operation in _SUMMARY_MODES:
-        for row in results.select(mode=mode, operation=operation, status="ok"):
-            if mode in modes and "sweep" not in row.suite:
-                line = lines.setdefault(_line(row), {})
-                line.setdefault(row.work, []).append(row)
-    compared = {name: _compared(works) for name, works in lines.items()}
-    compared = {name: works for name, works in compared.items() if works}
+    compared = _lines(results, modes)
     providers = in_order(
         row.provider for works in compared.values() for rows in works for row in rows
     )
@@ -168,6 +162,40 @@ def summary(results: Results, modes: Sequence[str] = ("noise", "eval")) -> Table
         line_ += [_mean_ratio(works, provider)[0] for provider in others]
         cells.append(tuple(line_))
     return Table(tuple(head), cells, 4)
+
+
+def _lines(
+    results: Results, modes: Sequence[str]
+) -> dict[tuple[str, str, str], list[list[Measurement]]]:
+    """The works of each of the summary's lines, each with the rows of all providers."""
+    lines: dict[tuple[str, str, str], dict[tuple[object, ...], list[Measurement]]] = {}
+    for mode, operation in _SUMMARY_MODES:
+        for row in results.select(mode=mode, operation=operation, status="ok"):
+            if mode in modes and "sweep" not in row.suite:
+                line = lines.setdefault(_line(row), {})
+                line.setdefault(row.work, []).append(row)
+    compared = {name: _compared(works) for name, works in lines.items()}
+    return {name: works for name, works in compared.items() if works}
+
+
+def across(runs: Sequence[tuple[str, Results]], modes: Sequence[str] = ("noise", "eval")) -> Table:
+    """Mean ratios to torch's layer of our backends, a column for each of them on each machine;
+    a line for what at least two machines did."""
+    lines: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}
+    for machine, results in runs:
+        for name, works in _lines(results, modes).items():
+            for provider in in_order(row.provider for rows in works for row in rows):
+                if ours(provider):
+                    mean, _ = _mean_ratio(works, provider)
+                    lines.setdefault(name, {})[machine, provider] = mean
+    columns = list(dict.fromkeys(column for found in lines.values() for column in found))
+    rows = [
+        (*name, *(found.get(column, "") for column in columns))
+        for name, found in lines.items()
+        if len({machine for machine, _ in found}) > 1
+    ]
+    heads = (f"{machine}: {look(provider).label}" for machine, provider in columns)
+    return Table(("layer", "inputs", "what", *heads), rows, 3)
 
 
 def _line(row: Measurement) -> tuple[str, str, str]:
