@@ -55,6 +55,7 @@ def test_the_quick_bench_measures_three_layers_and_two_networks_within_a_minute(
     for m in found.measurements:
         assert m.status == "ok"
         assert m.rounds >= 3
+        assert m.warm_up >= 2
         assert 0 < m.p20_ms <= m.median_ms <= m.p80_ms
         assert m.error <= m.bound
     assert {n.unit for n in found.networks} == {"images", "tokens"}

@@ -23,7 +23,7 @@ def test_percentiles_are_numpys():
     expected = np.percentile(samples, [50, 20, 80])
     assert (timing.median_ms, timing.p20_ms, timing.p80_ms) == pytest.approx(tuple(expected))
     assert (timing.rounds, timing.calls) == (6, 5)
-    assert Timing.of([3.0], 1) == (3.0, 3.0, 3.0, 1, 1)
+    assert Timing.of([3.0], 1, 2) == (3.0, 3.0, 3.0, 1, 1, 2)
 
 
 class Clock:
@@ -61,6 +61,7 @@ def test_medians_of_calls_in_alternation(clock):
     assert found["fast"].calls >= 500  # a sample is longer than what a clock can tell
     assert found["varying"].median_ms == pytest.approx(2.0)
     assert found["varying"].rounds == 50
+    assert found["varying"].warm_up == 2
     assert found["slow"].rounds == 5  # a third of the time
     # The slow one's samples are spread over the whole measurement, not done first.
     log = [name for name, _ in clock.log]
@@ -199,6 +200,7 @@ def test_graphs_hold_a_call_for_each_copy(pretended_gpu):
     assert found["a"].calls == 4
     assert found["a"].rounds == 8
     assert clock.replays == 2 + 8
+    assert found["a"].warm_up == 2 * 4 + 2 * 4
 
 
 def test_launches_are_timed_from_the_host(pretended_gpu):

@@ -236,8 +236,9 @@ def _row(candidate: _Candidate, work: Work, operation: Operation) -> Measurement
         x_value=work.x_value, status=candidate.status, message=candidate.message,
         median_ms=timing and timing.median_ms, p20_ms=timing and timing.p20_ms,
         p80_ms=timing and timing.p80_ms, rounds=timing and timing.rounds,
-        calls=timing and timing.calls, model_bytes=work.model_bytes(operation),
-        kept_bytes=candidate.kept, peak_bytes=candidate.peaks.get(operation),
+        calls=timing and timing.calls, warm_up=timing and timing.warm_up,
+        model_bytes=work.model_bytes(operation), kept_bytes=candidate.kept,
+        peak_bytes=candidate.peaks.get(operation),
         error=candidate.error,
         bound=0.0 if candidate.provider.name == "copy" else bound(work),
     )  # fmt: skip

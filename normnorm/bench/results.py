@@ -167,6 +167,7 @@ class Measurement:
         median_ms, p20_ms, p80_ms: of the samples, milliseconds a call.
         rounds: samples taken.
         calls: calls within one sample.
+        warm_up: calls before the first sample, beside those of the check.
         model_bytes: bytes that a kernel of one read and one write a pass moves: twice the input
             for a forward, three times for a backward, the sum for both.
         ratio: median over that of ``peer`` in the same run; None without a peer.
@@ -197,6 +198,7 @@ class Measurement:
     p80_ms: float | None = None
     rounds: int | None = None
     calls: int | None = None
+    warm_up: int | None = None
     model_bytes: int
     ratio: float | None = None
     peer: str | None = None

@@ -60,6 +60,7 @@ class Timing(NamedTuple):
         median_ms, p20_ms, p80_ms: the median and the 20th and 80th percentiles of the samples.
         rounds: samples taken.
         calls: calls in one sample, whose mean the sample is.
+        warm_up: calls before the first sample.
     """
 
     median_ms: float
@@ -67,13 +68,14 @@ class Timing(NamedTuple):
     p80_ms: float
     rounds: int
     calls: int
+    warm_up: int = 0
 
     @classmethod
-    def of(cls, samples: list[float], calls: int) -> Timing:
+    def of(cls, samples: list[float], calls: int, warm_up: int = 0) -> Timing:
         """The summary of samples in milliseconds a call; at least one is needed."""
         several = len(samples) > 1
         cuts = statistics.quantiles(samples, n=5, method="inclusive") if several else samples * 4
-        return cls(statistics.median(samples), cuts[0], cuts[3], len(samples), calls)
+        return cls(statistics.median(samples), cuts[0], cuts[3], len(samples), calls, warm_up)
 
 
 def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
@@ -126,11 +128,13 @@ class _Sampler(NamedTuple):
         sample: takes one; milliseconds a call.
         calls: calls in it.
         estimate_s: seconds that taking one costs.
+        warm_up: calls that were made to find this out.
     """
 
     sample: Sample
     calls: int
     estimate_s: float
+    warm_up: int
 
 
 def _wall(call: Call, device: torch.device, copies: int) -> _Sampler:
@@ -148,10 +152,12 @@ def _wall(call: Call, device: torch.device, copies: int) -> _Sampler:
 
     call(0)  # what happens once: compilation, allocation
     calls, each = 1, sample(1)
+    warm_up = 2
     while calls < _MOST_CALLS and each * calls < _SHORTEST_SAMPLE_MS:
         calls = min(_MOST_CALLS, max(2 * calls, math.ceil(_SHORTEST_SAMPLE_MS / max(each, 1e-6))))
         each = sample(calls)
-    return _Sampler(lambda: sample(calls), calls, each * calls * 1e-3)
+        warm_up += calls
+    return _Sampler(lambda: sample(calls), calls, each * calls * 1e-3, warm_up)
 
 
 def _graph(call: Call, device: torch.device, copies: int) -> _Sampler:
@@ -174,7 +180,9 @@ def _graph(call: Call, device: torch.device, copies: int) -> _Sampler:
         once = sample(1) * copies
         replays = max(1, math.ceil(_SHORTEST_SAMPLE_MS / max(once, 1e-3)))
         each = sample(replays)
-    return _Sampler(lambda: sample(replays), replays * copies, each * replays * copies * 1e-3)
+    calls = replays * copies
+    # Two turns before the capture, then replays.
+    return _Sampler(lambda: sample(replays), calls, each * calls * 1e-3, 3 * copies + calls)
 
 
 def _turns(
@@ -270,5 +278,5 @@ def interleaved(
         if isinstance(taken, Exception):
             found[name] = taken
         else:
-            found[name] = Timing.of(taken, samplers[name].calls)
+            found[name] = Timing.of(taken, samplers[name].calls, samplers[name].warm_up)
     return {name: found[name] for name in calls}
