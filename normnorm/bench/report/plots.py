@@ -25,9 +25,10 @@ from normnorm.bench.results import Measurement, NetworkMeasurement, Results
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["describe", "plots_of"]
+__all__ = ["plots_of"]
 
 _MOST_BARS = 20  # works in one figure
+_BAR = 0.66  # of a work's height that its bars fill
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -37,10 +38,9 @@ def plots_of(results: Results) -> Iterator[Plot]:
         yield from make(results)
 
 
-def describe(row: Measurement, with_layer: bool = True) -> str:
+def _describe(row: Measurement) -> str:
     """The work in few words."""
-    words = [row.layer] if with_layer else []
-    words.append("x".join(map(str, row.shape)))
+    words = [row.layer, "x".join(map(str, row.shape))]
     if row.groups:
         words.append(f"{row.groups} groups")
     if row.memory_format == "channels_last":
@@ -84,17 +84,46 @@ def _ratios(results: Results) -> Iterator[Plot]:
 
 
 def _by_work(rows: Sequence[Measurement]) -> dict[tuple[object, ...], list[Measurement]]:
-    works: dict[tuple[object, ...], list[Measurement]] = {}
+    """Rows to be compared; a work that two suites measured counts once."""
+    works: dict[tuple[object, ...], dict[str, Measurement]] = {}
     for row in rows:
-        works.setdefault(row.work, []).append(row)
-    return works
+        works.setdefault(row.work, {}).setdefault(row.provider, row)
+    return {work: list(found.values()) for work, found in works.items()}
+
+
+def _reach(row: Measurement) -> tuple[float, float]:
+    """The ratios of the percentiles."""
+    median, low, high = times(row)
+    scale = (row.ratio or math.nan) / median
+    return scale * low, scale * high
 
 
 def _whiskers(row: Measurement) -> list[list[float]]:
     """Distances from the ratio to those of the percentiles, as errorbar wants them."""
-    median, low, high = times(row)
-    scale = (row.ratio or math.nan) / median
-    return [[scale * (median - low)], [scale * (high - median)]]
+    low, high = _reach(row)
+    ratio = row.ratio or math.nan
+    return [[ratio - low], [high - ratio]]
+
+
+def _draw_bar(axes: Any, y: float, row: Measurement, thickness: float) -> None:
+    """From 1 to the ratio, with its number beyond the whisker."""
+    ratio, colour = row.ratio or math.nan, look(row.provider).colour
+    axes.barh(y, ratio - 1, 0.92 * thickness, left=1, color=colour, alpha=0.9)
+    axes.errorbar(ratio, y, xerr=_whiskers(row), color="#222222", linewidth=1, capsize=2)
+    slower = ratio >= 1
+    axes.annotate(
+        number(ratio), (_reach(row)[slower], y), (5 if slower else -5, 0), fontsize=9.5,
+        textcoords="offset points", va="center", ha="left" if slower else "right", weight="bold",
+        color=colour,
+    )  # fmt: skip
+
+
+def _draw_marker(axes: Any, y: float, row: Measurement) -> None:
+    style = look(row.provider)
+    axes.errorbar(
+        row.ratio, y, xerr=_whiskers(row), color=style.colour, marker=style.marker, markersize=6.5,
+        linewidth=1, markeredgecolor="white", markeredgewidth=0.5,
+    )  # fmt: skip
 
 
 @styled
@@ -105,32 +134,16 @@ def _ratio_figure(rows: Sequence[Measurement]) -> Figure:
     axes = grid[0, 0]
     lowest, highest = 1.0, 1.0
     for position, group in enumerate(works.values()):
-        bar = 0
-        for row in sorted(
-            group, key=lambda r: in_order(x.provider for x in group).index(r.provider)
-        ):
-            assert row.ratio is not None
-            style, whiskers = look(row.provider), _whiskers(row)
-            lowest = min(lowest, row.ratio - whiskers[0][0])
-            highest = max(highest, row.ratio + whiskers[1][0])
-            if ours(row.provider):
-                thickness = 0.66 / bars
-                y = position + (bar - (bars - 1) / 2) * thickness
-                bar += 1
-                axes.barh(y, row.ratio - 1, thickness * 0.92, left=1, color=style.colour, alpha=0.9)
-                axes.errorbar(row.ratio, y, xerr=whiskers, color="#222222", linewidth=1, capsize=2)
-                slower = row.ratio >= 1
-                end = row.ratio + whiskers[1][0] if slower else row.ratio - whiskers[0][0]
-                axes.annotate(
-                    number(row.ratio), (end, y), (5 if slower else -5, 0),
-                    textcoords="offset points", va="center", ha="left" if slower else "right",
-                    fontsize=9.5, weight="bold", color=style.colour,
-                )  # fmt: skip
+        order = in_order(row.provider for row in group)
+        mine = [provider for provider in order if ours(provider)]
+        for row in group:
+            if row.provider in mine:
+                bar = mine.index(row.provider) - (bars - 1) / 2
+                _draw_bar(axes, position + bar * _BAR / bars, row, _BAR / bars)
             else:
-                axes.errorbar(
-                    row.ratio, position, xerr=whiskers, color=style.colour, marker=style.marker,
-                    markersize=6.5, linewidth=1, markeredgecolor="white", markeredgewidth=0.5,
-                )  # fmt: skip
+                _draw_marker(axes, position, row)
+            below, above = _reach(row)
+            lowest, highest = min(lowest, below), max(highest, above)
     axes.axvline(1, color="#1a1a1a", linewidth=1.4)
     axes.set_xscale("log")
     # Room for the numbers beside the bars, in proportion to what the axis spans.
@@ -138,7 +151,9 @@ def _ratio_figure(rows: Sequence[Measurement]) -> Figure:
     low, high = lowest / (1.35 if lowest == 1 else room), highest * room
     axes.set_xlim(low, high)
     plain_log_ticks(axes.xaxis, low, high)
-    axes.set_yticks(range(len(works)), [describe(group[0]) for group in works.values()], fontsize=9)
+    axes.set_yticks(
+        range(len(works)), [_describe(group[0]) for group in works.values()], fontsize=9
+    )
     axes.set_ylim(len(works) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("time / torch's time (log scale; 1 = torch's layer)")
