@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -401,6 +402,19 @@ def test_the_reporter_gives_errors_in_setup_as_failures(tmp_path):
     assert found["test_a"]["outcome"] == "failed"
     assert found["test_a"]["message"].startswith("in setup: KeyError")
     assert plugin.BROKEN not in (0, 1, 2, 3, 4, 5)  # pytest's own
+
+
+def test_the_shares_hold_every_test_once():
+    def item(name, **params):
+        return SimpleNamespace(nodeid=name, callspec=SimpleNamespace(params=params))
+
+    items = [SimpleNamespace(nodeid="plain"), item("other", dtype=1)]
+    items += [item(f"{b}-{i}", backend=b) for i in range(7) for b in ("cuda", "triton")]
+    real = SimpleNamespace(serving=lambda: ["cuda", "triton"])
+    found = [[i.nodeid for i in plugin.share_of(items, s)] for s in tests.shares(real)]
+    assert found[0] == ["plain", "other", *(f"cuda-{i}" for i in range(7))]
+    assert [name for part in found[1:] for name in part] == [f"triton-{i}" for i in range(7)]
+    assert tests.shares(SimpleNamespace(serving=lambda: ["cuda"])) == ["cuda 1/1"]
 
 
 # --- the whole -----------------------------------------------------------------------------------

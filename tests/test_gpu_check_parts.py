@@ -32,14 +32,12 @@ from gpucheck import (  # noqa: E402
     benchmark,
     build,
     environment,
-    plugin,
     rig,
     sanitizers,
     schema,
     smoke,
     stage,
     targets,
-    tests,
     works,
 )
 
@@ -230,19 +228,6 @@ def test_work_of_the_device_is_told_from_the_hosts():
     assert rig.work_in(trace, dry=True) == ["aten::random_", "normnorm_cuda::normal_norm_forward"]
 
 
-def test_the_shares_hold_every_test_once():
-    def item(name, **params):
-        return SimpleNamespace(nodeid=name, callspec=SimpleNamespace(params=params))
-
-    items = [SimpleNamespace(nodeid="plain"), item("other", dtype=1)]
-    items += [item(f"{b}-{i}", backend=b) for i in range(7) for b in ("cuda", "triton")]
-    real = SimpleNamespace(serving=lambda: ["cuda", "triton"])
-    found = [[i.nodeid for i in plugin.share_of(items, s)] for s in tests.shares(real)]
-    assert found[0] == ["plain", "other", *(f"cuda-{i}" for i in range(7))]
-    assert [name for part in found[1:] for name in part] == [f"triton-{i}" for i in range(7)]
-    assert tests.shares(SimpleNamespace(serving=lambda: ["cuda"])) == ["cuda 1/1"]
-
-
 def test_the_build_is_for_the_found_architecture_and_requires_the_kernels(section, monkeypatch):
     a_gpu(monkeypatch, get_device_capability=lambda device: (9, 0))
     real = rig.Rig(False, torch.device("cuda", 0))
@@ -370,6 +355,7 @@ def test_the_smoke_stage_names_what_it_missed(section, monkeypatch):
         pytest.skip(reason)
     section.dry = True
     case = smoke.selfcheck.CASES[0]
+    monkeypatch.setattr(rig.Rig, "serving", lambda self: ["cuda"])
     monkeypatch.setattr(smoke.selfcheck, "CASES", (case,))
     monkeypatch.setattr(smoke.selfcheck, "worst_errors", lambda *_: {"output": float("nan")})
     with pytest.raises(stage.Failure, match=f"1 of 1 checks missed, first cuda {case.layer}"):

@@ -48,12 +48,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("environment", 25),
-    Stage("build", 230),
-    Stage("smoke", 265),
-    Stage("tests", 385),
-    Stage("benchmark", 475),
-    Stage("sanitizers", 525),
+    Stage("environment", 60),  # the first import of torch may read gigabytes from a cold disk
+    Stage("build", 240),
+    Stage("smoke", 280),
+    Stage("tests", 375),
+    Stage("benchmark", 465),
+    Stage("sanitizers", 530),
 )
 
 
@@ -141,8 +141,8 @@ def run_stages(record: Record, dry: bool, stages: Sequence[Stage] = STAGES) -> N
     """All stages; the record is on disk after each."""
     start = time.time()
     for number, stage in enumerate(stages, 1):
-        print(f"\n== {number}/{len(stages)} {stage.name}", flush=True)
         try:
+            print(f"\n== {number}/{len(stages)} {stage.name}", flush=True)
             section = run_stage(stage, record, start + stage.ends_s, dry)
         except KeyboardInterrupt:  # before it had begun, or after its end
             section = {

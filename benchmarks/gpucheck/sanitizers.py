@@ -137,29 +137,25 @@ def _unavailable(why: str) -> dict[str, Any]:
 def run(section: Section) -> None:
     Rig.find(section.dry)
     sanitizer = None if section.dry else find_sanitizer()
-    section.data = {
-        "program": sanitizer,
-        "version": None,
-        "plain_run": _plain(section),
-        "tools": {},
-    }
-    section.save()
+    section.data = {"program": sanitizer, "version": None, "tools": {}}
+    tools = section.data["tools"]
+    with ThreadPoolExecutor(len(TOOLS) + 1) as pool:  # each waits for a process
+        plain = pool.submit(_plain, section)
+        if sanitizer is None:
+            why = "this is a dry run" if section.dry else "compute-sanitizer is not installed"
+            tools.update({tool: _unavailable(why) for tool in TOOLS})
+        else:
+            version = said_by(sanitizer, "--version") or ""
+            section.data["version"] = next(reversed(version.splitlines()), None)
+            watched = {tool: pool.submit(_watch, sanitizer, tool, section) for tool in TOOLS}
+            for tool, result in watched.items():
+                tools[tool] = result.result()
+                said = tools[tool]["said"]
+                print(f"{tool}: {tools[tool]['status']} in {tools[tool]['seconds']} s: {said}")
+        section.data["plain_run"] = plain.result()
     if not section.data["plain_run"]["passed"]:
         said = section.data["plain_run"]["said"].splitlines() or ["it said nothing"]
         raise Failure(f"the program to be watched fails by itself: {said[-1]}")
-    tools = section.data["tools"]
-    if sanitizer is None:
-        why = "this is a dry run" if section.dry else "compute-sanitizer is not installed"
-        tools.update({tool: _unavailable(why) for tool in TOOLS})
-    else:
-        version = said_by(sanitizer, "--version") or ""
-        section.data["version"] = (version.splitlines() or [None])[-1]
-        with ThreadPoolExecutor(len(TOOLS)) as pool:  # each a process; mostly they wait
-            found = pool.map(lambda tool: (tool, _watch(sanitizer, tool, section)), TOOLS)
-            for tool, result in found:
-                tools[tool] = result
-                section.save()
-                print(f"{tool}: {result['status']} in {result['seconds']} s: {result['said']}")
     states = {name: tool["status"] for name, tool in tools.items()}
     failed = [name for name, status in states.items() if status == "failed"]
     missing = [name for name, status in states.items() if status == "unavailable"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -48,8 +49,6 @@ def _broken(rig: Rig) -> str | None:
 
 
 def run(section: Section) -> None:
-    if section.dry:
-        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton, whose kernels then serve a CPU
     rig = Rig.find(section.dry)
     section.data = {"backends": rig.reasons(), "checks": []}
     for name, reason in section.data["backends"].items():
@@ -84,4 +83,6 @@ def run(section: Section) -> None:
 
 
 if __name__ == "__main__":
+    if "--dry" in sys.argv:
+        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton, whose kernels then serve a CPU
     main(run)

@@ -85,8 +85,8 @@ def test_forced_rungs_of_the_columns_walk(rig, kernels, case, rung, dtype):
 @pytest.mark.parametrize("kind", ["layer", "batch"])
 def test_forced_rungs_at_size(rig, kernels, kind, rung, dtype):
     row = {
-        "layer": ("layer", rig.pick((13, 250_001), (3, 2500)), {"normalized_ndim": 1}),
-        "batch": ("batch", rig.pick((37, 11, 83, 83), (5, 3, 9, 9)), {}),
+        "layer": ("layer", rig.pick((13, 150_001), (3, 2500)), {"normalized_ndim": 1}),
+        "batch": ("batch", rig.pick((37, 11, 64, 65), (5, 3, 9, 9)), {}),
     }[kind]
     _assert_served(rig, kernels, row, False, LARGE[rung], dtype, noise=1.0)
 
@@ -99,6 +99,7 @@ AUTOMATIC = (
     Case("row-cluster", "layer", (20, 300_000), (1, 900), trailing=1),
     Case("row-grid", "layer", (2, 6_000_000), (1, 1100), trailing=1),
     Case("row-streaming", "layer", (1, 60_000_000), (1, 1300), trailing=1),
+    Case("channel-tile", "batch", (64, 64, 14, 14), (3, 4, 4, 4)),
     Case("channel-grid", "batch", (256, 8, 56, 56), (3, 2, 5, 5)),
     Case("channel-streaming", "batch", (256, 3, 224, 224), (3, 2, 6, 6)),
 )
