@@ -88,7 +88,9 @@ def _align(layout: Layout, strides: tuple[Strides, ...]) -> int:
     return math.gcd(found, 16)
 
 
-def _plan(layout: Layout, shifted: bool, itemsize: int, held: int) -> tuple[int, Plan, bool]:
+def _plan(
+    layout: Layout, shifted: bool, itemsize: int, held: int, align: int
+) -> tuple[int, Plan, bool]:
     """(walk, plan, whether it is resident)"""
     resident: Plan | None
     if layout.columns:
@@ -97,10 +99,10 @@ def _plan(layout: Layout, shifted: bool, itemsize: int, held: int) -> tuple[int,
     elif layout.runs == 1:
         reach = layout.length + 3 if shifted else layout.length
         which = walk.ROWS
-        resident = table.row_plan(reach, layout.groups, itemsize, held)
+        resident = table.row_plan(reach, layout.groups, itemsize, held, align)
     else:
         which = walk.GROUP
-        resident = table.group_plan(layout.runs, layout.length, shifted, itemsize, held)
+        resident = table.group_plan(layout.runs, layout.length, shifted, itemsize, held, align)
     if resident is not None:
         return which.value, resident, True
     streamed = table.stream_plan(
@@ -121,7 +123,8 @@ def _problem(
     main pass sums the gradients of a layer's weights."""
     key = (
         input.shape, *(t.stride() for t in tensors), input.dtype, config.kind, config.num_groups,
-        config.normalized_ndim, config.order, config.channels_last, noisy, backward, frozen, fused,
+        config.normalized_ndim, config.order, _care(config), config.channels_last, noisy,
+        backward, frozen, fused,
     )  # fmt: skip
     found = _problems.get(key)
     if found is None:
@@ -146,7 +149,7 @@ def _make_problem(
     # Sums over groups of a weight's elements want the same elements in the same places of a tile.
     shifted = noisy and not in_quads and not layout.columns and not fused
     held = table.BACKWARD_HELD if backward else table.FORWARD_HELD
-    which, plan, resident = _plan(layout, shifted, input.element_size(), held)
+    which, plan, resident = _plan(layout, shifted, input.element_size(), held, align)
     if frozen and resident and not backward:
         resident = False
         which = (walk.COLUMNS if layout.columns else walk.GROUP).value
@@ -174,7 +177,7 @@ def _make_problem(
     }[which]
     spec = walk.Spec(
         WALK=which, R=plan.R, L=plan.L, K=plan.K, AFFINE=layout.affine, NOISE=noise,
-        ORDER=config.order, FROZEN=frozen, EVEN=covered, SHIFTED=shifted,
+        ORDER=config.order, CARE=_care(config), FROZEN=frozen, EVEN=covered, SHIFTED=shifted,
         WIDE=_is_wide(input, layout, taken), ALIGN=align, FAST=FAST,
         DOUBLE=input.dtype == torch.float64, SPLITS=table.power_of_two(plan.splits),
         LANES=table.lanes(plan, align, input.element_size()),
@@ -184,6 +187,11 @@ def _make_problem(
         fold, spec = replace(spec, R=1, L=FOLD_MOMENTS), replace(spec, SPLITS=1)
     geometry = (layout.groups, layout.inner, layout.runs, layout.length, chunks, *_divisor(chunks))
     return Problem(layout, strides, plan, resident, spec, fold, geometry, blocks)
+
+
+def _care(config: Config) -> bool:
+    """Whether exponents other than 1 can come up."""
+    return config.alpha != 0.0 or config.transform_eps > 0.0
 
 
 def _is_wide(input: Tensor, layout: Layout, strides: tuple[Strides | None, ...]) -> bool:
@@ -410,9 +418,11 @@ class _Backward:
         output = torch.empty_like(input)
         tensors = (grad, input, output)
         p = _problem(input, tensors, config, self.noisy, True, frozen, fused)
-        if fused and not p.resident:
+        # with sixteen warps there are no registers left for sums over all groups
+        if fused and (not p.resident or p.plan.warps == table.LARGEST_WARPS):
+            fused = False
             p = _problem(input, tensors, config, self.noisy, True, frozen, False)
-        self.p = p
+        self.p, self.fused = p, fused
         self.grad, at_grad = _walkable(grad, p.strides[0], p.layout)
         self.x, at_input = _walkable(input, p.strides[1], p.layout)
         if p.strides[2] is None:
@@ -429,12 +439,11 @@ class _Backward:
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         wants_parameters = self.needs[1] or self.needs[2]
         within_group = walk.PER_GROUP.value != self.p.spec.AFFINE
-        fused = within_group and self.p.resident and self.config.kind == "layer"
-        separate = wants_parameters and within_group and not fused
+        separate = wants_parameters and within_group and not self.fused
         gradients: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.p.resident:
             if self.needs[0] or not separate:
-                gradients = self._resident(wants_parameters and not separate, fused)
+                gradients = self._resident(wants_parameters and not separate)
         else:
             gradients = self._streaming(wants_parameters and not separate)
         if separate:
@@ -478,11 +487,11 @@ class _Backward:
         )  # fmt: skip
         return outputs[0], outputs[1]
 
-    def _resident(self, parts_wanted: bool, fused: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _resident(self, parts_wanted: bool) -> tuple[Tensor | None, Tensor | None]:
         p = self.p
         programs, which = p.blocks, 0
         parts: list[Tensor | None] = [None, None]
-        if parts_wanted and fused:
+        if parts_wanted and self.fused:
             which, programs = 2, table.persistent_programs(p.blocks, p.plan.warps)
             parts = self._parts(programs, p.layout.length)
         elif parts_wanted:
@@ -539,8 +548,8 @@ class _Backward:
             noise = (walk.QUADS if in_quads else walk.SCATTERED).value
         spec = walk.Spec(
             WALK=walk.ROWS.value, R=plan.R, L=plan.L, AFFINE=layout.affine, NOISE=noise,
-            ORDER=self.config.order, FROZEN=self.frozen, WIDE=p.spec.WIDE, ALIGN=p.spec.ALIGN,
-            FAST=FAST, DOUBLE=p.spec.DOUBLE,
+            ORDER=self.config.order, CARE=p.spec.CARE, FROZEN=self.frozen, WIDE=p.spec.WIDE,
+            ALIGN=p.spec.ALIGN, FAST=FAST, DOUBLE=p.spec.DOUBLE,
         )  # fmt: skip
         parts = self._parts(plan.splits, elements)
         parameters.parameter_sums[(programs * plan.splits,)](

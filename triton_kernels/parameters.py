@@ -7,7 +7,7 @@ import triton.language as tl
 from .core import make_exponents, needs_care
 from .resident import row
 from .streaming import transformed
-from .walk import PER_RUN, normals, number, read, zeros
+from .walk import PER_RUN, anywhere, normals, number, read, zeros
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def parameter_sums(
         if S.FROZEN:
             careful = True
         else:
-            careful = tl.max(needs_care(exponents).to(tl.int32)) > 0
+            careful = anywhere(needs_care(exponents), S)
         at = offset(outer, which, run, at_input)
         at_g = offset(outer, which, run, at_grad)
         at_n = offset(outer, which, run, at_noise)

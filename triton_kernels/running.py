@@ -10,8 +10,12 @@ from .rounds import LMBDA, MEAN, MEAN_LOW, RSTD
 @triton.jit
 def fold(buffer, channel, value, factor, stride, present):
     at = buffer + tl.cast(channel, tl.int64) * stride
-    old = tl.load(at, mask=present, other=0.0).to(tl.float64)
-    tl.store(at, old + factor * (value - old), mask=present)
+    old = tl.load(at, mask=present, other=0.0)
+    if old.dtype == tl.float64:
+        tl.store(at, old + factor * (value - old), mask=present)
+    else:  # half types by way of float32, as torch converts them
+        old = old.to(tl.float32).to(tl.float64)
+        tl.store(at, (old + factor * (value - old)).to(tl.float32), mask=present)
 
 
 @triton.jit

@@ -52,8 +52,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _held(held: int, itemsize: int) -> int:
-    return held // 4 if itemsize == 8 else held
+def _held(held: int, itemsize: int, align: int = 16) -> int:
+    """Elements that do not spill: addresses that nothing is known of take registers too."""
+    if itemsize == 8:
+        return held // 4
+    return held if align >= 4 else held // 2
 
 
 def lanes(plan: Plan, align: int, itemsize: int) -> int:
@@ -68,27 +71,30 @@ def _vector(itemsize: int) -> int:
     return max(16 // itemsize, 4)
 
 
-def row_plan(length: int, groups: int, itemsize: int, held: int) -> Plan | None:
+def row_plan(length: int, groups: int, itemsize: int, held: int, align: int = 16) -> Plan | None:
     """A group is one run, in K tiles of L; R groups a program."""
-    held, vector = _held(held, itemsize), _vector(itemsize)
+    held, vector = _held(held, itemsize, align), _vector(itemsize)
     best: tuple[float, Plan] | None = None
-    for log in range(4, power_of_two(length).bit_length()):
+    for log in range(4, max(5, power_of_two(length).bit_length())):
         L = 1 << log
         K = ceil_div(length, L)
         if K > LARGEST_K:
             continue
-        for warps in (1, 2, 4, 8, LARGEST_WARPS):
+        for warps in (1, 2, 4, 8, LARGEST_WARPS)[: 5 if align >= 4 else 4]:
             for narrow in range(3):  # fewer elements a thread and tile than a whole vector
                 each = vector >> narrow
                 R = each * 32 * warps // L  # several short groups a program only within a warp
                 if R > 1 and warps > 1:
                     continue
-                R = max(1, R)
+                # the backward pass keeps more of each group
+                R = max(1, R if held > BACKWARD_HELD else R // 2)
                 each = max(1, R * L // (32 * warps))
-                if K * each > held or each < vector >> narrow:
+                if K * each > held or (R == 1 and each < vector >> narrow):
                     continue
                 R = min(R, power_of_two(groups))
-                cost = K * L * (1 + 0.06 * narrow + 0.02 * math.log2(warps))
+                # two tiles spill less than one of twice the size
+                uneven = 0.01 * (K if R > 1 else abs(K - 2))
+                cost = K * L * (1 + 0.06 * narrow + 0.02 * math.log2(warps) + uneven)
                 if best is None or cost < best[0]:
                     best = (cost, Plan(R, L, K, warps))
     return best[1] if best else None
@@ -103,10 +109,12 @@ def chunk_length(length: int, shifted: bool, tile: int) -> int:
     return max(L for L in candidates if wasted[L] <= 1.06 * least)
 
 
-def group_plan(runs: int, length: int, shifted: bool, itemsize: int, held: int) -> Plan | None:
+def group_plan(
+    runs: int, length: int, shifted: bool, itemsize: int, held: int, align: int = 16
+) -> Plan | None:
     """A group is several runs, in K tiles of R chunks."""
-    held, vector = _held(held, itemsize), _vector(itemsize)
-    for warps in (4, 8, LARGEST_WARPS):
+    held, vector = _held(held, itemsize, align), _vector(itemsize)
+    for warps in (4, 8, LARGEST_WARPS)[: 3 if align >= 4 else 2]:
         tile = 32 * warps * vector
         L = chunk_length(length, shifted, tile)
         chunks = runs * ceil_div(length + (3 if shifted else 0), L)

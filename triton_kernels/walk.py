@@ -45,6 +45,7 @@ class Spec:
         R, L: rows and columns of a tile.
         K: tiles of a group that a resident kernel holds.
         ORDER: of the Newton step.
+        CARE: an exponent may be small (core.py); not so where lambda is 1 by configuration.
         FROZEN: the statistics are given.
         EVEN: the tiles of a group have no element outside of it.
         SHIFTED: chunks begin up to three elements before their run.
@@ -63,6 +64,7 @@ class Spec:
     AFFINE: int = 0
     NOISE: int = 0
     ORDER: int = 2
+    CARE: bool = True
     FROZEN: bool = False
     EVEN: bool = False
     SHIFTED: bool = False
@@ -101,7 +103,9 @@ def zeros(S: tl.constexpr):
 @triton.jit
 def real(x, S: tl.constexpr):
     """Storage to compute type."""
-    if S.DOUBLE:
+    if S.DOUBLE and x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.float32).to(tl.float64)
+    elif S.DOUBLE:
         return x.to(tl.float64)
     else:
         return x.to(tl.float32)
@@ -144,8 +148,10 @@ def add(sums, x, S: tl.constexpr):
 
 @triton.jit
 def anywhere(condition, S: tl.constexpr):
-    """Whether it holds for any group of the program."""
-    if S.ALONE:
+    """Whether any group of the program needs care."""
+    if not S.CARE:
+        return False
+    elif S.ALONE:
         return condition
     else:
         return tl.max(condition.to(tl.int32)) > 0
@@ -153,16 +159,8 @@ def anywhere(condition, S: tl.constexpr):
 
 @triton.jit
 def aligned(x, S: tl.constexpr):
-    """Tells the compiler what S.ALIGN promises of a scalar."""
-    ALIGN: tl.constexpr = S.ALIGN
-    return tl.multiple_of(tl.to_tensor(x), ALIGN)
-
-
-@triton.jit
-def aligned_column(x, S: tl.constexpr):
-    """The same of one number a row."""
-    ALIGN: tl.constexpr = S.ALIGN
-    return tl.multiple_of(x, [ALIGN, ALIGN])
+    """x, a multiple of S.ALIGN, in a form from which the compiler sees that it is one."""
+    return tl.to_tensor(x) // S.ALIGN * S.ALIGN
 
 
 @triton.jit
@@ -189,14 +187,11 @@ def group_offset(place, strides, S: tl.constexpr):
     """Where a program's groups begin in a tensor."""
     _, outer, inner, _, _ = place
     by_outer, by_inner, _ = strides
+    base = tl.cast(outer, tl.int64) * aligned(by_outer, S)
     if S.WALK == COLUMNS:
-        return aligned(tl.cast(outer, tl.int64) * by_outer, S) + inner
+        return base + inner
     else:
-        base = tl.cast(outer, tl.int64) * by_outer + tl.cast(inner, tl.int64) * by_inner
-        if S.ALONE:
-            return aligned(base, S)
-        else:
-            return aligned_column(base, S)
+        return base + tl.cast(inner, tl.int64) * aligned(by_inner, S)
 
 
 @triton.jit
@@ -266,11 +261,9 @@ def address(tensor, offset, strides, tile, S: tl.constexpr):
     if S.WALK == ROWS:
         return tensor + offset + column
     elif S.WALK == GROUP:
-        along = aligned_column(run * strides[2], S)
-        return tensor + (offset + along) + column
+        return tensor + (offset + run * aligned(strides[2], S)) + column
     else:
-        along = aligned_column(run * strides[2], S)
-        return tensor + along + offset
+        return tensor + run * aligned(strides[2], S) + offset
 
 
 @triton.jit

@@ -1,0 +1,226 @@
+"""What Triton makes of the kernels: registers, memory accesses, instruction counts. No GPU."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_static import sass
+from oracle import Case
+from triton_tools.interpreter import missing
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGETS = ROOT / "tests/data/triton_budgets.json"
+
+
+def absent() -> str | None:
+    if missing() is not None:
+        return missing()
+    tools = [t for t in ("cuobjdump", "nvdisasm") if not sass.tool(t)]
+    return f"not found: {', '.join(tools)}" if tools else None
+
+
+pytestmark = pytest.mark.skipif(absent() is not None, reason=str(absent()))
+
+# Every kernel and walk: short and long rows, runs of a channel, columns, weights within groups.
+WORKS = {
+    "layer rows of 64": (Case("layer", (640, 64), normalized_ndim=1), False),
+    "layer rows of 768": (Case("layer", (512, 768), normalized_ndim=1), False),
+    "layer rows of 4096": (Case("layer", (64, 4096), normalized_ndim=1), False),
+    "layer rows of 8192": (Case("layer", (64, 8192), normalized_ndim=1), False),
+    "layer rows of 65536": (Case("layer", (8, 65536), normalized_ndim=1), False),
+    "batch 56x56": (Case("batch", (64, 64, 56, 56)), False),
+    "batch 14x14": (Case("batch", (64, 256, 14, 14)), False),
+    "batch 7x7": (Case("batch", (64, 256, 7, 7)), False),
+    "batch 56x56 channels_last": (Case("batch", (64, 64, 56, 56)), True),
+    "batch (128, 1024)": (Case("batch", (128, 1024)), False),
+    "batch (65536, 64)": (Case("batch", (65536, 64)), False),
+    "group 32x32": (Case("group", (16, 128, 32, 32), num_groups=32), False),
+    "group 32x32 channels_last": (Case("group", (16, 128, 32, 32), num_groups=8), True),
+    "instance 28x28": (Case("instance", (16, 64, 28, 28)), False),
+}
+DEFAULT = ("layer rows of 768", "batch 56x56", "batch 56x56 channels_last", "group 32x32")
+COMBINATIONS = [
+    pytest.param(
+        target, work, dtype, id=f"{target}-{work}-{str(dtype)[6:]}",
+        marks=()
+        if target in ("sm_90", "gfx942") and dtype == torch.bfloat16
+        and work in (DEFAULT if target == "sm_90" else DEFAULT[:1])
+        else pytest.mark.slow,
+    )
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+    for work in WORKS
+    for dtype in (torch.bfloat16, torch.float32)
+]  # fmt: skip
+
+
+def launches(target: str, work: str, dtype: torch.dtype, alpha: float = 1.0, noise: float = 0.4):
+    """All kernels of a training step, compiled."""
+    from triton_tools import ahead
+
+    from normnorm.triton_kernels import launch
+
+    case, last = WORKS[work]
+
+    def step() -> None:
+        x = torch.empty(case.shape, dtype=dtype)
+        if last:
+            x = x.to(memory_format=torch.channels_last)
+        weight = torch.empty(case.parameter_shape)
+        config = case.config("triton", noise_train=noise, channels_last=last, alpha=alpha)
+        seed = torch.tensor([1])
+        none = (None, None, None)
+        _, stats = launch.normal_norm_forward(x, *none, weight, weight, None, seed, None, *config)
+        launch.normal_norm_backward(
+            x, x, stats, weight, weight, None, seed, True, True, True, False, *config
+        )
+
+    return ahead.compiled(target, step)
+
+
+def cubin_of(compiled, folder: Path) -> Path:
+    path = folder / f"{compiled.name}.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    return path
+
+
+@pytest.mark.parametrize(("target", "work", "dtype"), COMBINATIONS)
+def test_no_kernel_spills_and_aligned_ones_move_whole_vectors(target, work, dtype, tmp_path):
+    found = launches(target, work, dtype)
+    assert len(found) >= 2
+    for compiled in found:
+        what = f"{compiled.name} of {work}, {compiled.spec}"
+        if target == "gfx942":
+            scratch = re.findall(r"; ScratchSize: (\d+)", compiled.asm["amdgcn"])
+            assert scratch, what
+            assert set(scratch) == {"0"}, f"{what}: {scratch} bytes of scratch memory"
+            assert "v_exp_f32" in compiled.asm["amdgcn"] or compiled.name not in ("forward",), what
+            continue
+        path = cubin_of(compiled, tmp_path)
+        (usage,) = sass.resources(path).values()
+        (code,) = sass.instructions(path).values()
+        assert usage["STACK"] == 0, f"{what}: a stack frame of {usage['STACK']} bytes"
+        assert usage["LOCAL"] == 0, what
+        assert not [i for i in code if re.match(r"(LDL|STL)\b", i)], what
+        check_vectors(compiled, code, dtype, what)
+
+
+# Kernels that write a tensor of the input's shape, and when.
+WRITES = ("forward", "backward", "stream_output")
+READS = (*WRITES, "stream_moments", "stream_lambda", "stream_x", "stream_gradient")
+
+
+def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> None:
+    """Tensors are read and written by as wide accesses as alignment, tile and walk allow."""
+    spec = compiled.spec
+    if compiled.name not in READS:
+        return
+    columns = spec.WALK == 2
+    each = spec.R * spec.L // (32 * compiled.kernel.metadata.num_warps)
+    elements = min(4 if columns else 16 // dtype.itemsize, spec.ALIGN, each)
+    bits = 8 * elements * dtype.itemsize
+    if bits < 64:
+        return
+    widths = r"64|128" if bits == 64 else "128"
+    reads = [i for i in code if re.match(rf"LDG\.E\S*\.({widths})\b", i)]
+    assert reads, f"{what}: no load of {bits} bits"
+    if compiled.name in WRITES:
+        assert any(re.match(rf"STG\.E\S*\.({widths})\b", i) for i in code), what
+    narrow = [i for i in code if re.match(r"(LDG|STG)\.E\S*\.(U8|U16|S16)\b", i)]
+    assert not narrow, f"{what}: {narrow[:3]}"
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+PROBES = ("forward", "forward with noise", "backward", "backward with noise")
+FEW, MANY, PROBED_WARPS = 2, 4, 4
+
+
+def per_element(target: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Instructions an element of the resident kernels: what two more tiles cost. With alpha 0, so
+    that the branch for small exponents, which is not taken as a rule, is not compiled."""
+    from normnorm.triton_kernels import table
+
+    plan_of = table.row_plan
+    counts: dict[str, list[collections.Counter]] = collections.defaultdict(list)
+    for tiles in (FEW, MANY):
+        WORKS["probe"] = (Case("layer", (64, 1024 * tiles), normalized_ndim=1), False)
+        table.row_plan = lambda *_, K=tiles, **__: table.Plan(1, 1024, K, PROBED_WARPS)
+        try:
+            for noise, suffix in ((0.0, ""), (0.4, " with noise")):
+                for compiled in launches(target, "probe", torch.bfloat16, 0.0, noise):
+                    if compiled.name in ("forward", "backward"):
+                        (code,) = sass.instructions(cubin_of(compiled, folder)).values()
+                        heads = collections.Counter(i.split(".")[0].split()[0] for i in code)
+                        heads["all"] = len(code)
+                        counts[compiled.name + suffix].append(heads)
+        finally:
+            table.row_plan = plan_of
+            del WORKS["probe"]
+    elements = (MANY - FEW) * 1024 / (32 * PROBED_WARPS)
+    return {
+        name: {
+            "instructions": (many["all"] - few["all"]) / elements,
+            "special": (many["MUFU"] - few["MUFU"]) / elements,
+        }
+        for name, (few, many) in counts.items()
+    }
+
+
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "sm_100"))]
+)
+def test_instruction_budgets(target, tmp_path):
+    """Within 5 % of the stored counts, either way: who saves instructions stores the new count
+    (``python tests/test_triton_static.py --update``)."""
+    stored = json.loads(BUDGETS.read_text()).get(triton_version())
+    if stored is None:
+        pytest.skip(f"no budgets are stored for Triton {triton_version()}")
+    measured = per_element(target, tmp_path)
+    assert measured.keys() == stored[target].keys() == set(PROBES)
+    for name, counts in measured.items():
+        for what, count in counts.items():
+            budget = stored[target][name][what]
+            assert abs(count - budget) <= 0.05 * budget, f"{name}: {count} {what}, budget {budget}"
+
+
+def test_normals_take_special_functions_and_no_stack(tmp_path):
+    """A sine and a cosine a pair of normals, where Triton's own would reduce angles of any size."""
+    for compiled in launches("sm_90", "layer rows of 768", torch.bfloat16):
+        if compiled.name != "forward":
+            continue
+        (code,) = sass.instructions(cubin_of(compiled, tmp_path)).values()
+        elements = compiled.spec.K * compiled.spec.L // (32 * compiled.kernel.metadata.num_warps)
+        for function in ("SIN", "COS"):
+            count = sum(i.startswith(f"MUFU.{function}") for i in code)
+            assert count == elements // 2
+        wide = sum(i.startswith("IMAD.WIDE.U32") for i in code)
+        # a product a 64-bit multiplication, two a round; the first rounds begin with constants
+        assert wide >= 18 * elements // 4
+
+
+def main() -> None:
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp())
+    measured = {t: per_element(t, folder) for t in ("sm_80", "sm_90", "sm_100")}
+    print(json.dumps(measured, indent=1))
+    if "--update" in sys.argv:
+        stored = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+        stored[triton_version()] = measured
+        BUDGETS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

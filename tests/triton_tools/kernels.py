@@ -1,0 +1,67 @@
+"""Small kernels around device functions of ``triton_kernels``, for the tests of those alone."""
+
+import triton
+import triton.language as tl
+
+from normnorm.triton_kernels.core import (
+    lambda_gradient,
+    lambda_weight,
+    make_exponents,
+    needs_care,
+)
+from normnorm.triton_kernels.noise import noise_words
+from normnorm.triton_kernels.rounds import gradient_round
+
+
+@triton.jit
+def words(seed, quads, out, stream, N: tl.constexpr, WIDE: tl.constexpr):
+    """Row 0: whether tl.philox differs; rows 1 to 4: the words of each quad."""
+    i = tl.arange(0, N)
+    each = tl.load(quads + i)
+    zero = tl.full([N], 0, tl.uint32)
+    p0, p1, p2, p3 = tl.philox(
+        tl.load(seed),
+        each.to(tl.uint32),
+        (each >> 32).to(tl.uint32),
+        tl.cast(stream, tl.uint32) + zero,
+        zero,
+    )
+    if not WIDE:
+        each = each.to(tl.int32)
+    w0, w1, w2, w3 = noise_words(tl.load(seed), stream, each)
+    differ = (w0 != p0).to(tl.int64) + (w1 != p1).to(tl.int64)
+    tl.store(out + i, differ + (w2 != p2).to(tl.int64) + (w3 != p3).to(tl.int64))
+    tl.store(out + N + i, w0.to(tl.int64))
+    tl.store(out + 2 * N + i, w1.to(tl.int64))
+    tl.store(out + 3 * N + i, w2.to(tl.int64))
+    tl.store(out + 4 * N + i, w3.to(tl.int64))
+
+
+@triton.jit
+def slopes(at, lmbdas, out, groups, N: tl.constexpr):
+    """x, dpsi/dh and dpsi/dlmbda at every h for every lmbda."""
+    i = tl.arange(0, N)
+    h = tl.load(at + i)
+    for group in range(groups):
+        lmbda = tl.load(lmbdas + group)
+        none = 0.0 * lmbda
+        exponents = make_exponents(lmbda, none)
+        gradient = lambda_gradient(lmbda, none, none, 1.0 + none, 1.0 + none, 2)
+        psi_h, psi_lmbda, _, x = gradient_round(
+            h, 1.0 + 0.0 * h, exponents, gradient, needs_care(exponents), False
+        )
+        tl.store(out + (3 * group) * N + i, x)
+        tl.store(out + (3 * group + 1) * N + i, psi_h)
+        tl.store(out + (3 * group + 2) * N + i, psi_lmbda)
+
+
+@triton.jit
+def weights(at, lmbda, slope, shift, q, alpha, out, N: tl.constexpr, ORDER: tl.constexpr):
+    """n dlmbda/dh of one group."""
+    h = tl.load(at + tl.arange(0, N))
+    t = tl.abs(h)
+    gradient = lambda_gradient(
+        tl.load(lmbda), tl.load(slope), tl.load(shift), tl.load(q), tl.load(alpha), ORDER
+    )
+    w = lambda_weight(h, t, tl.log(1.0 + t), 1.0 / (1.0 + t), gradient)
+    tl.store(out + tl.arange(0, N), w)
