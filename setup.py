@@ -281,7 +281,8 @@ def up_to_date(target: Path, command: list[str]) -> bool:
         target.exists() and depends.exists() and stamp.exists()
     ) or stamp.read_text() != shlex.join(command):
         return False
-    words = depends.read_text().replace("\\\n", " ").split()[1:]
+    # gcc writes "target: sources", nvcc "target : sources"
+    words = depends.read_text().replace("\\\n", " ").partition(":")[2].split()
     made = target.stat().st_mtime
     return all(os.path.exists(w) and os.path.getmtime(w) <= made for w in words)
 

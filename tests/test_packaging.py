@@ -208,6 +208,21 @@ def test_normnorm_cuda_0_asks_for_no_kernels_and_other_words_are_refused(build, 
         build.find_cuda()
 
 
+@pytest.mark.parametrize("colon", [":", " :"], ids=["gcc", "nvcc"])
+def test_an_object_is_compiled_again_only_where_something_changed(colon, build, tmp_path):
+    source, target = tmp_path / "a.cu", tmp_path / "a.o"
+    source.touch()
+    target.touch()
+    command = ["nvcc", "-c", str(source)]
+    (tmp_path / "a.d").write_text(f"{target}{colon} {source} \\\n    {source}\n")
+    assert not build.up_to_date(target, command)
+    (tmp_path / "a.cmd").write_text("nvcc -c " + str(source))
+    assert build.up_to_date(target, command)
+    assert not build.up_to_date(target, [*command, "-O3"])
+    os.utime(source, (target.stat().st_mtime + 5,) * 2)
+    assert not build.up_to_date(target, command)
+
+
 @pytest.fixture
 def builds(build, tmp_path, monkeypatch):
     """Runs the build command with a toolkit whose compiler fails: what each attempt was given."""
