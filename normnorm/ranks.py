@@ -11,8 +11,9 @@ process that holds all of it. What travels is small, a few numbers a channel:
 
 Messages are float64, so that the merge adds no rounding of its own, and nothing is read back to
 the host on the way: the same code serves gloo and NCCL. The passes between the messages are
-PyTorch operations on the definition's own pieces (:mod:`normnorm.reference`); noise, affine map
-and their gradients are one pass of the op each. While compiling, everything is traced.
+PyTorch operations on the definition's own pieces (:mod:`normnorm.reference`); the transform, noise
+and affine map, and the gradients of the latter are one pass of the op each. While compiling,
+everything is traced.
 """
 
 from __future__ import annotations
@@ -169,8 +170,7 @@ def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
 
     x = torch.empty_like(input, dtype=dtype)
     for piece in pieces:
-        h = _standardize(input, merged, piece)
-        x[:, piece] = reference.yeo_johnson(h, _spread(lmbda[piece], h), config.transform_eps)
+        x[:, piece] = _transform(_standardize(input, merged, piece), lmbda[piece], config)
     scale = torch.zeros_like(lmbda)
     if config.noise_train > 0.0:
         centre = (_all_reduce(_sums((x,)), group)[0] * share).to(dtype)
@@ -189,18 +189,30 @@ def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
     return _Saved(count, means, torch.stack([rows[row] for row in Row])), x
 
 
+# The op as a pass over values that are standardized already: frozen at mean 0, and at a variance
+# that its own eps completes to 1.
+_HALF = 0.5
+
+
+def _transform(h: Tensor, lmbda: Tensor, config: Config) -> Tensor:
+    """psi(h; lmbda), by the op."""
+    zero = torch.zeros_like(lmbda)
+    alone = config._replace(eps=_HALF, noise_train=0.0)
+    return normal_norm(h, (zero, zero + _HALF, lmbda), None, None, None, None, alone, False)[0]
+
+
 def _finish(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, scale: Tensor,
     config: Config,
 ) -> Tensor:  # fmt: skip
-    """Noise and affine map of transformed values: the op, frozen at mean 0, variance 1 and
-    lambda 1, where all that comes before them is the identity."""
+    """Noise and affine map of transformed values, by the op at lambda 1, where psi is the
+    identity."""
     zero = torch.zeros_like(scale)
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-    identity = config._replace(eps=0.5, alpha=0.0, order=2, transform_eps=0.0)
+    identity = config._replace(eps=_HALF, alpha=0.0, order=2, transform_eps=0.0)
     noise_scale = None if seed is None else scale
     return normal_norm(
-        x, (zero, zero + 0.5, zero + 1.0), weight, bias, seed, noise_scale, identity, False
+        x, (zero, zero + _HALF, zero + 1.0), weight, bias, seed, noise_scale, identity, False
     )[0]  # fmt: skip
 
 
