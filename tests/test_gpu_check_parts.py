@@ -65,7 +65,7 @@ def fake_path(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def section(tmp_path) -> stage.Section:
-    return stage.Section(tmp_path / "section.json", time.time() + 60, dry=False)
+    return stage.Section(tmp_path / "section.json", time.time() + 600, dry=False)
 
 
 @pytest.mark.parametrize(
