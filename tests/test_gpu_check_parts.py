@@ -439,6 +439,18 @@ def test_the_works_are_those_that_the_targets_speak_of():
     }  # fmt: skip
 
 
+def test_the_works_name_providers_and_networks_that_exist():
+    providers = benchmark.engine.PROVIDERS
+    for dry in (False, True):
+        every = [*works.first(dry), *works.last(dry), *works.definitions(dry)]
+        assert {name for item in every for name in item.providers} <= set(providers)
+        assert {network.unit for network in works.networks(dry)} == {"images", "tokens"}
+    resnet = works.networks(False)[0]
+    assert (resnet.name, resnet.dtype, resnet.memory_format) == (
+        "resnet50", "bfloat16", "channels_last",
+    )  # fmt: skip
+
+
 def test_a_target_without_all_its_rows_says_so():
     row = {
         "suite": "tokens", "layer": "LayerNormalNorm", "dtype": "bfloat16", "shape": [1, 2],
