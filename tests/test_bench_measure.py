@@ -16,7 +16,7 @@ from normnorm import reference
 from normnorm.bench import case as case_module
 from normnorm.bench import measure
 from normnorm.bench import networks as networks_module
-from normnorm.bench.case import Case, bound, worst_error
+from normnorm.bench.case import Case, bound, sums_in_storage, worst_error
 from normnorm.bench.providers import PROVIDERS, runnable
 from normnorm.bench.work import LAYERS, RESNET18, RESNET50, Work, WorkError, named_shapes, preset
 from normnorm.noise import draw_seed
@@ -176,6 +176,19 @@ def test_every_eager_provider_does_every_layer(work, dtype, mode):
         assert m.error <= m.bound
         assert m.ratio is None if m.provider == "copy" else m.ratio > 0
         assert (m.kept_bytes is None) == (mode == "eval" or m.provider == "copy")
+
+
+def test_torchs_running_sums_in_bfloat16_are_allowed_for_and_no_others():
+    work = Work(layer="LayerNormalNorm", shape=(4096, 16), dtype="bfloat16", suite="test")
+    rows = measure.measure(work, ["torch", "normnorm-cpu"], CPU, BRIEF)
+    assert {m.status for m in rows} == {"ok"}
+    bounds = {m.provider: m.bound for m in rows}
+    assert bounds["normnorm-cpu"] == bound(work) < 0.02
+    assert bounds["torch"] == bound(work) + sums_in_storage(work) > 0.4
+    (batch,) = measure.measure(
+        replace(SMALL[0], dtype="bfloat16", operations=("full",)), ["torch"], CPU, BRIEF
+    )
+    assert batch.bound == bound(replace(SMALL[0], dtype="bfloat16"))
 
 
 def test_channels_last_inputs_stay_so_and_are_checked():

@@ -14,7 +14,7 @@ from normnorm.bench.work import EPS, LAYERS, Work
 from normnorm.noise import draw_seed, standard_normals
 from normnorm.statistics import statistics_dtype
 
-__all__ = ["Case", "Runner", "bound", "worst_error"]
+__all__ = ["Case", "Runner", "bound", "sums_in_storage", "worst_error"]
 
 # Elements that the float64 reference works on at a time: it keeps some forty numbers for each.
 _CHUNK = 1 << 22
@@ -86,19 +86,26 @@ class Case:
             values += 0.3 * values.square()
             self.inputs.append(laid_out(values).requires_grad_())
             self.grads.append(laid_out(normal(*work.shape)))
-        n, dtype = work.parameters, work.parameter_dtype
+        n, dtype = work.parameters, self.parameter_dtype
         self.weight = (1 + 0.2 * normal(n)).to(dtype)
         self.bias = (0.2 * normal(n)).to(dtype)
         if work.kind == "batch":
             spread = 1.2 + 0.3 * normal(n).abs()
             self.running = torch.stack([0.3 + 0.1 * normal(n), spread, 1 - 0.2 * normal(n).abs()])
 
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """float32, as in mixed-precision training; but torch's layer and group norm ask for the
+        input's own on a GPU."""
+        own = self.device.type == "cuda" and self.work.kind in ("layer", "group")
+        return self.work.torch_dtype if own else torch.float32
+
     def module(self, ours: bool) -> Any:
         """The layer, ours or torch's, with this case's parameters, in this case's mode."""
         work = self.work
         layer = LAYERS[work.layer]
         sizes, keywords = work.constructor()
-        factory = {"device": self.device, "dtype": work.parameter_dtype}
+        factory = {"device": self.device, "dtype": self.parameter_dtype}
         made: Any = (layer.ours if ours else layer.torchs)(*sizes, **keywords, **factory)
         made.train(work.mode != "eval")
         if ours and work.mode == "quiet":
@@ -226,8 +233,16 @@ def bound(work: Work) -> float:
     plain accumulation does to random summands.
     """
     unit = torch.finfo(statistics_dtype(work.torch_dtype)).eps
-    longest = max(work.group_size, work.elements // work.parameters)
-    return 2 * torch.finfo(work.torch_dtype).eps + (16 + longest**0.5) * unit
+    return 2 * torch.finfo(work.torch_dtype).eps + (16 + _longest_sum(work) ** 0.5) * unit
+
+
+def sums_in_storage(work: Work) -> float:
+    """What is allowed beyond :func:`bound` where long sums are kept in the dtype of storage."""
+    return _longest_sum(work) ** 0.5 * torch.finfo(work.torch_dtype).eps
+
+
+def _longest_sum(work: Work) -> int:
+    return max(work.group_size, work.elements // work.parameters)
 
 
 def worst_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:

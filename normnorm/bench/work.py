@@ -135,12 +135,6 @@ class Work:
         return DTYPES[self.dtype]
 
     @property
-    def parameter_dtype(self) -> torch.dtype:
-        """float32, as in mixed-precision training; torch's layer and group norm on a GPU ask for
-        the input's own."""
-        return self.torch_dtype if self.kind in ("layer", "group") else torch.float32
-
-    @property
     def torch_memory_format(self) -> torch.memory_format:
         if self.memory_format == "contiguous":
             return torch.contiguous_format
