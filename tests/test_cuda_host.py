@@ -124,6 +124,35 @@ def test_the_ladder_chooses(kernels, multiprocessors, clusters):
     assert len(rungs) >= 2
 
 
+WAITING = {  # cases whose blocks wait for one another, by the rung that the ladder gives them
+    "cluster": (("layer", (2, 12000), {"normalized_ndim": 1}), False, 60000),
+    "grid": (("layer", (2, 190000), {"normalized_ndim": 1}), False, 60000),
+    "tiles": (("batch", (40, 16, 4, 4), {}), True, 232448),
+}
+RUNG_OF = {"cluster": 2, "grid": 3, "tiles": 3}
+
+
+@pytest.mark.parametrize("case", WAITING)
+def test_blocks_that_would_not_run_at_once_are_never_launched(kernels, case):
+    """They would wait for ever; the ladder goes on to a rung whose blocks need not meet."""
+    shape, columns, shared = WAITING[case]
+
+    def serve(**device):
+        kernels.device(8, shared, True, **device)
+        call, g = make(shape, torch.float32, columns, noise_train=1.0)
+        if not columns:
+            call.weight = call.bias = None
+        rung = kernels.plan(call._problem(call.input, None), False)[0]
+        check(kernels, call, g)
+        return rung
+
+    assert serve() == RUNG_OF[case]
+    assert serve(at_once=1) in (1, 4)  # a block, or streaming
+    if RUNG_OF[case] == 3:
+        assert serve(cooperative=False) == 4
+        assert serve(refuse_cooperative=True) == 3  # planned, refused at the launch, and streamed
+
+
 @pytest.mark.parametrize("order", ORDERS[1:])
 @pytest.mark.parametrize("rung", ROW_RUNGS)
 def test_thread_orders_agree_bitwise(kernels, rung, order):
@@ -251,6 +280,50 @@ def test_strided_images(kernels):
     check(kernels, call, g.to(memory_format=torch.channels_last))
     call.input = channels_last[:, 3:7]
     check(kernels, call, g.to(memory_format=torch.channels_last))
+
+
+# --- sizes beyond 32 bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_offsets_beyond_32_bits(kernels, dtype, columns):
+    """Where the kernels find an element of a tensor that could not be allocated here."""
+    outer, inner, runs, length = 3, 5, 70_001, 4096
+    run = 16 * 5 * 4096 * 5  # elements from one run to the next: the last one begins beyond 2^36
+    strides = (runs * run, 1 if columns else length, run)
+    problem = {
+        "storage": harness.STORAGE[dtype],
+        "geometry": [int(columns), outer, inner, runs, 1 if columns else length],
+        "position": tuple(s * 3 for s in strides),
+        "input": (0, strides),
+    }
+    per_chunk = 4 if columns or dtype == torch.float64 else 16 // dtype.itemsize
+    last = 0 if columns else 4096 - 8
+    for o, i, r, at in [(0, 0, 0, 0), (2, 4, 70_000, last), (1, 3, 69_999, 0)]:
+        element = o * strides[0] + i * strides[1] + r * run + at
+        start = 3 * (o * strides[0] + r * run)
+        noise = start + (i if columns else 3 * i * strides[1] + at)
+        got = kernels.offsets(problem, o * inner + i, r, at // per_chunk if not columns else 0)
+        assert got == (element * dtype.itemsize, noise // 4), (o, i, r, at)
+
+
+def test_sizes_that_are_refused(kernels):
+    """By a sentence, and by the launchers: what 32 bits could not count."""
+    small = [0, 3, 5, 7, 64]
+    assert kernels.refusal({"geometry": small}) is None
+    for geometry, said in (
+        ([0, 2**20, 2**12, 1, 8], "4294967296 groups"),
+        ([0, 1, 1, 2**20, 2**15], "chunks"),
+        ([1, 1, 2**21, 4, 2**10], "2147483648 columns"),
+        ([1, 1, 4, 2**31, 1], "2147483648 rows"),
+    ):
+        assert said in kernels.refusal({"geometry": geometry})
+    call, _ = make(ROWS["layer"], torch.float32)
+    problem = call._problem(call.input, None)
+    problem["geometry"] = [0, 2**20, 2**12, 1, 8]
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        kernels.forward(problem)
 
 
 # --- options -----------------------------------------------------------------------------------

@@ -195,13 +195,20 @@ NN_HD PolarPair<double> polar_pair(uint32_t radius_word, uint32_t angle_word, do
   return {1.0, both.first, both.second};
 }
 
-// The keys of all rounds, made once a group: as cheap as a register each, where making them anew for every four elements
-// would cost as much as half of the generator.
+// The keys of all rounds, made once a group: making them anew for every four elements would cost as much as half of the
+// generator. Whole warps must come here together: on a GPU the seed passes through a reduction over the warp, not for
+// its sake, but because the compiler then knows that all lanes have the same keys and keeps them in uniform registers,
+// of which there are plenty, instead of twenty of each thread's own.
 struct PhiloxSchedule {
   uint32_t key[2 * kPhiloxRounds];
 
+  NN_HD PhiloxSchedule() : key{} {}  // where nothing will be drawn
   NN_HD explicit PhiloxSchedule(uint64_t seed) {
     PhiloxKeys keys{uint32_t(seed), uint32_t(seed >> 32)};
+#if defined(__CUDA_ARCH__)
+    keys.first = __reduce_or_sync(0xffffffffu, keys.first);
+    keys.second = __reduce_or_sync(0xffffffffu, keys.second);
+#endif
     for (int round = 0; round < kPhiloxRounds; ++round) {
       key[2 * round] = keys.first, key[2 * round + 1] = keys.second;
 #if defined(__CUDA_ARCH__)

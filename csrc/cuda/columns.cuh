@@ -6,6 +6,7 @@
 
 #include "rounds.cuh"
 #include "rows.cuh"
+#include "rows_stream.cuh"
 #include "team.cuh"
 
 namespace normnorm {
@@ -13,7 +14,7 @@ namespace cuda {
 namespace {
 
 constexpr int kTileChunks = 8;       // 128 bytes of a row: one line of memory
-constexpr int kColumnThreads = 256;
+constexpr int kColumnThreads = 128;  // for their registers, two or four blocks share a multiprocessor
 constexpr int kColumnRows = kColumnThreads / kTileChunks;  // rows that a block reads at a time
 constexpr int kColumnWarps = kColumnThreads / 32;
 template <class T>
@@ -51,27 +52,35 @@ __device__ inline ColumnPlace locate_column(const ColumnsArgs<RealOf<T>>& a) {
   return p;
 }
 
+template <class T>
+__device__ inline const T* row_address(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row) {
+  return static_cast<const T*>(tensor) + int64_t(p.outer) * s.outer + int64_t(row) * s.run + p.column;
+}
+
 template <class T, bool kRagged>
 __device__ inline void read_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
                                 RealOf<T> (&out)[kChunkOf<T>]) {
-  const T* at = static_cast<const T*>(tensor) + int64_t(p.outer) * s.outer + int64_t(row) * s.run + p.column;
-  if constexpr (kRagged) load_span(at, p.span, out);
-  else load_chunk(at, out);
+  if constexpr (kRagged) load_span(row_address<T>(tensor, s, p, row), p.span, out);
+  else load_chunk(row_address<T>(tensor, s, p, row), out);
 }
 template <class T, bool kRagged>
 __device__ inline void write_row(void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
                                  const RealOf<T> (&in)[kChunkOf<T>]) {
-  T* at = static_cast<T*>(tensor) + int64_t(p.outer) * s.outer + int64_t(row) * s.run + p.column;
+  T* at = const_cast<T*>(row_address<T>(tensor, s, p, row));
   if constexpr (kRagged) store_span(at, p.span, in);
   else store_chunk(at, in);
 }
 
+// Where a row begins in the order of the noise.
+__device__ inline int64_t row_position(const Strides& s, const ColumnPlace& p, uint32_t row) {
+  return int64_t(p.outer) * s.outer + int64_t(row) * s.run;
+}
+
 // The standard normals of a chunk of a row, without kNormalUnit.
 template <bool kRagged, int N, class Real>
-__device__ __forceinline__ void row_normals(const RowsArgs<Real>& a, const ColumnPlace& p, uint32_t row, const PhiloxSchedule& keys,
-                                            Real (&z)[N]) {
-  const int64_t start = int64_t(p.outer) * a.at_noise.outer + int64_t(row) * a.at_noise.run;
-  const GroupPlace origin = {0, 0, 0, 0, 0, start, 0};
+__device__ __forceinline__ void row_normals(const RowsArgs<Real>& a, const ColumnPlace& p, uint32_t row,
+                                            const PhiloxSchedule& keys, Real (&z)[N]) {
+  const GroupPlace origin = {0, 0, 0, 0, 0, row_position(a.at_noise, p, row), 0};
   const ChunkPlace chunk = {0, 0, p.column, p.span, false};
   if constexpr (kRagged) {
     unaligned_normals<N>(a, origin, chunk, keys, z);
@@ -83,12 +92,38 @@ __device__ __forceinline__ void row_normals(const RowsArgs<Real>& a, const Colum
   }
 }
 
-// f(row) over a thread's rows. Threads whose chunk lies past the last column have none.
-template <class Real, class F>
-__device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, F f) {
-  if (p.span.hi == 0) return;
-#pragma unroll 1
-  for (uint32_t row = p.split * kColumnRows + p.y; row < a.walk.runs; row += a.splits * kColumnRows) f(row);
+// f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have none.
+template <class Raw, int kAhead, class Real, class Load, class F>
+__device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, Load load, F f) {
+  const uint32_t end = p.span.hi == 0 ? 0 : a.walk.runs;
+  each_ahead<Raw, kAhead>(p.split * kColumnRows + p.y, end, a.splits * kColumnRows, load, f);
+}
+
+// A chunk of a row in two steps, as fetch() and values() of the rows walk.
+template <class T, bool kRagged>
+__device__ __forceinline__ void fetch_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
+                                          Fetched<T, kRagged>& out) {
+  if constexpr (!kRagged) out.raw = *reinterpret_cast<const Packed*>(row_address<T>(tensor, s, p, row));
+}
+template <class T, bool kRagged>
+__device__ __forceinline__ void row_values(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
+                                           const Fetched<T, kRagged>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
+  if constexpr (kRagged) load_span(row_address<T>(tensor, s, p, row), p.span, out);
+  else unpack_chunk<T>(fetched.raw, out);
+}
+
+// The same over the input alone: f(row, values).
+template <class T, bool kRagged, class F>
+__device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
+  using Raw = Fetched<T, kRagged>;
+  const RowsArgs<RealOf<T>>& w = a.walk;
+  each_row<Raw, kRagged ? 1 : 4>(
+      a, p, [&](uint32_t row, Raw& raw) { fetch_row<T, kRagged>(w.input, w.at_input, p, row, raw); },
+      [&](uint32_t row, const Raw& raw) {
+        RealOf<T> u[kChunkOf<T>];
+        row_values<T, kRagged>(w.input, w.at_input, p, row, raw, u);
+        f(row, u);
+      });
 }
 
 // Adds up what the threads of a block have for each column: totals[k][column of the tile], seen by all threads.
@@ -193,8 +228,9 @@ __device__ inline void column_parameters(const void* data, bool in_storage, Real
     out[j] = data != nullptr && j < p.span.hi ? load_parameter<T>(data, in_storage, p.column + j) : missing;
 }
 
-// The backward reduction of a thread's columns: gradient_round() with the constants in registers.
-template <int N, class Real>
+// The backward reduction of a thread's columns: gradient_round() with the constants in registers, of which ragged
+// kernels have fewer to spare.
+template <bool kRagged, int N, class Real>
 struct ColumnGradients {
   ColumnScales<N, Real> scales;
   Slant<Real> slant[N];
@@ -211,13 +247,18 @@ struct ColumnGradients {
     }
   }
 
+  __device__ Real standardize(int j, Real u, const GroupConstants<Real>* constants) const {
+    return kRagged ? constants[j].standardize(u) : scales.standardize(j, u);
+  }
+
   // noise: in the unit of x. A weight within the group is the sums' own; one that is the group's may be left to
   // finish_gradient().
   template <Care kCare>
   __device__ __forceinline__ Slopes<Real> add(int j, Real h, Real g, Real weight, Real noise,
                                               const GroupConstants<Real>* constants) {
+    const LambdaGradient<Real>& line = kRagged ? constants[j].lmbda : lmbda[j];
     Real terms[5] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j], sums[4][j]};
-    const Slopes<Real> s = gradient_round<kCare>(h, g * weight, slant[j], constants[j].exponents, lmbda[j], terms);
+    const Slopes<Real> s = gradient_round<kCare>(h, g * weight, slant[j], constants[j].exponents, line, terms);
 #pragma unroll
     for (int i = 0; i < 5; ++i) sums[i][j] = terms[i];
     sums[5][j] += g;

@@ -27,19 +27,20 @@ class ColumnsPass {
     d.groups = slabs_;
     d.chunks = g.runs * kTileChunks;
     d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
-    d.register_chunks = backward ? kBackwardRegister<T> : kForwardRegister<T>;
-    d.static_shared = 32768;
+    d.team_register_chunks = backward ? kColumnBackwardRegister<T> : kForwardRegister<T>;
+    d.largest_block = kColumnThreads;
+    d.static_shared = 24576;
     chunk_bytes_ = size_t(d.chunk_bytes);
     const bool resident = a_.width == 1 && !(p.frozen && !backward);
     plan_ = resident ? choose_tile_plan(d, device, kColumnThreads, p.force) : Plan();
+    if (plan_.rung == Rung::kGrid && !runs_at_once(tile_kernel(backward), tile_start(), device)) plan_ = Plan();
     Carver carver(p.workspace);
     if (plan_.rung == Rung::kGrid) {
       sync_.blocks = unsigned(plan_.blocks);
       sync_.counters = carver.take<unsigned>(plan_.teams);
       sync_.partial = carver.take<Real>(int64_t(plan_.teams) * 2 * plan_.blocks * kMaxSums * kTileColumns<T>);
-    } else {
-      place_stream(carver, device);
     }
+    place_stream(carver, device);  // beside the co-operating blocks' as well, in case the device will not have them
     if (backward) {
       a_.walk.weight_part = part_of(carver, p.grad_weight);
       a_.walk.bias_part = part_of(carver, p.grad_bias);
@@ -64,7 +65,7 @@ class ColumnsPass {
     const int64_t wanted = divide_up(int64_t(device.multiprocessors) * (2048 / kColumnThreads), slabs_);
     a_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : wanted < most ? wanted : most);
     blocks_ = unsigned(slabs_ * a_.splits);
-    plan_ = {Rung::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
+    if (plan_.rung != Rung::kGrid) plan_ = {Rung::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
     a_.part = carver.take<Real>(int64_t(blocks_) * kMaxSums * kTileColumns<T>);
     a_.mean = carver.take<Real>(p_.geometry.groups());
     a_.sums = carver.take<Real>(p_.geometry.groups() * kMaxSums);
@@ -106,22 +107,34 @@ class ColumnsPass {
   }
 
   using TileKernel = void (*)(const ColumnsArgs<Real>, typename TileTeam<T>::Sync);
-  int start_tiles(TileKernel kernel) const {
+  Start tile_start() const {
     Start s;
     s.threads = kColumnThreads;
     s.grid = unsigned(plan_.teams * plan_.blocks);
     s.shared = size_t(plan_.shared_chunks) * chunk_bytes_ * kColumnThreads;
     s.cooperative = true;
     s.stream = stream_;
+    return s;
+  }
+  TileKernel tile_kernel(bool backward) const {
+    return ragged_ ? tile_kernel_as<true>(backward) : tile_kernel_as<sizeof(T) == 8>(backward);
+  }
+  template <bool kRagged>
+  TileKernel tile_kernel_as(bool backward) const {
+    if (backward) return column_backward<T, kRagged>;
+    return p_.noise.on ? column_forward<T, kRagged, true> : column_forward<T, kRagged, false>;
+  }
+  int start_tiles(TileKernel kernel) const {
     if (const int e = zero(sync_.counters, size_t(plan_.teams) * sizeof(unsigned), stream_)) return e;
-    return start(kernel, s, a_, sync_);
+    return start(kernel, tile_start(), a_, sync_);
   }
 
   template <bool kRagged>
   int forward_as() const {
-    if (plan_.rung == Rung::kGrid)
-      return start_tiles(p_.noise.on ? column_forward<T, kRagged, true> : column_forward<T, kRagged, false>);
-    int e = 0;
+    int e = kNotAtOnce;
+    if (plan_.rung == Rung::kGrid) e = start_tiles(tile_kernel(false));
+    if (e != kNotAtOnce) return e;
+    e = 0;
     if (!p_.frozen) {
       e = round(column_moments<T, kRagged>, column_finish<T, Finish::kMoments>);
       if (!e) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>);
@@ -136,8 +149,10 @@ class ColumnsPass {
 
   template <bool kRagged>
   int backward_as() const {
-    if (plan_.rung == Rung::kGrid) return start_tiles(column_backward<T, kRagged>);
-    int e = round(column_gradient<T, kRagged, true>, column_finish<T, Finish::kGradient>);
+    int e = kNotAtOnce;
+    if (plan_.rung == Rung::kGrid) e = start_tiles(tile_kernel(true));
+    if (e != kNotAtOnce) return e;
+    e = round(column_gradient<T, kRagged, true>, column_finish<T, Finish::kGradient>);
     if (!e && p_.output.data) e = round(column_gradient<T, kRagged, false>);
     return e;
   }

@@ -9,6 +9,10 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
+// Chunks of a thread in registers: fewer than of rows, because the constants of its columns are there as well.
+template <class T>
+constexpr int kColumnBackwardRegister = sizeof(T) == 8 ? 2 : 8 / kChunkOf<T>;
+
 // The blocks that hold one tile. A cooperative launch, as GridTeam.
 template <class T>
 class TileTeam {
@@ -20,9 +24,9 @@ class TileTeam {
   using Sync = typename GridTeam<Real>::Sync;  // partial: [team][2][blocks][kMaxSums][kColumns]
 
   __device__ explicit TileTeam(Sync sync) : sync_(sync) {}
-  __device__ uint32_t block() const { return blockIdx.x / count(); }
+  __device__ uint32_t block() const { return blockIdx.x % sync_.blocks; }
   __device__ uint32_t blocks() const { return sync_.blocks; }
-  __device__ uint32_t index() const { return blockIdx.x % count(); }
+  __device__ uint32_t index() const { return blockIdx.x / sync_.blocks; }
   __device__ uint32_t count() const { return gridDim.x / sync_.blocks; }
 
   // Each column's totals over all rows of the tile, seen by all threads of the team.
@@ -92,8 +96,11 @@ class ForwardTile {
 
   __device__ __forceinline__ void moments() {
     Real total[1][N] = {};
-    held_.template each<false, true>([&](Chunk x, uint32_t row, uint32_t) {
-      read_row<T, kRagged>(a_.walk.input, a_.walk.at_input, p_, row, x[0]);
+    using Raw = Fetched<T, kRagged>;
+    const RowsArgs<Real>& w = a_.walk;
+    const auto load = [&](uint32_t row, Raw& raw) { fetch_row<T, kRagged>(w.input, w.at_input, p_, row, raw); };
+    held_.template fill<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& raw) {
+      row_values<T, kRagged>(w.input, w.at_input, p_, row, raw, x[0]);
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
     });
@@ -229,7 +236,7 @@ class ForwardTile {
 };
 
 template <class T, bool kRagged, bool kNoise>
-__global__ void __launch_bounds__(kColumnThreads, 1)
+__global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce)
 column_forward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
   __shared__ TileShared<T> shared;
   TileTeam<T> team(sync);
@@ -249,7 +256,7 @@ column_forward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) 
 }
 
 template <class T, bool kRagged>
-__global__ void __launch_bounds__(kColumnThreads, 1)
+__global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce)
 column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
@@ -257,30 +264,42 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync)
   __shared__ TileShared<T> shared;
   TileTeam<T> team(sync);
   const bool noisy = a.walk.noise && a.walk.weight_part != nullptr;
+  const PhiloxSchedule keys(noisy ? uint64_t(*a.walk.seed) : 0);
   const uint32_t slabs = a.walk.groups / a.columns * a.tiles;
 #pragma unroll 1
   for (uint32_t slab = team.index(); slab < slabs; slab += team.count()) {
     const ColumnPlace p = locate_tile<T>(a, slab);
     load_tile<T>(a, p, shared.of);
-    Held<Real, N, kBackwardRegister<T>, 3> held(p.span.hi > 0 ? a.walk.runs : 0, team.block() * kColumnRows + p.y,
+    Held<Real, N, kColumnBackwardRegister<T>, 3, true, 1> held(p.span.hi > 0 ? a.walk.runs : 0, team.block() * kColumnRows + p.y,
                                                 team.blocks() * kColumnRows);
     const GroupConstants<Real>* constants = shared.of + p.x * N;
-    ColumnGradients<N, Real> pass(constants, p.span);
+    ColumnGradients<kRagged, N, Real> pass(constants, p.span);
     with_care(pass.care, [&](auto tag) {
-      held.template each<false, true>([&](Chunk kept, uint32_t row, uint32_t) {
+      struct Raw {
+        Fetched<T, kRagged> u, g;
+      };
+      const auto load = [&](uint32_t row, Raw& raw) {
+        fetch_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u);
+        fetch_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g);
+      };
+      const auto hint = [&](uint32_t row) {
+        expect(row_address<T>(a.walk.input, a.walk.at_input, p, row));
+        expect(row_address<T>(a.walk.grad, a.walk.at_grad, p, row));
+      };
+      held.template fill<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& raw) {
         Real g[N], z[N] = {};
-        read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, kept[2]);
-        read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
-        if (noisy) row_normals<kRagged>(a.walk, p, row, PhiloxSchedule(uint64_t(*a.walk.seed)), z);
+        row_values<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u, kept[2]);
+        row_values<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g, g);
+        if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           if (kRagged && !p.span.has(j)) continue;
-          const Real h = pass.scales.standardize(j, kept[2][j]);
+          const Real h = pass.standardize(j, kept[2][j], constants);
           const Slopes<Real> s =
               pass.template add<tag.value>(j, h, g[j], Real(1), gradient_noise(a.walk, constants[j]) * z[j], constants);
           kept[0][j] = s.through_h, kept[1][j] = s.w, kept[2][j] = h;
         }
-      });
+      }, hint);
     });
     pass.natural();
     team.sum(pass.sums, shared.totals);

@@ -10,7 +10,7 @@ namespace {
 
 // Round 1: as stream_moments(), for each column around a pilot of its own.
 template <class T, bool kRagged>
-__global__ void __launch_bounds__(kColumnThreads, 2) column_moments(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ Real totals[kMaxSums][kTileColumns<T>];
@@ -29,9 +29,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_moments(const Column
     const Real count = totals[1][p.x * N + j];
     centre[j] = count > Real(0) ? totals[0][p.x * N + j] / count : Real(0);
   }
-  each_row(a, p, [&](uint32_t row) {
-    Real u[N];
-    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+  each_input_row<T, kRagged>(a, p, [&](uint32_t, const Real (&u)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Real d = u[j] - centre[j];
@@ -55,7 +53,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_moments(const Column
 
 // Round 2.
 template <class T, bool kRagged>
-__global__ void __launch_bounds__(kColumnThreads, 2) column_lambda(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   const ColumnPlace p = locate_column<T, kRagged>(a);
@@ -69,9 +67,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_lambda(const Columns
     shift[j] = -stats[int64_t(kMeanLow) * a.walk.groups] * rstd[j];
   }
   LambdaSums<Real> terms[N];
-  each_row(a, p, [&](uint32_t row) {
-    Real u[N];
-    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
+  each_input_row<T, kRagged>(a, p, [&](uint32_t, const Real (&u)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) terms[j].add((u[j] - mean[j]) * rstd[j] + shift[j]);
   });
@@ -94,7 +90,7 @@ __device__ __forceinline__ void reread_row(Real (&x)[N], const ColumnScales<N, R
 
 // Rounds 3 and 4.
 template <class T, bool kRagged, bool kDeviation>
-__global__ void __launch_bounds__(kColumnThreads, 2) column_sum_x(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
@@ -112,9 +108,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_sum_x(const ColumnsA
   const ColumnScales<N, Real> scales(tile + p.x * N);
   const ColumnSlants<N, Real> slants(tile + p.x * N, ones, p.span);
   with_care(slants.care, [&](auto tag) {
-    each_row(a, p, [&](uint32_t row) {
-      Real x[N];
-      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, x);
+    each_input_row<T, kRagged>(a, p, [&](uint32_t, Real (&x)[N]) {
       reread_row<tag.value>(x, scales, slants, tile + p.x * N, ones);
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[0][j] += kDeviation ? absolute(x[j] - mean[j]) : x[j];
@@ -125,7 +119,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_sum_x(const ColumnsA
 
 // Round 5; also the whole of a frozen layer's forward pass.
 template <class T, bool kRagged, bool kNoise>
-__global__ void __launch_bounds__(kColumnThreads, 2) column_output(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, 4) column_output(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
@@ -141,9 +135,8 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_output(const Columns
   const ColumnScales<N, Real> scales(constants);
   const ColumnSlants<N, Real> slants(constants, weight, p.span);
   with_any_care(slants.care, [&](auto tag) {
-    each_row(a, p, [&](uint32_t row) {
-      Real x[N], z[N] = {};
-      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, x);
+    each_input_row<T, kRagged>(a, p, [&](uint32_t row, Real (&x)[N]) {
+      Real z[N] = {};
       if constexpr (kNoise) row_normals<kRagged>(a.walk, p, row, keys, z);
       reread_row<tag.value>(x, scales, slants, constants, weight);
 #pragma unroll
@@ -155,7 +148,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_output(const Columns
 
 // The backward reduction, and the gradient of the input from its totals.
 template <class T, bool kRagged, bool kSums>
-__global__ void __launch_bounds__(kColumnThreads, 1) column_gradient(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
@@ -176,17 +169,29 @@ __global__ void __launch_bounds__(kColumnThreads, 1) column_gradient(const Colum
   const GroupConstants<Real>* constants = tile + p.x * N;
   Real weight[N];
   column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
-  ColumnGradients<N, Real> pass(constants, p.span);
+  ColumnGradients<kRagged, N, Real> pass(constants, p.span);
   with_care(pass.care, [&](auto tag) {
-    each_row(a, p, [&](uint32_t row) {
+    struct Raw {
+      Fetched<T, kRagged> u, g;
+    };
+    const auto load = [&](uint32_t row, Raw& raw) {
+      const uint64_t ahead = row + 3ull * a.splits * kColumnRows;  // the sums leave few registers to read ahead
+      if (ahead < a.walk.runs) {
+        expect(row_address<T>(a.walk.input, a.walk.at_input, p, uint32_t(ahead)));
+        expect(row_address<T>(a.walk.grad, a.walk.at_grad, p, uint32_t(ahead)));
+      }
+      fetch_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u);
+      fetch_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g);
+    };
+    each_row<Raw, kRagged || kSums ? 1 : 2>(a, p, load, [&](uint32_t row, const Raw& raw) {
       Real u[N], g[N], z[N] = {};
-      read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, u);
-      read_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, g);
+      row_values<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u, u);
+      row_values<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g, g);
       if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         if (kRagged && !p.span.has(j)) continue;
-        const Real h = pass.scales.standardize(j, u[j]);
+        const Real h = pass.standardize(j, u[j], constants);
         const Real noise = kSums ? gradient_noise(a.walk, constants[j]) * z[j] : Real(0);
         const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], weight[j], noise, constants);
         if constexpr (!kSums) u[j] = gradients[p.x * N + j](s.through_h, s.w, h);

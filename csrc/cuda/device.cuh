@@ -16,6 +16,22 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
+// v, of which the compiler knows nothing: what is computed from it is computed anew, instead of being kept in registers
+// for longer than it is worth.
+__device__ inline uint32_t opaque(uint32_t v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+// Brings memory that will be read as far as L2: what lies ahead of a thread that has no registers to read it into.
+__device__ inline void expect(const void* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Clusters of blocks; before sm_90 there is none, and the launchers ask for none.
 #if defined(__CUDACC__)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900

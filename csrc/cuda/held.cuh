@@ -2,6 +2,8 @@
 // shared memory, each thread in slots of its own, so that keeping needs no barrier.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace normnorm {
@@ -13,8 +15,23 @@ struct alignas(16) Four {
   Real v[4];
 };
 
+struct NoHint {
+  __device__ void operator()(uint32_t) const {}
+};
+
+// Chunks asked for at a time on the way to shared memory, as registers allow.
+template <int kInRegisters, int kPlanes>
+constexpr uint32_t chunks_ahead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return kPlanes == 1 ? 4 : 1;
+#else
+  return kPlanes == 1 ? 4 : kInRegisters > 8 ? 1 : 2;
+#endif
+}
+
 // kPlanes numbers an element; kRegister chunks of N elements a thread in registers; kShared: shared memory as well.
-template <class Real, int N, int kRegister, int kPlanes, bool kShared = true>
+template <class Real, int N, int kRegister, int kPlanes, bool kShared = true,
+          uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>()>
 class Held {
  public:
   using Chunk = Real[kPlanes][N];
@@ -36,7 +53,54 @@ class Held {
     if constexpr (kShared) each_shared<kRead, kWrite>(f);
   }
 
+  // The first round: load(chunk number, raw) asks for a chunk, f(values, chunk number, register slot or kRegister, raw)
+  // leaves what is to be kept. As many chunks as fit are asked for before the first is waited for: a memory of
+  // 700 ns wants 26 KB under way in every multiprocessor.
+  // hint(chunk number) is called kHinted chunks before load().
+  template <class Raw, class Load, class F, class Hint = NoHint>
+  __device__ __forceinline__ void fill(Load load, F f, Hint hint = {}) {
+    if constexpr (kShared && !std::is_same_v<Hint, NoHint>)
+      for (uint32_t i = kRegister; i < kRegister + kHinted && i < mine_; ++i) hint(rank_ + i * size_);
+    Raw raw[kRegister];
+#pragma unroll
+    for (uint32_t i = 0; i < kRegister; ++i) {
+      if (i >= mine_) break;
+      load(rank_ + i * size_, raw[i]);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kRegister; ++i) {
+      if (i >= mine_) break;
+      f(register_[i], rank_ + i * size_, i, raw[i]);
+    }
+    if constexpr (kShared) fill_shared<Raw>(load, f, hint);
+  }
+
  private:
+  static constexpr uint32_t kHinted = 4;
+
+  template <class Raw, class Load, class F, class Hint>
+  __device__ __forceinline__ void fill_shared(Load load, F f, Hint hint) {
+    NN_DYNAMIC_SHARED(raw_shared);
+    Four<Real>* slot = reinterpret_cast<Four<Real>*>(raw_shared) + threadIdx.x;
+#pragma unroll 1
+    for (uint32_t i = kRegister; i < mine_; i += kAhead) {
+      Raw raw[kAhead];
+#pragma unroll
+      for (uint32_t k = 0; k < kAhead; ++k) {
+        if (i + k + kHinted < mine_) hint(rank_ + (i + k + kHinted) * size_);
+        if (i + k < mine_) load(rank_ + (i + k) * size_, raw[k]);
+      }
+#pragma unroll
+      for (uint32_t k = 0; k < kAhead; ++k) {
+        if (i + k >= mine_) break;
+        Chunk values;
+        f(values, rank_ + (i + k) * size_, kRegister, raw[k]);
+        keep(slot, values);
+        slot += kFours * blockDim.x;
+      }
+    }
+  }
+
   template <bool kRead, bool kWrite, class F>
   __device__ __forceinline__ void each_shared(F f) {
     NN_DYNAMIC_SHARED(raw);

@@ -2,6 +2,7 @@
 #include "launch.h"
 
 #include "kernels.h"
+#include "limits.h"
 #include "running.cuh"
 #include "start.cuh"
 
@@ -18,6 +19,11 @@ const Passes& passes_for(Storage storage) {
   }
 }
 
+// The device, where the problem is one that the kernels can count.
+int facts_for(const Problem& p, Device* device) {
+  return refusal(p.geometry).empty() ? device_facts(device) : int(cudaErrorInvalidValue);
+}
+
 int start_by_channel(void (*kernel)(const RunningStatistics), const RunningStatistics& r, void* stream) {
   Start s;
   s.threads = kRunningThreads;
@@ -32,28 +38,34 @@ int start_by_channel(void (*kernel)(const RunningStatistics), const RunningStati
 
 using namespace normnorm::cuda;
 
+extern "C" const char* normnorm_cuda_refusal(const Problem* problem) {
+  static thread_local std::string sentence;
+  sentence = refusal(problem->geometry);
+  return sentence.empty() ? nullptr : sentence.c_str();
+}
+
 extern "C" int normnorm_cuda_workspace(const Problem* problem, int backward, size_t* bytes) {
   Device device;
-  if (const int e = device_facts(&device)) return e;
+  if (const int e = facts_for(*problem, &device)) return e;
   *bytes = passes_for(problem->storage).workspace(*problem, backward != 0, device);
   return cudaSuccess;
 }
 
 extern "C" int normnorm_cuda_forward(const Problem* problem, void* stream) {
   Device device;
-  if (const int e = device_facts(&device)) return e;
+  if (const int e = facts_for(*problem, &device)) return e;
   return passes_for(problem->storage).forward(*problem, device, stream);
 }
 
 extern "C" int normnorm_cuda_backward(const Problem* problem, void* stream) {
   Device device;
-  if (const int e = device_facts(&device)) return e;
+  if (const int e = facts_for(*problem, &device)) return e;
   return passes_for(problem->storage).backward(*problem, device, stream);
 }
 
 extern "C" int normnorm_cuda_plan(const Problem* problem, int backward, int plan[5]) {
   Device device;
-  if (const int e = device_facts(&device)) return e;
+  if (const int e = facts_for(*problem, &device)) return e;
   const Plan p = passes_for(problem->storage).plan(*problem, backward != 0, device);
   const int numbers[5] = {int(p.rung), p.threads, p.blocks, p.teams, p.shared_chunks};
   for (int i = 0; i < 5; ++i) plan[i] = numbers[i];

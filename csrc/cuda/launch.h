@@ -9,6 +9,10 @@ extern "C" {
 // The bytes of Problem::workspace that a pass over a problem needs; `device` is the number of the current one.
 int normnorm_cuda_workspace(const normnorm::cuda::Problem* problem, int backward, size_t* bytes);
 
+// Null, or a sentence that says what of a problem's geometry is too large for the kernels' counters; it lasts until the
+// thread's next call. The launchers answer such a problem with cudaErrorInvalidValue.
+const char* normnorm_cuda_refusal(const normnorm::cuda::Problem* problem);
+
 // Both return a cudaError_t. The forward pass writes Problem::stats, in inference too.
 int normnorm_cuda_forward(const normnorm::cuda::Problem* problem, void* stream);
 int normnorm_cuda_backward(const normnorm::cuda::Problem* problem, void* stream);

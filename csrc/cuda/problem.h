@@ -47,6 +47,9 @@ struct Device {
   int multiprocessors = 132;
   int shared_bytes = 232448;  // that one block may ask for
   bool clusters = true;
+  bool cooperative = true;                 // launches
+  int multiprocessor_shared = 233472;      // bytes of shared memory, of which each block costs 1024 more than it asks for
+  bool present = false;  // the current device: whether blocks run at once is asked of the driver before it is relied on
 };
 
 struct Problem {

@@ -174,7 +174,8 @@ struct InputGradient {
 };
 
 template <class Real>
-__device__ inline InputGradient<Real> finish_gradient(const Real* sums, Real weight, Real inverse_count, Real rstd, bool frozen) {
+__device__ inline InputGradient<Real> finish_gradient(const Real* sums, Real weight, Real inverse_count, Real rstd,
+                                                      bool frozen) {
   if (frozen) return {rstd * weight, Real(0), Real(0), Real(0)};
   const Real share = weight * inverse_count, lmbda = sums[2] * share;
   return {rstd * weight, rstd * lmbda, -rstd * (sums[0] * share + lmbda * (sums[3] * inverse_count)),

@@ -23,6 +23,12 @@ struct FastDivide {
     while ((uint64_t(1) << (shift - 31)) < d) ++shift;
     factor = uint32_t((uint64_t(1) << shift) / d + 1);
   }
+  // Where every number is below the divisor, which spares whoever divides a question.
+  static FastDivide always_zero(uint32_t d) {
+    FastDivide f(d);
+    f.factor = 0;
+    return f;
+  }
   __device__ uint32_t quotient(uint32_t n) const { return uint32_t(uint64_t(n) * factor >> shift); }
 };
 
@@ -38,7 +44,7 @@ struct RowsArgs {
   uint32_t groups, runs;
   FastDivide inner, chunks_per_run;
   uint32_t chunks;  // of a group
-  bool one_run, wide;
+  bool wide;
   const void* input;
   const void* grad;
   void* output;
@@ -53,6 +59,7 @@ struct RowsArgs {
   uint32_t stream;
   bool noise, given_scale, frozen;
   Real noise_train, inverse_count, eps, root_eps, alpha, transform_eps;
+  double inverse_count_double;
   int order;
   // backward: where sums for the parameters go, (parts, elements of the parameter); null where not wanted
   Real *weight_part, *bias_part;
@@ -87,7 +94,7 @@ struct ChunkPlace {
 
 template <bool kRagged, int N, class Real>
 __device__ inline ChunkPlace locate_chunk(const RowsArgs<Real>& a, const GroupPlace& g, uint32_t chunk) {
-  const uint32_t run = a.one_run ? 0 : a.chunks_per_run.quotient(chunk);
+  const uint32_t run = a.chunks_per_run.quotient(chunk);
   const int64_t first = int64_t(chunk - run * a.chunks_per_run.divisor) * N;
   if constexpr (!kRagged) {
     return {chunk, run, first, {0, N}, true};
@@ -104,8 +111,11 @@ __device__ inline ChunkPlace locate_chunk(const RowsArgs<Real>& a, const GroupPl
 template <class T, bool kRagged>
 __device__ __forceinline__ const T* chunk_address(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c) {
   const T* p = static_cast<const T*>(tensor) + group;
-  if constexpr (kRagged) return p + int64_t(c.run) * s.run + c.first;
-  else return p + uint64_t(c.chunk + c.run * s.gap) * kChunkOf<T>;
+  if constexpr (kRagged) return p + (int64_t(c.run) * s.run + c.first);
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(p));  // or the compiler adds the offset to `group` first, and takes four instructions a chunk instead of two
+#endif
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + uint64_t(c.chunk + c.run * s.gap) * 16);
 }
 
 template <class T, bool kRagged>
@@ -116,6 +126,26 @@ __device__ __forceinline__ void read_chunk(const void* tensor, int64_t group, co
   else load_span(p, c.span, out);
 }
 
+// A chunk of a tensor in two steps, so that many can be asked for before the first is waited for: fetch() and, of what
+// it brought, values(). kLate: values() reads, where there are no registers to spare; so it is for ragged chunks.
+template <class T, bool kLate>
+struct Fetched {
+  Packed raw;
+};
+template <class T>
+struct Fetched<T, true> {};
+template <class T, bool kRagged, bool kLate>  // kLate follows from `out`
+__device__ __forceinline__ void fetch(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+                                      Fetched<T, kLate>& out) {
+  if constexpr (!kLate) out.raw = *reinterpret_cast<const Packed*>(chunk_address<T, kRagged>(tensor, group, s, c));
+}
+template <class T, bool kRagged, bool kLate>
+__device__ __forceinline__ void values(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+                                       const Fetched<T, kLate>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
+  if constexpr (kLate) read_chunk<T, kRagged>(tensor, group, s, c, out);
+  else unpack_chunk<T>(fetched.raw, out);
+}
+
 template <class T, bool kRagged>
 __device__ __forceinline__ void write_chunk(void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
                                             const RealOf<T> (&in)[kChunkOf<T>]) {
@@ -124,14 +154,19 @@ __device__ __forceinline__ void write_chunk(void* tensor, int64_t group, const W
   else store_span(p, c.span, in);
 }
 
+// The counter of the noise that serves a chunk's first element.
+template <int N, bool kRagged, class Real>
+__device__ __forceinline__ uint64_t chunk_quad(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c) {
+  if constexpr (kRagged) return uint64_t(g.noise + int64_t(c.run) * a.at_noise.run + c.first) / 4;
+  else return uint64_t(g.noise) / 4 + (c.chunk * (N / 4) + c.run * a.at_noise.gap);
+}
+
 // f(j, pair) for the pairs of normals of a chunk's elements j and j + 1; the chunk's first element is served by a
 // counter's first word.
 template <int N, bool kRagged, class Real, class F>
 __device__ __forceinline__ void each_normal_pair(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                                  const PhiloxSchedule& keys, F f) {
-  uint64_t quad;
-  if constexpr (kRagged) quad = uint64_t(g.noise + int64_t(c.run) * a.at_noise.run + c.first) / 4;
-  else quad = uint64_t(g.noise) / 4 + (c.chunk * (N / 4) + c.run * a.at_noise.gap);
+  const uint64_t quad = chunk_quad<N, kRagged>(a, g, c);
 #pragma unroll
   for (int j = 0; j < N; j += 4) {
     const QuadNormals<Real> z = quad_normals<Real>(keys, a.stream, quad + uint64_t(j / 4));
@@ -149,6 +184,17 @@ __device__ __forceinline__ void add_noise(const RowsArgs<Real>& a, const GroupPl
     x[j] = radius * z.cos + x[j];
     x[j + 1] = radius * z.sin + x[j + 1];
   });
+}
+
+// The sum of g z, without kNormalUnit.
+template <bool kRagged, int N, class Real>
+__device__ __forceinline__ Real noise_product(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+                                              const PhiloxSchedule& keys, const Real (&grad)[N]) {
+  Real sum = 0;
+  each_normal_pair<N, kRagged>(a, g, c, keys, [&](int j, const PolarPair<Real>& z) {
+    sum += z.radius * (grad[j] * z.cos + grad[j + 1] * z.sin);
+  });
+  return sum;
 }
 
 // The standard normals of a chunk that begins anywhere within a counter, without kNormalUnit.

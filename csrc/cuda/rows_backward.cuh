@@ -1,6 +1,8 @@
 // The backward pass of the rows walk with the group resident on chip: two reads and one write of device memory.
 #pragma once
 
+#include <type_traits>
+
 #include "held.cuh"
 #include "rounds.cuh"
 #include "rows.cuh"
@@ -15,6 +17,10 @@ namespace {
 template <class T>
 constexpr int kBackwardRegister = 16 / kChunkOf<T>;
 
+// Where blocks work together: the fewer, the more of the shared memory's can be on their way.
+template <class T>
+constexpr int kTeamBackwardRegister = sizeof(T) == 8 ? 2 : 8 / kChunkOf<T>;
+
 // Sums for the parameters' gradients, one pair an element of this thread's chunks; they last over all groups.
 template <class T, bool kElementwise, int kRegister>
 struct ElementSums {
@@ -24,12 +30,11 @@ struct ElementSums {
 template <class T, int kRegister>
 struct ElementSums<T, false, kRegister> {};
 
-// g, and g times the weight where it varies within the group: one for the whole group is left to finish_gradient().
+// g times the weight where it varies within the group: one for the whole group is left to finish_gradient().
 template <class T, bool kRagged, class Real>
 __device__ __forceinline__ void weighted_gradient(const RowsArgs<Real>& a, const GroupPlace& place, const ChunkPlace& c,
-                                                  Real (&g)[kChunkOf<T>], Real (&weighted)[kChunkOf<T>]) {
+                                                  const Real (&g)[kChunkOf<T>], Real (&weighted)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
-  read_chunk<T, kRagged>(a.grad, place.grad, a.at_grad, c, g);
   if (a.affine == Affine::kPerElement) {
     element_parameters<T, kRagged>(a.weight, a.weight_in_storage, Real(1), c, weighted);
 #pragma unroll
@@ -49,23 +54,38 @@ class BackwardGroup {
 
  public:
   __device__ BackwardGroup(const RowsArgs<Real>& a, Team& team)
-      : a_(a), team_(team), held_(a.chunks, team.rank(), team.size()),
-        seed_(a.noise && a.weight_part ? uint64_t(*a.seed) : 0) {}
+      : a_(a), team_(team), held_(a.chunks, team.rank(), team.size()) {}
 
   __device__ __forceinline__ void reduce(const GroupPlace& place, const GroupConstants<Real>& constants,
                                          Real (&sums)[kGradientSums]) {
     const bool noisy = a_.noise && a_.weight_part != nullptr;
     // in the unit of x
     const Real noise = a_.noise_train * constants.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
+    const PhiloxSchedule keys(noisy ? uint64_t(*a_.seed) : 0);
     with_care(constants.care, [&](auto tag) {
-      held_.template each<false, true>([&](Chunk kept, uint32_t chunk, uint32_t slot) {
+      constexpr bool kLate = kRagged || tag.value != Care::kPlain;
+      struct Raw {
+        Fetched<T, kLate> u, g;
+      };
+      const auto load = [&](uint32_t chunk, Raw& raw) {
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
+        fetch<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u);
+        fetch<T, kRagged>(a_.grad, place.grad, a_.at_grad, c, raw.g);
+      };
+      held_.template fill<Raw>(load, [&](Chunk kept, uint32_t chunk, uint32_t slot, const Raw& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         Real g[N], x[N];
-        read_chunk<T, kRagged>(a_.input, place.input, a_.at_input, c, kept[2]);
+        values<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u, kept[2]);
+        values<T, kRagged>(a_.grad, place.grad, a_.at_grad, c, raw.g, g);
         weighted_gradient<T, kRagged>(a_, place, c, g, kept[0]);
         slopes<tag.value>(c.span, constants, kept, x, sums);
-        if (noisy) add_noise<kRagged>(a_, place, c, PhiloxSchedule(seed_), noise, x);
-        add_parameters(g, x, slot, sums);
+        if constexpr (kElementwise) {
+          if (noisy) add_noise<kRagged>(a_, place, c, keys, noise, x);
+          add_parameters(g, x, slot, sums);
+        } else {
+          add_parameters(g, x, slot, sums);
+          if (noisy) sums[6] += noise * noise_product<kRagged>(a_, place, c, keys, g);
+        }
       });
     });
     natural_sums(sums);
@@ -109,7 +129,8 @@ class BackwardGroup {
     for (int j = 0; j < N; ++j) {
       if (!kRagged || span.has(j)) {
         kept[2][j] = constants.standardize(kept[2][j]);
-        const Slopes<Real> s = gradient_round<kCare>(kept[2][j], kept[0][j], slant, constants.exponents, constants.lmbda, sums);
+        const Slopes<Real> s =
+            gradient_round<kCare>(kept[2][j], kept[0][j], slant, constants.exponents, constants.lmbda, sums);
         kept[0][j] = s.through_h, kept[1][j] = s.w, x[j] = s.x;
       } else {
         kept[0][j] = kept[1][j] = kept[2][j] = x[j] = Real(0);
@@ -135,14 +156,14 @@ class BackwardGroup {
   Team& team_;
   Held<Real, N, kRegister, 3, !kElementwise> held_;
   ElementSums<T, kElementwise, kRegister> element_;
-  uint64_t seed_;
 };
 
 template <class T, bool kRagged, bool kElementwise, class Team>
-__global__ void __launch_bounds__(Team::kThreads, 1) rows_backward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
+__global__ void __launch_bounds__(kBackwardBlock, 1) rows_backward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
   using Real = RealOf<T>;
   Team team(sync);
-  BackwardGroup<T, kRagged, kElementwise, Team> pass(a, team);
+  constexpr bool kAlone = kElementwise || std::is_same_v<Team, BlockTeam<Real>>;
+  BackwardGroup<T, kRagged, kElementwise, Team, kAlone ? kBackwardRegister<T> : kTeamBackwardRegister<T>> pass(a, team);
 #pragma unroll 1
   for (uint32_t group = team.index(); group < a.groups; group += team.count()) {
     const GroupPlace place = locate_group(a, group);
@@ -150,8 +171,10 @@ __global__ void __launch_bounds__(Team::kThreads, 1) rows_backward(const RowsArg
         load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
     Real sums[kGradientSums] = {};
     pass.reduce(place, constants, sums);
-    if (a.output)
-      pass.write(place, finish_gradient(sums, group_affine<T>(a, place).weight, a.inverse_count, constants.rstd, a.frozen));
+    if (a.output) {
+      const Real weight = group_affine<T>(a, place).weight;
+      pass.write(locate_group(a, opaque(group)), finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
+    }
     if (!kElementwise && team.rank() == 0 && a.affine == Affine::kPerGroup) {
       if (a.bias_part) a.bias_part[group] = sums[5];
       if (a.weight_part) a.weight_part[group] = sums[6];

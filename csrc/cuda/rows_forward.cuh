@@ -60,12 +60,16 @@ class ForwardGroup {
       : a_(a), team_(team), held_(a.chunks, team.rank(), team.size()) {}
 
   // Each thread sums around a pilot of its own, the mean of its first chunk, so that an offset of the data costs no
-  // digits; what is left of the pilots is known per thread. Leaves u minus the pilot.
+  // digits. Leaves u minus the pilot.
   __device__ __forceinline__ Moments1<Real> moments(const GroupPlace& g) {
     Real pilot = 0, sum = 0, squares = 0, count = 0;
-    held_.template each<false, true>([&](Chunk x, uint32_t chunk, uint32_t slot) {
+    using Raw = Fetched<T, kRagged>;
+    const auto load = [&](uint32_t chunk, Raw& raw) {
+      fetch<T, kRagged, kRagged>(a_.input, g.input, a_.at_input, locate_chunk<kRagged, N>(a_, g, chunk), raw);
+    };
+    held_.template fill<Raw>(load, [&](Chunk x, uint32_t chunk, uint32_t slot, const Raw& raw) {
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
-      read_chunk<T, kRagged>(a_.input, g.input, a_.at_input, c, x[0]);
+      values<T, kRagged, kRagged>(a_.input, g.input, a_.at_input, c, raw, x[0]);
       const int elements = kRagged ? c.span.count() : N;
       if (kRagged ? count == Real(0) : slot == 0) pilot = chunk_sum(x[0]) / Real(elements > 0 ? elements : 1);
 #pragma unroll
@@ -77,14 +81,7 @@ class ForwardGroup {
       if (kRagged) count += Real(elements);
     });
     if (!kRagged) count = Real(held_.mine() * uint32_t(N));
-    Real total[1] = {pilot * count + sum};
-    team_.sum(total);
-    const Real mean = total[0] * a_.inverse_count;
-    pilot_ = pilot - mean;
-    const Real centred_sum = sum + count * pilot_;
-    Real centred[2] = {centred_sum, squares + pilot_ * (sum + centred_sum)};
-    team_.sum(centred);
-    return finish_moments(mean, centred[0], centred[1], a_.inverse_count, a_.eps);
+    return finish(pilot, count, sum, squares);
   }
 
   // Leaves the signed logarithms; elements outside the run have h = 0, which adds nothing.
@@ -142,7 +139,8 @@ class ForwardGroup {
     with_care(care, [&](auto tag) {
       held_.template each<true, false>([&](Chunk x, uint32_t chunk, uint32_t) {
         transform_chunk<tag.value>(x[0], e);
-        output_round<T, kRagged, false>(a_, g, locate_chunk<kRagged, N>(a_, g, chunk), PhiloxSchedule(0), Real(0), affine, x[0]);
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
+        output_round<T, kRagged, false>(a_, g, c, PhiloxSchedule(), Real(0), affine, x[0]);
       });
     });
   }
@@ -150,12 +148,36 @@ class ForwardGroup {
  private:
   const RowsArgs<Real>& a_;
   Team& team_;
+  // The group's moments from each thread's, and pilot_. Of float threads the totals are taken in double: one reduction
+  // without regard to cancellation, where in the same precision it takes two.
+  __device__ __forceinline__ Moments1<Real> finish(Real pilot, Real count, Real sum, Real squares) {
+    if constexpr (sizeof(Real) == 4) {
+      const double shifted = double(pilot) * count + sum;
+      double total[2] = {shifted, squares + pilot * (shifted + sum)};
+      team_.sum(total);
+      const double mean = total[0] * a_.inverse_count_double;
+      const double variance = total[1] * a_.inverse_count_double - mean * mean;
+      const Real rounded = Real(mean), low = Real(mean - rounded);
+      pilot_ = pilot - rounded;
+      return {rounded, low, fast_rsqrt((variance < 0 ? Real(0) : Real(variance)) + a_.eps)};
+    } else {
+      Real total[1] = {pilot * count + sum};
+      team_.sum(total);
+      const Real mean = total[0] * a_.inverse_count;
+      pilot_ = pilot - mean;
+      const Real centred_sum = sum + count * pilot_;
+      Real centred[2] = {centred_sum, squares + pilot_ * (sum + centred_sum)};
+      team_.sum(centred);
+      return finish_moments(mean, centred[0], centred[1], a_.inverse_count, a_.eps);
+    }
+  }
+
   Held<Real, N, kRegister, 1> held_;
   Real pilot_ = 0;  // minus the group's rounded mean
 };
 
 template <class T, bool kRagged, bool kNoise, class Team>
-__global__ void __launch_bounds__(Team::kThreads, 1) rows_forward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
+__global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
   using Real = RealOf<T>;
   Team team(sync);
   ForwardGroup<T, kRagged, Team> pass(a, team);

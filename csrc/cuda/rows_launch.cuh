@@ -92,9 +92,8 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   a.groups = uint32_t(p.geometry.groups());
   a.runs = uint32_t(p.geometry.runs);
   a.inner = FastDivide(uint32_t(p.geometry.inner));
-  a.chunks_per_run = FastDivide(uint32_t(per_run));
+  a.chunks_per_run = p.geometry.runs == 1 ? FastDivide::always_zero(uint32_t(per_run)) : FastDivide(uint32_t(per_run));
   a.chunks = uint32_t(per_run * p.geometry.runs);
-  a.one_run = p.geometry.runs == 1;
   a.wide = mode.wide;
   a.input = p.input.data, a.grad = p.grad_output.data, a.output = p.output.data;
   a.at_input = walk_of(p.geometry, p.input.stride, N);
@@ -109,7 +108,8 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   a.seed = p.noise.seed, a.stream = p.noise.stream;
   a.noise = p.noise.on, a.given_scale = p.noise.given_scale, a.frozen = p.frozen;
   a.noise_train = Real(p.noise.train);
-  a.inverse_count = Real(1.0 / double(p.geometry.group_size()));
+  a.inverse_count_double = 1.0 / double(p.geometry.group_size());
+  a.inverse_count = Real(a.inverse_count_double);
   a.eps = Real(p.eps), a.root_eps = Real(std::sqrt(p.eps));
   a.alpha = Real(p.alpha), a.transform_eps = Real(p.transform_eps);
   a.order = p.order;
@@ -124,20 +124,30 @@ struct TeamKernels {
   void (*grid)(const RowsArgs<Real>, typename GridTeam<Real>::Sync);
 };
 
-template <class Real>
-int start_team(const TeamKernels<Real>& kernels, const Plan& plan, size_t chunk_bytes, const RowsArgs<Real>& a,
-               const typename GridTeam<Real>::Sync& sync, void* stream) {
+inline Start team_start(const Plan& plan, size_t chunk_bytes, void* stream) {
   Start s;
   s.threads = unsigned(plan.threads);
   s.grid = unsigned(plan.teams * plan.blocks);
   s.shared = size_t(plan.shared_chunks) * chunk_bytes * size_t(plan.threads);
   s.stream = stream;
+  if (plan.rung == Rung::kCluster) s.cluster = plan.blocks;
+  s.cooperative = plan.rung == Rung::kGrid;
+  return s;
+}
+
+// Whether blocks that wait for one another would run at the same time.
+template <class Real>
+bool team_runs_at_once(const TeamKernels<Real>& kernels, const Plan& plan, size_t chunk_bytes, const Device& device) {
+  const Start s = team_start(plan, chunk_bytes, nullptr);
+  return s.cooperative ? runs_at_once(kernels.grid, s, device) : runs_at_once(kernels.cluster, s, device);
+}
+
+template <class Real>
+int start_team(const TeamKernels<Real>& kernels, const Plan& plan, size_t chunk_bytes, const RowsArgs<Real>& a,
+               const typename GridTeam<Real>::Sync& sync, void* stream) {
+  const Start s = team_start(plan, chunk_bytes, stream);
   if (plan.rung == Rung::kBlock) return start(kernels.block, s, a, typename BlockTeam<Real>::Sync());
-  if (plan.rung == Rung::kCluster) {
-    s.cluster = plan.blocks;
-    return start(kernels.cluster, s, a, typename ClusterTeam<Real>::Sync());
-  }
-  s.cooperative = true;
+  if (plan.rung == Rung::kCluster) return start(kernels.cluster, s, a, typename ClusterTeam<Real>::Sync());
   if (const int e = zero(sync.counters, size_t(plan.teams) * sizeof(unsigned), stream)) return e;
   return start(kernels.grid, s, a, sync);
 }

@@ -16,7 +16,8 @@ __device__ __forceinline__ void parameter_terms(const RowsArgs<Real>& a, const G
   constexpr int N = kChunkOf<T>;
   read_chunk<T, kRagged>(a.grad, g.grad, a.at_grad, c, grad);
   if (a.weight_part == nullptr) return;
-  with_care(k.care, [&](auto tag) { reread_x<T, kRagged, tag.value>(a, g, c, k, x); });
+  read_chunk<T, kRagged>(a.input, g.input, a.at_input, c, x);
+  with_care(k.care, [&](auto tag) { input_to_x<tag.value>(k, x); });
   if (a.noise) {
     const Real noise = a.noise_train * k.noise_scale * kNormalUnit<Real>;
     if constexpr (kAligned) {

@@ -24,13 +24,13 @@ class RowsPass {
     d.chunks = args_.chunks;
     d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
     d.register_chunks = backward ? kBackwardRegister<T> : kForwardRegister<T>;
+    d.team_register_chunks = backward ? kTeamBackwardRegister<T> : kForwardRegister<T>;
     // A thread can sum the gradients of its chunks' weights itself where its chunks are the same columns of every row.
     const bool element_gradients = backward && p.affine == Affine::kPerElement && wants_parameters();
-    d.one_block = element_gradients && !mode_.ragged;
-    plan_ = choose_plan(d, device, p.force);
-    fused_ = d.one_block && plan_.rung == Rung::kBlock && plan_.shared_chunks == 0;
-    if (p.frozen && !backward) plan_.rung = Rung::kStreaming;
+    d.sums_elements = element_gradients && !mode_.ragged;
+    d.largest_block = backward ? kBackwardBlock : kForwardBlock;
     chunk_bytes_ = size_t(d.chunk_bytes);
+    choose(d, device);
     place(device);
   }
 
@@ -38,21 +38,16 @@ class RowsPass {
   size_t workspace() const { return carved_; }
 
   int forward() const {
-    if (plan_.rung != Rung::kStreaming) {
-      const auto kernels = mode_.ragged ? forward_kernels<true>() : aligned_forward_kernels();
-      return start_team<Real>(kernels, plan_, chunk_bytes_, args_, sync_, stream_);
-    }
+    int e = kNotAtOnce;
+    if (plan_.rung != Rung::kStreaming) e = start_team<Real>(kernels(), plan_, chunk_bytes_, args_, sync_, stream_);
+    if (e != kNotAtOnce) return e;
     return mode_.ragged ? stream_forward<true>() : aligned_stream_forward();
   }
 
   int backward() const {
-    int e = 0;
-    if (plan_.rung != Rung::kStreaming) {
-      const auto kernels = mode_.ragged ? backward_kernels<true>() : aligned_backward_kernels();
-      e = start_team<Real>(kernels, plan_, chunk_bytes_, main_args(), sync_, stream_);
-    } else {
-      e = mode_.ragged ? stream_backward<true>() : aligned_stream_backward();
-    }
+    int e = kNotAtOnce;
+    if (plan_.rung != Rung::kStreaming) e = start_team<Real>(kernels(), plan_, chunk_bytes_, main_args(), sync_, stream_);
+    if (e == kNotAtOnce) e = mode_.ragged ? stream_backward<true>() : aligned_stream_backward();
     if (e == 0 && parts_separate_) e = mode_.ragged ? parameter_pass<true>() : aligned_parameter_pass();
     if (e == 0) e = fold(args_.weight_part, p_.grad_weight);
     if (e == 0) e = fold(args_.bias_part, p_.grad_bias);
@@ -60,6 +55,27 @@ class RowsPass {
   }
 
  private:
+  // Down the ladder as far as what the device would run at once.
+  void choose(const Demand& d, Device device) {
+    for (;;) {
+      plan_ = choose_plan(d, device, p_.force);
+      fused_ = d.sums_elements && plan_.shared_chunks == 0 && (plan_.rung == Rung::kBlock || plan_.rung == Rung::kCluster);
+      if (p_.frozen && !backward_) plan_.rung = Rung::kStreaming;
+      if (plan_.rung != Rung::kCluster && plan_.rung != Rung::kGrid) return;
+      if (team_runs_at_once<Real>(kernels(), plan_, chunk_bytes_, device)) return;
+      if (p_.force.rung != Rung::kAuto) {
+        plan_ = Plan();
+        return;
+      }
+      (plan_.rung == Rung::kCluster ? device.clusters : device.cooperative) = false;
+    }
+  }
+
+  TeamKernels<Real> kernels() const {
+    if (backward_) return mode_.ragged ? backward_kernels<true>() : aligned_backward_kernels();
+    return mode_.ragged ? forward_kernels<true>() : aligned_forward_kernels();
+  }
+
   bool wants_parameters() const { return p_.grad_weight.data || p_.grad_bias.data; }
 
   // Carves the workspace, and decides where the parameters' gradients are summed.
@@ -70,7 +86,8 @@ class RowsPass {
       sync_.counters = carver.take<unsigned>(plan_.teams);
       sync_.partial = carver.take<Real>(int64_t(plan_.teams) * 2 * kMaxSums * plan_.blocks);
     }
-    if (plan_.rung == Rung::kStreaming) place_stream(carver, device);
+    // beside the co-operating blocks' as well, in case the device will not have them
+    if (plan_.rung == Rung::kStreaming || plan_.rung == Rung::kGrid) place_stream(carver, device);
     if (backward_ && wants_parameters()) place_parts(carver, device);
     carved_ = carver.used();
   }
@@ -86,7 +103,7 @@ class RowsPass {
     splits = splits > most ? most : splits;
     stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
     if (p_.force.teams) wave_ = p_.force.teams;
-    plan_ = {Rung::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
+    if (plan_.rung == Rung::kStreaming) plan_ = {Rung::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
     stream_args_.part = carver.take<Real>(wave_ * stream_args_.splits * kMaxSums);
     stream_args_.mean = carver.take<Real>(wave_);
     stream_args_.sums = carver.take<Real>(wave_ * kMaxSums);
@@ -136,7 +153,10 @@ class RowsPass {
                            rows_backward<T, kRagged, false, ClusterTeam<Real>>,
                            rows_backward<T, kRagged, false, GridTeam<Real>>};
     if constexpr (!kRagged)
-      if (fused_) k.block = rows_backward<T, kRagged, true, BlockTeam<Real>>;
+      if (fused_) {
+        k.block = rows_backward<T, kRagged, true, BlockTeam<Real>>;
+        k.cluster = rows_backward<T, kRagged, true, ClusterTeam<Real>>;
+      }
     return k;
   }
 

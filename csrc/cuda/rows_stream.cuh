@@ -33,12 +33,48 @@ __device__ inline Slice locate_slice(const StreamArgs<Real>& s) {
   return {local, s.first_group + local, blockIdx.x - local * s.splits};
 }
 
-// f(chunk's place) over a block's chunks.
-template <bool kRagged, int N, class Real, class F>
-__device__ __forceinline__ void each_chunk(const StreamArgs<Real>& s, const GroupPlace& g, uint32_t split, F f) {
+// f(i, raw) for i = first, first + step ... below end, where load(i, raw) asks for what f needs from memory: kAhead times
+// before the first f waits.
+template <class Raw, int kAhead, class Load, class F>
+__device__ __forceinline__ void each_ahead(uint32_t first, uint32_t end, uint32_t step, Load load, F f) {
 #pragma unroll 1
-  for (uint32_t chunk = split * blockDim.x + threadIdx.x; chunk < s.rows.chunks; chunk += s.splits * blockDim.x)
-    f(locate_chunk<kRagged, N>(s.rows, g, chunk));
+  for (uint32_t i = first; i < end; i += kAhead * step) {
+    Raw raw[kAhead];
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k)
+      if (i + k * step < end) load(i + k * step, raw[k]);
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+      if (i + k * step >= end) break;
+      f(i + k * step, raw[k]);
+    }
+  }
+}
+
+constexpr int kStreamAhead = 2;
+
+// f(chunk's place, raw) over a block's chunks; load(chunk's place, raw).
+template <bool kRagged, int N, class Raw, class Real, class Load, class F>
+__device__ __forceinline__ void each_chunk(const StreamArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load, F f) {
+  each_ahead<Raw, kStreamAhead>(
+      split * blockDim.x + threadIdx.x, s.rows.chunks, s.splits * blockDim.x,
+      [&](uint32_t chunk, Raw& raw) { load(locate_chunk<kRagged, N>(s.rows, g, chunk), raw); },
+      [&](uint32_t chunk, const Raw& raw) { f(locate_chunk<kRagged, N>(s.rows, g, chunk), raw); });
+}
+
+// The same where only the input is read: f(chunk's place, values).
+template <class T, bool kRagged, class Real, class F>
+__device__ __forceinline__ void each_input(const StreamArgs<Real>& s, const GroupPlace& g, uint32_t split, F f) {
+  constexpr int N = kChunkOf<T>;
+  using Raw = Fetched<T, kRagged>;
+  const RowsArgs<Real>& a = s.rows;
+  each_chunk<kRagged, N, Raw>(
+      s, g, split, [&](const ChunkPlace& c, Raw& raw) { fetch<T, kRagged>(a.input, g.input, a.at_input, c, raw); },
+      [&](const ChunkPlace& c, const Raw& raw) {
+        Real u[N];
+        values<T, kRagged>(a.input, g.input, a.at_input, c, raw, u);
+        f(c, u);
+      });
 }
 
 template <int K, class Real>
@@ -73,9 +109,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArg
   team.sum(pilot);
   const Real centre = pilot[1] > Real(0) ? pilot[0] / pilot[1] : Real(0);
   Real sums[3] = {0, 0, 0};
-  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
-    Real u[N];
-    read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+  each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, const Real (&u)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Real d = !kRagged || c.span.has(j) ? u[j] - centre : Real(0);
@@ -103,9 +137,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamArgs
   const auto row = [&](StatRow r) { return s.rows.stats[int64_t(r) * s.rows.groups + slice.group]; };
   const Moments1<Real> m = {row(kMean), row(kMeanLow), row(kRstd)};
   LambdaSums<Real> terms;
-  each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
-    Real u[N];
-    read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+  each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, const Real (&u)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) terms.add(!kRagged || c.span.has(j) ? m.standardize(u[j] - m.mean) : Real(0));
   });
@@ -114,12 +146,9 @@ __global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamArgs
   write_part(s, slice, sums);
 }
 
-// x of a chunk, from the statistics.
-template <class T, bool kRagged, Care kCare, class Real>
-__device__ __forceinline__ void reread_x(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
-                                         const GroupConstants<Real>& k, Real (&x)[kChunkOf<T>]) {
-  constexpr int N = kChunkOf<T>;
-  read_chunk<T, kRagged>(a.input, g.input, a.at_input, c, x);
+// x of a chunk in place of u, from the statistics.
+template <Care kCare, int N, class Real>
+__device__ __forceinline__ void input_to_x(const GroupConstants<Real>& k, Real (&x)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const Real h = k.standardize(x[j]);
@@ -144,9 +173,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamArgs<Real
   const Real mean = kDeviation ? s.mean[slice.local] : Real(0);
   Real sums[1] = {0};
   with_care(k.care, [&](auto tag) {
-    each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
-      Real x[N];
-      reread_x<T, kRagged, tag.value>(s.rows, g, c, k, x);
+    each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, Real (&x)[N]) {
+      input_to_x<tag.value>(k, x);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const Real term = kDeviation ? absolute(x[j] - mean) : x[j];
@@ -169,9 +197,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamArgs
   const GroupAffine<Real> affine = group_affine<T>(s.rows, g);
   const Real noise = s.rows.noise_train * k.noise_scale * kNormalUnit<Real>;
   with_any_care(k.care, [&](auto tag) {
-    each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
-      Real x[N];
-      reread_x<T, kRagged, tag.value>(s.rows, g, c, k, x);
+    each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, Real (&x)[N]) {
+      input_to_x<tag.value>(k, x);
       output_round<T, kRagged, kNoise>(s.rows, g, c, keys, noise, affine, x);
     });
   });
@@ -179,7 +206,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamArgs
 
 // The backward reduction, and the gradient of the input from its totals.
 template <class T, bool kRagged, bool kSums>
-__global__ void __launch_bounds__(kStreamThreads) stream_gradient(const StreamArgs<RealOf<T>> s) {
+__global__ void __launch_bounds__(kStreamThreads, 3) stream_gradient(const StreamArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   const Slice slice = locate_slice(s);
@@ -195,9 +222,17 @@ __global__ void __launch_bounds__(kStreamThreads) stream_gradient(const StreamAr
   Real sums[kGradientSums] = {};
   const Slant<Real> slant = gradient_slant(k.exponents);
   with_care(k.care, [&](auto tag) {
-    each_chunk<kRagged, N>(s, g, slice.split, [&](const ChunkPlace& c) {
+    struct Raw {
+      Fetched<T, kRagged> u, grad;
+    };
+    const auto load = [&](const ChunkPlace& c, Raw& raw) {
+      fetch<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, raw.u);
+      fetch<T, kRagged>(s.rows.grad, g.grad, s.rows.at_grad, c, raw.grad);
+    };
+    each_chunk<kRagged, N, Raw>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
       Real u[N], grad[N], weighted[N], x[N];
-      read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+      values<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, raw.u, u);
+      values<T, kRagged>(s.rows.grad, g.grad, s.rows.at_grad, c, raw.grad, grad);
       weighted_gradient<T, kRagged>(s.rows, g, c, grad, weighted);
 #pragma unroll
       for (int j = 0; j < N; ++j) {

@@ -1,6 +1,10 @@
 // Starting a kernel: on a stream of the device, or in the tests on the CPU.
 #pragma once
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "device.cuh"
 #include "ladder.h"
 
@@ -16,71 +20,126 @@ struct Start {
   void* stream = nullptr;
 };
 
+// What start() returns where the device would not run the blocks of a cooperative launch at once: the pass then streams.
+constexpr int kNotAtOnce = cudaErrorCooperativeLaunchTooLarge;
+
 #if defined(__CUDACC__)
+
+// Lets a kernel ask for as much shared memory as a block may have; once a kernel and device, from any thread.
+inline cudaError_t allow_shared(const void* kernel) {
+  static std::mutex lock;
+  static std::set<std::pair<const void*, int>> allowed;
+  int id = 0, most = 0;
+  cudaError_t e = cudaGetDevice(&id);
+  if (e != cudaSuccess) return e;
+  const std::lock_guard<std::mutex> guard(lock);
+  if (allowed.count({kernel, id})) return cudaSuccess;
+  cudaFuncAttributes facts = {};
+  e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  if (e == cudaSuccess) e = cudaFuncGetAttributes(&facts, kernel);
+  if (e == cudaSuccess)
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(facts.sharedSizeBytes));
+  if (e == cudaSuccess) allowed.insert({kernel, id});
+  return e;
+}
+
+// A launch as CUDA wants it described.
+struct Launch {
+  cudaLaunchAttribute attribute[1] = {};
+  cudaLaunchConfig_t config = {};
+  explicit Launch(const Start& s) {
+    config.gridDim = dim3(s.grid);
+    config.blockDim = dim3(s.threads);
+    config.dynamicSmemBytes = s.shared;
+    config.stream = static_cast<cudaStream_t>(s.stream);
+    config.attrs = attribute;
+    config.numAttrs = s.cooperative || s.cluster > 1 ? 1 : 0;
+    if (s.cooperative) {
+      attribute[0].id = cudaLaunchAttributeCooperative;
+      attribute[0].val.cooperative = 1;
+    } else if (s.cluster > 1) {
+      attribute[0].id = cudaLaunchAttributeClusterDimension;
+      attribute[0].val.clusterDim.x = unsigned(s.cluster);
+      attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
+    }
+  }
+  Launch(const Launch&) = delete;
+};
+
+// Whether the blocks of a cluster, or all blocks of a cooperative launch, would run at the same time: without that
+// their barriers would wait for ever. Only the driver knows: other processes and a divided device take their share.
+template <class... P>
+bool runs_at_once(void (*kernel)(P...), const Start& s, const Device& device) {
+  if (!device.present) return true;
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  int count = 0;
+  cudaError_t e = s.shared > 0 ? allow_shared(entry) : cudaSuccess;
+  if (s.cooperative) {
+    if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, entry, int(s.threads), s.shared);
+    count *= device.multiprocessors;
+  } else {
+    const Launch launch(s);
+    if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&count, entry, &launch.config);
+    count *= s.cluster;
+  }
+  if (e != cudaSuccess) cudaGetLastError();  // or whoever asks next for the last error would be told of this one
+  return e == cudaSuccess && count >= (s.cooperative ? int(s.grid) : s.cluster);
+}
 
 template <class... P, class... A>
 int start(void (*kernel)(P...), const Start& s, A... arguments) {
   if (s.shared > 0) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.shared));
+    const cudaError_t e = allow_shared(reinterpret_cast<const void*>(kernel));
     if (e != cudaSuccess) return e;
   }
-  cudaLaunchAttribute attribute[1] = {};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(s.grid);
-  config.blockDim = dim3(s.threads);
-  config.dynamicSmemBytes = s.shared;
-  config.stream = static_cast<cudaStream_t>(s.stream);
-  config.attrs = attribute;
-  if (s.cooperative) {
-    attribute[0].id = cudaLaunchAttributeCooperative;
-    attribute[0].val.cooperative = 1;
-    config.numAttrs = 1;
-  } else if (s.cluster > 1) {
-    attribute[0].id = cudaLaunchAttributeClusterDimension;
-    attribute[0].val.clusterDim.x = unsigned(s.cluster);
-    attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
-    config.numAttrs = 1;
-  }
-  const cudaError_t e = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
-  return e != cudaSuccess ? e : cudaGetLastError();
+  const Launch launch(s);
+  const cudaError_t e = cudaLaunchKernelEx(&launch.config, kernel, P(arguments)...);
+  cudaGetLastError();  // returned, and not to be found again by others
+  return e;
 }
 
 inline int zero(void* data, size_t bytes, void* stream) {
   return cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream));
 }
 
+inline cudaError_t ask_device(int id, Device* d) {
+  int major = 0, cooperative = 0;
+  cudaError_t e = cudaDeviceGetAttribute(&d->multiprocessors, cudaDevAttrMultiProcessorCount, id);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d->multiprocessor_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, id);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+  d->clusters = major >= 9;
+  d->cooperative = cooperative != 0;
+  d->present = true;
+  return e;
+}
+
 // Facts of the current device, asked once a device.
 inline int device_facts(Device* out) {
   constexpr int kDevices = 64;
   static Device known[kDevices];
-  static bool asked[kDevices];
+  static cudaError_t answer[kDevices];
+  static std::once_flag asked[kDevices];
   int id = 0;
-  cudaError_t e = cudaGetDevice(&id);
-  if (e == cudaSuccess && id < kDevices && asked[id]) {
-    *out = known[id];
-    return cudaSuccess;
-  }
-  Device d;
-  int major = 0;
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
-  if (e != cudaSuccess) return e;
-  d.clusters = major >= 9;
-  if (id < kDevices) {
-    known[id] = d;
-    asked[id] = true;
-  }
-  *out = d;
-  return cudaSuccess;
+  if (const cudaError_t e = cudaGetDevice(&id)) return e;
+  if (id >= kDevices) return ask_device(id, out);
+  std::call_once(asked[id], [&] { answer[id] = ask_device(id, &known[id]); });
+  *out = known[id];
+  return answer[id];
 }
 
 #else
 
+template <class... P>
+bool runs_at_once(void (*)(P...), const Start& s, const Device&) {
+  return int(s.cooperative ? s.grid : s.cluster) <= host_cuda::settings().at_once;
+}
 template <class... P, class... A>
 int start(void (*kernel)(P...), const Start& s, A... arguments) {
   const int company = s.cooperative ? int(s.grid) : s.cluster;
   if (s.shared > host_cuda::kDynamicShared) return cudaErrorInvalidValue;
+  if (s.cooperative && host_cuda::settings().refuse_cooperative) return kNotAtOnce;
   host_cuda::run_grid(dim3(s.grid), dim3(s.threads), company, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -68,15 +68,21 @@ __device__ inline uint32_t pack(const float* in, __half) {
   return word;
 }
 
-// A whole chunk by one 128-bit access; p is aligned to 16 bytes.
+// A chunk as it lies in memory: what a thread asks for long before it computes on it.
+using Packed = uint4;
 template <class T>
-__device__ inline void load_chunk(const T* p, float (&out)[kChunkOf<T>]) {
+__device__ __forceinline__ void unpack_chunk(const Packed& raw, float (&out)[kChunkOf<T>]) {
   constexpr int per_word = kChunkOf<T> / 4;
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
   unpack(raw.x, out, T{});
   unpack(raw.y, out + per_word, T{});
   unpack(raw.z, out + 2 * per_word, T{});
   unpack(raw.w, out + 3 * per_word, T{});
+}
+
+// A whole chunk by one 128-bit access; p is aligned to 16 bytes.
+template <class T>
+__device__ inline void load_chunk(const T* p, float (&out)[kChunkOf<T>]) {
+  unpack_chunk<T>(*reinterpret_cast<const Packed*>(p), out);
 }
 template <class T>
 __device__ inline void store_chunk(T* p, const float (&in)[kChunkOf<T>]) {

@@ -56,12 +56,12 @@ __device__ __forceinline__ void backward(RowsArgs<RealOf<T>> a) {
   PROBE(forward_##type##_many, T, (forward<T, false, 5 * per_8>))        \
   PROBE(forward_noise_##type##_few, T, (forward<T, true, per_8>))        \
   PROBE(forward_noise_##type##_many, T, (forward<T, true, 5 * per_8>))   \
-  PROBE(backward_##type##_few, T, (backward<T, 0, per_8>))               \
-  PROBE(backward_##type##_many, T, (backward<T, 0, 3 * per_8>))          \
-  PROBE(backward_weight_##type##_few, T, (backward<T, 1, per_8>))        \
-  PROBE(backward_weight_##type##_many, T, (backward<T, 1, 3 * per_8>))   \
-  PROBE(backward_noise_##type##_few, T, (backward<T, 2, per_8>))         \
-  PROBE(backward_noise_##type##_many, T, (backward<T, 2, 3 * per_8>))
+  PROBE(backward_##type##_few, T, (backward<T, 0, 2 * per_8>))           \
+  PROBE(backward_##type##_many, T, (backward<T, 0, 4 * per_8>))          \
+  PROBE(backward_weight_##type##_few, T, (backward<T, 1, 2 * per_8>))    \
+  PROBE(backward_weight_##type##_many, T, (backward<T, 1, 4 * per_8>))   \
+  PROBE(backward_noise_##type##_few, T, (backward<T, 2, 2 * per_8>))     \
+  PROBE(backward_noise_##type##_many, T, (backward<T, 2, 4 * per_8>))
 
 PROBES(float32, float, 2)
 PROBES(bfloat16, __nv_bfloat16, 1)

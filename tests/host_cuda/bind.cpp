@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/cuda/columns.cuh"
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/rows_launch.cuh"
 #include "engine.h"
 #include "faulty.h"
 
@@ -84,6 +86,53 @@ void running(const py::dict& d, bool fold) {
   if (e != 0) throw std::runtime_error("CUDA error " + std::to_string(e));
 }
 
+// Where the kernels find chunk `chunk` of a run: (bytes from the input's start, counter of the noise).
+template <class T>
+std::pair<int64_t, uint64_t> offsets(const Problem& p, uint32_t group, uint32_t run, uint32_t chunk) {
+  constexpr int N = kChunkOf<T>;
+  const auto bytes = [&](const T* at) { return reinterpret_cast<const char*>(at) - static_cast<const char*>(p.input.data); };
+  if (p.geometry.columns) {
+    const uint32_t columns = uint32_t(p.geometry.inner * p.geometry.length);
+    ColumnPlace c = {};
+    c.outer = group / columns, c.column = group % columns;
+    const int64_t noise = row_position(p.noise.position, c, run) + c.column;
+    return {bytes(row_address<T>(p.input.data, p.input.stride, c, run)), uint64_t(noise) / 4};
+  }
+  const ChunkMode mode = chunk_mode<T>(p, false);
+  const RowsArgs<RealOf<T>> a = rows_args<T>(p, mode);
+  const GroupPlace g = locate_group(a, group);
+  const uint32_t number = run * a.chunks_per_run.divisor + chunk;
+  if (mode.ragged) {
+    const ChunkPlace c = locate_chunk<true, N>(a, g, number);
+    return {bytes(chunk_address<T, true>(p.input.data, g.input, a.at_input, c)), chunk_quad<N, true>(a, g, c)};
+  }
+  const ChunkPlace c = locate_chunk<false, N>(a, g, number);
+  return {bytes(chunk_address<T, false>(p.input.data, g.input, a.at_input, c)), chunk_quad<N, false>(a, g, c)};
+}
+
+std::pair<int64_t, uint64_t> offsets_of(const py::dict& d, uint32_t group, uint32_t run, uint32_t chunk) {
+  Problem p;
+  p.storage = Storage(d["storage"].cast<int>());
+  const auto g = d["geometry"].cast<std::vector<int64_t>>();
+  p.geometry = {g[0] != 0, g[1], g[2], g[3], g[4]};
+  p.noise.on = true;
+  p.noise.position = strides(d["position"]);
+  p.input = p.output = {reinterpret_cast<void*>(uintptr_t(1) << 40), strides(d["input"].cast<py::tuple>()[1])};
+  switch (p.storage) {
+    case Storage::kFloat64: return offsets<double>(p, group, run, chunk);
+    case Storage::kBFloat16: return offsets<__nv_bfloat16>(p, group, run, chunk);
+    default: return offsets<float>(p, group, run, chunk);
+  }
+}
+
+py::object refusal_of(const py::dict& d) {
+  Problem p;
+  const auto g = d["geometry"].cast<std::vector<int64_t>>();
+  p.geometry = {g[0] != 0, g[1], g[2], g[3], g[4]};
+  const char* sentence = normnorm_cuda_refusal(&p);
+  return sentence ? py::object(py::str(sentence)) : py::object(py::none());
+}
+
 std::vector<float> run_faulty(const std::string& name) {
   std::vector<float> out(64);
   const auto start = [](int blocks, int company, const std::function<void()>& body) {
@@ -116,8 +165,17 @@ PYBIND11_MODULE(NN_MODULE, m) {
   m.def("fold_running", [](const py::dict& d) { running(d, true); });
   m.def("pack_running", [](const py::dict& d) { running(d, false); });
   m.def("run_faulty", run_faulty);
+  m.def("offsets", offsets_of);
+  m.def("refusal", refusal_of);
   m.def("sites", [] { return host_cuda::settings().sites; });
-  m.def("device", [](int multiprocessors, int shared_bytes, bool clusters) {
-    host_cuda::settings().device = {multiprocessors, shared_bytes, clusters};
-  });
+  m.def(
+      "device",
+      [](int multiprocessors, int shared_bytes, bool clusters, bool cooperative, int at_once, bool refuse_cooperative) {
+        auto& s = host_cuda::settings();
+        s.device = {multiprocessors, shared_bytes, clusters, cooperative};
+        s.at_once = at_once;
+        s.refuse_cooperative = refuse_cooperative;
+      },
+      py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("clusters"), py::arg("cooperative") = true,
+      py::arg("at_once") = 1 << 30, py::arg("refuse_cooperative") = false);
 }

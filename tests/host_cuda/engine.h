@@ -35,6 +35,8 @@ struct Settings {
   std::set<std::string> sites;
   std::mutex lock;
   normnorm::cuda::Device device;  // what the ladder is told
+  int at_once = 1 << 30;          // blocks that wait for one another and are said to run at the same time
+  bool refuse_cooperative = false;  // launches, although they were said to run
 };
 inline Settings& settings() {
   static Settings s;
