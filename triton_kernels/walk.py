@@ -160,7 +160,7 @@ def anywhere(condition, S: tl.constexpr):
 @triton.jit
 def aligned(x, S: tl.constexpr):
     """x, a multiple of S.ALIGN, in a form from which the compiler sees that it is one."""
-    return tl.to_tensor(x) // S.ALIGN * S.ALIGN
+    return x // S.ALIGN * S.ALIGN
 
 
 @triton.jit
