@@ -123,19 +123,35 @@ def test_the_engines_rows_can_be_read_by_its_own_reader(dry):
 # --- when things go wrong ----------------------------------------------------------------------
 
 
-def test_without_a_gpu_every_stage_says_so_and_the_record_is_kept(tmp_path):
+def test_without_a_gpu_nothing_begins_and_what_is_stored_stays(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = gpu_check("--results", str(tmp_path), "--stages", "environment,smoke")
-    assert done.returncode == 1
-    record = record_of(tmp_path)
-    assert record["ok"] is False
-    for found in record["stages"].values():
-        assert found["status"] == "failed"
-        assert found["message"].startswith("no GPU: torch ")
-        assert "make gpu-check DRY=1" in found["message"]
-    assert record["stages"]["environment"]["data"]["versions"]["torch"] == torch.__version__
-    assert "FAILED: environment, smoke" in done.stdout
+    (tmp_path / "gpu_check.json").write_text("of another machine")
+    done = gpu_check("--results", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("no GPU: torch ")
+    assert "make gpu-check DRY=1" in done.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of another machine"]
+
+
+def test_a_python_without_torch_is_said(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    assert runner.why_not_begin() == "ModuleNotFoundError: No module named torch"
+    (tmp_path / "torch.py").write_text("import time; time.sleep(600)")
+    assert "did not say within 1 s" in str(runner.why_not_begin(1.0))
+
+
+def test_a_stage_without_a_gpu_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    record = Record(tmp_path, dry=False)
+    runner.run_stages(record, False, [runner.Stage("environment", 60)])
+    found = record.stages["environment"]
+    assert found["status"] == "failed"
+    assert found["message"].startswith("no GPU: torch ")
+    assert found["data"]["versions"]["torch"] == torch.__version__
+    assert record.finish() is False
 
 
 def test_an_unwritable_folder_is_said_before_anything_is_done(tmp_path):

@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     stages = _chosen(options.stages, parser)
+    reason = None if options.dry else runner.why_not_begin()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 2
     default = ROOT / ("runs/gpu-check" if options.dry else "benchmarks/results")
     try:
         record = Record((options.results or default).resolve(), options.dry)

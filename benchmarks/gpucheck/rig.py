@@ -23,7 +23,7 @@ import normnorm
 from gpucheck.stage import ROOT, Failure
 from normnorm import backends
 
-__all__ = ["BACKENDS", "VARIABLE", "NoGpu", "Rig", "work_in"]
+__all__ = ["BACKENDS", "VARIABLE", "NoGpu", "Rig", "why_no_gpu", "work_in"]
 
 T = TypeVar("T")
 
@@ -40,7 +40,8 @@ class NoGpu(Failure):
     """There is no GPU to run on, and no dry run was asked for."""
 
 
-def _why_no_gpu() -> str | None:
+def why_no_gpu() -> str | None:
+    """None where torch sees a GPU, else a sentence."""
     if torch.cuda.is_available():
         return None
     built = torch.version.cuda or torch.version.hip
@@ -75,7 +76,7 @@ class Rig:
         if dry:
             _register_host_build()
             return cls(True, torch.device("cpu"))
-        reason = _why_no_gpu()
+        reason = why_no_gpu()
         if reason is not None:
             raise NoGpu(reason)
         return cls(False, torch.device("cuda", torch.cuda.current_device()))

@@ -24,7 +24,7 @@ from typing import Any
 from gpucheck.record import Record
 from gpucheck.stage import COMMAND, ROOT
 
-__all__ = ["STAGES", "Stage", "run_stages"]
+__all__ = ["STAGES", "Stage", "child_environment", "run_stages", "why_not_begin"]
 
 HERE = Path(__file__).resolve().parent
 # Seconds between the end that a stage is told and the one that it is given.
@@ -55,6 +55,32 @@ STAGES = (
     Stage("benchmark", 465),
     Stage("sanitizers", 530),
 )
+
+
+def child_environment(dry: bool) -> dict[str, str]:
+    """What a stage finds in its environment: the sources on its path, and who asked for what."""
+    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    return {
+        **os.environ,
+        "PYTHONPATH": path.rstrip(os.pathsep),
+        "PYTHONUNBUFFERED": "1",
+        "NORMNORM_GPU_CHECK": "dry" if dry else "gpu",
+        COMMAND: shlex.join([sys.executable, *sys.argv]),
+    }
+
+
+def why_not_begin(seconds: float = 180) -> str | None:
+    """Why nothing can be checked here, asked before anything that is stored is overwritten."""
+    program = "import sys; from gpucheck.rig import why_no_gpu; sys.exit(why_no_gpu())"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=child_environment(False), text=True,
+            capture_output=True, timeout=seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"torch did not say within {seconds:.0f} s whether there is a GPU"
+    lines = done.stderr.strip().splitlines() or ["torch could not be asked for a GPU"]
+    return lines[-1] if done.returncode else None
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -97,17 +123,9 @@ def run_stage(stage: Stage, record: Record, until: float, dry: bool) -> dict[str
         str(record.partial),
     ]
     command += ["--until", str(until), *(["--dry"] if dry else [])]
-    path = os.pathsep.join([str(ROOT), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": path.rstrip(os.pathsep),
-        "PYTHONUNBUFFERED": "1",
-        "NORMNORM_GPU_CHECK": "dry" if dry else "gpu",
-        COMMAND: shlex.join([sys.executable, *sys.argv]),
-    }
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
+        command, cwd=ROOT, env=child_environment(dry), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     pump = threading.Thread(target=_pump, args=(process, record.log), daemon=True)
     pump.start()

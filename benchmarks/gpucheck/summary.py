@@ -131,7 +131,7 @@ def _provenance(record: dict[str, Any]) -> str:
     if not data:
         return ""
     versions = data["versions"]
-    gpu = data["gpu"]["name"] if data["gpu"] else f"{data['cpu']} (dry run, no GPU)"
+    gpu = data["gpu"]["name"] if data["gpu"] else f"{data['cpu']} (no GPU)"
     driver = (data["nvidia_smi"] or {}).get("driver_version", "-")
     source = data["source"]
     commit = source["commit"] or f"none; sources {source['digest']}"
