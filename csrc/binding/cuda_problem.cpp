@@ -1,7 +1,10 @@
 #include "cuda_problem.h"
 
 #include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "../cuda/limits.h"
 
 namespace normnorm {
 namespace {
@@ -28,14 +31,10 @@ std::vector<int64_t> dense_strides(const TensorView& t, bool channels_last) {
   return strides;
 }
 
-// The kernels count groups, runs and chunks (of at least four elements) in 32 bits, and blocks in 31.
 void check_extent(const cpu::Geometry& g) {
-  const int64_t blocks = int64_t(1) << 31, counted = int64_t(1) << 32;
-  const int64_t chunks = g.columns ? g.runs : g.runs * (g.length / 4 + 2);
-  if (g.groups() < blocks && g.runs < blocks && g.inner * g.length < counted * 4 && chunks < counted) return;
-  throw std::invalid_argument("the CUDA kernels count up to 2^31 groups and 2^32 chunks of 4 elements in a group; got " +
-                              std::to_string(g.groups()) + " groups of " + std::to_string(g.group_size()) +
-                              " elements");
+  if (g.groups() == 0 || g.group_size() == 0) return;
+  const std::string sentence = cuda::refusal(g);
+  if (!sentence.empty()) throw std::invalid_argument("the input is too large for the CUDA kernels: " + sentence);
 }
 
 }  // namespace
