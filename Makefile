@@ -131,9 +131,12 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 	@NORMNORM_NATIVE=0 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# The CUDA kernels take minutes: beside a torch that could not launch them only where asked for.
+cuda = $${NORMNORM_CUDA:-$$($(PY) -c 'import torch; print("auto" if torch.version.cuda else 0)')}
+
 $(VENV)/.native: $(VENV)/.installed $(SOURCES)
 	$(SAY) 'building the extension'
-	@$(PY) setup.py build_ext --inplace >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@NORMNORM_CUDA=$(cuda) $(PY) setup.py build_ext --inplace >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@$(call build_words,$(VENV)/build.log)
 	@! grep -q 'the compiler failed' $(VENV)/build.log || echo 'its words are in $(VENV)/build.log'
 	@touch $@
