@@ -50,7 +50,10 @@ def test_aligned_kernels_move_128_bits(storage, architecture):
         if re.match(r"rows_|stream_output|column_output|\w+_gradient<[\w ]+, false, false", name):
             assert any(re.match(r"STG\.E\S*\.128", i) for i in code), name
         narrow = [i for i in code if re.match(r"STG\.E\S*\.(U8|U16|64)\b", i)]
-        assert not narrow, f"{name}: {narrow[:3]}"
+        # two double totals of the moments, on their way to the team's other blocks, are no tensor's
+        totals = 2 if re.match(r"rows_forward<.*GridTeam", name) else 0
+        wide = [i for i in narrow if ".64" in i]
+        assert len(narrow) == len(wide) <= totals, f"{name}: {narrow[:3]}"
 
 
 @pytest.mark.parametrize("architecture", sass.ARCHITECTURES)

@@ -103,7 +103,7 @@ __device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const Colum
 template <class T, bool kRagged>
 __device__ __forceinline__ void fetch_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
                                           Fetched<T, kRagged>& out) {
-  if constexpr (!kRagged) out.raw = *reinterpret_cast<const Packed*>(row_address<T>(tensor, s, p, row));
+  if constexpr (!kRagged) out.raw = load_packed(row_address<T>(tensor, s, p, row));
 }
 template <class T, bool kRagged>
 __device__ __forceinline__ void row_values(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,

@@ -137,7 +137,7 @@ struct Fetched<T, true> {};
 template <class T, bool kRagged, bool kLate>  // kLate follows from `out`
 __device__ __forceinline__ void fetch(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
                                       Fetched<T, kLate>& out) {
-  if constexpr (!kLate) out.raw = *reinterpret_cast<const Packed*>(chunk_address<T, kRagged>(tensor, group, s, c));
+  if constexpr (!kLate) out.raw = load_packed(chunk_address<T, kRagged>(tensor, group, s, c));
 }
 template <class T, bool kRagged, bool kLate>
 __device__ __forceinline__ void values(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,

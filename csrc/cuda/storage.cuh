@@ -79,10 +79,21 @@ __device__ __forceinline__ void unpack_chunk(const Packed& raw, float (&out)[kCh
   unpack(raw.w, out + 3 * per_word, T{});
 }
 
+// 16 bytes of global memory, aligned to 16. Spelt out, because an opaque address would be read as of any memory.
+__device__ __forceinline__ Packed load_packed(const void* p) {
+#if defined(__CUDA_ARCH__)
+  Packed raw;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(p));
+  return raw;
+#else
+  return *static_cast<const Packed*>(p);
+#endif
+}
+
 // A whole chunk by one 128-bit access; p is aligned to 16 bytes.
 template <class T>
 __device__ inline void load_chunk(const T* p, float (&out)[kChunkOf<T>]) {
-  unpack_chunk<T>(*reinterpret_cast<const Packed*>(p), out);
+  unpack_chunk<T>(load_packed(p), out);
 }
 template <class T>
 __device__ inline void store_chunk(T* p, const float (&in)[kChunkOf<T>]) {
