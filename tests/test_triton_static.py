@@ -135,6 +135,65 @@ def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> N
     assert not narrow, f"{what}: {narrow[:3]}"
 
 
+def every_path() -> None:
+    """Frozen, given scales, one gradient alone, folding, float64, offsets beyond 31 bits."""
+    from normnorm.triton_kernels import launch
+
+    none, seed = (None, None, None), torch.tensor([1])
+
+    def step(case: Case, dtype: torch.dtype, last: bool = False, **options: float) -> None:
+        x = torch.empty(case.shape, dtype=dtype)
+        if last:
+            x = x.to(memory_format=torch.channels_last)
+        w = torch.empty(case.parameter_shape, dtype=dtype)
+        config = case.config("triton", channels_last=last, noise_train=0.4, **options)
+        _, s = launch.normal_norm_forward(x, *none, w, w, None, seed, None, *config)
+        needs = (True, True, True, False)
+        launch.normal_norm_backward(x, x, s, w, w, None, seed, *needs, *config)
+
+    for dtype, last in ((torch.bfloat16, False), (torch.float64, True)):
+        case = Case("batch", (16, 8, 8, 8))
+        x = torch.empty(case.shape, dtype=dtype)
+        if last:
+            x = x.to(memory_format=torch.channels_last)
+        w, running = torch.empty(8, dtype=dtype), [torch.empty(8) for _ in range(3)]
+        config = case.config("triton", channels_last=last)
+        _, s = launch.normal_norm_forward(x, *running, w, w, None, None, None, *config)
+        needs = (True, True, True, True)
+        launch.normal_norm_backward(x, x, s, w, w, None, None, *needs, *config)
+        infer = (*config[:4], *config[5:8], *config[10:])
+        launch.normal_norm_infer(x, *none, w, None, None, *infer)
+        config = case.config("triton", channels_last=last, noise_train=0.3, order=1, stream=1)
+        scale = torch.empty(8, dtype=s.dtype)
+        launch.normal_norm_forward(x, *none, w, w, None, seed, scale, *config)
+        needs = (False, True, False, False)
+        launch.normal_norm_backward(x, x, s, w, w, None, seed, *needs, *config)
+        for momentum in (0.1, None):
+            for buffers in (running, [b.bfloat16() for b in running]):
+                tracked = torch.tensor(1)
+                launch.fold_running_(s, *buffers, tracked, momentum, 100, 1e-5, "triton")
+    step(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
+    step(Case("layer", (2, 70000), normalized_ndim=1), torch.float64)
+    step(Case("group", (2, 6, 9, 9), num_groups=2), torch.float64)
+    narrow = launch._is_wide
+    launch._is_wide = lambda *_: True
+    try:
+        step(Case("batch", (64, 8, 30, 30)), torch.float32)
+        step(Case("batch", (64, 6, 30, 30)), torch.float32, True)
+        step(Case("layer", (64, 100), normalized_ndim=1), torch.float16)
+    finally:
+        launch._is_wide = narrow
+
+
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
+def test_every_other_path_compiles_too(target):
+    from triton_tools import ahead
+
+    names = {compiled.name for compiled in ahead.compiled(target, every_path)}
+    assert {"forward", "backward", "stream_output", "stream_gradient"} <= names
+    assert {"parameter_sums", "fold_parts", "fold_running"} <= names
+
+
 # --- budgets -------------------------------------------------------------------------------------
 
 PROBES = ("forward", "forward with noise", "backward", "backward with noise")

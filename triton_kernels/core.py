@@ -32,35 +32,40 @@ def special(x, INSTRUCTION: tl.constexpr):
 def fast_log2(x, FAST: tl.constexpr):
     if FAST:
         return special(x, "lg2.approx.ftz.f32 $0, $1;")
-    return tl.log2(x)
+    else:
+        return tl.log2(x)
 
 
 @triton.jit
 def fast_exp2(x, FAST: tl.constexpr):
     if FAST:
         return special(x, "ex2.approx.ftz.f32 $0, $1;")
-    return tl.exp2(x)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
 def fast_reciprocal(x, FAST: tl.constexpr):
     if FAST and x.dtype == tl.float32:
         return special(x, "rcp.approx.ftz.f32 $0, $1;")
-    return 1.0 / x
+    else:
+        return 1.0 / x
 
 
 @triton.jit
 def fast_sqrt(x, FAST: tl.constexpr):
     if FAST:
         return special(x, "sqrt.approx.ftz.f32 $0, $1;")
-    return tl.sqrt(x)
+    else:
+        return tl.sqrt(x)
 
 
 @triton.jit
 def fast_rsqrt(x, FAST: tl.constexpr):
     if FAST and x.dtype == tl.float32:
         return special(x, "rsqrt.approx.ftz.f32 $0, $1;")
-    return 1.0 / tl.sqrt(x)
+    else:
+        return 1.0 / tl.sqrt(x)
 
 
 @triton.jit
@@ -73,8 +78,9 @@ def signed_as(magnitude, sign):
     """``magnitude``, which is not negative, with the sign of ``sign``."""
     if magnitude.dtype == tl.float64:
         return tl.where(sign < 0, -magnitude, magnitude)
-    bits = sign.to(tl.uint32, bitcast=True) & 0x80000000
-    return (magnitude.to(tl.uint32, bitcast=True) | bits).to(tl.float32, bitcast=True)
+    else:
+        bits = sign.to(tl.uint32, bitcast=True) & 0x80000000
+        return (magnitude.to(tl.uint32, bitcast=True) | bits).to(tl.float32, bitcast=True)
 
 
 # Logarithms are kept in the base that the power wants: 2 for float, e for double.
@@ -86,14 +92,16 @@ def log_of(t, FAST: tl.constexpr):
     if t.dtype == tl.float64:
         u = 1.0 + t  # the rounding of this sum is taken out again by the quotient
         return tl.where(u == 1.0, t, tl.log(u) * (t / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return fast_log2(1.0 + t, FAST)
+    else:
+        return fast_log2(1.0 + t, FAST)
 
 
 @triton.jit
 def natural(log):
     if log.dtype == tl.float64:
         return log
-    return log * LN_2
+    else:
+        return log * LN_2
 
 
 @triton.jit
@@ -104,12 +112,13 @@ def first_exponential(a):
         for i in tl.static_range(16):
             s = 1.0 + s * a * (1.0 / (17 - i))
         return s
-    p = a * 1.9841270e-04 + 1.3888889e-03
-    p = p * a + 8.3333333e-03
-    p = p * a + 4.1666667e-02
-    p = p * a + 1.6666667e-01
-    p = p * a + 0.5
-    return p * a + 1.0
+    else:
+        p = a * 1.9841270e-04 + 1.3888889e-03
+        p = p * a + 8.3333333e-03
+        p = p * a + 4.1666667e-02
+        p = p * a + 1.6666667e-01
+        p = p * a + 0.5
+        return p * a + 1.0
 
 
 @triton.jit
@@ -120,12 +129,13 @@ def second_exponential(a):
         for i in tl.static_range(16):
             s = 1.0 + s * a * ((17 - i) / ((16 - i) * (18 - i)))
         return s * 0.5
-    p = a * 1.731696539e-04 + 1.200088067e-03
-    p = p * a + 6.944879889e-03
-    p = p * a + 3.333214298e-02
-    p = p * a + 1.249999478e-01
-    p = p * a + 3.333333731e-01
-    return p * a + 0.5
+    else:
+        p = a * 1.731696539e-04 + 1.200088067e-03
+        p = p * a + 6.944879889e-03
+        p = p * a + 3.333214298e-02
+        p = p * a + 1.249999478e-01
+        p = p * a + 3.333333731e-01
+        return p * a + 0.5
 
 
 @triton.jit
