@@ -92,8 +92,10 @@ def row_plan(length: int, groups: int, itemsize: int, held: int, align: int = 16
                 if K * each > held or (R == 1 and each < vector >> narrow):
                     continue
                 R = min(R, power_of_two(groups))
-                # two tiles spill less than one of twice the size
+                # two tiles spill less than one of twice the size; with sixteen warps, four
                 uneven = 0.01 * (K if R > 1 else abs(K - 2))
+                if warps == LARGEST_WARPS:
+                    uneven = 0.04 * abs(K - 4)
                 cost = K * L * (1 + 0.06 * narrow + 0.02 * math.log2(warps) + uneven)
                 if best is None or cost < best[0]:
                     best = (cost, Plan(R, L, K, warps))
