@@ -102,6 +102,8 @@ def _plan(
         resident = table.row_plan(reach, layout.groups, itemsize, held, align)
     else:
         which = walk.GROUP
+        if layout.affine == walk.PER_GROUP_ELEMENT.value:  # weights take registers as well
+            held = held * 3 // 4
         resident = table.group_plan(layout.runs, layout.length, shifted, itemsize, held, align)
     if resident is not None:
         return which.value, resident, True

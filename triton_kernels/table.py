@@ -130,7 +130,7 @@ def group_plan(
 def column_plan(rows: int, columns: int, itemsize: int, held: int) -> Plan | None:
     """A group is a column, in K tiles of R rows."""
     # Every number of a group is one of each column of a thread: four columns, not a whole vector.
-    held, vector = _held(held, itemsize), 4
+    held, vector = _held(min(held, 24), itemsize), 4
     L = min(32, max(4, power_of_two(columns)))
     for warps in (4, 8, LARGEST_WARPS):
         R = min(32 * warps * vector // L, power_of_two(rows))
