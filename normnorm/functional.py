@@ -24,13 +24,14 @@ What the functions share:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normnorm import backends, likelihood, ops, reference
 from normnorm.autograd import Running, decomposes, normal_norm
-from normnorm.backends.reference import transforms_active
+from normnorm.backends.reference import fold_running_, transforms_active
 from normnorm.checks import check_is_tensor, check_noise_train, check_transform, group_size
 from normnorm.config import Config
 from normnorm.noise import as_seed
@@ -112,16 +113,14 @@ def _fold(
     config: Config,
 ) -> None:
     """Moves the running statistics towards the batch's, by one op."""
-    arguments = (
-        statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend
-    )  # fmt: skip
+    fold: Any  # one of three with the same arguments
     if transforms_active():
-        ops.fold_running_(*arguments)
+        fold = ops.fold_running_
     elif torch.compiler.is_compiling():
-        fold = backends.get("reference").fold if decomposes(config) else ops.fold_running_
-        fold(*arguments)
+        fold = fold_running_ if decomposes(config) else ops.fold_running_
     else:
-        backends.get(config.backend).fold(*arguments)
+        fold = backends.get(config.backend).fold
+    fold(statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend)
 
 
 def _check_running(

@@ -275,11 +275,15 @@ def _parameter_gradients(
     grad_output: Tensor, tensors: tuple[Any, ...], stats: Tensor, needs: tuple[bool, bool],
     config: Config,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of weight and bias on this rank; all that it takes is in the statistics."""
+    """The gradients of weight and bias on this rank; all that it takes is in the statistics.
+
+    They are those of all ranks, so the op gets them as frozen: the reference backend would
+    otherwise take the shard's own anew.
+    """
     input, weight, bias, seed = tensors
     if not torch.compiler.is_compiling():
         _, *found = backends.get(config.backend).backward(
-            grad_output, input, stats, weight, bias, None, seed, False, *needs, False, *config
+            grad_output, input, stats, weight, bias, None, seed, False, *needs, True, *config
         )
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     names = [name for name, needed in zip(("weight", "bias"), needs, strict=True) if needed]

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import normnorm
-from normnorm import reference
+from normnorm import backends, reference
 from normnorm.noise import standard_normals
 from normnorm.sync import sync_batch_normal_norm
 
@@ -135,6 +135,14 @@ def every_rank_of_input_and_option_equals_one_process(rank, ranks):
 @case
 def channels_last_equals_one_process(rank, ranks):
     agree(rank, ranks, (3, 4, 2), True, 0.4, channels_last=True)
+
+
+@case
+def every_backend_gives_the_gradients_of_one_process(rank, ranks):
+    for name, reason in normnorm.available_backends().items():
+        if reason is None and backends.get(name).device_type in (None, "cpu"):
+            with normnorm.use_backend(name):
+                agree(rank, ranks, (3, 4, 2), True, 0.4)
 
 
 @case

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from torch.testing import assert_close
 
 import normnorm
 import normnorm.functional as F
+from normnorm import backends
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # float32, another order of the same operations
 
@@ -327,6 +331,74 @@ def test_choosing_another_backend_reaches_compiled_layers(name):
     assert_close(first, second, **CLOSE)
     assert any("normal_norm" in target for target in counter.targets(0))
     assert not any("normal_norm_" in target for target in counter.targets(1))
+
+
+@pytest.mark.parametrize("row", few(RUNNING, KINDS[:1]))
+def test_without_compiled_kernels_the_automatic_choice_traces(row, monkeypatch):
+    monkeypatch.setattr(backends, "_automatic", {})
+    with normnorm.use_backend("auto"):
+        assert backends.resolve(torch.device("cpu")).name == "reference"
+        assert_compiles_to_the_same(row, "eager", True, 0.0)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """A backend for the CPU that nobody has looked for yet, and the choice of it that
+    NORMNORM_BACKEND would make; a function of the reason why it cannot run."""
+    name = "late"
+
+    def register():
+        backends.register(
+            dataclasses.replace(backends.get("reference"), name=name, device_type="cpu")
+        )
+
+    def add(reason):
+        module = types.ModuleType(f"normnorm.backends.{name}")
+        module.unavailable_reason, module.register = lambda: reason, register
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, name))
+        monkeypatch.setattr(backends, "_late", {name: "cpu"})
+        monkeypatch.setattr(backends, "_automatic", {})
+        monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+        monkeypatch.setattr(backends, "_UNAVAILABLE", dict(backends._UNAVAILABLE))
+        monkeypatch.setattr(backends, "_selected", name)
+        return name
+
+    return add
+
+
+@pytest.mark.parametrize("choice", ["by name", "auto", "within the graph"])
+def test_a_compiled_layer_is_the_first_to_look_for_a_backend(choice, late, monkeypatch):
+    name = late(None)
+    if choice != "by name":
+        monkeypatch.setattr(backends, "_selected", "auto")
+    layer = KINDS[0].make(noise_train=0.0)
+
+    def forward(input):
+        if choice != "within the graph":
+            return layer(input)
+        with normnorm.use_backend(name):
+            return layer(input)
+
+    counter = Counter()
+    compiled = torch.compile(forward, backend=counter, fullgraph=True)
+    for number in range(2):
+        input = KINDS[0].input(torch.float32, number)
+        found = compiled(input)
+        with normnorm.use_backend("reference"):
+            assert_close(found, layer(input), **CLOSE)
+    (forward_call,) = [
+        node for node in counter.graphs[0].graph.nodes if "normal_norm_forward" in str(node.target)
+    ]
+    assert forward_call.args[-1] == name
+    assert len(counter.graphs) == 1
+
+
+def test_a_compiled_layer_says_why_its_backend_cannot_run(late):
+    late("no such device")
+    compiled = torch.compile(KINDS[0].make(), backend="eager")
+    with pytest.raises(RuntimeError, match="backend 'late' is unavailable: no such device"):
+        compiled(KINDS[0].input(torch.float32))
 
 
 def test_given_seed_gives_the_same_noise_compiled_or_not(backend):

@@ -135,9 +135,20 @@ def _automatic_choice(device_type: str) -> Backend:
     return _automatic.get(device_type, _backends["reference"])
 
 
-# A compiler runs this function instead of tracing into the search, which changes what it reads.
-# (torch.compiler.assume_constant_result does the same, but imports the compiler to do it.)
+def _find(name: str) -> Backend | None:
+    """The backend of that name, None where it cannot run; looks for it where that was not done
+    yet."""
+    if name not in _backends:
+        _look_for(name)
+    return _backends.get(name)
+
+
+# A compiler runs these two functions instead of tracing into the search, which imports modules and
+# changes what it reads. (torch.compiler.assume_constant_result does the same, but imports the
+# compiler to do it.) Traced callers read the name and the device type of what they return, and
+# call none of its ops: functions would need guards, and a constant can have none.
 _automatic_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unavailable(name: str) -> Exception:
@@ -156,8 +167,7 @@ def get(name: str) -> Backend:
     """
     backend = _backends.get(name)
     if backend is None:
-        _look_for(name)
-        backend = _backends.get(name)
+        backend = _find(name)
     if backend is None:
         raise _unavailable(name)
     return backend
@@ -173,7 +183,9 @@ def resolve(device: torch.device, name: str | None = None) -> Backend:
     name = _selected if name is None else name
     if name == "auto":
         return _automatic_choice(device.type)
-    backend = get(name)
+    backend = _find(name)
+    if backend is None:
+        raise _unavailable(name)
     if backend.device_type is not None and device.type not in (backend.device_type, "meta"):
         raise RuntimeError(
             f"backend '{name}' serves {backend.device_type} tensors; got one on {device}"
@@ -198,8 +210,8 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        if name != "auto":
-            get(name)
+        if name != "auto" and _find(name) is None:
+            raise _unavailable(name)
         global _selected
         self._name = name
         self._before: list[str] = []
