@@ -21,9 +21,8 @@ import torch
 from torch import nn
 
 import normnorm
-from normnorm import cli
+from normnorm import cli, quantiles
 from normnorm.demo import data, main, nets, normality, plot, results, train
-from normnorm import quantiles
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,6 @@ def arms(epochs: int) -> list[Arm]:
         *_family("group", "group", images),
         *_family("instance", "instance", images),
         *_family("layer", "layer", tokens),
-        Arm("batch + both, 2 steps", replace(images, norm="batchnormal-2")),
-        Arm("batch + both, optimum", replace(images, norm="batchnormal-optimal")),
         Arm("decorrelated", replace(images, norm="decorrelated")),
         Arm("decorrelated + both", replace(images, norm="decorrelatednormal")),
         Arm("batch + PER", replace(images, norm="batch", per_weight=1e-2)),
@@ -80,8 +78,6 @@ def comparisons() -> list[Comparison]:
     ]
     return [
         *found,
-        Comparison("batch + both, 2 steps", "batch + both"),
-        Comparison("batch + both, optimum", "batch + both"),
         Comparison("decorrelated + both", "decorrelated"),
         Comparison("batch + PER", "batch"),
         Comparison("strong batch + both", "strong batch"),
