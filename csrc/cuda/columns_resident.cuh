@@ -35,15 +35,16 @@ class TileTeam {
     column_totals<T, K>(v, totals);
     if (sync_.blocks == 1) return;
     constexpr size_t kPart = size_t(kMaxSums) * kColumns;
-    Real* buffer = sync_.partial + size_t(index() * 2 + turn_) * sync_.blocks * kPart;
+    Real* buffer = sync_.partial + size_t(opaque(blockIdx.x) / sync_.blocks * 2 + turn_) * sync_.blocks * kPart;
     turn_ ^= 1;
     for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads)
       buffer[block() * kPart + i] = totals[i / kColumns][i % kColumns];
     __syncthreads();  // before the block says that it has arrived
     if (threadIdx.x == 0) {
+      unsigned* counter = sync_.counters + opaque(blockIdx.x) / sync_.blocks;
       passed_ += sync_.blocks;
-      arrive(sync_.counters + index());
-      while (arrived(sync_.counters + index()) < passed_) __nanosleep(32);
+      arrive(counter);
+      while (arrived(counter) < passed_) __nanosleep(32);
     }
     __syncthreads();
     for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads) {
@@ -317,11 +318,12 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync)
     }
     __syncthreads();
     if (a.walk.output == nullptr) continue;
+    const ColumnPlace place = locate_tile<T>(a, opaque(slab));
     held.template each<true, false>([&](Chunk kept, uint32_t row, uint32_t) {
       Real out[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) out[j] = shared.gradient[p.x * N + j](kept[0][j], kept[1][j], kept[2][j]);
-      write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, out);
+      for (int j = 0; j < N; ++j) out[j] = shared.gradient[place.x * N + j](kept[0][j], kept[1][j], kept[2][j]);
+      write_row<T, kRagged>(a.walk.output, a.walk.at_output, place, row, out);
     });
   }
 }

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
 
 // Round 5; also the whole of a frozen layer's forward pass.
 template <class T, bool kRagged, bool kNoise>
-__global__ void __launch_bounds__(kColumnThreads, 4) column_output(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];

@@ -23,6 +23,8 @@ struct NoHint {
 template <int kInRegisters, int kPlanes>
 constexpr uint32_t chunks_ahead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return kPlanes == 1 ? 4 : 1;
 #else
   return kPlanes == 1 ? 4 : kInRegisters > 8 ? 1 : 2;

@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(kBackwardBlock, 1) rows_backward(const RowsArg
         load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
     Real sums[kGradientSums] = {};
     pass.reduce(place, constants, sums);
-    if (a.output) {
-      const Real weight = group_affine<T>(a, place).weight;
-      pass.write(locate_group(a, opaque(group)), finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
-    }
     if (!kElementwise && team.rank() == 0 && a.affine == Affine::kPerGroup) {
       if (a.bias_part) a.bias_part[group] = sums[5];
       if (a.weight_part) a.weight_part[group] = sums[6];
+    }
+    if (a.output) {
+      const Real weight = group_affine<T>(a, place).weight;
+      pass.write(locate_group(a, opaque(group)), finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
     }
   }
   pass.write_element_sums();

@@ -80,7 +80,7 @@ class ForwardGroup {
       }
       if (kRagged) count += Real(elements);
     });
-    if (!kRagged) count = Real(held_.mine() * uint32_t(N));
+    if (!kRagged) count = Real(opaque(held_.mine()) * uint32_t(N));  // not kept as a double from group to group
     return finish(pilot, count, sum, squares);
   }
 
@@ -181,7 +181,6 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const RowsArgs<
   using Real = RealOf<T>;
   Team team(sync);
   ForwardGroup<T, kRagged, Team> pass(a, team);
-  const uint64_t seed = kNoise ? uint64_t(*a.seed) : 0;
 #pragma unroll 1
   for (uint32_t group = team.index(); group < a.groups; group += team.count()) {
     const GroupPlace g = locate_group(a, group);
@@ -189,18 +188,17 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const RowsArgs<
     const Estimate<Real> estimate = pass.estimate(g, m);
     const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
     const Care care = care_for(e, a.transform_eps, false);
+    // now, and not when all is done: the rounds that follow want the registers
+    if (team.rank() == 0) write_statistics(a, group, m, estimate);
     Real scale = 0;
     if constexpr (kNoise) {
       const Real mean = pass.transform(e, care);
       scale = a.given_scale ? a.stats[int64_t(kNoiseScale) * a.groups + group] : pass.deviation(g, mean);
-      pass.write_noisy(g, seed, a.noise_train * scale * kNormalUnit<Real>);
+      pass.write_noisy(locate_group(a, opaque(group)), uint64_t(*a.seed), a.noise_train * scale * kNormalUnit<Real>);
     } else {
       pass.write_plain(g, e, care);
     }
-    if (team.rank() == 0) {
-      write_statistics(a, group, m, estimate);
-      if (!a.given_scale) a.stats[int64_t(kNoiseScale) * a.groups + group] = scale;
-    }
+    if (team.rank() == 0 && !a.given_scale) a.stats[int64_t(kNoiseScale) * a.groups + group] = scale;
   }
 }
 

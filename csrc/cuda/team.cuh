@@ -90,7 +90,7 @@ class ClusterTeam {
     turn_ ^= 1;
     const unsigned entries = cluster_size() * warps;
     if (lane < cluster_size()) {
-      V* there = in_block_of_cluster(buffer, lane) + cluster_rank() * warps + warp;
+      V* there = in_block_of_cluster(buffer, lane) + opaque(cluster_rank() * warps + warp);
 #pragma unroll
       for (int k = 0; k < K; ++k) there[k * kMaxCluster * kMaxWarps] = v[k];
     }
@@ -98,6 +98,7 @@ class ClusterTeam {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       V total = 0;
+#pragma unroll 1  // unrolled, its bounds would take five registers for as long as the kernel runs
       for (unsigned i = lane; i < entries; i += 32) total += buffer[k * kMaxCluster * kMaxWarps + i];
       v[k] = warp_sum(total);
     }
@@ -130,11 +131,13 @@ class GridTeam {
   template <class V, int K>
   __device__ void sum(V (&v)[K]) {
     block_.sum(v);
-    V* buffer = reinterpret_cast<V*>(sync_.partial + size_t(index() * 2 + turn_) * kMaxSums * sync_.blocks);
+    // where, anew: kept from sum to sum it would take registers all the while
+    const unsigned at = opaque(blockIdx.x), team = at / sync_.blocks, block = at % sync_.blocks;
+    V* buffer = reinterpret_cast<V*>(sync_.partial + size_t(team * 2 + turn_) * kMaxSums * sync_.blocks);
     turn_ ^= 1;
     if (threadIdx.x == 0) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) buffer[k * sync_.blocks + block()] = v[k];
+      for (int k = 0; k < K; ++k) buffer[k * sync_.blocks + block] = v[k];
       barrier();
     }
     __syncthreads();
