@@ -57,6 +57,7 @@ def run_page(page: Path, how_many: int | None = None) -> tuple[dict[str, Any], l
     """Runs a page's (first) snippets in one namespace: that namespace, and what they print."""
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     printed = []
+    torch._dynamo.reset()  # what was compiled before changes how often a page compiles
     with unchanged_choice():
         for line, code, _ in itertools.islice(snippets(page), how_many):
             out = io.StringIO()

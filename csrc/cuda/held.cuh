@@ -20,10 +20,10 @@ struct NoHint {
 };
 
 // Chunks asked for at a time on the way to shared memory, as registers allow.
-template <int kInRegisters, int kPlanes>
+template <int kInRegisters, int kPlanes, bool kNoise = false>
 constexpr uint32_t chunks_ahead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 1;
+  return kPlanes == 1 && !kNoise ? 4 : 1;  // beside the noise's keys there are not registers enough
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return kPlanes == 1 ? 4 : 1;
 #else

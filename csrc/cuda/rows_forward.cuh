@@ -49,7 +49,7 @@ __device__ __forceinline__ void output_round(const RowsArgs<Real>& a, const Grou
   write_chunk<T, kRagged>(a.output, g.output, a.at_output, c, x);
 }
 
-template <class T, bool kRagged, class Team, int kRegister = kForwardRegister<T>>
+template <class T, bool kRagged, bool kNoise, class Team, int kRegister = kForwardRegister<T>>
 class ForwardGroup {
   static constexpr int N = kChunkOf<T>;
   using Real = RealOf<T>;
@@ -172,7 +172,7 @@ class ForwardGroup {
     }
   }
 
-  Held<Real, N, kRegister, 1> held_;
+  Held<Real, N, kRegister, 1, true, chunks_ahead<kRegister * N, 1, kNoise>()> held_;
   Real pilot_ = 0;  // minus the group's rounded mean
 };
 
@@ -180,7 +180,7 @@ template <class T, bool kRagged, bool kNoise, class Team>
 __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
   using Real = RealOf<T>;
   Team team(sync);
-  ForwardGroup<T, kRagged, Team> pass(a, team);
+  ForwardGroup<T, kRagged, kNoise, Team> pass(a, team);
 #pragma unroll 1
   for (uint32_t group = team.index(); group < a.groups; group += team.count()) {
     const GroupPlace g = locate_group(a, group);

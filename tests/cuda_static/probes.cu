@@ -14,7 +14,7 @@ __device__ __forceinline__ void forward(RowsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   BlockTeam<Real> team({});
   a.affine = Affine::kPerGroup;
-  ForwardGroup<T, false, BlockTeam<Real>, kRegister> pass(a, team);
+  ForwardGroup<T, false, kNoise, BlockTeam<Real>, kRegister> pass(a, team);
   const GroupPlace g = locate_group(a, team.index());
   const Moments1<Real> m = pass.moments(g);
   const Estimate<Real> estimate = pass.estimate(g, m);
