@@ -472,7 +472,6 @@ def test_a_compiled_layer_gives_what_it_gives_eagerly():
         "modules",
         "bad_input",
         "compile",
-        "cli",
     ],
 )
 def test_the_tests_of_all_backends_pass_on_this_one(file):
