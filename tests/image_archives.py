@@ -21,11 +21,12 @@ import scipy.io
 import torch
 from PIL import Image
 
-_RANDOM = np.random.default_rng(0)
+# Of the archive being written: each begins anew, so that none depends on those before it.
+_random = np.random.default_rng(0)
 
 
 def _pixels(*shape: int) -> np.ndarray:
-    return _RANDOM.integers(0, 256, shape, dtype=np.uint8)
+    return _random.integers(0, 256, shape, dtype=np.uint8)
 
 
 def _labels(count: int, classes: int) -> np.ndarray:
@@ -169,6 +170,8 @@ def _accept(monkeypatch: Any, name: str, root: Path) -> None:
 
 def write(monkeypatch: Any, name: str, root: Path, count: int = 6) -> None:
     """Writes the miniature of a data set where torchvision looks for it."""
+    global _random
+    _random = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
     _WRITERS[name](root, count)
     _accept(monkeypatch, name, root)
