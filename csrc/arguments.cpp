@@ -75,12 +75,9 @@ void check_numbers(const Config& c) {
           [&] { return "transform_eps must be finite and at least 0; got " + text(c.transform_eps); });
 }
 
-void check_reserved(const TensorView& residual, const Config& c) {
-  require(!residual.given,
-          [] { return std::string("residual is reserved in the schema and not built yet; got a tensor"); });
-  require(c.activation.empty(), [&] {
-    return "activation is reserved in the schema and not built yet; got '" + c.activation + "'";
-  });
+void check_activation(const Config& c) {
+  require(c.activation.empty() || c.activation == "relu",
+          [&] { return "activation must be 'relu' or '' for none; got '" + c.activation + "'"; });
 }
 
 void check_device(const char* name, const TensorView& t, const TensorView& input) {
@@ -91,6 +88,18 @@ void check_device(const char* name, const TensorView& t, const TensorView& input
 void check_shape(const char* name, const TensorView& t, const int64_t* shape, int64_t dim, const char* why) {
   require(t.has_shape(shape, dim), [&] {
     return std::string(name) + " must have shape " + shape_text(shape, dim) + why + "; got " + shape_text(t);
+  });
+}
+
+// A tensor that lies beside the input, element by element; one that is not given is all right.
+void check_like_input(const char* name, const TensorView& t, const TensorView& input) {
+  if (!t.given) return;
+  check_device(name, t, input);
+  require(t.has_shape(input.sizes, input.dim), [&] {
+    return std::string(name) + " must have the input's shape " + shape_text(input) + "; got " + shape_text(t);
+  });
+  require(t.dtype == input.dtype, [&] {
+    return std::string(name) + " must have the input's dtype " + dtype_name(input) + "; got " + dtype_name(t);
   });
 }
 
@@ -202,7 +211,8 @@ int64_t group_size(const TensorView& input, const Config& c) {
 void check_forward(const Arguments& a, Config& c) {
   check_geometry(a.input, c);
   check_numbers(c);
-  check_reserved(a.residual, c);
+  check_activation(c);
+  check_like_input("residual", a.residual, a.input);
   check_running(a, c);
   if (!a.running_mean.given) check_group_size(a.input, c);
   check_noise(a, c, group_count(a.input, c));
@@ -212,16 +222,16 @@ void check_forward(const Arguments& a, Config& c) {
 void check_backward(const Arguments& a, Config& c) {
   check_geometry(a.input, c);
   check_numbers(c);
-  check_reserved(a.residual, c);
-  check_device("grad_output", a.grad_output, a.input);
-  require(a.grad_output.has_shape(a.input.sizes, a.input.dim), [&] {
-    return "grad_output must have the input's shape " + shape_text(a.input) + "; got " +
-           shape_text(a.grad_output);
+  check_activation(c);
+  check_like_input("grad_output", a.grad_output, a.input);
+  require(c.activation.empty() || a.output.given, [&] {
+    return "activation '" + c.activation + "' needs the forward's output; got None";
   });
-  require(a.grad_output.dtype == a.input.dtype, [&] {
-    return std::string("grad_output must have the input's dtype ") + dtype_name(a.input) + "; got " +
-           dtype_name(a.grad_output);
+  require(!c.activation.empty() || !a.output.given, [] {
+    return std::string("output belongs to an activation; got a tensor and activation ''");
   });
+  check_like_input("output", a.output, a.input);
+  check_like_input("grad_sum", a.grad_sum, a.input);
   const int64_t groups = group_count(a.input, c);
   check_device("stats", a.stats, a.input);
   const int64_t shape[] = {kStatRows, groups};

@@ -29,7 +29,7 @@ struct Config {
 // The tensors of one call; those an op does not have stay "not given".
 struct Arguments {
   TensorView input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale;
-  TensorView grad_output, stats;  // backward
+  TensorView grad_output, stats, output, grad_sum;  // backward
   bool needs_weight = false, needs_bias = false;
 };
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_forward",
     "check_is_tensor",
     "check_noise_train",
+    "check_residual",
     "check_transform",
     "group_count",
     "group_size",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 KINDS = ("batch", "layer", "group", "instance")
+ACTIVATIONS = ("", "relu")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -128,13 +130,26 @@ def check_is_tensor(input: Tensor) -> None:
         raise TypeError(f"input must be a tensor; got {type(input).__name__}")
 
 
-def _check_reserved(residual: Tensor | None, activation: str) -> None:
-    if residual is not None:
-        raise ValueError("residual is reserved in the schema and not built yet; got a tensor")
-    if activation != "":
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be 'relu' or '' for none; got '{activation}'")
+
+
+def _check_like_input(name: str, tensor: Tensor, input: Tensor) -> None:
+    _check_device(name, tensor, input)
+    if _shape(tensor) != _shape(input):
         raise ValueError(
-            f"activation is reserved in the schema and not built yet; got '{activation}'"
+            f"{name} must have the input's shape {_shape(input)}; got {_shape(tensor)}"
         )
+    if tensor.dtype != input.dtype:
+        raise TypeError(f"{name} must have the input's dtype {input.dtype}; got {tensor.dtype}")
+
+
+def check_residual(input: Tensor, residual: Tensor) -> None:
+    """A tensor to be added to the input, or to the output, element by element."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a tensor; got {type(residual).__name__}")
+    _check_like_input("residual", residual, input)
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -230,7 +245,9 @@ def check_forward(
     the input may be a ``shard`` of any size, other ranks holding the rest of its groups."""
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
-    _check_reserved(residual, config.activation)
+    _check_activation(config.activation)
+    if residual is not None:
+        check_residual(input, residual)
     _check_running(input, config.kind, running)
     if running[0] is None and not shard:
         _check_group_size(input, config)
@@ -244,25 +261,27 @@ def check_backward(
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    output: Tensor | None,
     seed: Tensor | None,
     needs_weight: bool,
     needs_bias: bool,
     config: Config,
+    grad_sum: Tensor | None = None,
 ) -> None:
-    """Everything that ``normal_norm_backward`` asks of its arguments."""
+    """Everything that ``normal_norm_backward`` and ``add_normal_norm_backward`` ask of their
+    arguments."""
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
-    _check_reserved(residual, config.activation)
-    _check_device("grad_output", grad_output, input)
-    if _shape(grad_output) != _shape(input):
-        raise ValueError(
-            f"grad_output must have the input's shape {_shape(input)}; got {_shape(grad_output)}"
-        )
-    if grad_output.dtype != input.dtype:
-        raise TypeError(
-            f"grad_output must have the input's dtype {input.dtype}; got {grad_output.dtype}"
-        )
+    _check_activation(config.activation)
+    _check_like_input("grad_output", grad_output, input)
+    if config.activation and output is None:
+        raise ValueError(f"activation '{config.activation}' needs the forward's output; got None")
+    if output is not None:
+        if not config.activation:
+            raise ValueError("output belongs to an activation; got a tensor and activation ''")
+        _check_like_input("output", output, input)
+    if grad_sum is not None:
+        _check_like_input("grad_sum", grad_sum, input)
     groups = group_count(input, config)
     _check_device("stats", stats, input)
     if _shape(stats) != (len(Row), groups):

@@ -21,7 +21,7 @@ class Config(NamedTuple):
         transform_eps: distance that the transform's exponent keeps from zero.
         stream: which noise of a seed: the rank in synchronised layers, else 0.
         channels_last: the noise index follows (N, spatial..., C) instead of row-major order.
-        activation: reserved, "".
+        activation: "relu", applied to the output, or "" for none.
         backend: who computes.
     """
 

@@ -14,6 +14,9 @@ What the functions share:
 * ``order``: 2 for Newton's step, 1 for a plain gradient step;
 * ``transform_eps``: 0 for the exact Yeo-Johnson transform; ``math.sqrt(eps)`` shifts its exponent
   as the authors' code does;
+* ``residual``: added to the output, of the input's shape and dtype; ``activation``: None or
+  "relu", applied last. Both by the same kernel: nothing is written and read again between them.
+  A gradient with an activation keeps the output beside the input, as torch's relu does;
 * ``seed``: makes the noise reproducible: an int or an int64 tensor of shape (1,) on the input's
   device. None draws one from the device's default generator;
 * errors: ValueError or TypeError, a sentence with what was got and what was wanted; no buffer
@@ -30,14 +33,21 @@ import torch
 from torch import Tensor
 
 from normnorm import backends, likelihood, ops, reference
-from normnorm.autograd import Running, decomposes, normal_norm
+from normnorm.autograd import Running, add_normal_norm, decomposes, normal_norm
 from normnorm.backends.reference import fold_running_, transforms_active
-from normnorm.checks import check_is_tensor, check_noise_train, check_transform, group_size
+from normnorm.checks import (
+    check_is_tensor,
+    check_noise_train,
+    check_residual,
+    check_transform,
+    group_size,
+)
 from normnorm.config import Config
 from normnorm.noise import as_seed
 from normnorm.statistics import statistics_dtype
 
 __all__ = [
+    "add_layer_normal_norm",
     "batch_normal_norm",
     "estimate_lmbda",
     "group_normal_norm",
@@ -76,6 +86,7 @@ def _configure(
     alpha: float,
     order: int,
     transform_eps: float,
+    activation: str | None = None,
 ) -> Config:
     """The op's configuration: the caller's, the noise's order, and the backend that serves."""
     check_noise_train(noise_train)
@@ -86,7 +97,7 @@ def _configure(
         noise_train = 0.0  # a constant, where a compiler has made the attribute symbolic too
     return Config(
         kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, 0,
-        channels_last, "", backends.resolve(input.device).name,
+        channels_last, activation or "", backends.resolve(input.device).name,
     )  # fmt: skip
 
 
@@ -98,10 +109,19 @@ def _apply(
     seed: Tensor | int | None,
     config: Config,
     keep_statistics: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, its seed drawn where there is noise: (output, statistics)."""
-    seed_tensor = as_seed(seed, input.device) if config.noise_train > 0.0 else None
-    return normal_norm(input, running, weight, bias, seed_tensor, None, config, keep_statistics)
+    if residual is not None:
+        check_residual(input, residual)  # before a seed is drawn
+    return normal_norm(
+        input, running, weight, bias, residual, _seed(seed, input, config), None, config,
+        keep_statistics,
+    )  # fmt: skip
+
+
+def _seed(seed: Tensor | int | None, input: Tensor, config: Config) -> Tensor | None:
+    return as_seed(seed, input.device) if config.noise_train > 0.0 else None
 
 
 def _fold(
@@ -163,6 +183,8 @@ def batch_normal_norm(
     transform_eps: float = 0.0,
     seed: Tensor | int | None = None,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Batch normality normalization: a group is one channel over the batch and its positions.
 
@@ -179,7 +201,8 @@ def batch_normal_norm(
         momentum: weight of the batch in the running statistics; None averages over all batches
             and needs ``num_batches_tracked``.
         eps: added to the variance; its root also damps the Newton step.
-        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
+            docstring.
         num_batches_tracked: int64, one element, incremented in training.
 
     Raises:
@@ -193,11 +216,14 @@ def batch_normal_norm(
             "Expected running_mean, running_var and running_lmbda to be given when training=False"
         )
     config = _configure(
-        input, "batch", 0, 0, eps, noise_train, training, alpha, order, transform_eps
+        input, "batch", 0, 0, eps, noise_train, training, alpha, order, transform_eps,
+        activation,
     )
     if not training:
-        return _apply(input, running, weight, bias, seed, config)[0]
-    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)
+        return _apply(input, running, weight, bias, seed, config, residual=residual)[0]
+    output, statistics = _apply(
+        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
+    )
     if tracked:
         if input.numel() > 0:
             assert statistics is not None  # they were asked for
@@ -221,6 +247,8 @@ def layer_normal_norm(
     order: int = 2,
     transform_eps: float = 0.0,
     seed: Tensor | int | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Layer normality normalization: a group is the trailing dimensions of one sample.
 
@@ -230,11 +258,21 @@ def layer_normal_norm(
         weight, bias: of shape ``normalized_shape``.
         eps: added to the variance; its root also damps the Newton step.
         training: whether to add noise.
-        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
+            docstring.
 
     Raises:
         ValueError: also where the input does not end in ``normalized_shape``.
     """
+    _check_normalized_shape(input, normalized_shape)
+    config = _configure(
+        input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
+        transform_eps, activation,
+    )  # fmt: skip
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual=residual)[0]
+
+
+def _check_normalized_shape(input: Tensor, normalized_shape: Sequence[int]) -> None:
     check_is_tensor(input)
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[max(input.dim() - len(shape), 0) :]) != shape:
@@ -242,10 +280,48 @@ def layer_normal_norm(
             f"Given normalized_shape={list(shape)}, expected input with shape "
             f"[*, {', '.join(map(str, shape))}], but got input of size {list(input.shape)}"
         )
+
+
+def add_layer_normal_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    training: bool = False,
+    noise_train: float = 1.0,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream of a pre-norm transformer: adds, then normalizes the sum.
+
+    ``sum = input + residual; output = layer_normal_norm(sum, ...)`` by one kernel each way: the
+    sum is written and not read again, and its gradient joins the output's where that is written.
+
+    Args:
+        input, residual: (*, *normalized_shape), of one shape, dtype and device.
+        normalized_shape, weight, bias, eps, training, noise_train, alpha, order, transform_eps,
+            seed: as for :func:`layer_normal_norm`.
+
+    Returns:
+        (output, sum), both of the input's shape and dtype; the sum is what the next residual
+        connection adds to.
+
+    Raises:
+        ValueError: also where the residual is not of the input's shape or device.
+        TypeError: also where the residual is not of the input's dtype.
+    """
+    _check_normalized_shape(input, normalized_shape)
+    check_residual(input, residual)
     config = _configure(
-        input, "layer", 0, len(shape), eps, noise_train, training, alpha, order, transform_eps
-    )
-    return _apply(input, _NO_RUNNING, weight, bias, seed, config)[0]
+        input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
+        transform_eps,
+    )  # fmt: skip
+    return add_normal_norm(input, residual, weight, bias, _seed(seed, input, config), config)
 
 
 def group_normal_norm(
@@ -261,6 +337,8 @@ def group_normal_norm(
     order: int = 2,
     transform_eps: float = 0.0,
     seed: Tensor | int | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Group normality normalization: a group is C / num_groups channels of one sample.
 
@@ -270,7 +348,8 @@ def group_normal_norm(
         weight, bias: (C,).
         eps: added to the variance; its root also damps the Newton step.
         training: whether to add noise.
-        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
+            docstring.
 
     Raises:
         ValueError: also where one group holds the batch's only value, as in torch.
@@ -279,7 +358,8 @@ def group_normal_norm(
     if input.dim() < 2:
         raise ValueError(f"Expected at least 2 dimensions for input tensor but got {input.dim()}")
     config = _configure(
-        input, "group", num_groups, 0, eps, noise_train, training, alpha, order, transform_eps
+        input, "group", num_groups, 0, eps, noise_train, training, alpha, order, transform_eps,
+        activation,
     )
     divides = num_groups >= 1 and input.size(1) % num_groups == 0
     if divides and input.size(0) * group_size(input, config) == 1:
@@ -287,7 +367,7 @@ def group_normal_norm(
             "Expected more than 1 value per channel when training, "
             f"got input size {list(input.shape)}"
         )
-    return _apply(input, _NO_RUNNING, weight, bias, seed, config)[0]
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual=residual)[0]
 
 
 def instance_normal_norm(
@@ -308,6 +388,8 @@ def instance_normal_norm(
     transform_eps: float = 0.0,
     seed: Tensor | int | None = None,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Instance normality normalization: a group is one channel of one sample.
 
@@ -322,7 +404,8 @@ def instance_normal_norm(
             and needs ``num_batches_tracked``.
         eps: added to the variance; its root also damps the Newton step.
         training: whether to add noise.
-        noise_train, alpha, order, transform_eps, seed: see the module's docstring.
+        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
+            docstring.
         num_batches_tracked: int64, one element, incremented with the running statistics.
 
     Raises:
@@ -339,13 +422,17 @@ def instance_normal_norm(
             )
         # Frozen statistics know no samples: this is the batch layer's evaluation.
         config = _configure(
-            input, "batch", 0, 0, eps, noise_train, False, alpha, order, transform_eps
+            input, "batch", 0, 0, eps, noise_train, False, alpha, order, transform_eps,
+        activation,
         )
-        return _apply(input, running, weight, bias, seed, config)[0]
+        return _apply(input, running, weight, bias, seed, config, residual=residual)[0]
     config = _configure(
-        input, "instance", 0, 0, eps, noise_train, training, alpha, order, transform_eps
+        input, "instance", 0, 0, eps, noise_train, training, alpha, order, transform_eps,
+        activation,
     )
-    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked)
+    output, statistics = _apply(
+        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
+    )
     if tracked and input.numel() > 0:
         assert statistics is not None  # they were asked for
         count = group_size(input, config)

@@ -20,13 +20,21 @@ from torch.autograd import forward_ad
 
 from normnorm import backends
 from normnorm.backends import reference
-from normnorm.checks import check_backward, check_fold, check_forward, group_count
+from normnorm.checks import (
+    check_backward,
+    check_fold,
+    check_forward,
+    check_residual,
+    group_count,
+)
 from normnorm.config import Config
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
     "FAKES",
     "SCHEMAS",
+    "add_normal_norm_backward",
+    "add_normal_norm_forward",
     "fold_running_",
     "normal_norm_backward",
     "normal_norm_forward",
@@ -41,21 +49,31 @@ _CONFIG = (
     "int stream, bool channels_last, str activation, str backend"
 )
 _RUNNING = "Tensor? running_mean, Tensor? running_var, Tensor? running_lmbda"
-_PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? residual"
+_PARAMETERS = "Tensor? weight, Tensor? bias"
+_NOISE = "Tensor? seed, Tensor? noise_scale"
+_NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
+_GRADIENTS = "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
 
 SCHEMAS = {
     "normal_norm_forward": (
-        f"(Tensor input, {_RUNNING}, {_PARAMETERS}, Tensor? seed, Tensor? noise_scale, {_CONFIG}) "
+        f"(Tensor input, {_RUNNING}, {_PARAMETERS}, Tensor? residual, {_NOISE}, {_CONFIG}) "
         "-> (Tensor output, Tensor stats)"
     ),
     "normal_norm_backward": (
-        f"(Tensor grad_output, Tensor input, Tensor stats, {_PARAMETERS}, Tensor? seed, "
-        f"bool needs_input, bool needs_weight, bool needs_bias, bool frozen, {_CONFIG}) "
-        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+        f"(Tensor grad_output, Tensor input, Tensor stats, {_PARAMETERS}, Tensor? output, "
+        f"Tensor? seed, {_NEEDS}, bool frozen, {_CONFIG}) -> {_GRADIENTS}"
     ),
     "normal_norm_infer": (
-        f"(Tensor input, {_RUNNING}, {_PARAMETERS}, {_GEOMETRY}, float alpha, int order, "
-        "float transform_eps, str activation, str backend) -> Tensor"
+        f"(Tensor input, {_RUNNING}, {_PARAMETERS}, Tensor? residual, {_GEOMETRY}, float alpha, "
+        "int order, float transform_eps, str activation, str backend) -> Tensor"
+    ),
+    "add_normal_norm_forward": (
+        f"(Tensor input, Tensor residual, {_PARAMETERS}, {_NOISE}, {_CONFIG}) "
+        "-> (Tensor output, Tensor sum, Tensor stats)"
+    ),
+    "add_normal_norm_backward": (
+        f"(Tensor grad_output, Tensor grad_sum, Tensor sum, Tensor stats, {_PARAMETERS}, "
+        f"Tensor? output, Tensor? seed, {_NEEDS}, {_CONFIG}) -> {_GRADIENTS}"
     ),
     "fold_running_": (
         "(Tensor stats, Tensor(a!) running_mean, Tensor(b!) running_var, "
@@ -79,18 +97,44 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(input), stats
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grad_output, input, stats, weight, bias, residual, seed, *rest = arguments
-    needs_input, needs_weight, needs_bias, _, *config = rest
-    check_backward(
-        grad_output, input, stats, weight, bias, residual, seed, needs_weight, needs_bias,
-        Config(*config),
-    )  # fmt: skip
+def _empty_gradients(
+    like: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    input, weight, bias = like
     return (
-        torch.empty_like(input) if needs_input else input.new_empty(0),
-        weight.new_empty(weight.shape) if needs_weight else input.new_empty(0),
-        bias.new_empty(bias.shape) if needs_bias else input.new_empty(0),
+        torch.empty_like(input) if needs[0] else input.new_empty(0),
+        weight.new_empty(weight.shape) if needs[1] else input.new_empty(0),
+        bias.new_empty(bias.shape) if needs[2] else input.new_empty(0),
     )
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output, input, stats, weight, bias, output, seed = arguments[:7]
+    needs_input, needs_weight, needs_bias = arguments[7:10]
+    check_backward(
+        grad_output, input, stats, weight, bias, output, seed, needs_weight, needs_bias,
+        Config(*arguments[11:]),
+    )  # fmt: skip
+    return _empty_gradients((input, weight, bias), (needs_input, needs_weight, needs_bias))
+
+
+def _fake_add_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    input, residual, weight, bias, seed, noise_scale, *config = arguments
+    check_residual(input, residual)
+    output, stats = _fake_forward(
+        input, None, None, None, weight, bias, residual, seed, noise_scale, *config
+    )
+    return output, torch.empty_like(input), stats
+
+
+def _fake_add_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output, grad_sum, sum, stats, weight, bias, output, seed = arguments[:8]
+    needs_input, needs_weight, needs_bias = arguments[8:11]
+    check_backward(
+        grad_output, sum, stats, weight, bias, output, seed, needs_weight, needs_bias,
+        Config(*arguments[11:]), grad_sum,
+    )  # fmt: skip
+    return _empty_gradients((sum, weight, bias), (needs_input, needs_weight, needs_bias))
 
 
 def _fake_infer(*arguments: Any) -> Tensor:
@@ -108,6 +152,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "normal_norm_forward": _fake_forward,
     "normal_norm_backward": _fake_backward,
     "normal_norm_infer": _fake_infer,
+    "add_normal_norm_forward": _fake_add_forward,
+    "add_normal_norm_backward": _fake_add_backward,
     "fold_running_": _fake_fold,
 }
 
@@ -143,6 +189,17 @@ def _infer(*args: Any) -> Any:
     return backends.resolve(args[0].device, args[-1]).infer(*args)
 
 
+def _add_forward(*args: Any) -> Any:
+    _require_tensors("input residual", args)
+    return backends.resolve(args[0].device, args[-1]).add_forward(*args)
+
+
+def _add_backward(*args: Any) -> Any:
+    _require_tensors("grad_output grad_sum sum stats", args)
+    with torch.no_grad():
+        return backends.resolve(args[2].device, args[-1]).add_backward(*args)
+
+
 def _fold(*args: Any) -> None:
     _require_tensors("stats running_mean running_var running_lmbda", args)
     backends.resolve(args[0].device, args[-1]).fold(*args)
@@ -161,6 +218,8 @@ for _name, _function in (
     ("normal_norm_forward", _forward),
     ("normal_norm_backward", _backward),
     ("normal_norm_infer", _infer),
+    ("add_normal_norm_forward", _add_forward),
+    ("add_normal_norm_backward", _add_backward),
     ("fold_running_", _fold),
 ):
     _public.impl(_name, _function, "CompositeExplicitAutograd")
@@ -184,36 +243,40 @@ torch.library.register_vmap("normnorm::fold_running_", _refuse_vmap, lib=_public
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, running_mean, _, _, weight, bias, _, seed, _, *config = inputs
-    ctx.save_for_backward(input, output[1], weight, bias, seed)
+    ctx.config = Config(*config)
+    activated = output[0] if ctx.config.activation else None
+    ctx.save_for_backward(input, output[1], weight, bias, activated, seed)
     ctx.mark_non_differentiable(output[1])
     ctx.frozen = running_mean is not None
-    ctx.config = config
 
 
 def _differentiate_forward(
     backward: Callable[..., Any], ctx: Any, grad_output: Tensor
 ) -> tuple[Any, ...]:
-    input, stats, weight, bias, seed = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias = (ctx.needs_input_grad[i] for i in (0, 4, 5))
+    input, stats, weight, bias, activated, seed = ctx.saved_tensors
+    needs = tuple(ctx.needs_input_grad[i] for i in (0, 4, 5))
+    config = ctx.config
+    grad_residual = None
+    if ctx.needs_input_grad[6]:  # and then nothing is left of the activation for the kernel
+        grad_output = reference.through_activation(grad_output, activated, config)
+        grad_residual, activated, config = grad_output, None, config._replace(activation="")
     gradients = backward(
-        grad_output, input, stats, weight, bias, None, seed, needs_input, needs_weight,
-        needs_bias, ctx.frozen, *ctx.config,
-    )  # fmt: skip
+        grad_output, input, stats, weight, bias, activated, seed, *needs, ctx.frozen, *config
+    )
     grad_input, grad_weight, grad_bias = (
-        gradient if needed else None
-        for gradient, needed in zip(gradients, (needs_input, needs_weight, needs_bias), strict=True)
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
     )
     return (
-        grad_input, None, None, None, grad_weight, grad_bias, None, None, None,
-        *(None,) * len(ctx.config),
+        grad_input, None, None, None, grad_weight, grad_bias, grad_residual, None, None,
+        *(None,) * len(config),
     )  # fmt: skip
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad_output, input, stats, weight, bias, _, seed, *rest = inputs
-    *ctx.needs, ctx.frozen = rest[:4]
-    ctx.config = Config(*rest[4:])
-    ctx.save_for_backward(grad_output, input, stats, weight, bias, seed)
+    *tensors, needs_input, needs_weight, needs_bias, ctx.frozen = inputs[:11]
+    ctx.needs = (needs_input, needs_weight, needs_bias)
+    ctx.config = Config(*inputs[11:])
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
@@ -222,6 +285,49 @@ def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, 
     )
     return (
         to_output, to_input, None, to_weight, None, None, None, *(None,) * (4 + len(ctx.config))
+    )  # fmt: skip
+
+
+def _save_add_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, bias, seed, _, *config = inputs
+    ctx.config = Config(*config)
+    activated = output[0] if ctx.config.activation else None
+    ctx.save_for_backward(*output[1:], weight, bias, activated, seed)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate_add_forward(
+    ctx: Any, grad_output: Tensor, grad_sum: Tensor, _: Any
+) -> tuple[Any, ...]:
+    needs_sum = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    needs = (needs_sum, *ctx.needs_input_grad[2:4])
+    gradients = torch.ops.normnorm.add_normal_norm_backward(
+        grad_output, grad_sum, *ctx.saved_tensors, *needs, *ctx.config
+    )
+    grad, grad_weight, grad_bias = (
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    )
+    return (
+        grad if ctx.needs_input_grad[0] else None,
+        grad if ctx.needs_input_grad[1] else None,
+        grad_weight, grad_bias, None, None, *(None,) * len(ctx.config),
+    )  # fmt: skip
+
+
+def _save_add_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, _, *tensors = inputs[:8]
+    ctx.needs, ctx.config = inputs[8:11], Config(*inputs[11:])
+    ctx.save_for_backward(grad_output, *tensors)
+
+
+def _differentiate_add_backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
+    to_output, to_sum, to_weight = reference.second_gradients(
+        directions, ctx.saved_tensors, ctx.needs, False, ctx.config
+    )
+    to_grad_sum = directions[0] if ctx.needs[0] else None
+    return (
+        to_output, to_grad_sum, to_sum, None, to_weight, None, None, None,
+        *(None,) * (3 + len(ctx.config)),
     )  # fmt: skip
 
 
@@ -246,6 +352,13 @@ def register_gradients(library: torch.library.Library, overload: str = "") -> No
 
 
 register_gradients(_public)
+for _name, _gradient, _setup_context in (
+    ("add_normal_norm_forward", _differentiate_add_forward, _save_add_forward),
+    ("add_normal_norm_backward", _differentiate_add_backward, _save_add_backward),
+):
+    torch.library.register_autograd(
+        f"normnorm::{_name}", _gradient, setup_context=_setup_context, lib=_public
+    )
 
 
 def _refuse_to_differentiate(ctx: Any, _: Any) -> None:
@@ -264,4 +377,6 @@ torch.library.register_autograd(
 normal_norm_forward = torch.ops.normnorm.normal_norm_forward.default
 normal_norm_backward = torch.ops.normnorm.normal_norm_backward.default
 normal_norm_infer = torch.ops.normnorm.normal_norm_infer.default
+add_normal_norm_forward = torch.ops.normnorm.add_normal_norm_forward.default
+add_normal_norm_backward = torch.ops.normnorm.add_normal_norm_backward.default
 fold_running_ = torch.ops.normnorm.fold_running_.default

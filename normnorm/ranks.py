@@ -198,7 +198,7 @@ def _transform(h: Tensor, lmbda: Tensor, config: Config) -> Tensor:
     """psi(h; lmbda), by the op."""
     zero = torch.zeros_like(lmbda)
     alone = config._replace(eps=_HALF, noise_train=0.0)
-    return normal_norm(h, (zero, zero + _HALF, lmbda), None, None, None, None, alone, False)[0]
+    return normal_norm(h, (zero, zero + _HALF, lmbda), *(None,) * 5, alone, False)[0]
 
 
 def _finish(
@@ -212,7 +212,8 @@ def _finish(
     identity = config._replace(eps=_HALF, alpha=0.0, order=2, transform_eps=0.0)
     noise_scale = None if seed is None else scale
     return normal_norm(
-        x, (zero, zero + _HALF, zero + 1.0), weight, bias, seed, noise_scale, identity, False
+        x, (zero, zero + _HALF, zero + 1.0), weight, bias, None, seed, noise_scale, identity,
+        False,
     )[0]  # fmt: skip
 
 

@@ -176,6 +176,8 @@ def normal_norm(
     noise_scale: Tensor | None = None,
     lmbda: Tensor | None = None,
     frozen: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Normality normalization of any layer kind, differentiable in input, weight and bias.
 
@@ -193,6 +195,8 @@ def normal_norm(
         lmbda: given lambda, shape (groups,), in place of the Newton step's (:mod:`likelihood
             <normnorm.likelihood>` has others); gradients flow into it.
         frozen: a statistics tensor (8, groups) to normalize with instead of the input's own.
+        residual: of the input's shape, added to the output before the activation.
+        activation: ``relu``, or empty for none.
 
     Returns:
         (output, statistics): the output in the input's dtype, and the detached statistics
@@ -237,6 +241,10 @@ def normal_norm(
         x = x * weight.to(x.dtype).reshape(affine_shape)
     if bias is not None:
         x = x + bias.to(x.dtype).reshape(affine_shape)
+    if residual is not None:
+        x = x + residual.to(x.dtype)
+    if activation == "relu":
+        x = torch.relu(x)
 
     rows = {
         Row.MEAN: mean,

@@ -407,10 +407,24 @@ def backward_arguments(row, dtype=torch.float32):
     stats = torch.ops.normnorm.normal_norm_forward(**forward)[1]
     return {
         "grad_output": torch.ones(row.shape), "input": forward["input"], "stats": stats,
-        "weight": forward["weight"], "bias": forward["bias"], "residual": None,
+        "weight": forward["weight"], "bias": forward["bias"], "output": None,
         "seed": forward["seed"], "needs_input": True, "needs_weight": True, "needs_bias": True,
         "frozen": False, **configuration(row),
     }  # fmt: skip
+
+
+def add_forward_arguments(row, dtype=torch.float32):
+    arguments = forward_arguments(row, dtype)
+    for name in ("running_mean", "running_var", "running_lmbda"):
+        del arguments[name]
+    return arguments | {"residual": row.input(dtype, seed=1)}
+
+
+def add_backward_arguments(row, dtype=torch.float32):
+    arguments = backward_arguments(row, dtype)
+    total = arguments.pop("input")
+    del arguments["frozen"]
+    return arguments | {"sum": total, "grad_sum": torch.ones(row.shape)}
 
 
 def fold_arguments(row, dtype=torch.float32):
@@ -425,6 +439,8 @@ VALID = {
     "normal_norm_forward": forward_arguments,
     "normal_norm_infer": infer_arguments,
     "normal_norm_backward": backward_arguments,
+    "add_normal_norm_forward": add_forward_arguments,
+    "add_normal_norm_backward": add_backward_arguments,
     "fold_running_": fold_arguments,
 }
 
@@ -438,6 +454,9 @@ def torch_arguments(op):
 NORMS = ("normal_norm_forward", "normal_norm_infer", "normal_norm_backward")
 NOISY = ("normal_norm_forward", "normal_norm_backward")
 FOLD = ("fold_running_",)
+ADDS = ("add_normal_norm_forward", "add_normal_norm_backward")
+JOINS = ("normal_norm_forward", "normal_norm_infer", "add_normal_norm_forward")
+BACKWARDS = ("normal_norm_backward", "add_normal_norm_backward")
 
 
 def like(name, function):
@@ -468,8 +487,19 @@ OP_MISTAKES = [
     (NORMS, fixed(order=-(2**40)), ("order must be 1 or 2", str(-(2**40))), None),
     (NORMS, fixed(transform_eps=-0.5), ("transform_eps", "-0.5"), None),
     (NORMS, fixed(transform_eps=math.inf), ("transform_eps", "inf"), None),
-    (NORMS, lambda a: {"residual": a["input"]}, ("residual", "reserved"), None),
-    (NORMS, fixed(activation="relu"), ("activation", "reserved", "relu"), None),
+    (NORMS + ADDS, fixed(activation="gelu"), ("activation must be 'relu'", "gelu"), None),
+    (JOINS, lambda a: {"residual": a["input"][:1]}, ("residual", "input's shape"), None),
+    (JOINS, lambda a: {"residual": a["input"].double()}, ("residual", "dtype", "float64"), None),
+    (JOINS, lambda a: {"residual": a["input"].to("meta")}, ("residual", "device", "meta"), None),
+    (BACKWARDS, fixed(activation="relu"), ("activation 'relu'", "output", "None"), None),
+    (BACKWARDS, lambda a: {"output": a["grad_output"]}, ("output belongs to an activation",), None),
+    (
+        BACKWARDS,
+        lambda a: {"activation": "relu", "output": a["grad_output"].double()},
+        ("output", "dtype", "float64"), None,
+    ),
+    (ADDS[1:], lambda a: {"grad_sum": a["sum"][:1]}, ("grad_sum", "input's shape"), None),
+    (ADDS[1:], lambda a: {"grad_sum": a["sum"].double()}, ("grad_sum", "dtype"), None),
     (NORMS, fixed(backend="fastest"), ("backend", "fastest", "reference"), None),
     (NORMS, fixed(backend=""), ("backend", "reference"), None),
     (NORMS, like("weight", lambda w: torch.ones(w.numel() + 1)), ("weight", "shape"), None),

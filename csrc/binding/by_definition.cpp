@@ -21,21 +21,36 @@ std::array<StableIValue, sizeof...(A)> call(const char* op, const A&... argument
 
 }  // namespace
 
-ForwardResult forward_by_definition(const ForwardTensors& t, const Config& c) {
+ForwardOutputs forward_by_definition(const ForwardTensors& t, const Config& c) {
+  const std::string reference = "reference";
+  if (t.add) {
+    const auto results =
+        call("normnorm::add_normal_norm_forward", t.input, *t.residual, t.weight, t.bias, t.seed, t.noise_scale,
+             c.kind_name, c.num_groups, c.normalized_ndim, c.eps, c.noise_train, c.alpha, c.order, c.transform_eps,
+             c.stream, c.channels_last, c.activation, reference);
+    return {to<Tensor>(results[0]), to<Tensor>(results[2]), to<Tensor>(results[1])};
+  }
   const auto results =
       call("normnorm::normal_norm_forward", t.input, t.mean, t.var, t.lmbda, t.weight, t.bias, t.residual, t.seed,
            t.noise_scale, c.kind_name, c.num_groups, c.normalized_ndim, c.eps, c.noise_train, c.alpha, c.order,
-           c.transform_eps, c.stream, c.channels_last, c.activation, std::string("reference"));
+           c.transform_eps, c.stream, c.channels_last, c.activation, reference);
   return {to<Tensor>(results[0]), to<Tensor>(results[1])};
 }
 
 BackwardResult backward_by_definition(const BackwardTensors& t, const Config& c) {
-  const auto results =
-      call("normnorm::normal_norm_backward", t.grad_output, t.input, t.stats, t.weight, t.bias, t.residual, t.seed,
-           t.needs_input, t.needs_weight, t.needs_bias, t.frozen, c.kind_name, c.num_groups, c.normalized_ndim, c.eps,
-           c.noise_train, c.alpha, c.order, c.transform_eps, c.stream, c.channels_last, c.activation,
-           std::string("reference"));
-  return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2])};
+  const std::string reference = "reference";
+  const auto taken = [](const auto& results) {
+    return BackwardResult{to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2])};
+  };
+  if (t.grad_sum)
+    return taken(call("normnorm::add_normal_norm_backward", t.grad_output, *t.grad_sum, t.input, t.stats, t.weight,
+                      t.bias, t.output, t.seed, t.needs_input, t.needs_weight, t.needs_bias, c.kind_name,
+                      c.num_groups, c.normalized_ndim, c.eps, c.noise_train, c.alpha, c.order, c.transform_eps,
+                      c.stream, c.channels_last, c.activation, reference));
+  return taken(call("normnorm::normal_norm_backward", t.grad_output, t.input, t.stats, t.weight, t.bias, t.output,
+                    t.seed, t.needs_input, t.needs_weight, t.needs_bias, t.frozen, c.kind_name, c.num_groups,
+                    c.normalized_ndim, c.eps, c.noise_train, c.alpha, c.order, c.transform_eps, c.stream,
+                    c.channels_last, c.activation, reference));
 }
 
 }  // namespace normnorm

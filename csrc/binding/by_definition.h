@@ -6,7 +6,7 @@
 
 namespace normnorm {
 
-ForwardResult forward_by_definition(const ForwardTensors& t, const Config& c);
+ForwardOutputs forward_by_definition(const ForwardTensors& t, const Config& c);
 BackwardResult backward_by_definition(const BackwardTensors& t, const Config& c);
 
 }  // namespace normnorm

@@ -112,7 +112,7 @@ void prepare_stats(Tensor& stats, const ForwardTensors& t, double eps, bool give
   }
 }
 
-ForwardResult run_forward(const ForwardTensors& t, Config config) {
+ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   const Arguments a = t.arguments();
   check_forward(a, config);
   const bool noise = config.noise_train > 0;
@@ -122,15 +122,22 @@ ForwardResult run_forward(const ForwardTensors& t, Config config) {
   Tensor output = empty_like(t.input, a.input);
   const int64_t shape[] = {kStatRows, group_count(a.input, config)};
   Tensor stats = empty_contiguous(shape, 2, statistics_dtype(a.input.dtype), a.input);
+  ForwardOutputs outputs{output, stats};
+  if (t.add) outputs.sum = empty_like(t.input, a.input);
   if (a.input.numel() == 0) {
     torch::stable::zero_(stats);
-    return {output, stats};
+    return outputs;
   }
   const cpu::Layout layout = cuda_layout(a.input, view(output), config, noise);
   cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
   const Parameter weight(t.weight, a.input.dtype), bias(t.bias, a.input.dtype);
   const Source source(t.input, layout);
   Target target(output, layout);
+  const OptionalSource residual(t.residual, layout);
+  std::optional<Target> sum;
+  if (t.add) p.sum = sum.emplace(*outputs.sum, layout).operand;
+  (t.add ? p.addend : p.residual) = residual.operand;
+  p.relu = !config.activation.empty();
   p.weight = weight.operand;
   p.bias = bias.operand;
   p.input = source.operand;
@@ -142,7 +149,8 @@ ForwardResult run_forward(const ForwardTensors& t, Config config) {
   prepare_stats(stats, t, config.eps, p.noise.given_scale, device.stream);
   run(p, false, a.input, device.stream);
   target.finish();
-  return {output, stats};
+  if (sum) sum->finish();
+  return outputs;
 }
 
 ForwardResult normal_norm_forward(
@@ -153,9 +161,10 @@ ForwardResult normal_norm_forward(
     double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
     const std::string& activation, const std::string& /*backend*/) {
   return run_forward(
-      {input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale},
-      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream, channels_last,
-       activation});
+             {input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale},
+             {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream, channels_last,
+              activation})
+      .plain();
 }
 
 Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -164,9 +173,10 @@ Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean
                          int64_t num_groups, int64_t normalized_ndim, double eps, double alpha, int64_t order,
                          double transform_eps, const std::string& activation, const std::string& /*backend*/) {
   const OptionalTensor none;
-  return std::get<0>(run_forward(
-      {input, running_mean, running_var, running_lmbda, weight, bias, residual, none, none},
-      {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation}));
+  return run_forward(
+             {input, running_mean, running_var, running_lmbda, weight, bias, residual, none, none},
+             {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation})
+      .output;
 }
 
 BackwardResult run_backward(const BackwardTensors& t, Config config) {
@@ -188,6 +198,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
   const Parameter weight(t.weight, a.input.dtype), bias(t.bias, a.input.dtype);
   const Source input(t.input, layout), grad_output(t.grad_output, layout);
+  const OptionalSource activated(t.output, layout), grad_sum(t.grad_sum, layout);
   const Tensor stats = dense(t.stats);
   std::optional<Target> target;
   if (t.needs_input) target.emplace(grad_input, layout);
@@ -195,6 +206,9 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   p.bias = bias.operand;
   p.input = input.operand;
   p.grad_output = grad_output.operand;
+  p.relu = !config.activation.empty();
+  p.activated = activated.operand;
+  p.grad_sum = grad_sum.operand;
   if (target) p.output = target->operand;
   p.stats = stats.data_ptr();
   p.frozen = t.frozen;
@@ -208,12 +222,37 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
 
 BackwardResult normal_norm_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& seed, bool needs_input,
+    const OptionalTensor& bias, const OptionalTensor& output, const OptionalTensor& seed, bool needs_input,
     bool needs_weight, bool needs_bias, bool frozen, const std::string& kind, int64_t num_groups,
     int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order, double transform_eps,
     int64_t stream, bool channels_last, const std::string& activation, const std::string& /*backend*/) {
-  return run_backward({grad_output, input, stats, weight, bias, residual, seed, needs_input, needs_weight,
+  return run_backward({grad_output, input, stats, weight, bias, output, seed, needs_input, needs_weight,
                        needs_bias, frozen},
+                      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
+                       channels_last, activation});
+}
+
+AddResult add_normal_norm_forward(
+    const Tensor& input, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& seed, const OptionalTensor& noise_scale, const std::string& kind, int64_t num_groups,
+    int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order, double transform_eps,
+    int64_t stream, bool channels_last, const std::string& activation, const std::string& /*backend*/) {
+  const OptionalTensor none, added = residual;
+  return run_forward({input, none, none, none, weight, bias, added, seed, noise_scale, true},
+                     {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
+                      channels_last, activation})
+      .with_sum();
+}
+
+BackwardResult add_normal_norm_backward(
+    const Tensor& grad_output, const Tensor& grad_sum, const Tensor& sum, const Tensor& stats,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& output,
+    const OptionalTensor& seed, bool needs_input, bool needs_weight, bool needs_bias, const std::string& kind,
+    int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
+    double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
+    const std::string& /*backend*/) {
+  return run_backward({grad_output, sum, stats, weight, bias, output, seed, needs_input, needs_weight, needs_bias,
+                       false, grad_sum},
                       {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
                        channels_last, activation});
 }
@@ -249,5 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(normnorm_cuda, NN_CUDA_DISPATCH_KEY, m) {
   m.impl("normal_norm_forward", TORCH_BOX(&normnorm::normal_norm_forward));
   m.impl("normal_norm_backward", TORCH_BOX(&normnorm::normal_norm_backward));
   m.impl("normal_norm_infer", TORCH_BOX(&normnorm::normal_norm_infer));
+  m.impl("add_normal_norm_forward", TORCH_BOX(&normnorm::add_normal_norm_forward));
+  m.impl("add_normal_norm_backward", TORCH_BOX(&normnorm::add_normal_norm_backward));
   m.impl("fold_running_", TORCH_BOX(&normnorm::fold_running_));
 }

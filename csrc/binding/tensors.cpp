@@ -159,7 +159,8 @@ Arguments ForwardTensors::arguments() const {
 Arguments BackwardTensors::arguments() const {
   Arguments a;
   a.grad_output = view(grad_output), a.input = view(input), a.stats = view(stats);
-  a.weight = view(weight), a.bias = view(bias), a.residual = view(residual), a.seed = view(seed);
+  a.weight = view(weight), a.bias = view(bias), a.output = view(output), a.seed = view(seed);
+  a.grad_sum = view(grad_sum);
   a.needs_weight = needs_weight, a.needs_bias = needs_bias;
   return a;
 }

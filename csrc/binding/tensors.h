@@ -43,6 +43,18 @@ class Source {
   Tensor tensor_;
 };
 
+// The same of one that need not be there: null data then.
+class OptionalSource {
+ public:
+  OptionalSource(const OptionalTensor& t, const cpu::Layout& layout) {
+    if (t) operand = source_.emplace(*t, layout).operand;
+  }
+  cpu::Operand operand;
+
+ private:
+  std::optional<Source> source_;
+};
+
 // A tensor that a walk writes; finish() moves a stand-in's contents to it.
 class Target {
  public:
@@ -58,14 +70,16 @@ class Target {
 struct ForwardTensors {
   const Tensor& input;
   const OptionalTensor &mean, &var, &lmbda, &weight, &bias, &residual, &seed, &noise_scale;
+  bool add = false;  // the residual joins the input and not the output
 
   Arguments arguments() const;
 };
 
 struct BackwardTensors {
   const Tensor &grad_output, &input, &stats;
-  const OptionalTensor &weight, &bias, &residual, &seed;
+  const OptionalTensor &weight, &bias, &output, &seed;
   bool needs_input, needs_weight, needs_bias, frozen;
+  OptionalTensor grad_sum = {};
 
   Arguments arguments() const;
 };
@@ -80,7 +94,15 @@ struct FoldTensors {
   FoldArguments arguments() const;
 };
 
+struct ForwardOutputs {
+  Tensor output, stats;
+  OptionalTensor sum = {};  // where the residual joined the input
+
+  std::tuple<Tensor, Tensor> plain() const { return {output, stats}; }
+  std::tuple<Tensor, Tensor, Tensor> with_sum() const { return {output, *sum, stats}; }
+};
 using ForwardResult = std::tuple<Tensor, Tensor>;
+using AddResult = std::tuple<Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
 }  // namespace normnorm

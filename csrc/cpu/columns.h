@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "group_stats.h"
+#include "joined.h"
 #include "noise.h"
 #include "workspace.h"
 
@@ -68,6 +69,7 @@ class ColumnWalk {
   int64_t chunks() const { return chunks_; }
   int64_t chunk_begin(int64_t chunk) const { return chunk * chunk_; }
   int64_t chunk_end(int64_t chunk) const { return smaller((chunk + 1) * chunk_, g_.runs); }
+  int64_t chunk_rows(int64_t chunk) const { return chunk_end(chunk) - chunk_begin(chunk); }
   bool split_matrix() const { return g_.outer < 2 * int64_t(p_.pool.threads); }
   int64_t normal_size() const { return (columns_ > kTileElements ? columns_ : kTileElements) + kNoiseSlack; }
 
@@ -90,6 +92,51 @@ class ColumnWalk {
     for (int64_t r = first; r < chunk_end(chunk); ++r)
       store_run(p_.storage, of.data, locate(of, outer, r), buffer + (r - first) * columns_, columns_);
   }
+  // Writes the chunk of the sum that is normalized in place of the input.
+  void join_addend(int64_t outer, int64_t chunk) const {
+    Buffer<T> u_buffer(buffer_size()), addend_buffer(buffer_size()), sum_buffer(buffer_size());
+    const auto u = source(p_.input, outer, chunk, u_buffer.data());
+    const auto a = source(p_.addend, outer, chunk, addend_buffer.data());
+    const auto sum = target(p_.sum, outer, chunk, sum_buffer.data());
+    for (int64_t r = 0; r < chunk_rows(chunk); ++r)
+      add_row(sum.data + r * sum.step, u.data + r * u.step, a.data + r * a.step, columns_);
+    deliver(p_.sum, outer, chunk, sum_buffer.data());
+  }
+
+  // The chunk's residual, empty where there is none.
+  Strip<const T> residual(int64_t outer, int64_t chunk, T* buffer) const {
+    return p_.residual.data ? source(p_.residual, outer, chunk, buffer) : Strip<const T>{nullptr, 0};
+  }
+
+  // What stands behind the affine map of a stretch of rows.
+  void finish_output(Strip<T> out, Strip<const T> residual, int64_t rows) const {
+    if (!has_epilogue(p_)) return;
+    for (int64_t r = 0; r < rows; ++r)
+      epilogue_row(p_, out.data + r * out.step, residual.data ? residual.data + r * residual.step : nullptr,
+                   columns_);
+  }
+
+  // The chunk's gradient in front of the activation; `buffer` holds gradient_size().
+  Strip<const T> gradient(int64_t outer, int64_t chunk, T* buffer) const {
+    const auto g = source(p_.grad_output, outer, chunk, buffer);
+    if (!p_.relu) return g;
+    Buffer<T> output_buffer(buffer_size());
+    const auto y = source(p_.activated, outer, chunk, output_buffer.data());
+    for (int64_t r = 0; r < chunk_rows(chunk); ++r)
+      mask_row(buffer + r * columns_, g.data + r * g.step, y.data + r * y.step, columns_);
+    return {buffer, columns_};
+  }
+  int64_t gradient_size() const { return p_.relu ? smaller(chunk_, g_.runs) * columns_ : buffer_size(); }
+
+  // Adds the gradient that reached the sum itself.
+  void join_sum_gradient(int64_t outer, int64_t chunk, Strip<T> out) const {
+    if (!p_.grad_sum.data) return;
+    Buffer<T> buffer(buffer_size());
+    const auto g = source(p_.grad_sum, outer, chunk, buffer.data());
+    for (int64_t r = 0; r < chunk_rows(chunk); ++r)
+      add_row(out.data + r * out.step, out.data + r * out.step, g.data + r * g.step, columns_);
+  }
+
   int64_t buffer_size() const { return half_ ? smaller(chunk_, g_.runs) * columns_ : 0; }
 
   // A walk in the compute dtype keeps intermediate values where its result will be written; half types keep

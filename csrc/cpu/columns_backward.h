@@ -80,9 +80,9 @@ class ColumnBackward {
   template <bool kCareful>
   void sums_chunk(int64_t outer, int64_t chunk, const T* table, T* sums) const {
     Buffer<T> normal_buffer(noisy_ ? walk_.normal_size() : 0);
-    Buffer<T> u_buffer(walk_.buffer_size()), g_buffer(walk_.buffer_size());
+    Buffer<T> u_buffer(walk_.buffer_size()), g_buffer(walk_.gradient_size());
     const auto u = walk_.source(p_.input, outer, chunk, u_buffer.data());
-    const auto g = walk_.source(p_.grad_output, outer, chunk, g_buffer.data());
+    const auto g = walk_.gradient(outer, chunk, g_buffer.data());
     const auto cache = cache_strip(outer, chunk);
     walk_.for_tiles(outer, chunk, noisy_, normal_buffer.data(), [&](int64_t row, int64_t rows, const T* z) {
       walk_.for_strips([&](auto partial, int64_t c, int lanes) {
@@ -130,11 +130,12 @@ class ColumnBackward {
 
   void input_chunk(int64_t outer, int64_t chunk, const T* table) const {
     const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
-    Buffer<T> u_buffer(walk_.buffer_size()), g_buffer(walk_.buffer_size()), out_buffer(walk_.buffer_size());
     const bool kept = walk_.keeps(p_.output);
+    Buffer<T> u_buffer(walk_.buffer_size()), g_buffer(kept ? 0 : walk_.gradient_size());
+    Buffer<T> out_buffer(walk_.buffer_size());
     const auto u = walk_.source(p_.input, outer, chunk, u_buffer.data());
     const auto g =
-        kept ? Strip<const T>{nullptr, 0} : walk_.source(p_.grad_output, outer, chunk, g_buffer.data());
+        kept ? Strip<const T>{nullptr, 0} : walk_.gradient(outer, chunk, g_buffer.data());
     const auto out = walk_.target(p_.output, outer, chunk, out_buffer.data());
     walk_.for_strips([&](auto partial, int64_t c, int lanes) {
       const GradientStrips<V> strips{at(u, 0, c),
@@ -152,6 +153,7 @@ class ColumnBackward {
         input_gradient_pass<partial.value, Kept::kNothing, false, V>(strips, at(out, 0, c), rows, lanes,
                                                                      constants(table, c), none, k);
     });
+    walk_.join_sum_gradient(outer, chunk, out);
     walk_.deliver(p_.output, outer, chunk, out_buffer.data());
   }
 

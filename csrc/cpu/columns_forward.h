@@ -55,7 +55,8 @@ class ColumnForward {
     for_range(p_.pool, split, walk_.chunks(), [&](int64_t begin, int64_t end) {
       Buffer<T> sums(3 * padded), buffer(walk_.buffer_size());
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        moments_chunk(walk_.source(p_.input, outer, chunk, buffer.data()), chunk, sums.data());
+        if (p_.addend.data) walk_.join_addend(outer, chunk);
+        moments_chunk(walk_.source(normalized(p_), outer, chunk, buffer.data()), chunk, sums.data());
         const double rows = double(walk_.chunk_end(chunk) - walk_.chunk_begin(chunk));
         for (int64_t i = 0; i < g_.inner; ++i) {
           Moments group;
@@ -96,7 +97,7 @@ class ColumnForward {
     walk_.template fold_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
       const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
       Buffer<T> buffer(walk_.buffer_size());
-      const auto u = walk_.source(p_.input, outer, chunk, buffer.data());
+      const auto u = walk_.source(normalized(p_), outer, chunk, buffer.data());
       const auto cache = cache_strip(outer, chunk, cached);
       walk_.for_strips([&](auto partial, int64_t c, int lanes) {
         const V zero = splat<V>(0);
@@ -134,7 +135,7 @@ class ColumnForward {
     walk_.template fold_chunks<1>(split, totals, [&](int64_t chunk, T* sums) {
       Buffer<T> buffer(cached ? 0 : walk_.buffer_size());
       const auto u =
-          cached ? Strip<const T>{nullptr, 0} : walk_.source(p_.input, outer, chunk, buffer.data());
+          cached ? Strip<const T>{nullptr, 0} : walk_.source(normalized(p_), outer, chunk, buffer.data());
       const auto cache = cache_strip(outer, chunk, cached);
       const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
       walk_.for_strips([&](auto partial, int64_t c, int lanes) {
@@ -172,26 +173,33 @@ class ColumnForward {
     for_range(p_.pool, split, walk_.chunks(), [&](int64_t begin, int64_t end) {
       Buffer<T> normal_buffer(p_.noise.on ? walk_.normal_size() : 0);
       Buffer<T> in_buffer(walk_.buffer_size()), out_buffer(walk_.buffer_size());
+      Buffer<T> residual_buffer(p_.residual.data ? walk_.buffer_size() : 0);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const auto u = from == From::kInput ? walk_.source(p_.input, outer, chunk, in_buffer.data())
+        const auto u = from == From::kInput ? walk_.source(normalized(p_), outer, chunk, in_buffer.data())
                                             : Strip<const T>{nullptr, 0};
         const auto out = walk_.target(p_.output, outer, chunk, out_buffer.data());
+        const auto residual = walk_.residual(outer, chunk, residual_buffer.data());
         walk_.for_tiles(outer, chunk, p_.noise.on, normal_buffer.data(),
                         [&](int64_t row, int64_t rows, const T* z) {
                           const Strip<const T> tile_u{u.data + row * u.step, u.step};
                           const Strip<T> tile_out{out.data + row * out.step, out.step};
-                          switch (from) {
-                            case From::kInput:
-                              return output_tile<From::kInput>(tile_u, tile_out, rows, z, table);
-                            case From::kLog:
-                              return output_tile<From::kLog>(tile_u, tile_out, rows, z, table);
-                            case From::kX:
-                              return output_tile<From::kX>(tile_u, tile_out, rows, z, table);
-                          }
+                          output_tile(from, tile_u, tile_out, rows, z, table);
+                          walk_.finish_output(tile_out, {residual.data + row * residual.step, residual.step}, rows);
                         });
         walk_.deliver(p_.output, outer, chunk, out_buffer.data());
       }
     });
+  }
+
+  void output_tile(From from, Strip<const T> u, Strip<T> out, int64_t rows, const T* z, const T* table) const {
+    switch (from) {
+      case From::kInput:
+        return output_tile<From::kInput>(u, out, rows, z, table);
+      case From::kLog:
+        return output_tile<From::kLog>(u, out, rows, z, table);
+      case From::kX:
+        return output_tile<From::kX>(u, out, rows, z, table);
+    }
   }
 
   // A cache, where there is one, is the output itself.

@@ -77,6 +77,13 @@ struct Problem {
   Operand grad_output;
   void* grad_weight = nullptr;  // dense, compute dtype; null: not wanted
   void* grad_bias = nullptr;
+  // What the pass joins to itself, tensors of the input's shape; null data where there is nothing to join.
+  Operand residual;   // forward: added to the output, before the activation
+  bool relu = false;  // forward: the output's; backward: the gradient passes where `activated` is positive
+  Operand activated;  // backward, with relu: the forward's output
+  Operand addend;     // forward: added to the input before all else; what is normalized is their sum,
+  Operand sum;        //   rounded as it is written here
+  Operand grad_sum;   // backward: added to the gradient of the input
 };
 
 struct Kernels {

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "group_stats.h"
+#include "joined.h"
 #include "noise.h"
 #include "workspace.h"
 
@@ -103,6 +104,37 @@ class RowWalk {
     const int64_t offset = locate(to, at, b), length = b.runs == 1 ? b.size : g_.length;
     for (int64_t r = 0; r < b.runs; ++r)
       store_run(p_.storage, to.data, offset + r * to.stride.run, buffer + r * length, length);
+  }
+
+  // Writes the block of the sum that is normalized in place of the input.
+  void join_addend(const GroupIndex& at, const Block& b) const {
+    T u_buffer[kBlock], addend_buffer[kBlock], sum_buffer[kBlock];
+    add_row(destination(p_.sum, at, b, sum_buffer), fetch(p_.input, at, b, u_buffer),
+            fetch(p_.addend, at, b, addend_buffer), b.size);
+    deliver(p_.sum, at, b, sum_buffer);
+  }
+
+  // What stands behind the affine map of a block.
+  void finish_output(const GroupIndex& at, const Block& b, T* out) const {
+    if (!has_epilogue(p_)) return;
+    T buffer[kBlock];
+    epilogue_row(p_, out, p_.residual.data ? fetch(p_.residual, at, b, buffer) : nullptr, b.size);
+  }
+
+  // The block's gradient in front of the activation.
+  const T* fetch_gradient(const GroupIndex& at, const Block& b, T* buffer) const {
+    const T* g = fetch(p_.grad_output, at, b, buffer);
+    if (!p_.relu) return g;
+    T output_buffer[kBlock];
+    mask_row(buffer, g, fetch(p_.activated, at, b, output_buffer), b.size);
+    return buffer;
+  }
+
+  // Adds the gradient that reached the sum itself.
+  void join_sum_gradient(const GroupIndex& at, const Block& b, T* out) const {
+    if (!p_.grad_sum.data) return;
+    T buffer[kBlock];
+    add_row(out, out, fetch(p_.grad_sum, at, b, buffer), b.size);
   }
 
   // The block's part of the group's cache: in scratch memory, or in the tensor the walk will write, or

@@ -137,7 +137,7 @@ class RowBackward {
     T normal_buffer[kBlock + kNoiseSlack];
     constexpr int64_t w = kLanes<V>;
     const T* u = walk_.fetch(p_.input, at, b, u_buffer);
-    const T* g = walk_.fetch(p_.grad_output, at, b, g_buffer);
+    const T* g = walk_.fetch_gradient(at, b, g_buffer);
     T* cache = p_.output.data ? walk_.cache(p_.output, at, b, group.scratch) : nullptr;
     T* w_cache = keeps_w() ? cache + walk_.group_size() : nullptr;
     const bool noisy = noise != T(0);
@@ -177,7 +177,7 @@ class RowBackward {
     constexpr int64_t w = kLanes<V>;
     const T* u = walk_.fetch(p_.input, at, b, u_buffer);
     T* cache = walk_.cache(p_.output, at, b, group.scratch);
-    const T* g = cache ? nullptr : walk_.fetch(p_.grad_output, at, b, g_buffer);
+    const T* g = cache ? nullptr : walk_.fetch_gradient(at, b, g_buffer);
     T* out = walk_.destination(p_.output, at, b, out_buffer);
     const InputGradient<V> kv{splat<V>(k.direct * walk_.parameter(p_.weight, at, b, T(1))), splat<V>(k.lmbda),
                               splat<V>(k.offset), splat<V>(k.slope)};
@@ -195,6 +195,7 @@ class RowBackward {
       else
         input_gradient_pass<partial.value, Kept::kNothing, false, V>(strips, to, steps, lanes, c, e, kv);
     });
+    walk_.join_sum_gradient(at, b, out);
     walk_.deliver(p_.output, at, b, out_buffer);
   }
 

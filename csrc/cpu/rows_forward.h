@@ -99,7 +99,8 @@ class RowForward {
   MomentsPart moments_block(const GroupIndex& at, int64_t index) const {
     const Block b = walk_.plan()[index];
     T buffer[kBlock];
-    const T* u = walk_.fetch(p_.input, at, b, buffer);
+    if (p_.addend.data) walk_.join_addend(at, b);
+    const T* u = walk_.fetch(normalized(p_), at, b, buffer);
     const V pilot = splat<V>(u[0]);
     double sum = 0;
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
@@ -118,7 +119,7 @@ class RowForward {
   Sums<4> lambda_block(const GroupIndex& at, int64_t index, const Standardizer<V>& h, T* scratch) const {
     const Block b = walk_.plan()[index];
     T buffer[kBlock];
-    const T* u = walk_.fetch(p_.input, at, b, buffer);
+    const T* u = walk_.fetch(normalized(p_), at, b, buffer);
     T* cache = walk_.cache(p_.output, at, b, scratch);
     const V zero = splat<V>(0);
     LambdaTerms<V> sums{zero, zero, zero, zero};
@@ -144,7 +145,7 @@ class RowForward {
                                                        sum);
       });
     } else {
-      const T* u = walk_.fetch(p_.input, at, b, buffer);
+      const T* u = walk_.fetch(normalized(p_), at, b, buffer);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = sum_x_pass<partial.value, From::kInput, V>({u + i, kLanes<V>}, {nullptr, 0}, steps, lanes, c,
                                                          sum);
@@ -165,7 +166,7 @@ class RowForward {
                                                          c, centre, sum);
       });
     } else {
-      const T* u = walk_.fetch(p_.input, at, b, buffer);
+      const T* u = walk_.fetch(normalized(p_), at, b, buffer);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = deviation_pass<partial.value, From::kInput, V>({u + i, kLanes<V>}, {nullptr, 0}, steps, lanes,
                                                              c, centre, sum);
@@ -192,7 +193,7 @@ class RowForward {
     const Block b = walk_.plan()[index];
     T in_buffer[kBlock], out_buffer[kBlock];
     T normal_buffer[kBlock + kNoiseSlack];
-    const T* u = kFrom == From::kInput ? walk_.fetch(p_.input, at, b, in_buffer) : nullptr;
+    const T* u = kFrom == From::kInput ? walk_.fetch(normalized(p_), at, b, in_buffer) : nullptr;
     T* cache = kFrom == From::kInput ? nullptr : walk_.cache(p_.output, at, b, scratch);
     T* out = walk_.destination(p_.output, at, b, out_buffer);
     const bool noisy = p_.noise.on;
@@ -218,6 +219,7 @@ class RowForward {
       else
         pass(std::false_type(), std::false_type());
     });
+    walk_.finish_output(at, b, out);
     walk_.deliver(p_.output, at, b, out_buffer);
   }
 

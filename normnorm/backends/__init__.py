@@ -1,6 +1,6 @@
 """Which backend serves: the registry, the user's switch, and the reasons why not.
 
-A backend is four callables with the argument order of the op schemas in ``normnorm/ops.py``.
+A backend is six callables with the argument order of the op schemas in ``normnorm/ops.py``.
 It is resolved once at each forward pass and handed to its backward pass by name.
 
 Backends of GPUs are looked for when they are first asked for: importing normnorm neither wakes a
@@ -32,7 +32,8 @@ class Backend:
     Attributes:
         name: what :func:`use_backend` and the ops' ``backend`` argument call it.
         device_type: the kind of device it serves; None for every device.
-        forward, backward, infer, fold: the ops, positional arguments in schema order.
+        forward, backward, infer, fold, add_forward, add_backward: the ops, positional arguments
+            in schema order.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Backend:
     backward: Callable[..., Any]
     infer: Callable[..., Any]
     fold: Callable[..., Any]
+    add_forward: Callable[..., Any]
+    add_backward: Callable[..., Any]
 
 
 # Of two that serve the same device, ``auto`` takes the one that stands first.
@@ -56,6 +59,8 @@ _backends: dict[str, Backend] = {
         reference.normal_norm_backward,
         reference.normal_norm_infer,
         reference.fold_running_,
+        reference.add_normal_norm_forward,
+        reference.add_normal_norm_backward,
     )
 }
 # Which of them serves a kind of device when the user leaves the choice to us.
@@ -91,6 +96,8 @@ def register_compiled(name: str, device_type: str) -> None:
             ops.normal_norm_backward.default,
             ops.normal_norm_infer.default,
             ops.fold_running_.default,
+            ops.add_normal_norm_forward.default,
+            ops.add_normal_norm_backward.default,
         )
     )
 

@@ -20,6 +20,8 @@ from normnorm.reference import normal_norm, pack_running
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
+    "add_normal_norm_backward",
+    "add_normal_norm_forward",
     "fold_running_",
     "gradients",
     "move_running",
@@ -27,14 +29,18 @@ __all__ = [
     "normal_norm_forward",
     "normal_norm_infer",
     "second_gradients",
+    "through_activation",
     "transforms_active",
 ]
+
+
+_NONE = (None, None, None)  # no running statistics
 
 
 def _keywords(config: Config) -> dict[str, Any]:
     """The configuration as arguments of the definition."""
     keywords = config._asdict()
-    del keywords["activation"], keywords["backend"]
+    del keywords["backend"]
     return keywords
 
 
@@ -114,7 +120,7 @@ def normal_norm_forward(
         frozen = pack_running(running_mean, running_var, running_lmbda, config.eps, dtype)
     output, stats = normal_norm(
         input, weight, bias, seed=seed, noise_scale=noise_scale, frozen=frozen,
-        **_keywords(config),
+        residual=residual, **_keywords(config),
     )  # fmt: skip
     return _like_input(output, input), stats
 
@@ -145,12 +151,23 @@ def definition(
     frozen: bool,
     config: Config,
 ) -> Tensor:
-    """The forward pass that gave ``stats``, as a function to differentiate: the noise scale is
-    the saved one, a constant by definition, and so is every statistic of a frozen layer."""
+    """The forward pass that gave ``stats``, up to its activation, as a function to differentiate:
+    the noise scale is the saved one, a constant by definition, and so is every statistic of a
+    frozen layer."""
+    config = config._replace(activation="")
     return normal_norm(
         input, weight, bias, seed=seed, noise_scale=stats.select(0, Row.NOISE_SCALE),
         frozen=stats if frozen else None, **_keywords(config),
     )[0]  # fmt: skip
+
+
+def through_activation(grad_output: Tensor, output: Tensor | None, config: Config) -> Tensor:
+    """The gradient in front of the activation, which passes where the output is positive (or not
+    a number, as torch has it); linear in ``grad_output`` and constant in ``output``."""
+    if config.activation == "":
+        return grad_output
+    assert output is not None  # the checks saw to it
+    return torch.ops.aten.threshold_backward(grad_output, output, 0)
 
 
 def gradients(
@@ -188,9 +205,9 @@ def second_gradients(
     """The gradients of ``normal_norm_backward`` in (grad_output, input, weight), pulled back
     along ``directions``, one for each of its results (None for zero).
 
-    ``tensors`` are grad_output, input, stats, weight, bias and seed.
+    ``tensors`` are grad_output, input, stats, weight, bias, output and seed.
     """
-    grad_output, input, stats, weight, bias, seed = tensors
+    grad_output, input, stats, weight, bias, output, seed = tensors
     asked = [i for i, needed in enumerate(needs) if needed]
     results = (input, weight, bias)
     cotangents = []
@@ -200,6 +217,7 @@ def second_gradients(
         cotangents.append(torch.zeros_like(like) if direction is None else direction)
 
     def function(g: Tensor, x: Tensor, w: Tensor | None = None) -> tuple[Any, ...]:
+        g = through_activation(g, output, config)
         found = gradients(g, x, stats, w, bias, seed, frozen, config)
         return tuple(found[i] for i in asked)
 
@@ -214,7 +232,7 @@ def normal_norm_backward(
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    output: Tensor | None,
     seed: Tensor | None,
     needs_input: bool,
     needs_weight: bool,
@@ -225,16 +243,64 @@ def normal_norm_backward(
     """``normnorm::normal_norm_backward``; a gradient not asked for is an empty tensor."""
     config = Config(*arguments)
     check_backward(
-        grad_output, input, stats, weight, bias, residual, seed, needs_weight, needs_bias, config
+        grad_output, input, stats, weight, bias, output, seed, needs_weight, needs_bias, config
     )
     if not needs_weight:  # the noise reaches no other gradient
         config = config._replace(noise_train=0.0)
+    grad_output = through_activation(grad_output, output, config)
     found = gradients(grad_output, input, stats, weight, bias, seed, frozen, config)
     grad_input, grad_weight, grad_bias = (
         gradient if gradient is not None and needed else input.new_empty(0)
         for gradient, needed in zip(found, (needs_input, needs_weight, needs_bias), strict=True)
     )
     return _like_input(grad_input, input) if needs_input else grad_input, grad_weight, grad_bias
+
+
+def add_normal_norm_forward(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    noise_scale: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``normnorm::add_normal_norm_forward``; differentiable, since the definition is."""
+    check_forward(input, _NONE, weight, bias, residual, seed, noise_scale, Config(*arguments))
+    total = _like_input(input + residual, input)
+    output, stats = normal_norm_forward(
+        total, *_NONE, weight, bias, None, seed, noise_scale, *arguments
+    )
+    return output, total, stats
+
+
+def add_normal_norm_backward(
+    grad_output: Tensor,
+    grad_sum: Tensor,
+    sum: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    seed: Tensor | None,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``normnorm::add_normal_norm_backward``; a gradient not asked for is an empty tensor."""
+    check_backward(
+        grad_output, sum, stats, weight, bias, output, seed, needs_weight, needs_bias,
+        Config(*arguments), grad_sum,
+    )  # fmt: skip
+    grad_input, *rest = normal_norm_backward(
+        grad_output, sum, stats, weight, bias, output, seed, needs_input, needs_weight,
+        needs_bias, False, *arguments,
+    )  # fmt: skip
+    if needs_input:
+        dtype = statistics_dtype(sum.dtype)
+        grad_input = _like_input((grad_input.to(dtype) + grad_sum.to(dtype)).to(sum.dtype), sum)
+    return grad_input, *rest  # type: ignore[return-value]
 
 
 def fold_running_(
