@@ -10,6 +10,7 @@ from normnorm.backends import available_backends, use_backend
 from normnorm.conversion import Replacement, replace_norms, restore_norms
 from normnorm.export import decompositions
 from normnorm.functional import estimate_lmbda, yeo_johnson
+from normnorm.fused import AddLayerNormalNorm, BatchNormalNormAct2d
 from normnorm.lazy import (
     LazyBatchNormalNorm1d,
     LazyBatchNormalNorm2d,
@@ -38,9 +39,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PER",
+    "AddLayerNormalNorm",
     "BatchNormalNorm1d",
     "BatchNormalNorm2d",
     "BatchNormalNorm3d",
+    "BatchNormalNormAct2d",
     "GroupNormalNorm",
     "InstanceNormalNorm1d",
     "InstanceNormalNorm2d",

@@ -216,14 +216,12 @@ def batch_normal_norm(
             "Expected running_mean, running_var and running_lmbda to be given when training=False"
         )
     config = _configure(
-        input, "batch", 0, 0, eps, noise_train, training, alpha, order, transform_eps,
-        activation,
-    )
+        input, "batch", 0, 0, eps, noise_train, training, alpha, order,
+        transform_eps, activation,
+    )  # fmt: skip
     if not training:
         return _apply(input, running, weight, bias, seed, config, residual=residual)[0]
-    output, statistics = _apply(
-        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
-    )
+    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked, residual)
     if tracked:
         if input.numel() > 0:
             assert statistics is not None  # they were asked for
@@ -358,9 +356,9 @@ def group_normal_norm(
     if input.dim() < 2:
         raise ValueError(f"Expected at least 2 dimensions for input tensor but got {input.dim()}")
     config = _configure(
-        input, "group", num_groups, 0, eps, noise_train, training, alpha, order, transform_eps,
-        activation,
-    )
+        input, "group", num_groups, 0, eps, noise_train, training, alpha, order,
+        transform_eps, activation,
+    )  # fmt: skip
     divides = num_groups >= 1 and input.size(1) % num_groups == 0
     if divides and input.size(0) * group_size(input, config) == 1:
         raise ValueError(
@@ -422,17 +420,15 @@ def instance_normal_norm(
             )
         # Frozen statistics know no samples: this is the batch layer's evaluation.
         config = _configure(
-            input, "batch", 0, 0, eps, noise_train, False, alpha, order, transform_eps,
-        activation,
-        )
+            input, "batch", 0, 0, eps, noise_train, False, alpha, order,
+            transform_eps, activation,
+        )  # fmt: skip
         return _apply(input, running, weight, bias, seed, config, residual=residual)[0]
     config = _configure(
-        input, "instance", 0, 0, eps, noise_train, training, alpha, order, transform_eps,
-        activation,
-    )
-    output, statistics = _apply(
-        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
-    )
+        input, "instance", 0, 0, eps, noise_train, training, alpha, order,
+        transform_eps, activation,
+    )  # fmt: skip
+    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked, residual)
     if tracked and input.numel() > 0:
         assert statistics is not None  # they were asked for
         count = group_size(input, config)

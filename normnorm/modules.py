@@ -153,6 +153,11 @@ class _BatchNormalNorm(_RunningNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._normalize(input)
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
         self._check_input_dim(input)
         # In training without track_running_stats the buffers are None; in evaluation they may be
         # set by hand, and are used then, as in torch.
@@ -180,6 +185,8 @@ class _BatchNormalNorm(_RunningNorm):
             order=self.order,
             transform_eps=self.transform_eps,
             num_batches_tracked=None if mean is None else buffers["num_batches_tracked"],
+            residual=residual,
+            activation=activation,
         )
 
 

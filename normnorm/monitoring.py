@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normnorm import annealing, reference
 from normnorm.backends.reference import transforms_active
+from normnorm.fused import AddLayerNormalNorm
 from normnorm.modules import (
     GroupNormalNorm,
     LayerNormalNorm,
@@ -246,8 +247,11 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
     watch = Monitor(layers, groups, elements, any(map(_was_compiled, model.modules())))
 
     def hook_of(name: str) -> Any:
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            watch._observe(name, layer, args[0] if args else kwargs["input"])
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            input = args[0] if args else kwargs["input"]
+            if isinstance(layer, AddLayerNormalNorm):
+                input = output[1]  # the sum is what was normalized
+            watch._observe(name, layer, input)
 
         return hook
 

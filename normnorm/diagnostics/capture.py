@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normnorm.fused import AddLayerNormalNorm
+
 __all__ = ["NORM_LAYERS", "batches", "channels_last_rows", "choose_layers", "pooled", "watching"]
 
 # What is watched when the caller names nothing: torch's norm layers and ours, which derive from
@@ -118,6 +120,9 @@ def watching(
 
     def hook(name: str) -> Callable[..., Any]:
         def seen(module: nn.Module, _: Any, output: Any) -> Any:
+            if isinstance(module, AddLayerNormalNorm):
+                other = see(name, output[0])
+                return None if other is None else (other, output[1])
             if not isinstance(output, Tensor):
                 raise TypeError(
                     f"diagnostics watch layers that give one tensor; {name!r} "

@@ -70,32 +70,18 @@ class _Act(nn.Module):
         return output
 
 
-class BatchNormalNormAct2d(_Act, BatchNormalNorm2d):
+class BatchNormalNormAct2d(normnorm.BatchNormalNormAct2d):
     """timm's ``BatchNormAct2d`` with normality normalization: norm, dropout, activation.
 
-    Arguments as there; ``noise_train``, ``alpha``, ``order`` and ``transform_eps`` by keyword.
+    :class:`normnorm.BatchNormalNormAct2d`, whose kernel does ReLU as well, with activations by
+    timm's names.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        apply_act: bool = True,
-        act_layer: Layer = nn.ReLU,
-        act_kwargs: dict[str, Any] | None = None,
-        inplace: bool = True,
-        drop_layer: Callable[[], nn.Module] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **transform: Any,
-    ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **transform
-        )
-        self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+    def _make_act(
+        self, act_layer: Any, inplace: bool, keywords: dict[str, Any]
+    ) -> nn.Module | None:
+        act: nn.Module | None = create_act_layer(act_layer, **{"inplace": inplace, **keywords})
+        return act
 
 
 class SyncBatchNormalNormAct(_Act, SyncBatchNormalNorm):

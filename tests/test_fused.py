@@ -1,0 +1,637 @@
+"""A residual, an activation and the residual stream's sum in the norm's own pass: what comes out is
+what the same backend gives in separate steps, and every kind of derivative goes through."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from oracle import Case
+from torch import Tensor, nn
+from torch.nn import functional as torch_functional
+from torch.testing import assert_close
+
+import normnorm
+from normnorm import diagnostics
+from normnorm import functional as F
+
+OPS = torch.ops.normnorm
+NONE = (None, None, None)
+# One of each kind and walk; channels_last where there are images.
+WALKS = (
+    Case("batch", (7, 5)), Case("batch", (3, 4, 5, 6)), Case("layer", (9, 40), normalized_ndim=1),
+    Case("layer", (2, 3, 4, 5), normalized_ndim=3), Case("group", (2, 8, 5, 5), num_groups=4),
+    Case("group", (5, 12), num_groups=3), Case("instance", (2, 3, 5, 6)),
+)  # fmt: skip
+# Finite differences take a pass an element, and second ones its square.
+SMALL = (
+    Case("batch", (3, 2, 2)), Case("layer", (2, 6), normalized_ndim=1),
+    Case("group", (2, 4, 2), num_groups=2), Case("instance", (2, 2, 4)),
+)  # fmt: skip
+JOINS = [(True, ""), (False, "relu"), (True, "relu")]
+# One rounding more or less in the compute dtype, seen through one in the storage dtype.
+CLOSE = {
+    torch.float64: {"rtol": 1e-13, "atol": 1e-13},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6},
+    torch.float16: {"rtol": 2**-9, "atol": 1e-6},
+}
+DTYPES = tuple(CLOSE)
+
+
+def draw(case: Case, dtype: torch.dtype, device: str, count: int, layout: str) -> list[Tensor]:
+    """Skewed tensors of the case's shape in the memory format asked for."""
+    generator = torch.Generator().manual_seed(5)
+    drawn = []
+    for _ in range(count):
+        normal = torch.randn(case.shape, generator=generator, dtype=torch.float64)
+        tensor = (normal + 0.3 * normal.square() - 0.2).to(device, dtype)
+        if layout == "channels_last" and tensor.dim() == 4:
+            tensor = tensor.to(memory_format=torch.channels_last)
+        if layout == "strided":
+            tensor = torch.stack([tensor, tensor], -1)[..., 0]
+        drawn.append(tensor)
+    return drawn
+
+
+def parameters(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.rand(case.parameter_shape, generator=generator, dtype=torch.float64) + 0.5
+    bias = torch.randn(case.parameter_shape, generator=generator, dtype=torch.float64)
+    return weight.to(device, dtype), bias.to(device, dtype)
+
+
+def act(tensor: Tensor, activation: str) -> Tensor:
+    return torch.relu(tensor) if activation else tensor
+
+
+# The ops, beside the same backend's own steps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_joined_output_is_that_of_the_steps(backend, device, case, layout, dtype):
+    x, residual = draw(case, dtype, device, 2, layout)
+    weight, bias = parameters(
+        case, torch.float64 if dtype == torch.float64 else torch.float32, device
+    )
+    seed = torch.tensor([11], device=device)
+    options = {"channels_last": layout == "channels_last" and x.dim() == 4 and case.kind != "layer"}
+    wide = weight.dtype
+    for noise in (0.0, 0.4):
+        plain = case.config(backend, noise_train=noise, **options)
+        # the same arithmetic without the last rounding
+        whole = x.to(wide) if wide != dtype else x
+        steps, stats = OPS.normal_norm_forward(whole, *NONE, weight, bias, None, seed, None, *plain)
+        for joined, activation in JOINS:
+            config = case.config(backend, noise_train=noise, activation=activation, **options)
+            given = residual if joined else None
+            output, found = OPS.normal_norm_forward(
+                x, *NONE, weight, bias, given, seed, None, *config
+            )
+            expected = act(steps + residual.to(wide) if joined else steps, activation).to(dtype)
+            assert_close(output, expected, **CLOSE[dtype])
+            assert_close(found, stats)
+            assert output.stride() == torch.empty_like(x).stride()
+            if noise == 0.0:
+                inferred = OPS.normal_norm_infer(
+                    x, *NONE, weight, bias, given, *config[:4], *config[5:8], activation, backend
+                )
+                assert torch.equal(inferred, output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_gradients_pass_where_the_output_is_positive(backend, device, case, layout, dtype):
+    x, g, residual = draw(case, dtype, device, 3, layout)
+    weight, bias = parameters(case, dtype, device)
+    seed = torch.tensor([11], device=device)
+    options = {"channels_last": layout == "channels_last" and x.dim() == 4 and case.kind != "layer"}
+    for noise in (0.0, 0.4):
+        config = case.config(backend, noise_train=noise, activation="relu", **options)
+        output, stats = OPS.normal_norm_forward(
+            x, *NONE, weight, bias, residual, seed, None, *config
+        )
+        masked = torch.where(output <= 0, torch.zeros_like(g), g)
+        assert 0 < masked.count_nonzero() < masked.numel()
+        for needs in ((True, True, True), (True, False, False), (False, True, True)):
+            found = OPS.normal_norm_backward(
+                g, x, stats, weight, bias, output, seed, *needs, False, *config
+            )
+            expected = OPS.normal_norm_backward(
+                masked, x, stats, weight, bias, None, seed, *needs, False,
+                *case.config(backend, noise_train=noise, **options),
+            )  # fmt: skip
+            for mine, theirs in zip(found, expected, strict=True):
+                assert_close(mine, theirs, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("activation", ["", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_the_sum_is_what_is_normalized(backend, device, case, layout, dtype, activation):
+    x, residual, g, grad_sum = draw(case, dtype, device, 4, layout)
+    residual = residual.contiguous()  # whatever the input's layout is
+    weight, bias = parameters(case, dtype, device)
+    seed = torch.tensor([11], device=device)
+    options = {"channels_last": layout == "channels_last" and x.dim() == 4 and case.kind != "layer"}
+    config = case.config(backend, noise_train=0.4, activation=activation, **options)
+    output, total, stats = OPS.add_normal_norm_forward(
+        x, residual, weight, bias, seed, None, *config
+    )
+    assert torch.equal(total, x + residual)
+    assert total.stride() == output.stride() == torch.empty_like(x).stride()
+    expected, expected_stats = OPS.normal_norm_forward(
+        total, *NONE, weight, bias, None, seed, None, *config
+    )
+    assert_close(output, expected, **CLOSE[dtype])
+    assert_close(stats, expected_stats)
+    kept = output if activation else None
+    for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        found = OPS.add_normal_norm_backward(
+            g, grad_sum, total, stats, weight, bias, kept, seed, *needs, *config
+        )
+        steps = list(
+            OPS.normal_norm_backward(
+                g, total, stats, weight, bias, kept, seed, *needs, False, *config
+            )
+        )
+        if needs[0]:
+            # What is stored was rounded once more in steps; a sum that cancels shows it.
+            size = (steps[0].double().abs() + grad_sum.double().abs()).amax()
+            steps[0] = (steps[0].double() + grad_sum.double()).to(dtype)
+            bound = {**CLOSE[dtype], "atol": float(size) * CLOSE[dtype]["rtol"]}
+            assert_close(found[0], steps[0], **bound)
+        for mine, theirs in zip(found[1:], steps[1:], strict=True):
+            assert_close(mine, theirs, **CLOSE[dtype])
+
+
+def test_larger_groups_take_every_way_through_memory(backend, device):
+    # More than one block or chunk a group, and groups that no scratch memory holds.
+    for case in (
+        Case("layer", (3, 40_000), normalized_ndim=1), Case("batch", (3000, 5)),
+        Case("batch", (4, 2, 90, 91)), Case("group", (2, 6, 50, 51), num_groups=2),
+    ):  # fmt: skip
+        x, residual, g = draw(case, torch.float32, device, 3, "contiguous")
+        weight, bias = parameters(case, torch.float32, device)
+        seed = torch.tensor([2], device=device)
+        config = case.config(backend, noise_train=0.4, activation="relu")
+        plain = case.config(backend, noise_train=0.4)
+        output, stats = OPS.normal_norm_forward(
+            x, *NONE, weight, bias, residual, seed, None, *config
+        )
+        steps, _ = OPS.normal_norm_forward(x, *NONE, weight, bias, None, seed, None, *plain)
+        assert_close(output, torch.relu(steps + residual))
+        masked = torch.where(output <= 0, torch.zeros_like(g), g)
+        found = OPS.normal_norm_backward(
+            g, x, stats, weight, bias, output, seed, True, True, True, False, *config
+        )
+        expected = OPS.normal_norm_backward(
+            masked, x, stats, weight, bias, None, seed, True, True, True, False, *plain
+        )
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_close(mine, theirs)
+        output, total, stats = OPS.add_normal_norm_forward(
+            x, residual, weight, bias, seed, None, *plain
+        )
+        assert torch.equal(total, x + residual)
+        assert_close(
+            output, OPS.normal_norm_forward(total, *NONE, weight, bias, None, seed, None, *plain)[0]
+        )
+        (grad, *_) = OPS.add_normal_norm_backward(
+            g, residual, total, stats, weight, bias, None, seed, True, True, True, *plain
+        )
+        (steps, *_) = OPS.normal_norm_backward(
+            g, total, stats, weight, bias, None, seed, True, True, True, False, *plain
+        )
+        assert_close(grad, steps + residual)
+
+
+def test_running_statistics_take_an_activation_too(backend, device):
+    case = Case("batch", (3, 4, 5, 6))
+    x, residual, g = draw(case, torch.float32, device, 3, "contiguous")
+    weight, bias = parameters(case, torch.float32, device)
+    running = [torch.full((4,), value, device=device) for value in (0.1, 1.5, 0.8)]
+    leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    steps = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    found = F.batch_normal_norm(
+        leaves[0], *running, *leaves[2:], residual=leaves[1], activation="relu"
+    )
+    expected = torch.relu(F.batch_normal_norm(steps[0], *running, *steps[2:]) + steps[1])
+    assert_close(found, expected)
+    found.backward(g)
+    expected.backward(g)
+    for mine, theirs in zip(leaves, steps, strict=True):
+        assert_close(mine.grad, theirs.grad)
+
+
+def test_a_nan_stays_and_its_gradient_passes(backend, device):
+    case = Case("batch", (6, 3))
+    x, g = draw(case, torch.float32, device, 2, "contiguous")
+    x[2, 1] = math.nan
+    config = case.config(backend, activation="relu")
+    output, stats = OPS.normal_norm_forward(x, *NONE, None, None, None, None, None, *config)
+    assert output[:, 1].isnan().all()
+    assert (output[:, [0, 2]] >= 0).all()
+    bias = torch.zeros(3, device=device)
+    (_, _, grad_bias) = OPS.normal_norm_backward(
+        g, x, stats, None, bias, output, None, False, False, True, False, *config
+    )
+    assert_close(grad_bias[1], g[:, 1].sum())
+
+
+def test_empty_tensors_stay_empty(backend, device):
+    case = Case("layer", (0, 4), normalized_ndim=1)
+    x = torch.ones(case.shape, device=device)
+    config = case.config(backend, activation="relu")
+    output, total, stats = OPS.add_normal_norm_forward(x, x, None, None, None, None, *config)
+    assert output.shape == total.shape == (0, 4)
+    grad, _, _ = OPS.add_normal_norm_backward(
+        x, x, total, stats, None, None, output, None, True, False, False, *config
+    )
+    assert grad.shape == (0, 4)
+
+
+# Derivatives
+
+
+def functions(case: Case, seed: int = 3) -> dict[str, object]:
+    """Each way of joining, without noise: the whole map of (input, residual, weight, bias)."""
+    return {
+        "residual": lambda x, r, w, b: case.apply(x, w, b, noise_train=0.0, residual=r),
+        "relu": lambda x, r, w, b: case.apply(x, w, b, noise_train=0.0, activation="relu"),
+        "both": lambda x, r, w, b: case.apply(
+            x, w, b, noise_train=0.0, residual=r, activation="relu"
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["residual", "relu", "both"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_derivatives_agree_with_finite_differences(backend, device, case, name):
+    x, residual = draw(case, torch.float64, device, 2, "contiguous")
+    weight, bias = parameters(case, torch.float64, device)
+    leaves = tuple(t.requires_grad_() for t in (x, residual, weight, bias))
+    function = functions(case)[name]
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_derivatives_of_the_sum_agree_with_finite_differences(backend, device):
+    case = Case("layer", (3, 7), normalized_ndim=1)
+    x, residual = draw(case, torch.float64, device, 2, "contiguous")
+    weight, bias = parameters(case, torch.float64, device)
+    leaves = tuple(t.requires_grad_() for t in (x, residual, weight, bias))
+
+    def function(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return F.add_layer_normal_norm(x, r, (7,), w, b, noise_train=0.0)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3), (0, 1), (1, 2, 3)])
+def test_gradients_that_are_not_wanted_are_left_out(backend, device, frozen):
+    case = Case("layer", (3, 7), normalized_ndim=1)
+    tensors = (*draw(case, torch.float64, device, 2, "contiguous"),)
+    tensors += parameters(case, torch.float64, device)
+
+    def leaves() -> list[Tensor]:
+        return [t.clone().requires_grad_(i not in frozen) for i, t in enumerate(tensors)]
+
+    mine, theirs = leaves(), leaves()
+    options = {"training": True, "noise_train": 0.7, "seed": 4}
+    x, r, w, b = mine
+    output, total = F.add_layer_normal_norm(x, r, (7,), w, b, **options)
+    joined = F.layer_normal_norm(x, (7,), w, b, residual=r, activation="relu", **options)
+    (output.sin() + total.cos() + joined.square()).sum().backward()
+    x, r, w, b = theirs
+    steps = F.layer_normal_norm(x + r, (7,), w, b, **options)
+    joined = torch.relu(F.layer_normal_norm(x, (7,), w, b, **options) + r)
+    (steps.sin() + (x + r).cos() + joined.square()).sum().backward()
+    for i, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+        assert (one.grad is None) == (i in frozen)
+        if one.grad is not None:
+            assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("used", ["output", "sum"])
+def test_either_of_the_two_outputs_may_be_the_only_one_used(backend, device, used):
+    case = Case("layer", (3, 7), normalized_ndim=1)
+    x, r = (t.requires_grad_() for t in draw(case, torch.float64, device, 2, "contiguous"))
+    pair = F.add_layer_normal_norm(x, r, (7,), noise_train=0.0)
+    steps = (F.layer_normal_norm(x + r, (7,), noise_train=0.0), x + r)
+    place = ("output", "sum").index(used)
+    found = torch.autograd.grad(pair[place].sin().sum(), (x, r))
+    expected = torch.autograd.grad(steps[place].sin().sum(), (x, r))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+def test_transforms_of_torch_func_go_through(backend, device):
+    case = Case("batch", (5, 3, 4))
+    x, residual = draw(case, torch.float64, device, 2, "contiguous")
+    function = functions(case)["both"]
+
+    def loss(x: Tensor, r: Tensor) -> Tensor:
+        return function(x, r, None, None).square().sum()
+
+    def steps(x: Tensor, r: Tensor) -> Tensor:
+        return torch.relu(case.apply(x, noise_train=0.0) + r).square().sum()
+
+    def total(x: Tensor, r: Tensor) -> Tensor:
+        output, added = F.add_layer_normal_norm(x, r, (4,), noise_train=0.0)
+        return (output * added).sum()
+
+    def total_in_steps(x: Tensor, r: Tensor) -> Tensor:
+        return (F.layer_normal_norm(x + r, (4,), noise_train=0.0) * (x + r)).sum()
+
+    for mine, theirs in ((loss, steps), (total, total_in_steps)):
+        for transform in (
+            lambda f: torch.func.grad(f, (0, 1)),
+            lambda f: lambda x, r: torch.func.jvp(f, (x, r), (r, x)),
+            lambda f: lambda x, r: torch.func.vmap(f)(torch.stack([x, r]), torch.stack([r, x])),
+            lambda f: torch.func.hessian(f),
+        ):
+            found, expected = transform(mine)(x, residual), transform(theirs)(x, residual)
+            for one, other in zip(found, expected, strict=True):
+                assert_close(one, other)
+
+
+# Compilers
+
+
+@pytest.mark.parametrize("activation", ["", "relu"])
+def test_the_ops_keep_their_promises_to_compilers(backend, device, activation):
+    case = Case("layer", (3, 8), normalized_ndim=1)
+    x, residual, g = draw(case, torch.float32, device, 3, "contiguous")
+    weight, bias = parameters(case, torch.float32, device)
+    seed = torch.tensor([5], device=device)
+    config = case.config(backend, noise_train=0.4, activation=activation)
+    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    forward = (leaves[0], *NONE, *leaves[2:], leaves[1], seed, None, *config)
+    torch.library.opcheck(OPS.normal_norm_forward.default, forward)
+    add = (*leaves, seed, None, *config)
+    torch.library.opcheck(OPS.add_normal_norm_forward.default, add)
+    with torch.no_grad():
+        output, total, stats = OPS.add_normal_norm_forward(*add)
+    kept = output if activation else None
+    backward = (total, stats, weight.detach(), bias.detach(), kept, seed, True, True, True)
+    torch.library.opcheck(
+        OPS.add_normal_norm_backward.default, (g, residual.detach(), *backward, *config)
+    )
+    torch.library.opcheck(OPS.normal_norm_backward.default, (g, *backward, False, *config))
+
+
+class Block(nn.Module):
+    """Both fused layers, as networks have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.norm = normnorm.BatchNormalNormAct2d(4)
+        self.add = normnorm.AddLayerNormalNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x), torch.cat([x, x[:, :1]], 1))
+        output, stream = self.add(y, y.flip(0))
+        return output + stream
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_layers_give_what_they_give_eagerly(cpu_backend, training):
+    torch.manual_seed(1)
+    block = Block().train(training)
+    for module in block.modules():
+        if hasattr(module, "noise_train"):
+            module.noise_train = 0.0
+    x = torch.randn(2, 3, 5, 6, requires_grad=True)
+    other = copy.deepcopy(block)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (block, compiled):
+        output = run(x)
+        (grad,) = torch.autograd.grad(output.sin().sum(), x)
+        results.append((output, grad))
+    for one, theirs in zip(*results, strict=True):
+        assert_close(one, theirs)
+
+
+def test_a_compiled_step_with_noise_annealed_compiles_twice_at_most(cpu_backend):
+    torch._dynamo.reset()
+    layer = normnorm.AddLayerNormalNorm(6)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(4, 6, requires_grad=True)
+    for noise in (1.0, 0.8, 0.6, 0.4):
+        layer.noise_train = noise
+        output, total = compiled(x, x.detach())
+        (output + total).sum().backward()
+    assert counter.frame_count <= 2
+
+
+def test_exported_and_decomposed_layers_give_the_same():
+    torch.manual_seed(0)
+    block, x = Block().eval(), torch.randn(2, 3, 5, 6)
+    program = torch.export.export(block, (x,))
+    assert_close(program.module()(x), block(x))
+    plain = program.run_decompositions(normnorm.decompositions())
+    assert "normnorm" not in str(plain.graph)
+    assert_close(plain.module()(x), block(x))
+
+
+# The layers
+
+
+def twins(**options: object) -> tuple[nn.Module, nn.Module]:
+    """The fused layer and the plain one with the same state."""
+    fused = normnorm.BatchNormalNormAct2d(4, **options)
+    plain = normnorm.BatchNormalNorm2d(4)
+    with torch.no_grad():
+        fused.weight.copy_(torch.tensor([0.5, -1.0, 2.0, 1.0]))
+        fused.bias.copy_(torch.tensor([0.1, 0.0, -0.3, 0.2]))
+    plain.load_state_dict(fused.state_dict())
+    return fused, plain
+
+
+@pytest.mark.parametrize(
+    ("options", "function"),
+    [
+        ({}, torch.relu),
+        ({"apply_act": False}, lambda t: t),
+        ({"act_layer": None}, lambda t: t),
+        ({"act_layer": nn.GELU}, torch_functional.gelu),
+        ({"act_layer": nn.LeakyReLU, "act_kwargs": {"negative_slope": 0.2}},
+         lambda t: torch_functional.leaky_relu(t, 0.2)),
+        ({"act_layer": nn.SiLU, "inplace": False}, torch_functional.silu),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_layer_is_norm_residual_and_activation(cpu_backend, options, function, with_residual):
+    fused, plain = twins(**options)
+    generator = torch.Generator().manual_seed(0)
+    for training in (True, False):
+        fused.train(training), plain.train(training)
+        x, residual = (torch.randn(3, 4, 5, 6, generator=generator) for _ in range(2))
+        given = residual if with_residual else None
+        torch.manual_seed(7)
+        found = fused(x, given)
+        torch.manual_seed(7)
+        steps = plain(x)
+        assert_close(found, function(steps + residual if with_residual else steps))
+        for name, buffer in plain.named_buffers():
+            assert_close(fused.get_buffer(name), buffer)
+
+
+def test_hooks_on_the_activation_still_see_it(cpu_backend):
+    fused, _ = twins()
+    seen = []
+    handle = fused.act.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(3, 4, 5, 6)
+    torch.manual_seed(7)
+    found = fused(x)
+    assert len(seen) == 1
+    assert seen[0] is found
+    handle.remove()
+    torch.manual_seed(7)
+    assert_close(fused(x), found)
+    assert len(seen) == 1
+
+
+def test_an_activation_of_ones_own_is_called():
+    class Shifted(nn.ReLU):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input - 1.0)
+
+    fused, plain = twins(act_layer=Shifted, inplace=False)
+    x = torch.randn(3, 4, 5, 6)
+    assert_close(fused.eval()(x), torch.relu(plain.eval()(x) - 1.0))
+
+
+def test_backward_keeps_input_and_output_and_nothing_else_as_large():
+    layer, x = normnorm.BatchNormalNormAct2d(4), torch.randn(3, 4, 5, 6, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        output = layer(x, torch.randn(3, 4, 5, 6))
+    large = {t.data_ptr() for t in kept if t.numel() == x.numel()}
+    assert large == {x.data_ptr(), output.data_ptr()}
+    norm, stream = normnorm.AddLayerNormalNorm(6), torch.randn(3, 4, 5, 6, requires_grad=True)
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        _, total = norm(x, stream)
+    assert {t.data_ptr() for t in kept if t.numel() == x.numel()} == {total.data_ptr()}
+
+
+def test_checkpoints_of_the_plain_layers_load():
+    normnorm.BatchNormalNormAct2d(4).load_state_dict(nn.BatchNorm2d(4).state_dict())
+    normnorm.AddLayerNormalNorm(6).load_state_dict(nn.LayerNorm(6).state_dict())
+    assert list(normnorm.BatchNormalNormAct2d(4).state_dict()) == list(
+        normnorm.BatchNormalNorm2d(4).state_dict()
+    )
+
+
+def test_layers_are_copied_and_pickled():
+    for layer, arguments in (
+        (normnorm.BatchNormalNormAct2d(4), (torch.randn(3, 4, 5, 6),)),
+        (normnorm.AddLayerNormalNorm(6), (torch.randn(3, 6), torch.randn(3, 6))),
+    ):
+        layer.eval()
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert_close(other(*arguments), layer(*arguments))
+
+
+def test_autocast_gives_the_dtypes_of_the_plain_layers():
+    x, weight = torch.randn(3, 4, 5, 6), torch.randn(4, 4, 1, 1)
+    fused, plain = twins()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = torch_functional.conv2d(x, weight)
+        assert fused(h).dtype == plain(h).dtype == torch.bfloat16
+
+
+def test_a_prenorm_transformer_trains_as_it_does_in_steps(cpu_backend):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+    norms = nn.ModuleList(normnorm.AddLayerNormalNorm(8, noise_train=0.0) for _ in range(3))
+    plain = nn.ModuleList(normnorm.LayerNormalNorm(8, noise_train=0.0) for _ in range(3))
+    x = torch.randn(5, 8)
+    gradients = []
+    for fused in (True, False):
+        layers.zero_grad()
+        branch, stream = torch.zeros_like(x), x
+        for layer, add, norm in zip(layers, norms, plain, strict=True):
+            if fused:
+                normed, stream = add(branch, stream)
+            else:
+                stream = stream + branch
+                normed = norm(stream)
+            branch = layer(normed)
+        (branch + stream).square().sum().backward()
+        gradients.append([p.grad.clone() for p in layers.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other)
+
+
+def test_the_monitor_and_the_diagnostics_look_at_the_sum():
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = normnorm.AddLayerNormalNorm(64, noise_train=0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x, x.square())[0]
+
+    net, x = Net(), torch.randn(50, 64)
+    plain = nn.Sequential(normnorm.LayerNormalNorm(64, noise_train=0.0))
+    with normnorm.monitor(net) as watch, normnorm.monitor(plain) as other:
+        net(x), plain(x + x.square())
+    found = {key.partition("/")[2]: value for key, value in watch.scalars().items()}
+    expected = {key.partition("/")[2]: value for key, value in other.scalars().items()}
+    assert found == pytest.approx(expected)
+    result = diagnostics.diagnose(net, [x]).layers["norm"]
+    assert_close(
+        torch.tensor(result.qq_r2),
+        torch.tensor(diagnostics.diagnose(plain, [x + x.square()]).layers["0"].qq_r2),
+    )
+
+
+# Bad input
+
+
+def test_wrong_residuals_are_refused_and_nothing_changes():
+    layer = normnorm.BatchNormalNormAct2d(4)
+    x = torch.randn(3, 4, 5, 6)
+    before = copy.deepcopy(layer.state_dict())
+    state = torch.random.get_rng_state()
+    for wrong, error, words in (
+        (x[:1], ValueError, "residual must have the input's shape"),
+        (x.double(), TypeError, "residual must have the input's dtype"),
+        (x.to("meta"), ValueError, "residual must be on the input's device"),
+        (1.0, TypeError, "residual must be a tensor; got float"),
+    ):
+        with pytest.raises(error, match=words):
+            layer(x, wrong)
+        with pytest.raises(error, match=words):
+            normnorm.AddLayerNormalNorm(6)(x, wrong)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_wrong_activations_and_dropouts_are_refused():
+    x = torch.randn(3, 4, 5, 6)
+    with pytest.raises(ValueError, match=r"activation must be 'relu'.*got 'gelu'"):
+        F.batch_normal_norm(x, None, None, None, training=True, activation="gelu")
+    with pytest.raises(TypeError, match=r"act_layer must be a class .*got 'relu'"):
+        normnorm.BatchNormalNormAct2d(4, act_layer="relu")
+    layer = normnorm.BatchNormalNormAct2d(4, drop_layer=nn.Dropout)
+    assert layer(x).shape == x.shape
+    with pytest.raises(ValueError, match="a residual behind a dropout"):
+        layer(x, x)
