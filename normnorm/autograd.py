@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import relu
 
 from normnorm import annealing, backends, ops
 from normnorm.backends import reference
@@ -135,7 +136,7 @@ def _under_transforms(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     if residual is not None:
         check_residual(before[0], residual)
         output = output + residual
-    return torch.relu(output) if config.activation else output, stats
+    return relu(output) if config.activation else output, stats
 
 
 def _gradients(

@@ -95,12 +95,16 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
 
     def _joins(self) -> bool:
         """Whether the norm's kernel can do all of it, unseen."""
-        for layer, known in ((self.drop, nn.Identity), (self.act, (nn.Identity, nn.ReLU))):
-            hooked = layer._forward_hooks or layer._forward_pre_hooks
-            hooked = hooked or layer._backward_hooks or layer._backward_pre_hooks
-            if hooked or not isinstance(layer, known) or type(layer).forward not in _PLAIN:
-                return False
-        return True
+        # Of exactly these classes: one derived from them may do anything.
+        if type(self.drop) is not nn.Identity or type(self.act) not in (nn.Identity, nn.ReLU):
+            return False
+        return not any(
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            for layer in (self.drop, self.act)
+        )
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._joins():
@@ -111,10 +115,6 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
         output = self.act(self.drop(self._normalize(input, residual)))
         assert isinstance(output, Tensor)
         return output
-
-
-# A class derived from these may do anything in a forward of its own.
-_PLAIN = (nn.Identity.forward, nn.ReLU.forward)
 
 
 class AddLayerNormalNorm(LayerNormalNorm):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import relu
 
 from normnorm.noise import standard_normals
 from normnorm.statistics import Row, statistics_dtype
@@ -244,7 +245,7 @@ def normal_norm(
     if residual is not None:
         x = x + residual.to(x.dtype)
     if activation == "relu":
-        x = torch.relu(x)
+        x = relu(x)
 
     rows = {
         Row.MEAN: mean,

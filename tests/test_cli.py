@@ -26,7 +26,16 @@ def wrong_kernel(monkeypatch):
         return grad_input * 1.001, grad_weight, grad_bias
 
     backends.register(
-        backends.Backend("cpu", "cpu", right.forward, backward, right.infer, right.fold)
+        backends.Backend(
+            "cpu",
+            "cpu",
+            right.forward,
+            backward,
+            right.infer,
+            right.fold,
+            right.add_forward,
+            right.add_backward,
+        )
     )
 
 
@@ -98,6 +107,8 @@ def test_a_wrong_forward_or_fold_is_seen_too(wrong, monkeypatch):
             right.backward,
             right.infer,
             fold if wrong == "running" else right.fold,
+            right.add_forward,
+            right.add_backward,
         )
     )
     rows = gradcheck.table("cpu")

@@ -430,7 +430,9 @@ def test_refusals_are_the_sentences_of_the_python_checks():
     x = torch.randn(4, 3)
     mistakes = [
         ((x, *NONE, torch.ones(4), None, None, None, None), {}),
-        ((x, *NONE, None, None, x, None, None), {}),
+        ((x, *NONE, None, None, x[:1], None, None), {}),
+        ((x, *NONE, None, None, x.double(), None, None), {}),
+        ((x, *NONE, None, None, None, None, None), {"activation": "gelu"}),
         ((x, x[0], None, None, None, None, None, None, None), {}),
         ((x, *NONE, None, None, None, None, None), {"noise_train": 0.4}),
         ((x, *NONE, None, None, None, torch.zeros(2, dtype=torch.int64), None), {"noise_train": 1}),

@@ -88,7 +88,12 @@ class Distribution:
         if dotted.startswith("torch.ops.aten."):  # not in the sources; functions or methods call it
             name = dotted.split(".")[3]
             homes = ("torch._C._VariableFunctions", "torch._C._nn", "torch.Tensor")
-            return next(filter(None, (self.find(f"{home}.{name}") for home in homes)), None)
+            found = next(filter(None, (self.find(f"{home}.{name}") for home in homes)), None)
+            # or only derivatives call it, and what says how it decomposes names it
+            decompositions = self.folder / "torch/_decomp/decompositions.py"
+            text = decompositions.read_text(encoding="utf-8")
+            named = f"@register_decomposition(aten.{name})" in text
+            return found or (Found("torch._decomp.decompositions") if named else None)
         here: Found | None = Found("torch")
         for part in dotted.split(".")[1:]:
             assert here is not None
