@@ -1,0 +1,53 @@
+"""What the scripts for one question share: options, environment, and a file for the rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from normnorm.bench import environment
+from normnorm.bench.results import ResultsError, write_atomically
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FORMATS = ("contiguous", "channels_last")
+SEED = 0
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="in place of results/*.json")
+
+
+def run(
+    name: str,
+    options: argparse.Namespace,
+    measure: Callable[[], list[Any]],
+    table: Callable[[list[Any]], str],
+) -> int:
+    """Measures, stores the rows (dataclasses) with their environment, and prints the table; the
+    program's exit status. ``name`` is the file's, and the format's behind "normnorm-"."""
+    device = torch.device(getattr(options, "device", "cpu"))
+    torch.manual_seed(SEED)
+    start, clock = environment.before(device, SEED), time.perf_counter()
+    rows = measure()
+    data = {
+        "format": f"normnorm-{name}",
+        "version": 1,
+        "environment": environment.after(start, device, time.perf_counter() - clock),
+        "rows": rows,
+    }
+    output = options.output or RESULTS / f"{name}.json"
+    try:
+        write_atomically(output, msgspec.json.format(msgspec.json.encode(data)) + b"\n")
+    except ResultsError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    print(f"wrote {output}")
+    return 0
