@@ -165,6 +165,15 @@ def _gradients(
     )
 
 
+def _save(ctx: Any, arguments: tuple[Any, ...], stats: Tensor, activated: Tensor | None) -> None:
+    input, running_mean, _, _, weight, bias, _, seed, _, config = arguments
+    ctx.save_for_backward(input, stats, weight, bias, activated, seed)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.frozen = running_mean is not None
+    ctx.config = config
+
+
 class _Eager(torch.autograd.Function):
     """The backend's forward and backward, one Python frame each."""
 
@@ -174,21 +183,15 @@ class _Eager(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # ``arguments`` is the whole list; the three that may carry gradients stand apart, since
         # every argument of a Function costs host time.
-        config = arguments[-1]
-        output, stats = backends.get(config.backend).forward(*_flat(arguments))
-        ctx.save_for_backward(input, stats, weight, bias, arguments[7])
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        ctx.frozen = arguments[1] is not None
-        ctx.config = config
+        output, stats = backends.get(arguments[-1].backend).forward(*_flat(arguments))
+        _save(ctx, arguments, stats, None)
         return output, stats
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
         if grad_output is None:
             return None, None, None, None
-        *saved, seed = ctx.saved_tensors
-        tensors = (grad_output, *saved, None, seed)
+        tensors = (grad_output, *ctx.saved_tensors)
         return *_gradients(ctx, tensors, ctx.needs_input_grad[:3], ctx.config), None
 
 
@@ -204,12 +207,7 @@ class _EagerActivated(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         config = arguments[-1]
         output, stats = backends.get(config.backend).forward(*_flat(arguments))
-        activated = output if config.activation else None
-        ctx.save_for_backward(input, stats, weight, bias, activated, arguments[7])
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        ctx.frozen = arguments[1] is not None
-        ctx.config = config
+        _save(ctx, arguments, stats, output if config.activation else None)
         return output, stats
 
     @staticmethod
@@ -284,11 +282,8 @@ class _Functional(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, running_mean, _, _, weight, bias, seed, _, ctx.config = inputs
-        ctx.save_for_backward(input, output[1], weight, bias, None, seed)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.frozen = running_mean is not None
+        *before, seed, noise_scale, config = inputs
+        _save(ctx, (*before, None, seed, noise_scale, config), output[1], None)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
