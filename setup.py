@@ -103,6 +103,7 @@ def sources(cxx: list[str], without_cuda: str) -> list[Unit]:
         ("layout", "cpu/layout.cpp", []),
         ("arguments", "arguments.cpp", []),
         ("tensors", "binding/tensors.cpp", torch_flags()),
+        ("projected", "binding/projected.cpp", torch_flags()),
         ("binding", "binding/cpu.cpp", [*torch_flags(), *about]),
     ):
         units.append(Unit(name, CSRC / source, [*FLAGS, *own], cxx))

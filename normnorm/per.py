@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normnorm.per_ops import ROOT_HALF, ROOT_TWO_OVER_PI, projected_error_of
+
 __all__ = ["PER", "per_loss"]
 
-_ROOT_HALF = math.sqrt(0.5)
-_ROOT_TWO_OVER_PI = math.sqrt(2 / math.pi)
 # Projections held at a time: 2^17 float32 fit a processor's second-level cache.
 _BLOCK = 1 << 17
 _BLOCK_ON_GPU = 1 << 22
+# Sums that the programs of a GPU keep side by side; a processor's threads are added up as they end.
+_SUMS_ON_GPU = 1024
 
 
 def per_loss(
@@ -74,29 +76,35 @@ def per_loss(
 def _definition(vectors: Tensor, slices: Tensor) -> Tensor:
     """The loss as it is written down: differentiable to any order, and as large as it looks."""
     t = vectors @ slices.T
-    return (t * torch.erf(t * _ROOT_HALF) + _ROOT_TWO_OVER_PI * torch.exp(-t.square() / 2)).mean()
+    return (t * torch.erf(t * ROOT_HALF) + ROOT_TWO_OVER_PI * torch.exp(-t.square() / 2)).mean()
 
 
 class _Blockwise(torch.autograd.Function):
-    """The loss and its gradient in blocks of vectors."""
+    """The loss and its gradient in blocks of vectors: a product with the directions, the projected
+    error function in its place, a product back."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, slices: Tensor) -> Tensor:
-        count = vectors.size(0) * slices.size(0)
-        held = _BLOCK if vectors.device.type == "cpu" else _BLOCK_ON_GPU
-        rows = max(1, held // slices.size(0))
+        projected_error_ = projected_error_of(vectors.device)
+        on_cpu = vectors.device.type == "cpu"
+        rows = max(1, (_BLOCK if on_cpu else _BLOCK_ON_GPU) // slices.size(0))
         gradient = torch.empty_like(vectors) if ctx.needs_input_grad[0] else None
-        loss = torch.zeros((), dtype=torch.float64, device=vectors.device)
+        # The gradient is kept times a power of two near the number of vectors: float16 has no room
+        # for 1e-7, and a power of two rounds nothing when it is taken out again.
+        ctx.shift = 2.0 ** -vectors.size(0).bit_length()
+        count = vectors.size(0) * slices.size(0)
+        shares = slices / (count * ctx.shift)
+        sums = torch.zeros(
+            1 if on_cpu else _SUMS_ON_GPU, dtype=torch.float64, device=vectors.device
+        )
         for start in range(0, vectors.size(0), rows):
             block = slice(start, start + rows)
             t = vectors[block].to(slices.dtype) @ slices.T
-            slope = torch.erf(t * _ROOT_HALF)
-            loss += torch.linalg.vecdot(t.flatten(), slope.flatten())
-            loss += _ROOT_TWO_OVER_PI * t.square_().mul_(-0.5).exp_().sum()
+            projected_error_(t, sums, gradient is not None)
             if gradient is not None:
-                gradient[block] = slope @ slices / count
+                gradient[block] = t @ shares
         ctx.save_for_backward(vectors, slices, gradient)
-        return (loss / count).to(slices.dtype)
+        return (sums.sum() / count).to(slices.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -105,7 +113,8 @@ class _Blockwise(torch.autograd.Function):
             with torch.enable_grad():
                 loss = _definition(vectors.to(slices.dtype), slices)
                 (gradient,) = torch.autograd.grad(loss, vectors, create_graph=True)
-        return (grads[0] * gradient).to(vectors.dtype), None
+            return (grads[0] * gradient).to(vectors.dtype), None
+        return (grads[0] * ctx.shift * gradient.to(slices.dtype)).to(vectors.dtype), None
 
 
 class PER:

@@ -8,6 +8,7 @@
 
 #include "../csrc/core/lmbda.h"
 #include "../csrc/core/moments.h"
+#include "../csrc/core/projected_error.h"
 #include "../csrc/core/transform.h"
 #include "../csrc/cpu/noise.h"
 #include "../csrc/cpu/storage.h"
@@ -55,6 +56,10 @@ void bind_real(py::module_& m) {
   m.def("log1p", [](Array<T> a) { return map(a, [](auto t) { return log1p_nonneg<decltype(t)>(t); }); });
   m.def("exp", [](Array<T> a) { return map(a, [](auto t) { return exp_pair<decltype(t)>(t).exp; }); });
   m.def("expm1", [](Array<T> a) { return map(a, [](auto t) { return exp_pair<decltype(t)>(t).expm1; }); });
+  m.def("projected_error", [](Array<T> a) {
+    return py::make_tuple(map(a, [](auto t) { return projected_error<decltype(t)>(t).value; }),
+                          map(a, [](auto t) { return projected_error<decltype(t)>(t).slope; }));
+  });
   m.def("psi", [](Array<T> a, T lmbda, T transform_eps) {
     const auto e = make_exponents<T>(lmbda, transform_eps);
     return map(a, [&](auto h) {

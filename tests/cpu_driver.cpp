@@ -100,6 +100,14 @@ void run(const Walk& w, bool noisy, bool frozen) {
               checksum(grad_input), checksum(grad_weight), checksum(grad_bias));
 }
 
+// float64 values are sums of the C library's; those of float32 of our own polynomials.
+void run_projected(Storage storage, int64_t count, bool slopes) {
+  auto projections = tensor(storage, count, 6);
+  const double sum =
+      kernels().projected_error({storage, projections.data(), count, slopes, {g_threads, run_on_threads}});
+  std::printf("projected %d%d %.17g %.0f\n", int(storage), slopes, sum, checksum(projections));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -126,5 +134,10 @@ int main(int argc, char** argv) {
     run(w, false, false);
     if (w.affine == Affine::kPerGroup || w.affine == Affine::kPerColumn) run(w, false, true);
   }
+  for (const Storage s : {Storage::kFloat32, Storage::kFloat64})
+    for (const int64_t count : {0, 3, 777, 40001}) {
+      run_projected(s, count, true);
+      run_projected(s, count, false);
+    }
   return 0;
 }

@@ -123,6 +123,31 @@ def test_elementary_functions_at_their_limits(core):
         assert np.isnan(getattr(core.float32, name)(nan)[0])
 
 
+def test_the_projected_error_function_and_its_slope_are_within_two_ulp(core):
+    t = np.concatenate([powers(1e-30, 30), np.linspace(1.4, 1.6, 801, dtype=np.float32)])
+    t = np.concatenate([t, -t])
+
+    def value(t):
+        return t * slope(t) + mpmath.sqrt(2 / mpmath.pi) * mpmath.exp(-t * t / 2)
+
+    def slope(t):
+        return mpmath.erf(t / mpmath.sqrt(2))
+
+    for module in (core.float32, core.float64):
+        got = module.projected_error(t)
+        assert ulps(got[0], exactly(value, t)) <= 2.0
+        assert ulps(got[1], exactly(slope, t)) <= 2.0
+
+
+def test_the_projected_error_function_at_its_limits(core):
+    far = np.array([0.0, -0.0, 1e38, -1e38, np.inf, -np.inf, np.nan], np.float32)
+    value, slope = core.float32.projected_error(far)
+    assert value[0] == value[1] == np.float32(np.sqrt(2 / np.pi))
+    np.testing.assert_array_equal(value[2:], np.abs(far[2:]))
+    np.testing.assert_array_equal(slope, [0, 0, 1, -1, 1, -1, np.nan])
+    assert list(np.signbit(slope[:2])) == [False, True]
+
+
 def test_sine_and_cosine_of_a_word_are_within_three_ulp_of_one(core):
     random = np.random.default_rng(0)
     words = random.integers(0, 2**32, 2000, dtype=np.uint32)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 import scipy.stats
 import torch
 from torch import Tensor, nn
 
 import normnorm
-from normnorm import per
+from normnorm import backends, per, per_ops
+from normnorm.backends import cpu
 
 
 def _directions(num_slices: int, features: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,7 +39,9 @@ def test_the_integrand_is_the_mean_distance_to_a_normal() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (700, 33), (2, 3, 4), (6,), (3000, 8)])
 @pytest.mark.parametrize("num_slices", [1, 100])
-def test_blocks_give_the_formula_and_its_gradient(shape: tuple[int, ...], num_slices: int) -> None:
+def test_blocks_give_the_formula_and_its_gradient(
+    shape: tuple[int, ...], num_slices: int, cpu_backend: str
+) -> None:
     activations = (2 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
     slices = _directions(num_slices, shape[-1])
     expected = per._definition(activations.reshape(-1, shape[-1]), slices)
@@ -54,7 +60,7 @@ def test_the_gradient_is_the_mean_error_function_along_the_directions() -> None:
     torch.testing.assert_close(vector.grad[0], (slope[:, None] * slices).mean(0))
 
 
-def test_first_and_second_gradients_are_right() -> None:
+def test_first_and_second_gradients_are_right(cpu_backend: str) -> None:
     activations = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     slices = _directions(6, 3)
 
@@ -66,7 +72,7 @@ def test_first_and_second_gradients_are_right() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precisions_follow_the_same_directions(dtype: torch.dtype) -> None:
+def test_lower_precisions_follow_the_same_directions(dtype: torch.dtype, cpu_backend: str) -> None:
     activations = torch.randn(300, 20).to(dtype).requires_grad_()
     found = normnorm.per_loss(activations, 64, _generator())
     found.backward()
@@ -83,7 +89,7 @@ def test_lower_precisions_follow_the_same_directions(dtype: torch.dtype) -> None
     assert error < bound
 
 
-def test_no_matrix_of_samples_by_slices_is_made() -> None:
+def test_no_matrix_of_samples_by_slices_is_made(cpu_backend: str) -> None:
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -97,6 +103,43 @@ def test_no_matrix_of_samples_by_slices_is_made() -> None:
     with Watch():
         normnorm.per_loss(activations, 256).backward()
     assert largest <= max(per._BLOCK, activations.numel()) < 20_000 * 256 // 10
+
+
+VIEWS = {
+    "transposed": lambda h: h.T,
+    "slice": lambda h: h[1::3, 2:],
+    "expanded": lambda h: h[:1].expand(50, -1),
+    "movedim": lambda h: h.reshape(4, -1, 8).movedim(1, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_gives_what_its_contiguous_copy_gives(view: str, cpu_backend: str) -> None:
+    leaf = torch.randn(64, 40, requires_grad=True)
+    found = normnorm.per_loss(VIEWS[view](leaf), 30, _generator())
+    (gradient,) = torch.autograd.grad(found, leaf)
+    copied = normnorm.per_loss(VIEWS[view](leaf).contiguous(), 30, _generator())
+    torch.testing.assert_close(found, copied, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(copied, leaf)[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(value: float, cpu_backend: str) -> None:
+    activations = torch.randn(700, 5)
+    activations[600, 2] = value
+    loss = normnorm.per_loss(activations.requires_grad_(), 200)
+    assert not loss.isfinite()
+    loss.backward()
+    assert activations.grad.isfinite().all(1).sum() == (699 if math.isnan(value) else 700)
+
+
+def test_a_loss_scaled_up_keeps_small_gradients_in_float16(cpu_backend: str) -> None:
+    activations = torch.randn(20_000, 32).half().requires_grad_()
+    (normnorm.per_loss(activations, 20, _generator()) * 2.0**15).backward()
+    exact = activations.detach().double().requires_grad_()
+    slices = _directions(20, 32, torch.float32).double()
+    (per._definition(exact, slices) * 2.0**15).backward()
+    torch.testing.assert_close(activations.grad.double(), exact.grad, rtol=2e-3, atol=1e-4)
 
 
 def test_zero_activations_have_the_least_loss() -> None:
@@ -130,6 +173,118 @@ def test_a_compiled_loss_is_the_same() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(found, activations), torch.autograd.grad(loss(activations), activations)
     )
+
+
+# Who computes a block.
+
+
+@pytest.fixture(params=["plain", "cpu"])
+def projected_error_(request: pytest.FixtureRequest) -> per_ops.ProjectedError:
+    if request.param == "plain":
+        return per_ops._plain
+    if cpu.unavailable_reason() is not None:
+        pytest.skip(str(cpu.unavailable_reason()))
+    return torch.ops.normnorm_cpu.projected_error_.default
+
+
+@pytest.fixture
+def kernel() -> Iterator[per_ops.ProjectedError]:
+    """The compiled op; whatever number of threads the test leaves is taken back."""
+    if cpu.unavailable_reason() is not None:
+        pytest.skip(str(cpu.unavailable_reason()))
+    before = torch.get_num_threads()
+    yield torch.ops.normnorm_cpu.projected_error_.default
+    torch.set_num_threads(before)
+
+
+def test_the_chosen_backend_computes() -> None:
+    device = torch.device("cpu")
+    with normnorm.use_backend("reference"):
+        assert per_ops.projected_error_of(device) is per_ops._plain
+    if cpu.unavailable_reason() is None:
+        found = per_ops.projected_error_of(device)
+        assert found is torch.ops.normnorm_cpu.projected_error_.default
+    assert per_ops.projected_error_of(torch.device("meta")) is per_ops._plain
+    assert backends.resolve(torch.device("meta")).name == "reference"
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (9, 15), (300, 211)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_is_added_up_and_replaced_by_its_slopes(
+    shape: tuple[int, ...], dtype: torch.dtype, projected_error_: per_ops.ProjectedError
+) -> None:
+    t = 3 * torch.randn(shape, dtype=dtype)
+    exact = t.double().numpy()
+    slopes = scipy.special.erf(exact * math.sqrt(0.5))
+    total = (exact * slopes + math.sqrt(2 / math.pi) * np.exp(-(exact**2) / 2)).sum()
+    sums = torch.tensor([5.0, 7.0], dtype=torch.float64)
+    bound = {torch.float32: 3e-7, torch.float64: 1e-15}[dtype]
+    projected_error_(t.clone(), sums, False)
+    projected_error_(t, sums, True)
+    assert sums.sum().item() == pytest.approx(12 + 2 * total, rel=bound)
+    torch.testing.assert_close(t.double(), torch.from_numpy(slopes), rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 8191, 3 * 8192 + 5, 200_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_is_bitwise_the_same_for_any_number_of_threads(
+    count: int, dtype: torch.dtype, kernel: per_ops.ProjectedError
+) -> None:
+    results = []
+    t = torch.randn(count, dtype=dtype)
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        slopes, sums = t.clone(), torch.zeros(1, dtype=torch.float64)
+        kernel(slopes, sums, True)
+        results.append((slopes, sums))
+    for slopes, sums in results[1:]:
+        assert torch.equal(slopes, results[0][0])
+        assert torch.equal(sums, results[0][1])
+
+
+def test_only_what_is_asked_for_is_written(kernel: per_ops.ProjectedError) -> None:
+    t = torch.randn(100)
+    before = t.clone()
+    kernel(t, torch.zeros(1, dtype=torch.float64), False)
+    assert torch.equal(t, before)
+    assert t._version == 0
+    kernel(t[10:90], torch.zeros(1, dtype=torch.float64), True)
+    assert torch.equal(t[:10], before[:10])
+    assert torch.equal(t[90:], before[90:])
+    assert t._version == 1
+
+
+REFUSED: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
+    "integers": (
+        lambda: (torch.ones(3, dtype=torch.int64), torch.zeros(1).double()),
+        "must be float32 or float64; got torch.int64",
+    ),
+    "half": (
+        lambda: (torch.ones(3).half(), torch.zeros(1).double()),
+        "must be float32 or float64; got torch.float16",
+    ),
+    "strides": (
+        lambda: (torch.ones(3, 2).T, torch.zeros(1).double()),
+        r"must be contiguous, .* got strides \(1, 2\)",
+    ),
+    "sums of float32": (
+        lambda: (torch.ones(3), torch.zeros(1)),
+        r"vector of torch.float64, not empty; got torch.float32 of shape \(1,\)",
+    ),
+    "no sums": (lambda: (torch.ones(3), torch.zeros(0).double()), r"not empty; .* \(0,\)"),
+    "a scalar": (lambda: (torch.ones(3), torch.tensor(0.0).double()), r"not empty; .* \(\)"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_bad_blocks_are_refused(mistake: str, kernel: per_ops.ProjectedError) -> None:
+    make, sentence = REFUSED[mistake]
+    t, sums = make()
+    before = t.clone(), sums.clone()
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        kernel(t, sums, True)
+    assert torch.equal(t, before[0])
+    assert torch.equal(sums, before[1])
 
 
 # The hooks.

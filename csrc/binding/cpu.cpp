@@ -13,6 +13,7 @@
 
 #include "../core/statistics.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace normnorm {
 namespace {
@@ -48,15 +49,6 @@ void convert(const Tensor& from, To* to) {
   with_type(dtype_of(from), from.data_ptr(), [&](auto* data) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(data[i]);
   });
-}
-
-cpu::ThreadPool torch_threads() {
-  cpu::ThreadPool pool;
-  pool.threads = int(torch::stable::get_num_threads());
-  pool.run = [](int64_t count, cpu::RangeBody body, void* context) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  };
-  return pool;
 }
 
 // A dense parameter in the compute dtype: the tensor's own memory where it is that already.

@@ -40,6 +40,7 @@ struct Lanes<double> {
   static NN_HD double log1p(double a) { return ::log1p(a); }
   static NN_HD double exp(double a) { return ::exp(a); }
   static NN_HD double expm1(double a) { return ::expm1(a); }
+  static NN_HD double erf(double a) { return ::erf(a); }
 };
 
 template <class V>

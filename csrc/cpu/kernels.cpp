@@ -2,6 +2,7 @@
 // naming the function that hands its table out.
 #include "columns_backward.h"
 #include "columns_forward.h"
+#include "projected.h"
 #include "rows_backward.h"
 #include "rows_forward.h"
 
@@ -39,6 +40,9 @@ void backward(const cpu::Problem& p) {
   else
     backward_computed<float>(p);
 }
+double projected_error(const cpu::Projections& p) {
+  return p.storage == cpu::Storage::kFloat64 ? ProjectedSum<double>(p).run() : ProjectedSum<float>(p).run();
+}
 #else
 void forward(const cpu::Problem& p) {
   if (p.storage == cpu::Storage::kFloat64)
@@ -52,12 +56,16 @@ void backward(const cpu::Problem& p) {
   else
     backward_computed<float>(p);
 }
+double projected_error(const cpu::Projections& p) {
+  if (p.storage == cpu::Storage::kFloat64) return cpu::generic_kernels()->projected_error(p);
+  return ProjectedSum<float>(p).run();
+}
 #endif
 
 }  // namespace
 
 const cpu::Kernels* cpu::NN_KERNEL_TABLE() {
-  static const Kernels table = {NN_ISA_NAME, forward, backward};
+  static const Kernels table = {NN_ISA_NAME, forward, backward, projected_error};
   return &table;
 }
 

@@ -86,10 +86,20 @@ struct Problem {
   Operand grad_sum;   // backward: added to the gradient of the input
 };
 
+// What the kernel of the projected error function is given: dense projections, float32 or float64.
+struct Projections {
+  Storage storage = Storage::kFloat32;
+  void* data = nullptr;
+  int64_t count = 0;
+  bool slopes = false;  // whether the slopes take the projections' place; else these stay
+  ThreadPool pool;
+};
+
 struct Kernels {
   const char* isa;
   void (*forward)(const Problem&);
   void (*backward)(const Problem&);
+  double (*projected_error)(const Projections&);  // the sum
 };
 
 // One table per instruction set this library was built with.

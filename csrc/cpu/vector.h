@@ -95,6 +95,10 @@ struct Lanes<VDouble> {
     for (int i = 0; i < kLanes<VDouble>; ++i) a[i] = ::expm1(a[i]);
     return a;
   }
+  static NN_HD VDouble erf(VDouble a) {
+    for (int i = 0; i < kLanes<VDouble>; ++i) a[i] = ::erf(a[i]);
+    return a;
+  }
 };
 
 // The vector that computes in scalar S.
