@@ -1,0 +1,156 @@
+"""What the projected error function loss costs: per_loss beside the formula as it is written down.
+
+    python benchmarks/per.py [--threads 1 2] [--budget 10] [--output FILE]
+
+Forward and backward passes with fresh directions in each, on this machine's CPU, called in
+alternation; and the most memory that one allocates. "products" are the two matrix products of every
+block alone, which none can do without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+import normnorm
+from normnorm import per
+from normnorm.bench import environment
+from normnorm.bench.memory import peak_bytes
+from normnorm.bench.results import Environment, ResultsError, write_atomically
+from normnorm.bench.timing import Timing, interleaved
+
+OUTPUT = Path(__file__).resolve().parent / "results" / "per_cpu.json"
+SHAPES = ((1024, 64), (8192, 256), (65536, 128))
+SLICES = 256
+SEED = 0
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way's time for one shape, in milliseconds of a forward and backward pass.
+
+    Attributes:
+        way: "definition" (autograd of the formula in full), "plain blocks" (the reference
+            backend), "compiled blocks" (the CPU backend) or "products".
+        peak_bytes: the most it has allocated at a time, beyond the activations.
+    """
+
+    way: str
+    vectors: int
+    features: int
+    slices: int
+    threads: int
+    timing: Timing
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What the file holds, beside its format."""
+
+    environment: Environment
+    rows: list[Row]
+
+
+def directions(features: int) -> Tensor:
+    slices = torch.randn(SLICES, features)
+    return slices / slices.norm(dim=1, keepdim=True)
+
+
+def definition(h: Tensor) -> Tensor:
+    return per._definition(h, directions(h.size(1)))
+
+
+def per_loss(backend: str, h: Tensor) -> Tensor:
+    with normnorm.use_backend(backend):
+        return normnorm.per_loss(h, SLICES)
+
+
+def step(loss: Callable[[Tensor], Tensor], h: Tensor, _: int = 0) -> None:
+    torch.autograd.grad(loss(h), h)
+
+
+def products(h: Tensor, _: int = 0) -> None:
+    slices, rows = directions(h.size(1)), per._BLOCK // SLICES
+    with torch.no_grad():
+        gradient = torch.empty_like(h)
+        for start in range(0, h.size(0), rows):
+            gradient[start : start + rows] = h[start : start + rows] @ slices.T @ slices
+
+
+def measure(vectors: int, features: int, budget_s: float) -> list[Row]:
+    h = torch.randn(vectors, features, requires_grad=True)
+    losses = {"definition": definition, "plain blocks": partial(per_loss, "reference")}
+    if normnorm.available_backends()["cpu"] is None:
+        losses["compiled blocks"] = partial(per_loss, "cpu")
+    found = {}
+    for way, loss in losses.items():
+        torch.manual_seed(SEED)
+        found[way] = loss(h).item()
+    assert max(found.values()) - min(found.values()) < 1e-5, found
+    calls = {way: partial(step, loss, h) for way, loss in losses.items()}
+    calls["products"] = partial(products, h)
+    rows = []
+    for way, timing in interleaved(calls, CPU, budget_s=budget_s, min_rounds=9).items():
+        if isinstance(timing, Exception):
+            raise timing
+        peak = peak_bytes(partial(calls[way], 0), CPU)
+        rows.append(
+            Row(
+                way=way, vectors=vectors, features=features, slices=SLICES,
+                threads=torch.get_num_threads(), timing=timing, peak_bytes=peak,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| vectors x features | threads | way | ms | of the definition | peak, MB |"]
+    lines.append("| --- | --: | --- | --: | --: | --: |")
+    whole = {(r.vectors, r.features, r.threads): r for r in rows if r.way == "definition"}
+    for r in rows:
+        ratio = r.timing.median_ms / whole[r.vectors, r.features, r.threads].timing.median_ms
+        lines.append(
+            f"| {r.vectors} x {r.features} | {r.threads} | {r.way} | {r.timing.median_ms:.3g} | "
+            f"{ratio:.2f} | {r.peak_bytes / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds a shape (default 10)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE")
+    arguments = parser.parse_args()
+    torch.manual_seed(SEED)
+    start, clock = environment.before(CPU, SEED), time.perf_counter()
+    rows = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for shape in SHAPES:
+            rows += measure(*shape, arguments.budget)
+    study = Study(environment=environment.after(start, CPU, time.perf_counter() - clock), rows=rows)
+    data = {"format": "normnorm-per", "version": 1, **msgspec.to_builtins(study)}
+    try:
+        write_atomically(arguments.output, msgspec.json.format(msgspec.json.encode(data)) + b"\n")
+    except ResultsError as error:
+        print(f"benchmarks/per.py: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
