@@ -134,6 +134,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
+    torch.set_num_threads(arguments.threads[0])
     start, clock = environment.before(CPU, SEED), time.perf_counter()
     rows = []
     for threads in arguments.threads:
