@@ -166,7 +166,7 @@ def main() -> int:
             cases += [(what, shape, f) for f in study.FORMATS for shape in IMAGES]
         return [row for case in cases for row in measure(*case, options)]
 
-    return study.run(f"fused_{options.device}", options, rows, table)
+    return study.run("fused", options, rows, table)
 
 
 if __name__ == "__main__":

@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import msgspec
+import study
 import torch
 from torch import Tensor
 
 import normnorm
 from normnorm import per
-from normnorm.bench import environment
 from normnorm.bench.memory import peak_bytes
-from normnorm.bench.results import Environment, ResultsError, write_atomically
 from normnorm.bench.timing import Timing, interleaved
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "per_cpu.json"
 SHAPES = ((1024, 64), (8192, 256), (65536, 128))
 SLICES = 256
-SEED = 0
 CPU = torch.device("cpu")
 
 
@@ -52,14 +46,6 @@ class Row:
     threads: int
     timing: Timing
     peak_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """What the file holds, beside its format."""
-
-    environment: Environment
-    rows: list[Row]
 
 
 def directions(features: int) -> Tensor:
@@ -95,7 +81,7 @@ def measure(vectors: int, features: int, budget_s: float) -> list[Row]:
         losses["compiled blocks"] = partial(per_loss, "cpu")
     found = {}
     for way, loss in losses.items():
-        torch.manual_seed(SEED)
+        torch.manual_seed(study.SEED)
         found[way] = loss(h).item()
     assert max(found.values()) - min(found.values()) < 1e-5, found
     calls = {way: partial(step, loss, h) for way, loss in losses.items()}
@@ -131,26 +117,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--budget", type=float, default=10.0, help="seconds a shape (default 10)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE")
-    arguments = parser.parse_args()
-    torch.manual_seed(SEED)
-    torch.set_num_threads(arguments.threads[0])
-    start, clock = environment.before(CPU, SEED), time.perf_counter()
-    rows = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for shape in SHAPES:
-            rows += measure(*shape, arguments.budget)
-    study = Study(environment=environment.after(start, CPU, time.perf_counter() - clock), rows=rows)
-    data = {"format": "normnorm-per", "version": 1, **msgspec.to_builtins(study)}
-    try:
-        write_atomically(arguments.output, msgspec.json.format(msgspec.json.encode(data)) + b"\n")
-    except ResultsError as error:
-        print(f"benchmarks/per.py: {error}", file=sys.stderr)
-        return 2
-    print(table(rows))
-    print(f"wrote {arguments.output}")
-    return 0
+    study.add_output(parser)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads[0])
+
+    def rows() -> list[Row]:
+        found = []
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for shape in SHAPES:
+                found += measure(*shape, options.budget)
+        return found
+
+    return study.run("per", options, rows, table)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def run(
     table: Callable[[list[Any]], str],
 ) -> int:
     """Measures, stores the rows (dataclasses) with their environment, and prints the table; the
-    program's exit status. ``name`` is the file's, and the format's behind "normnorm-"."""
+    program's exit status. ``name`` is the question's: of the format behind "normnorm-", and of the
+    file before the kind of device."""
     device = torch.device(getattr(options, "device", "cpu"))
     torch.manual_seed(SEED)
     start, clock = environment.before(device, SEED), time.perf_counter()
@@ -42,7 +43,7 @@ def run(
         "environment": environment.after(start, device, time.perf_counter() - clock),
         "rows": rows,
     }
-    output = options.output or RESULTS / f"{name}.json"
+    output = options.output or RESULTS / f"{name}_{device.type}.json"
     try:
         write_atomically(output, msgspec.json.format(msgspec.json.encode(data)) + b"\n")
     except ResultsError as error:
