@@ -82,9 +82,15 @@ def token_steps(width: int, device: torch.device) -> dict[str, Step]:
 
 
 def measure(
-    what: str, shape: tuple[int, ...], memory_format: str, options: argparse.Namespace
+    what: str,
+    shape: tuple[int, ...],
+    memory_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_s: float,
+    rounds: int = 9,
 ) -> list[Row]:
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    """Each way's row, by the backend that is chosen."""
     steps = (
         token_steps(shape[1], device)
         if what == "residual stream"
@@ -112,7 +118,7 @@ def measure(
 
     timings = interleaved(
         {way: partial(call, step) for way, step in steps.items()},
-        device, copies=copies, budget_s=options.budget, min_rounds=9,
+        device, copies=copies, budget_s=budget_s, min_rounds=rounds,
     )  # fmt: skip
     rows = []
     for way, timing in timings.items():
@@ -121,7 +127,8 @@ def measure(
         moved = {"in steps": MOVED[what][0], "joined": MOVED[what][1]}.get(way)
         rows.append(
             Row(
-                what=what, way=way, shape=shape, dtype=options.dtype, memory_format=memory_format,
+                what=what, way=way, shape=shape, dtype=str(dtype).removeprefix("torch."),
+                memory_format=memory_format,
                 threads=torch.get_num_threads(), timing=timing, moved=moved,
                 kept_bytes=kept_bytes(partial(steps[way], *inputs[0])),
             )
@@ -164,7 +171,8 @@ def main() -> int:
         cases = [("residual stream", shape, "contiguous") for shape in TOKENS]
         for what in ("relu", "residual + relu"):
             cases += [(what, shape, f) for f in study.FORMATS for shape in IMAGES]
-        return [row for case in cases for row in measure(*case, options)]
+        device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+        return [row for case in cases for row in measure(*case, dtype, device, options.budget)]
 
     return study.run("fused", options, rows, table)
 

@@ -101,6 +101,12 @@ def test_the_dry_run_has_run_what_a_gpu_would(dry):
     assert measured
     assert all(row["status"] == "ok" and row["error"] <= row["bound"] for row in measured)
     assert {row["provider"] for row in found["networks"]} >= {"torch", "normnorm-cuda"}
+    ways = {(row["what"], row["way"]) for row in found["joined"] if row["backend"] == "cuda"}
+    assert ways >= {
+        (what, way)
+        for what in ("residual stream", "residual + relu")
+        for way in ("joined", "in steps", "torch")
+    }
     assert all(target["met"] is None for target in found["targets"]), "tiny inputs prove nothing"
 
 

@@ -15,6 +15,8 @@ import time
 import types
 from typing import Any
 
+import torch
+
 from gpucheck.environment import nvidia_smi
 from gpucheck.rig import Rig
 from gpucheck.stage import COMMAND, Failure, Section, main, write_json
@@ -24,7 +26,10 @@ if importlib.util.find_spec("msgspec") is None:
     # a network may not have it.
     sys.modules["msgspec"] = types.ModuleType("msgspec")
 
+import fused
+
 from gpucheck import targets, works
+from normnorm import use_backend
 from normnorm.bench import environment, results
 from normnorm.bench import measure as engine
 from normnorm.bench.networks import Network, measure_network
@@ -95,7 +100,13 @@ class Benchmark:
         self.found = results.Results(environment=environment.before(rig.device, _SEED))
         self.data = section.data
         self.data.update(
-            copy_gb_per_s=None, rows=[], networks=[], left_out=[], targets=[], clocks_after=None
+            copy_gb_per_s=None,
+            rows=[],
+            networks=[],
+            joined=[],
+            left_out=[],
+            targets=[],
+            clocks_after=None,
         )
 
     def has(self, seconds: float) -> bool:
@@ -171,6 +182,39 @@ class Benchmark:
         self.rig.free_cache()
         self.save()
 
+    def join(self, case: works.Joined) -> None:
+        """What it saves to do a neighbour's work in the norm's own pass."""
+        dtype, rounds = getattr(torch, case.dtype), self.rig.pick(9, 1)
+        for name in self.rig.serving():
+            if not self.has(3.0):
+                self.leave_out(f"{case} by {name}", "no time was left")
+                continue
+            try:
+                with use_backend(name):
+                    found = fused.measure(
+                        case.what, case.shape, case.memory_format, dtype, self.rig.device,
+                        self.rig.pick(0.3, 0.001), rounds,
+                    )  # fmt: skip
+                self.rig.synchronize()
+            except Exception as error:
+                self.leave_out(f"{case} by {name}", f"{type(error).__name__}: {error}"[:500])
+                self.rig.free_cache()
+                self.rig.synchronize()
+                continue
+            times = {row.way: row.timing for row in found}
+            saved = times["joined"].median_ms / times["in steps"].median_ms
+            print(f"{name:7} {case}: {times['joined'].median_ms:.4f} ms, {saved:.2f} x in steps")
+            self.data["joined"] += [
+                {
+                    "what": row.what, "way": row.way, "backend": name, "shape": list(row.shape),
+                    "dtype": row.dtype, "memory_format": row.memory_format, "moved": row.moved,
+                    "kept_bytes": row.kept_bytes, "median_ms": row.timing.median_ms,
+                    "p20_ms": row.timing.p20_ms, "p80_ms": row.timing.p80_ms,
+                }
+                for row in found
+            ]  # fmt: skip
+            self.save()
+
     def save(self) -> None:
         copies = [r["gb_per_s"] for r in self.data["rows"] if r["provider"] == "copy"]
         self.data["copy_gb_per_s"] = max((speed for speed in copies if speed), default=None)
@@ -203,6 +247,8 @@ def run(section: Section) -> None:
         benchmark.measure(item)
     for network in works.networks(section.dry):
         benchmark.train(network)
+    for case in works.joined(section.dry):
+        benchmark.join(case)
     for item in (*works.definitions(section.dry), *works.last(section.dry)):
         benchmark.measure(item)
     section.data["clocks_after"] = None if section.dry else nvidia_smi()

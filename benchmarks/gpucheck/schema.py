@@ -151,6 +151,20 @@ _TARGET = {
     "remark": _TEXT,
 }
 
+_JOINED = {
+    "what": str,
+    "way": {"joined", "in steps", "torch"},
+    "backend": str,
+    "shape": [int],
+    "dtype": str,
+    "memory_format": str,
+    "moved": (int, None),
+    "kept_bytes": int,
+    "median_ms": float,
+    "p20_ms": float,
+    "p80_ms": float,
+}
+
 # The data of each stage, complete or as far as it came.
 DATA: dict[str, Any] = {
     "environment": {
@@ -209,6 +223,7 @@ DATA: dict[str, Any] = {
         "copy_gb_per_s": _NUMBER,
         "rows": [_ROW],
         "networks": [_NETWORK],
+        "joined": [_JOINED],
         "left_out": [{"what": str, "why": str}],
         "targets": [_TARGET],
         "clocks_after": (Each(str), None),

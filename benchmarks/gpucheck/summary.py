@@ -91,6 +91,22 @@ def _trained(record: dict[str, Any]) -> Rows:
     ]  # fmt: skip
 
 
+def _joined(record: dict[str, Any]) -> Rows:
+    data = record["stages"].get("benchmark", {}).get("data") or {}
+    times: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in data.get("joined", []):
+        shape = "x".join(map(str, row["shape"]))
+        last = " channels_last" if row["memory_format"] == "channels_last" else ""
+        case = (f"{row['what']}, {shape} {row['dtype']}{last}", row["backend"])
+        times.setdefault(case, {})[row["way"]] = row["median_ms"]
+    return [
+        [*case, _number(ways.get("joined")),
+         *(_number(ways["joined"] / ways[way]) if way in ways else ""
+           for way in ("in steps", "torch"))]
+        for case, ways in times.items()
+    ]  # fmt: skip
+
+
 def _closing(record: dict[str, Any]) -> str:
     states = {name: stage["status"] for name, stage in record["stages"].items()}
     failed = [name for name, status in states.items() if status == "failed"]
@@ -165,6 +181,10 @@ def markdown(record: dict[str, Any]) -> str:
         (
             "Training steps", ["network", "provider", "norm layers", "a second", "ms", "ratio"],
             _trained(record),
+        ),
+        (
+            "Joined to a neighbour", ["work", "backend", "ms", "to steps", "to torch in steps"],
+            _joined(record),
         ),
     )  # fmt: skip
     for title, head, rows in tables:

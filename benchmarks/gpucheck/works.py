@@ -12,7 +12,7 @@ from normnorm.bench.networks import Network
 from normnorm.bench.networks import networks as of_preset
 from normnorm.bench.work import RESNET50, Work
 
-__all__ = ["Item", "definitions", "first", "last", "networks"]
+__all__ = ["Item", "Joined", "definitions", "first", "joined", "last", "networks"]
 
 OURS = ("normnorm-cuda", "normnorm-triton")
 _LAYERS = (*OURS, "torch", "cudnn", "copy")
@@ -146,6 +146,34 @@ def first(dry: bool) -> list[Item]:
 def last(dry: bool) -> list[Item]:
     """What is measured while there is time."""
     return _tiny(_other_shapes()) if dry else list(_other_shapes())
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A norm with a neighbour's work, by the words of ``benchmarks/fused.py``."""
+
+    what: str
+    shape: tuple[int, ...]
+    memory_format: str = "contiguous"
+    dtype: str = "bfloat16"
+
+
+def joined(dry: bool) -> list[Joined]:
+    """What the norm's own pass takes over from its neighbours."""
+    if dry:
+        return [
+            Joined("residual stream", (4, 8), dtype="float32"),
+            Joined("residual + relu", (2, 3, 4, 4), dtype="float32"),
+        ]
+    image = (_BATCH, 256, 28, 28)
+    return [
+        Joined("residual stream", (16384, 4096)),
+        *(
+            Joined(what, image, layout)
+            for what in ("relu", "residual + relu")
+            for layout in _FORMATS
+        ),
+    ]
 
 
 def networks(dry: bool) -> list[Network]:
