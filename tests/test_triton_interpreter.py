@@ -336,6 +336,9 @@ VIEWS = {
     "channels_last": lambda t: t.to(memory_format=torch.channels_last),
     "channels_last slice": lambda t: t.to(memory_format=torch.channels_last)[:, 1:4, 1:],
     "channels_last samples": lambda t: t.to(memory_format=torch.channels_last)[1::2],
+    "channels_last, one sample for all": lambda t: (
+        t[:1].to(memory_format=torch.channels_last).expand(t.shape)
+    ),
     "empty": lambda t: t[:0],
 }
 

@@ -91,7 +91,8 @@ class Layout(NamedTuple):
             return Strides(sample, self.length, spatial if size > 1 else 0)
         if size == 1:
             return Strides(0, 1, sample)
-        return Strides(0, 1, spatial) if sample in (0, spatial * size) else None
+        follows = tensor.size(0) == 1 or sample == spatial * size  # an expanded sample does not
+        return Strides(0, 1, spatial) if follows else None
 
     def dense(self, tensor: Tensor) -> Tensor:
         """A copy that this walk can take."""
