@@ -46,7 +46,7 @@ PATHS = ("resident", "streaming", "streaming, parts folded")
 @contextmanager
 def path(name: str) -> Iterator[None]:
     """Groups held in registers or not, whatever their size; several programs for each."""
-    from normnorm.triton_kernels import launch, table
+    from normnorm.triton_kernels import problem, table
 
     before = {n: getattr(table, n) for n in dir(table) if n.isupper()}
     if name != "resident":
@@ -54,14 +54,14 @@ def path(name: str) -> Iterator[None]:
         table.PERSISTENT_WARPS = 24  # the interpreter's time is the number of programs
     if name == "streaming, parts folded":
         table.FOLDED_ABOVE = 0
-    launch._problems.clear()
+    problem._problems.clear()
     try:
         with normnorm.use_backend("triton"):
             yield
     finally:
         for n, value in before.items():
             setattr(table, n, value)
-        launch._problems.clear()
+        problem._problems.clear()
 
 
 def forward_and_backward(
@@ -326,6 +326,276 @@ def test_folding_is_the_definitions_to_the_bit(momentum):
             assert torch.equal(a, b)
 
 
+# --- residuals, activations and the residual stream's sum ----------------------------------------
+
+# Few programs, tiles that groups do not fill, weights that belong to all that a weight can.
+JOINED = (
+    Case("batch", (3, 2, 3, 5)),
+    Case("layer", (2, 23), normalized_ndim=1),
+    Case("group", (1, 4, 3, 3), num_groups=2),
+    Case("instance", (1, 2, 3, 5)),
+)
+JOINED_PATHS = [
+    pytest.param(case, last, how, id=f"{case}{'-channels_last' * last}-{how}")
+    for case in JOINED
+    for last in ((False,) if case.kind == "layer" else (False, True))
+    for how in PATHS[:2]
+]
+JOINS = ((), ("residual",), ("relu",), ("residual", "relu"), ("sum",), ("sum", "relu"))
+MOST_JOINED = (("residual", "relu"), ("sum", "relu"))
+
+
+def operands(case: Case, dtype: torch.dtype, last: bool = False) -> dict[str, torch.Tensor]:
+    """Tensors for a forward and a backward pass."""
+    weight, bias = draw_parameters(case, 2, dtype)
+    found = {"weight": weight, "bias": bias}
+    for seed, name in enumerate(("x", "residual", "g", "grad_sum")):
+        found[name] = draw(case, "normal", 40 + seed, dtype)
+        if last:
+            found[name] = found[name].to(memory_format=torch.channels_last)
+    return found
+
+
+def joined_pass(
+    backend: str, case: Case, t: dict[str, torch.Tensor], joins: tuple[str, ...] = (),
+    last: bool = False, mask: torch.Tensor | None = None, backward: str = "", **options: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(y, stats, du, dw, db) of the raw ops, with whatever of residual, sum and relu it ``joins``;
+    masked by ``mask`` in place of y, where given, and by the backend ``backward``."""
+    relu = {"activation": "relu"} if "relu" in joins else {}
+    config = case.config(backend, channels_last=last, **relu, **options)
+    seed = torch.tensor([77]) if options.get("noise_train") else None
+    parameters = (t["weight"], t["bias"])
+    forward, back = backends.get(backend), backends.get(backward or backend)
+    needs = (True, True, True)
+    if "sum" in joins:
+        y, total, stats = forward.add_forward(
+            t["x"], t["residual"], *parameters, seed, None, *config
+        )
+        torch.testing.assert_close(total, t["x"] + t["residual"], rtol=0, atol=0, equal_nan=True)
+        assert total.stride() == torch.empty_like(t["x"]).stride()
+    else:
+        residual = t["residual"] if "residual" in joins else None
+        y, stats = forward.forward(t["x"], *NONE, *parameters, residual, seed, None, *config)
+    result = (y if mask is None else mask) if relu else None
+    tail = (stats, *parameters, result, seed, *needs)
+    if "sum" in joins:
+        gradients = back.add_backward(t["g"], t["grad_sum"], total, *tail, *config)
+    else:
+        gradients = back.backward(t["g"], t["x"], *tail, False, *config)
+    return y, stats, *gradients
+
+
+def exactly(t: dict[str, torch.Tensor], joins: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The operands in float64; what a pass normalizes is the sum as it is stored."""
+    exact = {name: tensor.double() for name, tensor in t.items()}
+    if "sum" in joins:
+        exact["x"] = (t["x"] + t["residual"]).double()
+        exact["residual"] = torch.zeros_like(exact["x"])
+    return exact
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(tuple(zip(MOST_JOINED, (0.4, 0.0), strict=True)), id="most"),
+        pytest.param(
+            [(joins, noise) for joins in JOINS for noise in (0.0, 0.4)],
+            id="all",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+@pytest.mark.parametrize(("case", "last", "how"), JOINED_PATHS)
+@interpreted
+def test_whatever_a_pass_joins_is_within_bounds(case, last, how, every):
+    """The masks of both are those of the output found here: a rounding may change a sign."""
+    t = operands(case, torch.float32, last)
+    for joins, noise_train in every:
+        with path(how):
+            got = joined_pass("triton", case, t, joins, last, noise_train=noise_train)
+        want = joined_pass(
+            "reference", case, exactly(t, joins), joins, last, got[0].double(),
+            noise_train=noise_train,
+        )  # fmt: skip
+        assert_close(got, want)
+        assert got[2].stride() == torch.empty_like(t["x"]).stride()
+        assert (got[0] == 0).any() == ("relu" in joins)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("how", PATHS[:2])
+@interpreted
+def test_joined_passes_in_other_dtypes(how, dtype):
+    for case, joins in zip(JOINED[:2], MOST_JOINED, strict=True):
+        t = operands(case, dtype)
+        with path(how):
+            got = joined_pass("triton", case, t, joins)
+        want = joined_pass("reference", case, exactly(t, joins), joins, mask=got[0].double())
+        assert_close(got, want, 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("how", PATHS[:2])
+@pytest.mark.parametrize("case", JOINED, ids=str)
+@interpreted
+def test_joining_behind_is_what_it_would_be_apart_to_the_bit(case, how):
+    """Adding and cutting off behind a pass, masking in front of its backward pass, where a NaN
+    lets the gradient through."""
+    t = operands(case, torch.float32)
+    mask = torch.randint(-1, 2, case.shape, generator=torch.Generator().manual_seed(1)).float()
+    mask.flatten()[::5] = math.nan
+    masked = {**t, "g": torch.where(mask <= 0, 0.0, t["g"])}
+    with path(how):
+        got = joined_pass("triton", case, t, ("residual", "relu"), mask=mask)
+        want = joined_pass("triton", case, masked)
+    assert torch.equal(got[0], (want[0] + t["residual"]).relu())
+    assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:], strict=True))
+
+
+@pytest.mark.parametrize("how", PATHS)
+@interpreted
+def test_joining_in_front_is_what_it_would_be_apart_to_the_bit(how):
+    for case, last in zip(JOINED[:3], (True, False, False), strict=True):
+        t = operands(case, torch.bfloat16, last)
+        with path(how):
+            got = joined_pass("triton", case, t, ("sum",), last)
+            want = joined_pass("triton", case, {**t, "x": t["x"] + t["residual"]}, last=last)
+        for name, a, b in zip(("y", "stats", "du", "dw", "db"), got, want, strict=True):
+            if name == "du":  # a rounding less
+                unit = torch.finfo(torch.bfloat16).eps
+                torch.testing.assert_close(a, b + t["grad_sum"], rtol=2 * unit, atol=unit)
+            else:
+                assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("how", PATHS[:2])
+@interpreted
+def test_an_output_that_is_not_a_number_stays_so(how):
+    case = JOINED[1]
+    t = operands(case, torch.float32)
+    t["residual"][0, 3] = math.nan
+    with path(how):
+        y, _, du, *_ = joined_pass("triton", case, t, ("residual", "relu"))
+        assert y.isnan().nonzero().tolist() == [[0, 3]]
+        assert du.isfinite().all()
+        y, *_ = joined_pass("triton", case, t, ("sum", "relu"))
+        assert y.isnan().all(1).tolist() == [True, False]
+
+
+OTHER_STRIDES = {
+    "permuted": lambda t: t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "of a larger tensor": lambda t: torch.nn.functional.pad(t, (1, 1, 0, 0, 1, 0))[:, 1:, :, 1:-1],
+    "one sample for all": lambda t: t[:1].expand(t.shape),
+    "one sample for all, permuted": lambda t: OTHER_STRIDES["permuted"](t[:1]).expand(t.shape),
+    "one number for all": lambda t: t[:1, :1, :1, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_STRIDES)
+@interpreted
+def test_what_is_joined_may_have_other_strides_than_the_input(other):
+    layer = Case("layer", (2, 3, 2, 7), normalized_ndim=2)
+    for case, last, joins in (
+        (JOINED[0], True, MOST_JOINED[0]),
+        (layer, False, MOST_JOINED[1]),
+        (JOINED[2], False, MOST_JOINED[0]),
+    ):
+        t = operands(case, torch.float32, last)
+        for name in ("residual", "g", "grad_sum"):
+            t[name] = OTHER_STRIDES[other](t[name])
+        mask = OTHER_STRIDES[other](t["x"])
+        with path("resident"):
+            got = joined_pass("triton", case, t, joins, last, mask)
+        alike = {name: tensor.contiguous() for name, tensor in t.items()}
+        assert_close(got, joined_pass("reference", case, alike, joins, last, mask))
+
+
+@pytest.mark.parametrize("case", JOINED, ids=str)
+@interpreted
+def test_joined_passes_of_different_backends_belong_together(case):
+    t = operands(case, torch.float32)
+    others = [n for n in ("cpu", "reference") if normnorm.available_backends()[n] is None]
+    joins = MOST_JOINED[JOINED.index(case) % 2]
+    pairs = [pair for other in others for pair in (("triton", other), (other, "triton"))]
+    found = [
+        joined_pass(first, case, t, joins, backward=second, noise_train=0.4)
+        for first, second in pairs
+    ]
+    for other in found:
+        assert_close(other, found[-1])
+
+
+@pytest.mark.parametrize("how", PATHS[:2])
+@interpreted
+def test_frozen_layers_and_inference_join_as_well(how):
+    case = JOINED[0]
+    t = operands(case, torch.float32)
+    running = (torch.randn(2), torch.rand(2) + 0.5, 1 + torch.randn(2))
+    config = case.config("triton", activation="relu")
+    infer = (*config[:4], *config[5:8], *config[10:])
+    parameters = (t["weight"], t["bias"])
+    found: dict[str, list[torch.Tensor]] = {}
+    with path(how):
+        for name in ("triton", "reference"):
+            ops = backends.get(name)
+            arguments = (t["x"], *running, *parameters, t["residual"])
+            y, stats = ops.forward(*arguments, None, None, *config)
+            mask = found["triton"][0] if found else y
+            gradients = ops.backward(
+                t["g"], t["x"], stats, *parameters, mask, None, True, True, True, True, *config
+            )
+            given = ops.infer(*arguments, *infer)
+            own = ops.infer(t["x"], *NONE, *arguments[4:], *infer)
+            found[name] = [y, *gradients, given, own]
+    for got, want in zip(*found.values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["triton"][0], found["triton"][4])
+
+
+@pytest.mark.parametrize("how", PATHS[:2])
+@interpreted
+def test_an_adding_pass_makes_only_the_gradients_asked_for(how):
+    case = JOINED[1]
+    t = operands(case, torch.float32)
+    config = case.config("triton", activation="relu")
+    with path(how):
+        ops = backends.get("triton")
+        y, total, stats = ops.add_forward(
+            t["x"], t["residual"], t["weight"], t["bias"], None, None, *config
+        )
+        arguments = (t["g"], t["grad_sum"], total, stats, t["weight"], t["bias"], y, None)
+        all_three = ops.add_backward(*arguments, True, True, True, *config)
+        for needs in ((True, False, False), (False, True, False), (False, False, True)):
+            found = ops.add_backward(*arguments, *needs, *config)
+            for wanted, got, full in zip(needs, found, all_three, strict=True):
+                if wanted:
+                    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-6)
+                else:
+                    assert got.numel() == 0
+
+
+@interpreted
+def test_joined_passes_over_nothing_and_over_what_does_not_fit():
+    ops = backends.get("triton")
+    case = Case("layer", (0, 3), normalized_ndim=1)
+    config = case.config("triton", activation="relu")
+    x = torch.empty(0, 3)
+    y, total, stats = ops.add_forward(x, x, None, None, None, None, *config)
+    assert y.shape == total.shape == x.shape
+    gradients = ops.add_backward(x, x, x, stats, None, None, y, None, True, False, False, *config)
+    assert gradients[0].shape == x.shape
+    x, w = torch.randn(4, 3), torch.ones(3)
+    with pytest.raises(ValueError, match="residual must have the input's shape"):
+        ops.add_forward(x, x[:1], w, w, None, None, *config)
+    with pytest.raises(TypeError, match="residual must be a tensor"):
+        ops.add_forward(x, None, w, w, None, None, *config)
+    _, total, stats = ops.add_forward(x, x, w, w, None, None, *config)
+    with pytest.raises(ValueError, match="needs the forward's output"):
+        ops.add_backward(x, x, total, stats, w, w, None, None, True, True, True, *config)
+    with pytest.raises(TypeError, match="grad_sum must have the input's dtype"):
+        ops.add_backward(x, x.double(), total, stats, w, w, x, None, True, True, True, *config)
+
+
 # --- strides, sizes, bad groups ------------------------------------------------------------------
 
 VIEWS = {
@@ -377,21 +647,21 @@ def test_gradients_may_have_other_strides_than_the_input():
 
 @interpreted
 def test_offsets_beyond_31_bits_take_another_kernel_with_equal_results():
-    from normnorm.triton_kernels import launch
+    from normnorm.triton_kernels import problem
 
     cases = [Case("batch", (9, 3, 4, 4)), Case("layer", (5, 40), normalized_ndim=1), CASES[0]]
-    narrow = launch._is_wide
+    narrow = problem._is_wide
     for how in PATHS[:2]:
         for case in cases:
             x = draw(case, "normal", 1, torch.float32)
             with path(how):
                 want = forward_and_backward(x, case)
-                launch._problems.clear()
-                launch._is_wide = lambda *_: True
+                problem._problems.clear()
+                problem._is_wide = lambda *_: True
                 try:
                     got = forward_and_backward(x, case)
                 finally:
-                    launch._is_wide = narrow
+                    problem._is_wide = narrow
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -494,11 +764,11 @@ def test_the_weight_of_lambda_is_its_derivative():
 
 @interpreted
 def test_division_by_a_known_number_is_exact():
-    from normnorm.triton_kernels import launch
+    from normnorm.triton_kernels import problem
 
     random = np.random.default_rng(0)
     for d in (*range(1, 70), 12544, 2**20 - 1, 2**29 + 1):
-        factor, bits = launch._divisor(d)
+        factor, bits = problem._divisor(d)
         assert 0 < factor < 2**31
         n = np.concatenate([random.integers(0, 2**30, 500), np.arange(3 * 70), [2**30 - 1]])
         assert np.array_equal(((4 * n * factor) >> 32) >> bits, n // d)

@@ -137,7 +137,7 @@ def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> N
 
 def every_path() -> None:
     """Frozen, given scales, one gradient alone, folding, float64, offsets beyond 31 bits."""
-    from normnorm.triton_kernels import launch
+    from normnorm.triton_kernels import launch, problem
 
     none, seed = (None, None, None), torch.tensor([1])
 
@@ -175,14 +175,14 @@ def every_path() -> None:
     step(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
     step(Case("layer", (2, 70000), normalized_ndim=1), torch.float64)
     step(Case("group", (2, 6, 9, 9), num_groups=2), torch.float64)
-    narrow = launch._is_wide
-    launch._is_wide = lambda *_: True
+    narrow = problem._is_wide
+    problem._is_wide = lambda *_: True
     try:
         step(Case("batch", (64, 8, 30, 30)), torch.float32)
         step(Case("batch", (64, 6, 30, 30)), torch.float32, True)
         step(Case("layer", (64, 100), normalized_ndim=1), torch.float16)
     finally:
-        launch._is_wide = narrow
+        problem._is_wide = narrow
 
 
 @pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+ROWS, COLUMNS = 64, 32  # of a tile of parts
+
 
 @triton.jit
 def fold_parts(

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .core import make_exponents, needs_care
+from .joined import masked
 from .resident import row
 from .streaming import transformed
 from .walk import PER_RUN, anywhere, normals, number, read, zeros
@@ -12,8 +13,8 @@ from .walk import PER_RUN, anywhere, normals, number, read, zeros
 
 @triton.jit
 def parameter_sums(
-    grad, input, stats, seed, weight_part, bias_part, walk, at_grad, at_input, at_noise,
-    rows, row_runs, stream, splits,
+    grad, input, stats, seed, weight_part, bias_part, result, walk, at_grad, at_input, at_result,
+    at_noise, rows, row_runs, stream, splits,
     transform_eps: tl.float64, noise_train: tl.float64, S: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and g (x + noise z), in ``*_part[split, element of the parameter]``.
@@ -58,11 +59,15 @@ def parameter_sums(
         at = offset(outer, which, run, at_input)
         at_g = offset(outer, which, run, at_grad)
         at_n = offset(outer, which, run, at_noise)
+        if S.RELU:
+            at_r = offset(outer, which, run, at_result)
         for chunk in range(columns):
             first = begin + chunk * S.L
             column = first + lane
             tile = (0, first, column, column < length, present & (column < length))
             g = read(grad, at_g, at_grad, tile, S)
+            if S.RELU:
+                g = masked(g, read(result, at_r, at_result, tile, S))
             bias_sum += g
             if weight_part is not None:
                 u = read(input, at, at_input, tile, S)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .core import absolute, make_exponents, needs_care
+from .joined import activated, read_gradient, stored_sum, with_residual
 from .rounds import (
     CURVATURE,
     LMBDA,
@@ -36,6 +37,7 @@ from .walk import (
     number,
     parameter,
     read,
+    real,
     sum_zeros,
     total,
     write,
@@ -123,9 +125,12 @@ def forward(
     bias,
     seed,
     noise_scale,
+    residual,
+    sum,
     walk,
     at_input,
     at_output,
+    at_residual,
     at_noise,
     stream,
     inverse_count: tl.float64,
@@ -136,6 +141,8 @@ def forward(
     noise_train: tl.float64,
     S: tl.constexpr,
 ):
+    """The residual is added to the output, or to the input where there is a ``sum`` to be written,
+    which lies as the output does."""
     K: tl.constexpr = S.K
     place = locate_group(tl.program_id(0), walk, S)
     noise = noise_offset(place, at_noise, S)
@@ -147,7 +154,12 @@ def forward(
     for i in tl.static_range(K):
         tile = locate_tile(tile_number(i, S), place, walk, noise, at_noise[2], S)
         tiles = tiles + (tile,)
-        x = x + (read(input, at, at_input, tile, S),)
+        u = read(input, at, at_input, tile, S)
+        if sum is not None:
+            stored = stored_sum(u, residual, place, at_residual, tile, S)
+            write(sum, group_offset(place, at_output, S), at_output, tile, stored, S)
+            u = real(stored, S)
+        x = x + (u,)
     x, mean, low, rstd = moments(x, tiles, count, epsilon, S)
     numbers = (count, epsilon, number(root_eps, S), number(alpha, S))
     x, lmbda, slope, shift, q = estimate(x, tiles, low, rstd, numbers, S)
@@ -173,7 +185,10 @@ def forward(
             y += factor * normals(key, stream, noise, at_noise[2], tiles[i], S)
         w = parameter(weight, 1.0, place, tiles[i], walk, S)
         b = parameter(bias, 0.0, place, tiles[i], walk, S)
-        write(output, at, at_output, tiles[i], y * w + b, S)
+        y = y * w + b
+        if sum is None:
+            y = with_residual(y, residual, place, at_residual, tiles[i], S)
+        write(output, at, at_output, tiles[i], activated(y, S), S)
     if stats is not None:
         tl.store(row(stats, MEAN, place, walk), mean, mask=place[4])
         tl.store(row(stats, MEAN_LOW, place, walk), low, mask=place[4])
@@ -216,10 +231,14 @@ def backward(
     output,
     weight_part,
     bias_part,
+    result,
+    grad_sum,
     walk,
     at_grad,
     at_input,
     at_output,
+    at_result,
+    at_grad_sum,
     at_noise,
     stream,
     blocks,
@@ -231,7 +250,8 @@ def backward(
     S: tl.constexpr,
 ):
     """``PARTS``: 0 no gradients of parameters; 1 a sum a group, in ``*_part[group]``; 2 a sum an
-    element of the run over the program's groups, in ``*_part[program, element]``."""
+    element of the run over the program's groups, in ``*_part[program, element]``. ``result`` is
+    what the forward pass gave, ``output`` the gradient of its input, to which ``grad_sum`` adds."""
     K: tl.constexpr = S.K
     count = number(inverse_count, S)
     weight_sums = ()
@@ -260,7 +280,7 @@ def backward(
             tile = locate_tile(tile_number(i, S), place, walk, noise, at_noise[2], S)
             tiles = tiles + (tile,)
             h = keep((read(input, at, at_input, tile, S) - mean) * rstd + shift, tile, S)
-            g = read(grad, at_g, at_grad, tile, S)
+            g = read_gradient(grad, at_g, at_grad, result, place, at_result, tile, S)
             weighted = g * parameter(weight, 1.0, place, tile, walk, S)
             through_h, through_lambda, w, x = gradient_round(
                 h, weighted, exponents, gradient, careful, S.FAST
@@ -298,6 +318,7 @@ def backward(
             for i in tl.static_range(K):
                 through_h, w, h = held[i]
                 du = input_gradient(through_h, w, h, rstd, finished)
+                du = with_residual(du, grad_sum, place, at_grad_sum, tiles[i], S)
                 write(output, at_o, at_output, tiles[i], du, S)
         if PARTS == 1:
             if weight_part is not None:

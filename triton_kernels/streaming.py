@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .core import absolute, fast_rsqrt, make_exponents, needs_care
+from .joined import activated, read_gradient, stored_sum, with_residual
 from .resident import load_constants, row
 from .rounds import (
     CURVATURE,
@@ -99,31 +100,43 @@ def note(stats, which, value, split, place, walk):
 
 
 @triton.jit
-def stream_moments(input, part, walk, at_input, at_noise, splits, S: tl.constexpr):
+def stream_moments(
+    input, part, residual, sum, walk, at_input, at_residual, at_sum, at_noise, splits,
+    S: tl.constexpr,
+):  # fmt: skip
     """Round 1. Each program sums around a pilot of its own, the mean of its first tile, so that an
     offset of the data costs no digits; leaves (count, mean, what rounding it lost, sum of squares
-    around it)."""
+    around it). Where there is a ``sum``, of the input and the residual, that is written, and is
+    what the later rounds read."""
     split = tl.program_id(0) % splits
     place = locate_group(tl.program_id(0) // splits, walk, S)
     noise = noise_offset(place, at_noise, S)
     at = group_offset(place, at_input, S)
     tile = locate_tile(split * S.R, place, walk, noise, at_noise[2], S)
     first = total(real(tile[3], S) + zeros(S), S)
-    pilot = total(read(input, at, at_input, tile, S), S) / tl.where(first > 0, first, 1.0)
+    u = read(input, at, at_input, tile, S)
+    if sum is not None:
+        u = real(stored_sum(u, residual, place, at_residual, tile, S), S)
+    pilot = total(u, S) / tl.where(first > 0, first, 1.0)
     counts, sums, squares = sum_zeros(S), sum_zeros(S), sum_zeros(S)
     for i in range(split * S.R, tile_rows(walk, S), splits * S.R):
         tile = locate_tile(i, place, walk, noise, at_noise[2], S)
-        d = keep(read(input, at, at_input, tile, S) - pilot, tile, S)
+        u = read(input, at, at_input, tile, S)
+        if sum is not None:
+            stored = stored_sum(u, residual, place, at_residual, tile, S)
+            write(sum, group_offset(place, at_sum, S), at_sum, tile, stored, S)
+            u = real(stored, S)
+        d = keep(u - pilot, tile, S)
         counts = add(counts, real(tile[3], S) + zeros(S), S)
         sums = add(sums, d, S)
         squares = add(squares, d * d, S)
-    count, sum = total(counts, S), total(sums, S)
-    shift = sum / tl.where(count > 0, count, 1.0)
+    count, whole = total(counts, S), total(sums, S)
+    shift = whole / tl.where(count > 0, count, 1.0)
     mean = pilot + shift
     write_part(part, 0, count, split, splits, place, walk)
     write_part(part, 1, mean, split, splits, place, walk)
     write_part(part, 2, shift - (mean - pilot), split, splits, place, walk)
-    write_part(part, 3, total(squares, S) - sum * shift, split, splits, place, walk)
+    write_part(part, 3, total(squares, S) - whole * shift, split, splits, place, walk)
 
 
 @triton.jit
@@ -267,7 +280,8 @@ def frozen_constants(
 @triton.jit
 def stream_output(
     input, output, stats, weight, bias, seed, noise_scale, running_mean, running_var, running_lmbda,
-    lambda_part, scale_part, walk, at_input, at_output, at_noise, stream, splits, parts_given,
+    lambda_part, scale_part, residual, walk, at_input, at_output, at_residual, at_noise, stream,
+    splits, parts_given,
     inverse_count: tl.float64, eps: tl.float64, root_eps: tl.float64, alpha: tl.float64,
     transform_eps: tl.float64,
     noise_train: tl.float64, S: tl.constexpr,
@@ -316,20 +330,22 @@ def stream_output(
             y += factor * normals(key, stream, noise, at_noise[2], tile, S)
         w = parameter(weight, 1.0, place, tile, walk, S)
         b = parameter(bias, 0.0, place, tile, walk, S)
-        write(output, at_o, at_output, tile, y * w + b, S)
+        y = with_residual(y * w + b, residual, place, at_residual, tile, S)
+        write(output, at_o, at_output, tile, activated(y, S), S)
 
 
 @triton.jit
 def stream_gradient(
-    grad, input, stats, weight, seed, output, sums_part, part, walk, at_grad, at_input, at_output,
-    at_noise, stream, splits, parts_given,
+    grad, input, stats, weight, seed, output, sums_part, part, result, grad_sum, walk, at_grad,
+    at_input, at_output, at_result, at_grad_sum, at_noise, stream, splits, parts_given,
     inverse_count: tl.float64, alpha: tl.float64, transform_eps: tl.float64,
     noise_train: tl.float64,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """With ``part``, the backward reduction: leaves the five sums of gradient_round() and, where
     ``WEIGHT`` and ``BIAS`` ask for them, those of the parameters. With ``output``, the gradient of
-    the input, from the totals in ``sums_part`` unless the layer is frozen."""
+    the input, from the totals in ``sums_part`` unless the layer is frozen; ``grad_sum`` adds to it.
+    ``result`` is what the forward pass gave."""
     split = tl.program_id(0) % splits
     place = locate_group(tl.program_id(0) // splits, walk, S)
     mean, shift, rstd, scale, exponents, gradient, careful = load_constants(
@@ -359,7 +375,7 @@ def stream_gradient(
     for i in range(split * S.R, tile_rows(walk, S), splits * S.R):
         tile = locate_tile(i, place, walk, noise, at_noise[2], S)
         h = keep((read(input, at, at_input, tile, S) - mean) * rstd + shift, tile, S)
-        g = read(grad, at_g, at_grad, tile, S)
+        g = read_gradient(grad, at_g, at_grad, result, place, at_result, tile, S)
         weighted = g * parameter(weight, 1.0, place, tile, walk, S)
         through_h, through_lambda, w, x = gradient_round(
             h, weighted, exponents, gradient, careful, S.FAST
@@ -380,6 +396,7 @@ def stream_gradient(
                 weight_sum = add(weight_sum, g * x, S)
         if output is not None:
             du = input_gradient(through_h, w, h, rstd, finished)
+            du = with_residual(du, grad_sum, place, at_grad_sum, tile, S)
             write(output, at_o, at_output, tile, du, S)
     if part is not None:
         if not S.FROZEN:

@@ -55,6 +55,7 @@ class Spec:
         DOUBLE: computed in float64.
         SPLITS: at least as many as the programs a group, a power of two.
         LANES: neighbouring elements of a row that one thread holds, as far as the layout tells.
+        RELU: the positive part of the output is taken, and the gradient masked by it.
     """
 
     WALK: int
@@ -74,6 +75,7 @@ class Spec:
     DOUBLE: bool = False
     SPLITS: int = 1
     LANES: int = 1
+    RELU: bool = False
 
     @property
     def ALONE(self) -> bool:

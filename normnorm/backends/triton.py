@@ -76,6 +76,8 @@ def register() -> None:
             launch.normal_norm_backward,
             launch.normal_norm_infer,
             launch.fold_running_,
+            launch.add_normal_norm_forward,
+            launch.add_normal_norm_backward,
         )
     )
 

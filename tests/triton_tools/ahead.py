@@ -15,7 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from normnorm.triton_kernels import launch
+from normnorm.triton_kernels import problem
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -59,7 +59,7 @@ class Compiled:
 def compiling(target: str) -> Iterator[list[Compiled]]:
     """Within, launches compile for the target and do nothing else; the list fills with them."""
     found: list[Compiled] = []
-    driver, run, fast = triton.runtime.driver, triton.runtime.JITFunction.run, launch.FAST
+    driver, run, fast = triton.runtime.driver, triton.runtime.JITFunction.run, problem.FAST
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -69,14 +69,14 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
 
     driver.set_active(StandInDriver(TARGETS[target]))
     triton.runtime.JITFunction.run = compile_only
-    launch.FAST = target.startswith("sm_")
-    launch._problems.clear()
+    problem.FAST = target.startswith("sm_")
+    problem._problems.clear()
     try:
         yield found
     finally:
         triton.runtime.JITFunction.run = run
-        launch.FAST = fast
-        launch._problems.clear()
+        problem.FAST = fast
+        problem._problems.clear()
         driver._active = None
 
 
