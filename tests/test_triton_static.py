@@ -6,6 +6,7 @@ import collections
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,12 @@ COMBINATIONS = [
 ]  # fmt: skip
 
 
-def launches(target: str, work: str, dtype: torch.dtype, alpha: float = 1.0, noise: float = 0.4):
-    """All kernels of a training step, compiled."""
+def launches(
+    target: str, work: str, dtype: torch.dtype, alpha: float = 1.0, noise: float = 0.4,
+    joins: str = "",
+):  # fmt: skip
+    """All kernels of a training step, compiled; with relu and a residual that it ``joins``
+    "behind" the affine map or "in front" of the statistics."""
     from triton_tools import ahead
 
     from normnorm.triton_kernels import launch
@@ -72,13 +77,19 @@ def launches(target: str, work: str, dtype: torch.dtype, alpha: float = 1.0, noi
         if last:
             x = x.to(memory_format=torch.channels_last)
         weight = torch.empty(case.parameter_shape)
-        config = case.config("triton", noise_train=noise, channels_last=last, alpha=alpha)
+        config = case.config(
+            "triton", noise_train=noise, channels_last=last, alpha=alpha,
+            activation="relu" if joins else "",
+        )  # fmt: skip
         seed = torch.tensor([1])
-        none = (None, None, None)
-        _, stats = launch.normal_norm_forward(x, *none, weight, weight, None, seed, None, *config)
-        launch.normal_norm_backward(
-            x, x, stats, weight, weight, None, seed, True, True, True, False, *config
-        )
+        none, needs = (None, None, None), (True, True, True)
+        w, result = (weight, weight), x if joins else None
+        if joins == "in front":
+            *_, stats = launch.add_normal_norm_forward(x, x, *w, seed, None, *config)
+            launch.add_normal_norm_backward(x, x, x, stats, *w, result, seed, *needs, *config)
+        else:
+            _, stats = launch.normal_norm_forward(x, *none, *w, result, seed, None, *config)
+            launch.normal_norm_backward(x, x, stats, *w, result, seed, *needs, False, *config)
 
     return ahead.compiled(target, step)
 
@@ -95,19 +106,30 @@ def test_no_kernel_spills_and_aligned_ones_move_whole_vectors(target, work, dtyp
     assert len(found) >= 2
     for compiled in found:
         what = f"{compiled.name} of {work}, {compiled.spec}"
-        if target == "gfx942":
-            scratch = re.findall(r"; ScratchSize: (\d+)", compiled.asm["amdgcn"])
-            assert scratch, what
-            assert set(scratch) == {"0"}, f"{what}: {scratch} bytes of scratch memory"
-            assert "v_exp_f32" in compiled.asm["amdgcn"] or compiled.name not in ("forward",), what
-            continue
-        path = cubin_of(compiled, tmp_path)
-        (usage,) = sass.resources(path).values()
-        (code,) = sass.instructions(path).values()
-        assert usage["STACK"] == 0, f"{what}: a stack frame of {usage['STACK']} bytes"
-        assert usage["LOCAL"] == 0, what
-        assert not [i for i in code if re.match(r"(LDL|STL)\b", i)], what
-        check_vectors(compiled, code, dtype, what)
+        code = check_registers(compiled, target, what, tmp_path)
+        if code is not None:
+            check_vectors(compiled, code, dtype, what)
+
+
+def check_registers(
+    compiled, target: str, what: str, folder: Path, spilt: int = 0
+) -> list[str] | None:
+    """The instructions of a kernel that uses no memory for want of registers, or no more than for
+    a number of ``spilt`` ones; None on AMD."""
+    if target == "gfx942":
+        scratch = re.findall(r"; ScratchSize: (\d+)", compiled.asm["amdgcn"])
+        assert scratch, what
+        assert set(scratch) == {"0"}, f"{what}: {scratch} bytes of scratch memory"
+        assert "v_exp_f32" in compiled.asm["amdgcn"] or compiled.name not in ("forward",), what
+        return None
+    path = cubin_of(compiled, folder)
+    (usage,) = sass.resources(path).values()
+    (code,) = sass.instructions(path).values()
+    assert usage["STACK"] <= 4 * spilt, f"{what}: a stack frame of {usage['STACK']} bytes"
+    assert usage["LOCAL"] == 0, what
+    assert sum(bool(re.match(r"STL\b", i)) for i in code) <= spilt, what
+    assert spilt or not [i for i in code if re.match(r"LDL\b", i)], what
+    return code
 
 
 # Kernels that write a tensor of the input's shape, and when.
@@ -115,15 +137,19 @@ WRITES = ("forward", "backward", "stream_output")
 READS = (*WRITES, "stream_moments", "stream_lambda", "stream_x", "stream_gradient")
 
 
+def vector(compiled, dtype: torch.dtype) -> tuple[int, int]:
+    """(elements of the widest access that a tile allows, those that a thread has of a group)"""
+    spec = compiled.spec
+    each = spec.R * spec.L // (32 * compiled.kernel.metadata.num_warps)
+    widest = 4 if spec.WALK == 2 else 16 // dtype.itemsize
+    return min(widest, spec.ALIGN, each), spec.K * each
+
+
 def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> None:
     """Tensors are read and written by as wide accesses as alignment, tile and walk allow."""
-    spec = compiled.spec
     if compiled.name not in READS:
         return
-    columns = spec.WALK == 2
-    each = spec.R * spec.L // (32 * compiled.kernel.metadata.num_warps)
-    elements = min(4 if columns else 16 // dtype.itemsize, spec.ALIGN, each)
-    bits = 8 * elements * dtype.itemsize
+    bits = 8 * vector(compiled, dtype)[0] * dtype.itemsize
     if bits < 64:
         return
     widths = r"64|128" if bits == 64 else "128"
@@ -133,6 +159,72 @@ def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> N
         assert any(re.match(rf"STG\.E\S*\.({widths})\b", i) for i in code), what
     narrow = [i for i in code if re.match(r"(LDG|STG)\.E\S*\.(U8|U16|S16)\b", i)]
     assert not narrow, f"{what}: {narrow[:3]}"
+
+
+# Tensors that a kernel reads and writes beyond those of a plain pass: one behind the affine map
+# and for the mask; the residual twice (for a pilot as well), the sum, and the sum's own gradient.
+JOINED = {
+    "behind": {
+        "forward": [(1, 0)], "backward": [(1, 0)],
+        "stream_output": [(1, 0)], "stream_gradient": [(1, 0), (1, 0)],
+    },
+    "in front": {
+        "forward": [(1, 1)], "backward": [(2, 0)],
+        "stream_moments": [(2, 1)], "stream_gradient": [(1, 0), (2, 0)],
+    },
+}  # fmt: skip
+DEFAULT_JOINED = {
+    "layer rows of 768": ("in front",),
+    "batch (128, 1024)": ("behind",),
+    "batch 56x56": ("behind", "in front"),
+}
+JOINED_COMBINATIONS = [
+    pytest.param(
+        target, work, dtype, joins, id=f"{target}-{work}-{str(dtype)[6:]}-{joins}",
+        marks=()
+        if target == "sm_90" and dtype == torch.bfloat16 and joins in DEFAULT_JOINED.get(work, ())
+        else pytest.mark.slow,
+    )
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+    for work in WORKS
+    for dtype in (torch.bfloat16, torch.float32)
+    for joins in JOINED
+]  # fmt: skip
+
+
+def room(compiled) -> int:
+    """Registers that a kernel may put aside. With sixteen warps a thread has 128, and one that
+    holds more than 24 elements of several runs uses them all without a residual: its address may
+    cost two, stored once, which a pass over memory more would not be worth."""
+    full = compiled.name == "forward" and compiled.spec.WALK == 1
+    full = full and compiled.kernel.metadata.num_warps == 16
+    return 2 if full and compiled.spec.K * compiled.spec.R * compiled.spec.L > 24 * 32 * 16 else 0
+
+
+@pytest.mark.parametrize(("target", "work", "dtype", "joins"), JOINED_COMBINATIONS)
+def test_what_a_kernel_joins_costs_whole_vectors_and_no_spill(target, work, dtype, joins, tmp_path):
+    plain, joined = (launches(target, work, dtype, joins=j) for j in ("", joins))
+    assert [c.name for c in plain] == [c.name for c in joined]
+    assert [c.spec for c in plain] == [c.spec and replace(c.spec, RELU=False) for c in joined]
+    met: dict[str, int] = collections.Counter()
+    for before, compiled in zip(plain, joined, strict=True):
+        what = f"{compiled.name} of {work}, {joins}, {compiled.spec}"
+        code = check_registers(compiled, target, what, tmp_path, room(compiled))
+        if code is None:
+            continue
+        check_vectors(compiled, code, dtype, what)
+        expected = JOINED[joins].get(compiled.name)
+        if expected is None:
+            continue
+        reads, writes = expected[met[compiled.name]]
+        met[compiled.name] += 1
+        (without,) = sass.instructions(cubin_of(before, tmp_path)).values()
+        elements, each = vector(compiled, dtype)
+        for operation, tensors in (("LDG", reads), ("STG", writes)):
+            more = sum(i.startswith(operation) for i in code)
+            more -= sum(i.startswith(operation) for i in without)
+            assert more == tensors * each // elements, f"{what}: {more} {operation} more"
+    assert met or target == "gfx942"
 
 
 def every_path() -> None:
@@ -150,6 +242,17 @@ def every_path() -> None:
         _, s = launch.normal_norm_forward(x, *none, w, w, None, seed, None, *config)
         needs = (True, True, True, False)
         launch.normal_norm_backward(x, x, s, w, w, None, seed, *needs, *config)
+
+    def join(case: Case, dtype: torch.dtype) -> None:
+        x, w = torch.empty(case.shape, dtype=dtype), torch.empty(case.parameter_shape, dtype=dtype)
+        config = case.config("triton", activation="relu")
+        y, total, s = launch.add_normal_norm_forward(x, x, w, w, None, None, *config)
+        needs = (True, True, True)
+        launch.add_normal_norm_backward(x, x, total, s, w, w, y, None, *needs, *config)
+        if case.kind == "batch":
+            running = [torch.empty(case.shape[1]) for _ in range(3)]
+            y, s = launch.normal_norm_forward(x, *running, w, w, x, None, None, *config)
+            launch.normal_norm_backward(x, x, s, w, w, y, None, *needs, True, *config)
 
     for dtype, last in ((torch.bfloat16, False), (torch.float64, True)):
         case = Case("batch", (16, 8, 8, 8))
@@ -175,12 +278,15 @@ def every_path() -> None:
     step(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
     step(Case("layer", (2, 70000), normalized_ndim=1), torch.float64)
     step(Case("group", (2, 6, 9, 9), num_groups=2), torch.float64)
+    join(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
+    join(Case("batch", (16, 8, 8, 8)), torch.bfloat16)
     narrow = problem._is_wide
     problem._is_wide = lambda *_: True
     try:
         step(Case("batch", (64, 8, 30, 30)), torch.float32)
         step(Case("batch", (64, 6, 30, 30)), torch.float32, True)
         step(Case("layer", (64, 100), normalized_ndim=1), torch.float16)
+        join(Case("group", (2, 6, 30, 30), num_groups=2), torch.float16)
     finally:
         problem._is_wide = narrow
 

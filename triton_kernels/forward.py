@@ -51,7 +51,7 @@ def run_forward(
         if p.resident:
             resident.forward[(p.blocks,)](
                 x.tensor, y.tensor, stats, weight, bias, seed, noise_scale, joined.tensor,
-                sum.tensor, p.walk, x.at, y.at, joined.at, noise, stream, *numbers, p.spec,
+                sum.tensor, p.walk, x.at, y.at, joined.at, sum.at, noise, stream, *numbers, p.spec,
                 num_warps=p.plan.warps,
             )  # fmt: skip
         else:

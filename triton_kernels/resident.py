@@ -131,6 +131,7 @@ def forward(
     at_input,
     at_output,
     at_residual,
+    at_sum,
     at_noise,
     stream,
     inverse_count: tl.float64,
@@ -141,8 +142,8 @@ def forward(
     noise_train: tl.float64,
     S: tl.constexpr,
 ):
-    """The residual is added to the output, or to the input where there is a ``sum`` to be written,
-    which lies as the output does."""
+    """The residual is added to the output, or to the input where there is a ``sum`` to be
+    written."""
     K: tl.constexpr = S.K
     place = locate_group(tl.program_id(0), walk, S)
     noise = noise_offset(place, at_noise, S)
@@ -157,7 +158,7 @@ def forward(
         u = read(input, at, at_input, tile, S)
         if sum is not None:
             stored = stored_sum(u, residual, place, at_residual, tile, S)
-            write(sum, group_offset(place, at_output, S), at_output, tile, stored, S)
+            write(sum, group_offset(place, at_sum, S), at_sum, tile, stored, S)
             u = real(stored, S)
         x = x + (u,)
     x, mean, low, rstd = moments(x, tiles, count, epsilon, S)
