@@ -138,7 +138,7 @@ class GridTeam {
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int k = 0; k < K; ++k) buffer[k * sync_.blocks + block] = v[k];
-      barrier();
+      barrier(sync_.counters + team);
     }
     __syncthreads();
 #pragma unroll
@@ -153,8 +153,7 @@ class GridTeam {
   __device__ unsigned block() const { return blockIdx.x % sync_.blocks; }
 
   // The count only grows: barrier number e is passed when it has reached e times the team's blocks.
-  __device__ void barrier() {
-    unsigned* counter = sync_.counters + index();
+  __device__ void barrier(unsigned* counter) {
     passed_ += sync_.blocks;
     arrive(counter);
     while (arrived(counter) < passed_) __nanosleep(32);
