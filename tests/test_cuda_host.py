@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -447,6 +447,90 @@ def test_large_offsets_cost_no_digits(kernels, rung, columns):
     want = call.expected(g)
     assert_close(output, want[0], torch.float32, "output", 4)
     assert_close(stats[Row.RSTD], want[1][Row.RSTD], torch.float32, "rstd", 4)
+
+
+NEIGHBOURS = {  # what becomes of a column that lies between others
+    "nan": lambda x: x.index_fill(0, torch.tensor([1]), float("nan")),
+    "infinity": lambda x: x.index_fill(0, torch.tensor([1]), float("inf")),
+    "lambda near 0": lambda x: torch.empty(x.shape).exponential_(),
+    "lambda near 2": lambda x: -torch.empty(x.shape).exponential_(),
+}
+
+
+def _alone_and_beside(
+    kernels: ModuleType, call: Call, g: Tensor, spoil: Callable[[Call, Tensor], None]
+) -> tuple[Tensor, ...]:
+    """Before and after spoil(call, mask of channels) has had every third group, the kernels must
+    give the same bits for the others. Returns their statistics, and those of the spoilt."""
+    channels = call.input.size(1)
+    groups = call.num_groups or channels  # of a sample
+    group = torch.arange(groups) % 3 == 1
+    column = group.repeat_interleave(channels // groups)
+    group = group.repeat(call.groups // groups)
+    found = []
+    for spoilt in (False, True):
+        if spoilt:
+            spoil(call, column)
+        output, stats = call.forward(kernels)
+        du, dw, db = call.backward(kernels, g, stats)
+        by_column = (output[:, ~column], du[:, ~column], dw[~column], db[~column])
+        found.append((stats, (stats[:, ~group], *by_column)))
+    (stats, alone), (spoilt_stats, beside) = found
+    assert all(t.isfinite().all() for t in alone)
+    names = ("statistics", "output", "du", "dweight", "dbias")
+    for name, x, y in zip(names, alone, beside, strict=True):
+        assert torch.equal(x, y), name
+    return stats[:, ~group], spoilt_stats[:, group]
+
+
+def _is_plain(stats: Tensor) -> Tensor:
+    lmbda = stats[Row.LMBDA]
+    return (lmbda.abs() >= 0.25) & ((2 - lmbda).abs() >= 0.25)
+
+
+BESIDE = [
+    (c, r)
+    for c in ("batch", "batch-ragged", "batch-2d", "instance", "group")
+    for r in COLUMN_RUNGS
+    if c != "group" or r == "streaming"
+]
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "rung"), BESIDE)
+def test_a_column_does_not_depend_on_its_neighbours(kernels, case, rung, dtype, neighbour):
+    """Bitwise, though neighbouring columns run the same code, which takes care of all of them."""
+
+    def spoil(call: Call, column: Tensor) -> None:
+        call.input = call.input.clone()
+        call.input[:, column] = NEIGHBOURS[neighbour](call.input[:, column]).to(call.input.dtype)
+
+    for noise in (0.0, 0.7):
+        force = COLUMN_RUNGS[rung]
+        call, g = make(COLUMNS[case], dtype, True, noise_train=noise, force=force)
+        call.input = torch.randn_like(call.input)
+        others, spoilt = _alone_and_beside(kernels, call, g, spoil)
+        assert _is_plain(others).any()
+        assert not _is_plain(spoilt).all()
+
+
+@pytest.mark.parametrize("lmbda", [float("nan"), 0.0, 0.1, 2.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "rung"), [b for b in BESIDE if b[0].startswith("batch")])
+def test_a_frozen_column_does_not_depend_on_its_neighbours(kernels, case, rung, dtype, lmbda):
+    def spoil(call: Call, column: Tensor) -> None:
+        call.frozen = call.frozen.clone()
+        call.frozen[Row.LMBDA, column] = lmbda
+
+    for noise in (0.0, 0.7):
+        force = COLUMN_RUNGS[rung]
+        call, g = make(COLUMNS[case], dtype, True, noise_train=noise, force=force)
+        call.frozen = torch.zeros(len(Row), call.groups, dtype=compute_dtype(dtype))
+        call.frozen[Row.RSTD] = 0.7
+        call.frozen[Row.LMBDA] = torch.linspace(0.5, 1.5, call.groups)
+        call.frozen[Row.NOISE_SCALE] = 0.4
+        _alone_and_beside(kernels, call, g, spoil)
 
 
 LAWS = {

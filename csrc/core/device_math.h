@@ -44,9 +44,25 @@ NN_HD double absolute(double x) { return ::fabs(x); }
 NN_HD float signed_as(float x, float sign) { return ::copysignf(x, sign); }
 NN_HD double signed_as(double x, double sign) { return ::copysign(x, sign); }
 
-// a b + c rounded once, also on hosts.
+// a b + c rounded once, also on hosts: spelt out where two ways of the same element are compiled, and must round alike.
 NN_HD float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
 NN_HD double fused(double a, double b, double c) { return ::fma(a, b, c); }
+
+// a b, rounded before it is added to anything.
+NN_HD float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+NN_HD double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
 
 // (e^a - 1)/a for |a| < 1/2, the sibling of second_exponential().
 NN_HD float first_exponential(float a) {
@@ -165,10 +181,10 @@ template <class V>
 NN_HD V device_lambda_weight(V h, V t, V log, V reciprocal, const LambdaGradient<V>& c) {
   constexpr V unit = DeviceLog<V>::kUnit;
   const V odd = h < V(0) ? -c.c_o : c.c_o;
-  const V y = log * (V(2) * unit) - V(1);
-  const V of_t = y * (odd * y + c.c_e) + odd;
-  const V of_log = odd * (log * (V(3) * unit * unit) - c.shift * unit) + c.c_e * unit;
-  return t * of_t + (log * of_log + c.c_r * reciprocal);
+  const V y = fused(log, V(2) * unit, V(-1));
+  const V of_t = fused(y, fused(odd, y, c.c_e), odd);
+  const V of_log = fused(odd, fused(log, V(3) * unit * unit, -c.shift * unit), c.c_e * unit);
+  return fused(t, of_t, fused(log, of_log, c.c_r * reciprocal));
 }
 
 // A normal pair as radius cos, radius sin. In float the radius lacks the factor kNormalUnit, which whoever scales the

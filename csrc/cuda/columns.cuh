@@ -176,8 +176,9 @@ __device__ inline void load_tile(const ColumnsArgs<RealOf<T>>& a, const ColumnPl
   __syncthreads();
 }
 
-// What a thread's columns need of their groups, in registers: from shared memory they would take longer to come than an
-// element takes to be computed.
+// A thread runs the code of the most careful of its columns, in which each column is still computed by its own care: no
+// result may depend on neighbours. What the columns need of their groups is in registers: from shared memory it would take
+// longer to come than an element takes to be computed.
 template <int N, class Real>
 struct ColumnSlants {
   Slant<Real> of[N];
@@ -201,20 +202,27 @@ struct ColumnScales {
 #pragma unroll
     for (int j = 0; j < N; ++j) mean[j] = constants[j].mean, rstd[j] = constants[j].rstd, shift[j] = constants[j].shift;
   }
-  __device__ Real standardize(int j, Real u) const { return (u - mean[j]) * rstd[j] + shift[j]; }
+  __device__ Real standardize(int j, Real u) const { return fused(u - mean[j], rstd[j], shift[j]); }
 };
 
 // From signed logarithms to x times the slants' scale.
-template <Care kCare, int N, class Real>
+template <Care kMost, int N, class Real>
 __device__ __forceinline__ void transform_row(Real (&x)[N], const ColumnSlants<N, Real>& slants,
                                               const GroupConstants<Real>* constants, const Real (&scale)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    if constexpr (kCare == Care::kSeries) {
-      x[j] = transform_round<kCare>(x[j], constants[j].exponents) * scale[j];
+    if constexpr (kMost == Care::kSeries) {
+      const GroupConstants<Real>& c = constants[opaque(j)];  // anew: the registers are for plain columns
+      if (c.care == Care::kSeries) {
+        x[j] = transform_round<Care::kSeries>(x[j], c.exponents) * scale[j];
+      } else {
+        const Slant<Real> s = slant_of(c.exponents, scale[j]);
+        x[j] = c.care == Care::kBounded ? plain_power_psi<true>(x[j], s.inverse(x[j]), s.tilt).psi
+                                        : plain_power_psi<false>(x[j], s.inverse(x[j]), s.tilt).psi;
+      }
     } else {
       const Slant<Real>& s = slants.of[j];
-      x[j] = plain_power_psi<kCare == Care::kBounded>(x[j], s.inverse(x[j]), s.tilt).psi;
+      x[j] = plain_power_psi<kMost == Care::kBounded>(x[j], s.inverse(x[j]), s.tilt).psi;
     }
   }
 }
@@ -251,18 +259,21 @@ struct ColumnGradients {
     return kRagged ? constants[j].standardize(u) : scales.standardize(j, u);
   }
 
-  // noise: in the unit of x. A weight within the group is the sums' own; one that is the group's may be left to
-  // finish_gradient().
-  template <Care kCare>
-  __device__ __forceinline__ Slopes<Real> add(int j, Real h, Real g, Real weight, Real noise,
+  // noise: what the normal z is to be scaled by. A weight within the group is the sums' own; one that is the group's may be
+  // left to finish_gradient().
+  template <Care kMost>
+  __device__ __forceinline__ Slopes<Real> add(int j, Real h, Real g, Real weight, Real noise, Real z,
                                               const GroupConstants<Real>* constants) {
     const LambdaGradient<Real>& line = kRagged ? constants[j].lmbda : lmbda[j];
     Real terms[5] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j], sums[4][j]};
-    const Slopes<Real> s = gradient_round<kCare>(h, g * weight, slant[j], constants[j].exponents, line, terms);
+    constexpr bool kPlain = kMost == Care::kPlain;
+    const GroupConstants<Real>& c = constants[kPlain ? uint32_t(j) : opaque(j)];  // anew, as in transform_row()
+    const Slant<Real> plain = kPlain ? slant[j] : gradient_slant(c.exponents);
+    const Slopes<Real> s = gradient_round(kPlain ? kMost : c.care, h, g * weight, plain, c.exponents, line, terms);
 #pragma unroll
     for (int i = 0; i < 5; ++i) sums[i][j] = terms[i];
     sums[5][j] += g;
-    sums[6][j] += g * (s.x + noise);
+    sums[6][j] = fused(g, fused(noise, z, s.x), sums[6][j]);
     return s;
   }
   __device__ __forceinline__ void natural() {

@@ -296,8 +296,8 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync)
         for (int j = 0; j < N; ++j) {
           if (kRagged && !p.span.has(j)) continue;
           const Real h = pass.standardize(j, kept[2][j], constants);
-          const Slopes<Real> s =
-              pass.template add<tag.value>(j, h, g[j], Real(1), gradient_noise(a.walk, constants[j]) * z[j], constants);
+          const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], Real(1), gradient_noise(a.walk, constants[j]),
+                                                              z[j], constants);
           kept[0][j] = s.through_h, kept[1][j] = s.w, kept[2][j] = h;
         }
       }, hint);

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
 }
 
 // x of a row times the slants' scale.
-template <Care kCare, int N, class Real>
+template <Care kMost, int N, class Real>
 __device__ __forceinline__ void reread_row(Real (&x)[N], const ColumnScales<N, Real>& scales,
                                            const ColumnSlants<N, Real>& slants, const GroupConstants<Real>* constants,
                                            const Real (&scale)[N]) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void reread_row(Real (&x)[N], const ColumnScales<N, R
     const Real h = scales.standardize(j, x[j]);
     x[j] = signed_as(DeviceLog<Real>::of(absolute(h)), h);
   }
-  transform_row<kCare>(x, slants, constants, scale);
+  transform_row<kMost>(x, slants, constants, scale);
 }
 
 // Rounds 3 and 4.
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(
       if constexpr (kNoise) row_normals<kRagged>(a.walk, p, row, keys, z);
       reread_row<tag.value>(x, scales, slants, constants, weight);
 #pragma unroll
-      for (int j = 0; j < N; ++j) x[j] = (kNoise ? noise[j] * z[j] + x[j] : x[j]) + bias[j];
+      for (int j = 0; j < N; ++j) x[j] = (kNoise ? fused(noise[j], z[j], x[j]) : x[j]) + bias[j];
       write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, x);
     });
   });
@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
       for (int j = 0; j < N; ++j) {
         if (kRagged && !p.span.has(j)) continue;
         const Real h = pass.standardize(j, u[j], constants);
-        const Real noise = kSums ? gradient_noise(a.walk, constants[j]) * z[j] : Real(0);
-        const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], weight[j], noise, constants);
+        const Real noise = kSums ? gradient_noise(a.walk, constants[j]) : Real(0);
+        const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], weight[j], noise, z[j], constants);
         if constexpr (!kSums) u[j] = gradients[p.x * N + j](s.through_h, s.w, h);
       }
       if constexpr (!kSums) write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, u);

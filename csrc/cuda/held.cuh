@@ -80,10 +80,15 @@ class Held {
  private:
   static constexpr uint32_t kHinted = 4;
 
+  // Of several planes found anew in each round: kept from round to round it would take one of their registers.
+  static __device__ __forceinline__ Four<Real>* first_slot(unsigned char* shared) {
+    return reinterpret_cast<Four<Real>*>(shared) + (kPlanes > 1 ? opaque(threadIdx.x) : threadIdx.x);
+  }
+
   template <class Raw, class Load, class F, class Hint>
   __device__ __forceinline__ void fill_shared(Load load, F f, Hint hint) {
     NN_DYNAMIC_SHARED(raw_shared);
-    Four<Real>* slot = reinterpret_cast<Four<Real>*>(raw_shared) + threadIdx.x;
+    Four<Real>* slot = first_slot(raw_shared);
 #pragma unroll 1
     for (uint32_t i = kRegister; i < mine_; i += kAhead) {
       Raw raw[kAhead];
@@ -106,7 +111,7 @@ class Held {
   template <bool kRead, bool kWrite, class F>
   __device__ __forceinline__ void each_shared(F f) {
     NN_DYNAMIC_SHARED(raw);
-    Four<Real>* slot = reinterpret_cast<Four<Real>*>(raw) + threadIdx.x;
+    Four<Real>* slot = first_slot(raw);
 #pragma unroll 1
     for (uint32_t i = kRegister; i < mine_; ++i, slot += kFours * blockDim.x) {
       Chunk values;

@@ -85,7 +85,7 @@ struct GroupConstants {
   LambdaGradient<Real> lmbda;
   Care care;
 
-  __device__ Real standardize(Real u) const { return (u - mean) * rstd + shift; }
+  __device__ Real standardize(Real u) const { return fused(u - mean, rstd, shift); }
 };
 
 template <class Real>
@@ -120,39 +120,49 @@ __device__ inline Slant<Real> gradient_slant(const Exponents<Real>& e) {
   return slant_of(e, Real(1) / DeviceLog<Real>::kUnit);
 }
 
-template <Care kCare, class Real>
-__device__ inline Slopes<Real> gradient_round(Real h, Real g, const Slant<Real>& slant, const Exponents<Real>& exponents,
-                                              const LambdaGradient<Real>& lmbda, Real* sums) {
+// What of an element's slopes depends on its group's care: in the logarithms' unit, but psi_h.
+template <class Real>
+struct PowerSlopes {
+  Real psi_h, psi_lambda, x;
+};
+
+template <class Real>
+__device__ __forceinline__ PowerSlopes<Real> plain_slopes(Real h, Real log, Real reciprocal, const Slant<Real>& slant) {
+  const Real signed_log = signed_as(log, h);
+  const Real inverse = slant.inverse(h);
+  const PowerPsi<Real> p = plain_power_psi<false>(signed_log, inverse, slant.tilt);
+  return {p.power * reciprocal, fused(p.power, signed_log, -p.psi) * inverse, p.psi};
+}
+
+template <class Real>
+__device__ __forceinline__ PowerSlopes<Real> careful_slopes(Real h, Real log, Real reciprocal,
+                                                            const Exponents<Real>& exponents) {
   constexpr Real unit = DeviceLog<Real>::kUnit;
+  const Side<Real> side = side_of(h, exponents);
+  const Real l = log * unit;
+  const ExpPair<Real> power = DeviceLog<Real>::careful_power(clamp_exponent<Real>(side.eta * l));
+  const Real magnitude = power.expm1 * side.inverse;
+  const PsiSlopes<Real> slope = psi_slopes<true, Real>(l, reciprocal, power.exp, magnitude, side);
+  return {slope.psi_h, slope.psi_lambda * (Real(1) / (unit * unit)), signed_as(magnitude, h) * (Real(1) / unit)};
+}
+
+template <class Real>
+__device__ __forceinline__ Slopes<Real> gradient_round(Care care, Real h, Real g, const Slant<Real>& slant,
+                                                       const Exponents<Real>& exponents,
+                                                       const LambdaGradient<Real>& lmbda, Real* sums) {
   const Real t = absolute(h);
   const Real log = DeviceLog<Real>::of(t);
   const Real reciprocal = fast_reciprocal(t + Real(1));
-  Real psi_h, psi_lambda, x;
-  if constexpr (kCare == Care::kPlain) {
-    const Real signed_log = signed_as(log, h);
-    const Real inverse = slant.inverse(h);
-    const PowerPsi<Real> p = plain_power_psi<false>(signed_log, inverse, slant.tilt);
-    psi_h = p.power * reciprocal;
-    psi_lambda = fused(p.power, signed_log, -p.psi) * inverse;
-    x = p.psi;
-  } else {
-    const Side<Real> side = side_of(h, exponents);
-    const Real l = log * unit;
-    const ExpPair<Real> power = DeviceLog<Real>::careful_power(clamp_exponent<Real>(side.eta * l));
-    const Real magnitude = power.expm1 * side.inverse;
-    const PsiSlopes<Real> slope = psi_slopes<true, Real>(l, reciprocal, power.exp, magnitude, side);
-    psi_h = slope.psi_h;
-    psi_lambda = slope.psi_lambda * (Real(1) / (unit * unit));
-    x = signed_as(magnitude, h) * (Real(1) / unit);
-  }
-  const Real through_h = g * psi_h;
+  const PowerSlopes<Real> p = care == Care::kPlain ? plain_slopes(h, log, reciprocal, slant)
+                                                   : careful_slopes(h, log, reciprocal, exponents);
+  const Real through_h = rounded_product(g, p.psi_h);
   const Real w = device_lambda_weight(h, t, log, reciprocal, lmbda);
   sums[0] += through_h;
-  sums[1] += through_h * h;
-  sums[2] += g * psi_lambda;
+  sums[1] = fused(through_h, h, sums[1]);
+  sums[2] = fused(g, p.psi_lambda, sums[2]);
   sums[3] += w;
-  sums[4] += w * h;
-  return {through_h, w, x};
+  sums[4] = fused(w, h, sums[4]);
+  return {through_h, w, p.x};
 }
 
 constexpr int kGradientSums = 7;  // the five of gradient_round(), then those of the bias and the weight: g, g x
@@ -169,7 +179,7 @@ template <class Real>
 struct InputGradient {
   Real through, lmbda, offset, slope;
   __device__ Real operator()(Real through_h, Real w, Real h) const {
-    return through * through_h + (lmbda * w + (slope * h + offset));
+    return fused(through, through_h, fused(lmbda, w, fused(slope, h, offset)));
   }
 };
 

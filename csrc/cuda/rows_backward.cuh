@@ -130,7 +130,7 @@ class BackwardGroup {
       if (!kRagged || span.has(j)) {
         kept[2][j] = constants.standardize(kept[2][j]);
         const Slopes<Real> s =
-            gradient_round<kCare>(kept[2][j], kept[0][j], slant, constants.exponents, constants.lmbda, sums);
+            gradient_round(kCare, kept[2][j], kept[0][j], slant, constants.exponents, constants.lmbda, sums);
         kept[0][j] = s.through_h, kept[1][j] = s.w, x[j] = s.x;
       } else {
         kept[0][j] = kept[1][j] = kept[2][j] = x[j] = Real(0);

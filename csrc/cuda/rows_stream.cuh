@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kStreamThreads, 3) stream_gradient(const Strea
         const Real h = k.standardize(u[j]);
         x[j] = Real(0);
         if (kRagged && !c.span.has(j)) continue;
-        const Slopes<Real> slope = gradient_round<tag.value>(h, weighted[j], slant, k.exponents, k.lmbda, sums);
+        const Slopes<Real> slope = gradient_round(tag.value, h, weighted[j], slant, k.exponents, k.lmbda, sums);
         x[j] = slope.x;
         u[j] = du(slope.through_h, slope.w, h);
       }
