@@ -456,23 +456,7 @@ def test_a_compiled_layer_gives_what_it_gives_eagerly():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "file",
-    [
-        "backends",
-        "ops",
-        "noise",
-        pytest.param(
-            "numerics",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="known defect: a NaN in one of several columns changes the last bits of its "
-                "neighbours, for a chunk of columns takes the careful path together",
-            ),
-        ),
-        "autograd",
-        "modules",
-        "bad_input",
-        "compile",
-    ],
+    ["backends", "ops", "noise", "numerics", "autograd", "modules", "bad_input", "compile"],
 )
 def test_the_tests_of_all_backends_pass_on_this_one(file):
     paths = (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", ""))

@@ -46,8 +46,9 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
     const int i = int(p.x) * N + j;
     const Real count = totals[0][i], shift = count > Real(0) ? totals[1][i] / count : Real(0);
     part[i] = count;
-    part[kTileColumns<T> + i] = centre[j] + shift;
-    part[2 * kTileColumns<T> + i] = totals[2][i] - totals[1][i] * shift;
+    part[kTileColumns<T> + i] = centre[j];
+    part[2 * kTileColumns<T> + i] = shift;
+    part[3 * kTileColumns<T> + i] = totals[2][i] - totals[1][i] * shift;
   }
 }
 

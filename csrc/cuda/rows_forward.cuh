@@ -81,7 +81,7 @@ class ForwardGroup {
       if (kRagged) count += Real(elements);
     });
     if (!kRagged) count = Real(opaque(held_.mine()) * uint32_t(N));  // not kept as a double from group to group
-    return finish(pilot, count, sum, squares);
+    return finish(g, pilot, count, sum, squares);
   }
 
   // Leaves the signed logarithms; elements outside the run have h = 0, which adds nothing.
@@ -148,15 +148,17 @@ class ForwardGroup {
  private:
   const RowsArgs<Real>& a_;
   Team& team_;
-  // The group's moments from each thread's, and pilot_. Of float threads the totals are taken in double: one reduction
-  // without regard to cancellation, where in the same precision it takes two.
-  __device__ __forceinline__ Moments1<Real> finish(Real pilot, Real count, Real sum, Real squares) {
+  // The group's moments from each thread's, and pilot_. Of float threads the totals are taken in double, around the
+  // group's first element: one reduction, where in the same precision it takes two. However far the group is from zero,
+  // its first element lies within sqrt(n) deviations of the mean, so that n 1e-16 of the variance cancels.
+  __device__ __forceinline__ Moments1<Real> finish(const GroupPlace& g, Real pilot, Real count, Real sum, Real squares) {
     if constexpr (sizeof(Real) == 4) {
-      const double shifted = double(pilot) * count + sum;
-      double total[2] = {shifted, squares + pilot * (shifted + sum)};
+      const Real first = to_real(static_cast<const T*>(a_.input)[g.input]);
+      const double from_first = double(pilot) - first, shifted = from_first * count + sum;
+      double total[2] = {shifted, squares + from_first * (shifted + sum)};
       team_.sum(total);
-      const double mean = total[0] * a_.inverse_count_double;
-      const double variance = total[1] * a_.inverse_count_double - mean * mean;
+      const double distance = total[0] * a_.inverse_count_double, mean = first + distance;
+      const double variance = total[1] * a_.inverse_count_double - distance * distance;
       const Real rounded = Real(mean), low = Real(mean - rounded);
       pilot_ = pilot - rounded;
       return {rounded, low, fast_rsqrt((variance < 0 ? Real(0) : Real(variance)) + a_.eps)};

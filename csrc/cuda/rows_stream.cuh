@@ -88,7 +88,7 @@ __device__ inline void write_part(const StreamArgs<Real>& s, const Slice& slice,
 }
 
 // Round 1. Each block sums around a pilot of its own, the mean of the first chunks it reads, so that an offset of the
-// data does not cancel digits; leaves (count, mean, sum of squares around it).
+// data does not cancel digits; leaves (count, pilot, mean less the pilot, sum of squares around the mean).
 template <class T, bool kRagged>
 __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
@@ -123,8 +123,9 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArg
   Real* part = s.part + (size_t(slice.local) * s.splits + slice.split) * kMaxSums;
   const Real shift = sums[0] > Real(0) ? sums[1] / sums[0] : Real(0);
   part[0] = sums[0];
-  part[1] = centre + shift;
-  part[2] = sums[2] - sums[1] * shift;
+  part[1] = centre;
+  part[2] = shift;
+  part[3] = sums[2] - sums[1] * shift;
 }
 
 // Round 2, from the moments in the statistics.
@@ -258,16 +259,16 @@ __global__ void __launch_bounds__(kStreamThreads, 3) stream_gradient(const Strea
 
 enum class Finish { kMoments, kLambda, kMean, kDeviation, kGradient };
 
-// What a warp makes of the moments of a group's parts: around the first part's mean, so that nothing cancels.
-// part(i, k) is number k of part i: count, mean, sum of squares around it.
+// What a warp makes of the moments of a group's parts: around the first part's pilot, so that nothing cancels.
+// part(i, k) is number k of part i: count, pilot, mean less the pilot, sum of squares around the mean.
 template <class Real, class Part>
 __device__ inline void finish_moment_parts(const RowsArgs<Real>& a, uint32_t parts, Part part, uint32_t group) {
   const Real pilot = part(0, 1);
   Real shift = 0, squares = 0;
   for (uint32_t i = threadIdx.x % 32; i < parts; i += 32) {
-    const Real count = part(i, 0), delta = part(i, 1) - pilot;
+    const Real count = part(i, 0), delta = (part(i, 1) - pilot) + part(i, 2);
     shift += count * delta;
-    squares += part(i, 2) + count * delta * delta;
+    squares += part(i, 3) + count * delta * delta;
   }
   shift = warp_sum(shift) * a.inverse_count;
   squares = warp_sum(squares);
