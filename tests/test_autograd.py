@@ -237,7 +237,7 @@ def test_with_noise_and_its_scale_held_constant_gradcheck_passes(row, seed, back
 
     def function(input, weight, bias):
         return normal_norm(
-            input, (None, None, None), weight, bias, torch.tensor([seed]), scale,
+            input, (None, None, None), weight, bias, None, torch.tensor([seed]), scale,
             configured(row, 0.7, backend), False,
         )[0]  # fmt: skip
 
@@ -326,7 +326,7 @@ def test_gradient_penalty_trains_a_critic_as_the_definition_does(row, backend):
 def test_statistics_carry_no_gradient(row, backend):
     arguments = leaves(row)
     output, statistics = normal_norm(
-        arguments[0], (None, None, None), *arguments[1:], None, None,
+        arguments[0], (None, None, None), *arguments[1:], None, None, None,
         configured(row, 0.0, backend), True,
     )  # fmt: skip
     assert output.requires_grad
