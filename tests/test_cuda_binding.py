@@ -456,7 +456,10 @@ def test_a_compiled_layer_gives_what_it_gives_eagerly():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "file",
-    ["backends", "ops", "noise", "numerics", "autograd", "modules", "bad_input", "compile"],
+    [
+        *("backends", "ops", "noise", "numerics", "autograd", "modules", "bad_input", "compile"),
+        "fused",
+    ],
 )
 def test_the_tests_of_all_backends_pass_on_this_one(file):
     paths = (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", ""))

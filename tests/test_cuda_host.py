@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -24,12 +25,14 @@ from host_cuda.cases import (
     COLUMN_RUNGS,
     COLUMNS,
     DTYPES,
+    JOINS,
     ORDERS,
     ROW_RUNGS,
     ROWS,
     assert_close,
     check,
     compute_dtype,
+    join,
     make,
     same,
 )
@@ -394,6 +397,124 @@ def test_parameter_gradients_alone(kernels, columns):
     assert du is None
     assert_close(dw, want[3], torch.float32, "weight", 4)
     assert_close(db, want[4], torch.float32, "bias", 4)
+
+
+# --- joined to a neighbour ---------------------------------------------------------------------
+
+
+JOINED_ROWS = ("layer", "layer-ragged", "batch-ragged", "group", "instance-1d")
+JOINED_COLUMNS = ("batch", "batch-ragged", "group", "instance")
+
+
+def _joined_walks() -> list[tuple[str, str, bool]]:
+    """Every rung of every walk; groups of several columns are only ever streamed."""
+    rows = [(c, r, False) for c in JOINED_ROWS for r in ROW_RUNGS]
+    return rows + [
+        (c, r, True)
+        for c in JOINED_COLUMNS
+        for r in COLUMN_RUNGS
+        if c != "group" or r == "streaming"
+    ]
+
+
+def _make_joined(case, rung, columns, dtype, names, **options) -> tuple[Call, Tensor]:
+    force = (COLUMN_RUNGS if columns else ROW_RUNGS)[rung]
+    call, g = make((COLUMNS if columns else ROWS)[case], dtype, columns, force=force, **options)
+    return join(call, names), g
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "rung", "columns"), _joined_walks())
+def test_joined(kernels, case, rung, columns, dtype):
+    for names in JOINS.values():
+        check(kernels, *_make_joined(case, rung, columns, dtype, names, noise_train=0.7))
+    check(kernels, *_make_joined(case, rung, columns, dtype, JOINS["everywhere"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("case", "rung", "columns"), _joined_walks())
+def test_joined_is_the_plain_pass_and_steps_bitwise(kernels, case, rung, columns, dtype):
+    """Where nothing is rounded on the way to storage; with noise, without which plain kernels save
+    a round."""
+    call, g = _make_joined(case, rung, columns, dtype, JOINS["everywhere"], noise_train=0.7)
+    output, stats = call.forward(kernels)
+    gradients = call.backward(kernels, g, stats)
+    steps = replace(
+        call, input=call.sum, residual=None, relu=False, addend=None, grad_sum=None, sum=None
+    )
+    plain, plain_stats = steps.forward(kernels)
+    masked = torch.empty_like(g).copy_(torch.where(output <= 0, 0.0, g))
+    du, *parameters = steps.backward(kernels, masked, stats)
+    assert same((call.sum,), (call.input + call.addend,))
+    assert same((output, stats), ((plain + call.residual).relu(), plain_stats))
+    assert same(gradients, (du + call.grad_sum, *parameters))
+
+
+@pytest.mark.parametrize(("case", "rung", "columns"), _joined_walks()[:5] + _joined_walks()[-3:])
+def test_joined_agrees_bitwise_in_all_orders(kernels, case, rung, columns):
+    made = _make_joined(case, rung, columns, torch.bfloat16, JOINS["everywhere"], noise_train=1.0)
+    call, g = made
+    results = []
+    for order in ORDERS:
+        kernels.configure(order, False, "")
+        results.append((*check(kernels, call, g), call.sum))
+    assert all(same(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("rung", ["grid", "streaming"])
+@pytest.mark.parametrize("odd", ["residual", "addend", "grad_sum", "gradient"])
+def test_joined_tensors_that_begin_and_step_anywhere(kernels, rung, columns, odd):
+    """One that is not aligned makes the whole pass ragged."""
+
+    def shifted(t: Tensor) -> Tensor:
+        wide = torch.empty(t.size(0), t.size(1) + 3, *t.shape[2:]).to(t.dtype)
+        if columns:
+            wide = wide.to(memory_format=torch.channels_last)
+        return wide[:, 1 : 1 + t.size(1)].copy_(t)
+
+    case = ("batch", (6, 16, 4, 4), {})
+    force = (COLUMN_RUNGS if columns else ROW_RUNGS)[rung]
+    call, g = make(case, torch.bfloat16, columns, force=force, noise_train=0.7)
+    call = join(call, JOINS["everywhere"])
+    if odd == "gradient":
+        g = shifted(g)
+    else:
+        setattr(call, odd, shifted(getattr(call, odd)))
+    check(kernels, call, g)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_frozen_statistics_and_what_stands_behind(kernels, columns):
+    call, g = make((COLUMNS if columns else ROWS)["batch"], torch.bfloat16, columns)
+    call.frozen = torch.zeros(len(Row), call.groups)
+    call.frozen[Row.RSTD] = torch.rand(call.groups) + 0.5
+    call.frozen[Row.LMBDA] = torch.linspace(-1, 3, call.groups)
+    check(kernels, join(call, ("residual", "relu")), g)
+
+
+@pytest.mark.parametrize(
+    ("case", "rung", "columns"), [("layer", "block", False), ("batch", "grid", True)]
+)
+def test_a_nan_passes_through_the_activation(kernels, case, rung, columns):
+    call, g = _make_joined(case, rung, columns, torch.float32, ("relu", "residual"))
+    call.residual[1, 2] = float("nan")
+    output, stats = call.forward(kernels)
+    assert output[1, 2].isnan().all()
+    assert output.isnan().sum() == call.residual.isnan().sum()
+    *_, db = call.backward(kernels, g, stats)
+    masked = torch.where(output <= 0, 0.0, g)
+    dims = 0 if call.kind == "layer" else (0, 2, 3)
+    torch.testing.assert_close(db, masked.sum(dims))
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_joined_blocks_that_would_not_run_at_once_are_never_launched(kernels, columns):
+    shape, _, shared = WAITING["tiles" if columns else "grid"]
+    for options in ({}, {"cooperative": False}, {"refuse_cooperative": True}):
+        kernels.device(8, shared, True, **options)
+        call, g = make(shape, torch.float32, columns, noise_train=1.0)
+        check(kernels, join(call, JOINS["everywhere"]), g)
 
 
 # --- noise -------------------------------------------------------------------------------------

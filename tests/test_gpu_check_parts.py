@@ -281,12 +281,14 @@ def test_a_forced_problem_arrives_as_it_was_meant(tmp_path):
     def operand():
         return next(numbers), (next(numbers), next(numbers), next(numbers))
 
+    names = ("input", "output", "grad_output")
+    names += ("residual", "activated", "addend", "sum", "grad_sum")
     problem = {
         "storage": 2, "geometry": [1, 3, 4, 5, 6], "affine": 3, "noise": True,
         "given_scale": True, "seed": 7, "noise_train": 0.25, "stream": 9,
         "position": (10, 11, 12), "eps": 1e-3, "alpha": 0.5, "transform_eps": 0.125, "order": 1,
         "frozen": True, "stats": 13, "workspace": 14, "rung": 3, "threads": 64, "blocks": 15,
-        "teams": 16, **{name: operand() for name in ("input", "output", "grad_output")},
+        "teams": 16, "relu": True, **{name: operand() for name in names},
         "weight": (17, True), "bias": (18, False), "grad_weight": (19, False),
         "grad_bias": (20, True),
     }  # fmt: skip
@@ -296,13 +298,10 @@ def test_a_forced_problem_arrives_as_it_was_meant(tmp_path):
     made = [(t * len(a))(*a) for t, a in zip(types, arrays, strict=True)]
     assert loaded.forced_workspace(*made, 1, ctypes.byref(size)) == 0
     seen = list((ctypes.c_double * size.value).in_dll(loaded, "seen"))
-    operands = [
-        n for name in ("input", "output", "grad_output")
-        for n in (problem[name][0], *problem[name][1])
-    ]  # fmt: skip
+    operands = [n for name in names for n in (problem[name][0], *problem[name][1])]
     assert seen == [
         1, 2, 1, 3, 4, 5, 6, 3, 1, 1, 9, 0.25, 10, 11, 12, 1, 1, 1e-3, 0.5, 0.125,
-        17, 1, 18, 0, 19, 0, 20, 1, *operands, 3, 64, 15, 16, 7, 13, 14,
+        17, 1, 18, 0, 19, 0, 20, 1, *operands, 1, 3, 64, 15, 16, 7, 13, 14,
     ]  # fmt: skip
     assert loaded.forced_run(*made, 0, None) == size.value
     assert ctypes.c_double.in_dll(loaded, "seen").value == 0

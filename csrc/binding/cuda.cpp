@@ -116,8 +116,7 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   const Arguments a = t.arguments();
   check_forward(a, config);
   const bool noise = config.noise_train > 0;
-  const bool joined = t.residual || !config.activation.empty();
-  if (joined || (noise && noise_order_is_out_of_reach(a.input, config))) return forward_by_definition(t, config);
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return forward_by_definition(t, config);
 
   const OnDevice device(a.input);
   Tensor output = empty_like(t.input, a.input);
@@ -185,8 +184,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   check_backward(a, config);
   // The gradients of the input and of the bias do not know the noise.
   const bool noise = config.noise_train > 0 && t.needs_weight;
-  const bool joined = t.grad_sum || !config.activation.empty();
-  if (joined || (noise && noise_order_is_out_of_reach(a.input, config))) return backward_by_definition(t, config);
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return backward_by_definition(t, config);
 
   const OnDevice device(a.input);
   Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input);

@@ -92,6 +92,43 @@ __device__ __forceinline__ void row_normals(const RowsArgs<Real>& a, const Colum
   }
 }
 
+// A chunk of a row in two steps, as fetch() and values() of the rows walk.
+template <class T, bool kRagged, bool kLate>
+__device__ __forceinline__ void fetch_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
+                                          Fetched<T, kLate>& out) {
+  if constexpr (!kLate) out.raw = load_packed(row_address<T>(tensor, s, p, row));
+}
+template <class T, bool kRagged, bool kLate>
+__device__ __forceinline__ void row_values(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
+                                           const Fetched<T, kLate>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
+  if constexpr (kLate) read_row<T, kRagged>(tensor, s, p, row, out);
+  else unpack_chunk<T>(fetched.raw, out);
+}
+
+// A row's place in the tensors of joined kernels, `at` of joined.cuh.
+template <class T, bool kRagged>
+struct RowAt {
+  const ColumnPlace& p;
+  uint32_t row;
+
+  template <bool kLate>
+  __device__ __forceinline__ void fetch(const JoinedTensor& t, Fetched<T, kLate>& out) const {
+    fetch_row<T, kRagged>(t.data, t.at, p, row, out);
+  }
+  template <bool kLate>
+  __device__ __forceinline__ void values(const JoinedTensor& t, const Fetched<T, kLate>& fetched,
+                                         RealOf<T> (&out)[kChunkOf<T>]) const {
+    row_values<T, kRagged>(t.data, t.at, p, row, fetched, out);
+  }
+  __device__ __forceinline__ void write(const JoinedTensor& t, const RealOf<T> (&in)[kChunkOf<T>]) const {
+    write_row<T, kRagged>(t.data, t.at, p, row, in);
+  }
+  // as expect()
+  __device__ __forceinline__ void expect(const JoinedTensor& t) const {
+    if (t.data) cuda::expect(row_address<T>(t.data, t.at, p, row));
+  }
+};
+
 // f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have none.
 template <class Raw, int kAhead, class Real, class Load, class F>
 __device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, Load load, F f) {
@@ -99,31 +136,29 @@ __device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const Colum
   each_ahead<Raw, kAhead>(p.split * kColumnRows + p.y, end, a.splits * kColumnRows, load, f);
 }
 
-// A chunk of a row in two steps, as fetch() and values() of the rows walk.
-template <class T, bool kRagged>
-__device__ __forceinline__ void fetch_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
-                                          Fetched<T, kRagged>& out) {
-  if constexpr (!kRagged) out.raw = load_packed(row_address<T>(tensor, s, p, row));
+// The same over the input alone, and in joined kernels a tensor beside it: f(row, values, what was fetched of `beside`).
+template <class T, bool kRagged, bool kJoined, class F>
+__device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
+                                               const JoinedTensor& beside, F f) {
+  struct Raw {
+    Fetched<T, kRagged> u;
+    Extra<T, kJoined, kRagged> beside;
+  };
+  const RowsArgs<RealOf<T>>& w = a.walk;
+  const auto load = [&](uint32_t row, Raw& raw) {
+    fetch_row<T, kRagged>(w.input, w.at_input, p, row, raw.u);
+    fetch_joined<kJoined>(RowAt<T, kRagged>{p, row}, beside, raw.beside);
+  };
+  each_row<Raw, kRagged ? 1 : 4>(a, p, load, [&](uint32_t row, const Raw& raw) {
+    RealOf<T> u[kChunkOf<T>];
+    row_values<T, kRagged>(w.input, w.at_input, p, row, raw.u, u);
+    f(row, u, raw.beside);
+  });
 }
-template <class T, bool kRagged>
-__device__ __forceinline__ void row_values(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
-                                           const Fetched<T, kRagged>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
-  if constexpr (kRagged) load_span(row_address<T>(tensor, s, p, row), p.span, out);
-  else unpack_chunk<T>(fetched.raw, out);
-}
-
-// The same over the input alone: f(row, values).
 template <class T, bool kRagged, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
-  using Raw = Fetched<T, kRagged>;
-  const RowsArgs<RealOf<T>>& w = a.walk;
-  each_row<Raw, kRagged ? 1 : 4>(
-      a, p, [&](uint32_t row, Raw& raw) { fetch_row<T, kRagged>(w.input, w.at_input, p, row, raw); },
-      [&](uint32_t row, const Raw& raw) {
-        RealOf<T> u[kChunkOf<T>];
-        row_values<T, kRagged>(w.input, w.at_input, p, row, raw, u);
-        f(row, u);
-      });
+  each_input_row<T, kRagged, false>(a, p, a.walk.joined.addend,
+                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const Fetched<T, true>&) { f(row, u); });
 }
 
 // Adds up what the threads of a block have for each column: totals[k][column of the tile], seen by all threads.

@@ -73,13 +73,13 @@ class ColumnsPass {
 
   // Whether a chunk of some row or tensor is not 16 aligned bytes, or its noise begins within a counter.
   bool is_ragged(bool backward) const {
-    const Operand* tensors[3] = {&p_.input, p_.output.data ? &p_.output : &p_.input, backward ? &p_.grad_output : &p_.input};
     bool ragged = p_.geometry.inner * p_.geometry.length % N != 0;
     const auto aligned = [&](const Strides& s, int64_t to) {
       return (p_.geometry.outer == 1 || s.outer % to == 0) && (p_.geometry.runs == 1 || s.run % to == 0);
     };
-    for (const Operand* t : tensors)
-      ragged = ragged || elements_past_boundary<T>(t->data) != 0 || !aligned(t->stride, N);
+    each_operand(p_, backward, [&](const Operand& t) {
+      ragged = ragged || elements_past_boundary<T>(t.data) != 0 || !aligned(t.stride, N);
+    });
     return ragged || (p_.noise.on && !aligned(p_.noise.position, 4));
   }
 
@@ -91,19 +91,19 @@ class ColumnsPass {
   }
 
   using Kernel = void (*)(const ColumnsArgs<Real>);
-  int round(Kernel kernel) const {
+  int round(Kernel kernel, const ColumnsArgs<Real>& a) const {
     Start s;
     s.threads = kColumnThreads;
     s.grid = blocks_;
     s.stream = stream_;
-    return start(kernel, s, a_);
+    return start(kernel, s, a);
   }
-  int round(Kernel kernel, Kernel finish) const {
-    if (const int e = round(kernel)) return e;
+  int round(Kernel kernel, Kernel finish, const ColumnsArgs<Real>& a) const {
+    if (const int e = round(kernel, a)) return e;
     Start s;
     s.grid = unsigned(p_.geometry.groups());
     s.stream = stream_;
-    return start(finish, s, a_);
+    return start(finish, s, a);
   }
 
   using TileKernel = void (*)(const ColumnsArgs<Real>, typename TileTeam<T>::Sync);
@@ -121,8 +121,10 @@ class ColumnsPass {
   }
   template <bool kRagged>
   TileKernel tile_kernel_as(bool backward) const {
-    if (backward) return column_backward<T, kRagged>;
-    return p_.noise.on ? column_forward<T, kRagged, true> : column_forward<T, kRagged, false>;
+    const bool joined = joins(p_, backward);
+    if (backward) return joined ? column_backward<T, kRagged, true> : column_backward<T, kRagged, false>;
+    if (joined) return column_forward<T, kRagged, true, true>;
+    return p_.noise.on ? column_forward<T, kRagged, true, false> : column_forward<T, kRagged, false, false>;
   }
   int start_tiles(TileKernel kernel) const {
     if (const int e = zero(sync_.counters, size_t(plan_.teams) * sizeof(unsigned), stream_)) return e;
@@ -135,16 +137,20 @@ class ColumnsPass {
     if (plan_.rung == Rung::kGrid) e = start_tiles(tile_kernel(false));
     if (e != kNotAtOnce) return e;
     e = 0;
+    ColumnsArgs<Real> a = a_;
     if (!p_.frozen) {
-      e = round(column_moments<T, kRagged>, column_finish<T, Finish::kMoments>);
-      if (!e) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>);
+      const Kernel joined = column_moments<T, kRagged, true>, plain = column_moments<T, kRagged, false>;
+      e = round(joins_first(p_, false) ? joined : plain, column_finish<T, Finish::kMoments>, a);
+      a.walk = after_first_round(a.walk);
+      if (!e) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>, a);
     }
     if (!e && p_.noise.on && !p_.noise.given_scale) {
-      e = round(column_sum_x<T, kRagged, false>, column_finish<T, Finish::kMean>);
-      if (!e) e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>);
+      e = round(column_sum_x<T, kRagged, false>, column_finish<T, Finish::kMean>, a);
+      if (!e) e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>, a);
     }
     if (e) return e;
-    return round(p_.noise.on ? column_output<T, kRagged, true> : column_output<T, kRagged, false>);
+    if (joins_last(p_, false)) return round(column_output<T, kRagged, true, true>, a);
+    return round(p_.noise.on ? column_output<T, kRagged, true, false> : column_output<T, kRagged, false, false>, a);
   }
 
   template <bool kRagged>
@@ -152,9 +158,14 @@ class ColumnsPass {
     int e = kNotAtOnce;
     if (plan_.rung == Rung::kGrid) e = start_tiles(tile_kernel(true));
     if (e != kNotAtOnce) return e;
-    e = round(column_gradient<T, kRagged, true>, column_finish<T, Finish::kGradient>);
-    if (!e && p_.output.data) e = round(column_gradient<T, kRagged, false>);
-    return e;
+    const Kernel sums = gradient_kernel<kRagged, true>(joins_first(p_, true));
+    e = round(sums, column_finish<T, Finish::kGradient>, a_);
+    if (e || !p_.output.data) return e;
+    return round(gradient_kernel<kRagged, false>(joins_last(p_, true)), a_);
+  }
+  template <bool kRagged, bool kSums>
+  static Kernel gradient_kernel(bool joined) {
+    return joined ? column_gradient<T, kRagged, kSums, true> : column_gradient<T, kRagged, kSums, false>;
   }
 
   const Problem& p_;

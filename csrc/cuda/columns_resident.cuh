@@ -84,9 +84,10 @@ struct TileShared {
   InputGradient<RealOf<T>> gradient[kTileColumns<T>];
 };
 
-template <class T, bool kRagged>
+template <class T, bool kRagged, bool kJoined>
 class ForwardTile {
   static constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
+  using At = RowAt<T, kRagged>;
   using Real = RealOf<T>;
   using Chunk = Real (&)[1][N];
 
@@ -97,11 +98,18 @@ class ForwardTile {
 
   __device__ __forceinline__ void moments() {
     Real total[1][N] = {};
-    using Raw = Fetched<T, kRagged>;
+    struct Raw {
+      Fetched<T, kRagged> u;
+      Extra<T, kJoined, kRagged> addend;
+    };
     const RowsArgs<Real>& w = a_.walk;
-    const auto load = [&](uint32_t row, Raw& raw) { fetch_row<T, kRagged>(w.input, w.at_input, p_, row, raw); };
+    const auto load = [&](uint32_t row, Raw& raw) {
+      fetch_row<T, kRagged>(w.input, w.at_input, p_, row, raw.u);
+      fetch_joined<kJoined>(At{p_, row}, w.joined.addend, raw.addend);
+    };
     held_.template fill<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& raw) {
-      row_values<T, kRagged>(w.input, w.at_input, p_, row, raw, x[0]);
+      row_values<T, kRagged>(w.input, w.at_input, p_, row, raw.u, x[0]);
+      keep_sum<T, kJoined>(At{p_, row}, w.joined, raw.addend, x[0]);
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
     });
@@ -178,38 +186,48 @@ class ForwardTile {
   // The last round: from x where there is noise, else from the logarithms.
   template <bool kNoise>
   __device__ __forceinline__ void write() {
-    const PhiloxSchedule keys(kNoise ? uint64_t(*a_.walk.seed) : 0);
+    const bool noisy = draws_noise<kNoise, kJoined>(a_.walk);
+    const PhiloxSchedule keys(noisy ? uint64_t(*a_.walk.seed) : 0);
     Real weight[N], bias[N], noise[N] = {};
     column_parameters<T>(a_.walk.weight, a_.walk.weight_in_storage, Real(1), p_, weight);
     column_parameters<T>(a_.walk.bias, a_.walk.bias_in_storage, Real(0), p_, bias);
     if constexpr (kNoise) {
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        if (j < p_.span.hi) noise[j] = a_.walk.noise_train * kNormalUnit<Real> * scale(int(p_.x) * N + j);
-      held_.template each<true, false>([&](Chunk x, uint32_t row, uint32_t) {
-        Real z[N];
-        row_normals<kRagged>(a_.walk, p_, row, keys, z);
+        if (noisy && j < p_.span.hi) noise[j] = a_.walk.noise_train * kNormalUnit<Real> * scale(int(p_.x) * N + j);
+      each_output([&](Chunk x, uint32_t row) {
+        Real z[N] = {};
+        if (noisy) row_normals<kRagged>(a_.walk, p_, row, keys, z);
 #pragma unroll
         for (int j = 0; j < N; ++j) x[0][j] = (x[0][j] + noise[j] * z[j]) * weight[j] + bias[j];
-        write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
       });
     } else {
       const ColumnSlants<N, Real> slants(constants(), weight, p_.span);
       with_care(slants.care, [&](auto tag) {
-        held_.template each<true, false>([&](Chunk x, uint32_t row, uint32_t) {
+        each_output([&](Chunk x, uint32_t) {
           transform_row<tag.value>(x[0], slants, constants(), weight);
 #pragma unroll
           for (int j = 0; j < N; ++j) x[0][j] += bias[j];
-          write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
         });
       });
     }
     if (team_.block() > 0 || a_.walk.given_scale) return;
     for (int i = int(threadIdx.x); i < kColumns && group(i) < group_end(); i += kColumnThreads)
-      a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)] = kNoise ? scale(i) : Real(0);
+      a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)] = noisy ? scale(i) : Real(0);
   }
 
  private:
+  // f(values, row) over what is held leaves what is written.
+  template <class F>
+  __device__ __forceinline__ void each_output(F f) {
+    using Raw = Extra<T, kJoined, kRagged>;
+    const auto load = [&](uint32_t row, Raw& raw) { fetch_joined<kJoined>(At{p_, row}, a_.walk.joined.residual, raw); };
+    held_.template each_beside<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& residual) {
+      f(x, row);
+      join_output<kJoined>(At{p_, row}, a_.walk.joined, residual, x[0]);
+      write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
+    });
+  }
   __device__ uint32_t group(int i) const { return p_.outer * a_.columns + p_.tile * kColumns + i; }
   __device__ uint32_t group_end() const { return (p_.outer + 1) * a_.columns; }
   __device__ Real scale(int i) const {
@@ -236,7 +254,7 @@ class ForwardTile {
   Held<Real, N, kForwardRegister<T>, 1> held_;
 };
 
-template <class T, bool kRagged, bool kNoise>
+template <class T, bool kRagged, bool kNoise, bool kJoined>
 __global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce)
 column_forward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
   __shared__ TileShared<T> shared;
@@ -245,21 +263,22 @@ column_forward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) 
 #pragma unroll 1
   for (uint32_t slab = team.index(); slab < slabs; slab += team.count()) {
     const ColumnPlace p = locate_tile<T>(a, slab);
-    ForwardTile<T, kRagged> pass(a, team, shared, p);
+    ForwardTile<T, kRagged, kJoined> pass(a, team, shared, p);
     pass.moments();
     pass.estimate();
     if constexpr (kNoise) {
       pass.transform();
-      if (!a.walk.given_scale) pass.deviation();
+      if (draws_noise<kNoise, kJoined>(a.walk) && !a.walk.given_scale) pass.deviation();
     }
     pass.template write<kNoise>();
   }
 }
 
-template <class T, bool kRagged>
+template <class T, bool kRagged, bool kJoined>
 __global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce)
 column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
   using Real = RealOf<T>;
+  using At = RowAt<T, kRagged>;
   constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
   using Chunk = Real (&)[3][N];  // G psi_h, w, h
   __shared__ TileShared<T> shared;
@@ -278,19 +297,23 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync)
     with_care(pass.care, [&](auto tag) {
       struct Raw {
         Fetched<T, kRagged> u, g;
+        Extra<T, kJoined, kRagged> activated;
       };
       const auto load = [&](uint32_t row, Raw& raw) {
         fetch_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u);
         fetch_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g);
+        fetch_mask<kJoined>(At{p, row}, a.walk.joined.activated, raw.activated);
       };
       const auto hint = [&](uint32_t row) {
         expect(row_address<T>(a.walk.input, a.walk.at_input, p, row));
         expect(row_address<T>(a.walk.grad, a.walk.at_grad, p, row));
+        if constexpr (kJoined) At{p, row}.expect(a.walk.joined.activated);
       };
       held.template fill<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& raw) {
         Real g[N], z[N] = {};
         row_values<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u, kept[2]);
         row_values<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g, g);
+        join_mask<kJoined>(At{p, row}, a.walk.joined, raw.activated, g);
         if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
@@ -319,10 +342,13 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync)
     __syncthreads();
     if (a.walk.output == nullptr) continue;
     const ColumnPlace place = locate_tile<T>(a, opaque(slab));
-    held.template each<true, false>([&](Chunk kept, uint32_t row, uint32_t) {
+    using Raw = Extra<T, kJoined, kRagged>;
+    const auto load = [&](uint32_t row, Raw& raw) { fetch_joined<kJoined>(At{place, row}, a.walk.joined.grad_sum, raw); };
+    held.template each_beside<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& grad_sum) {
       Real out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = shared.gradient[place.x * N + j](kept[0][j], kept[1][j], kept[2][j]);
+      join_sum_gradient<kJoined>(At{place, row}, a.walk.joined, grad_sum, out);
       write_row<T, kRagged>(a.walk.output, a.walk.at_output, place, row, out);
     });
   }

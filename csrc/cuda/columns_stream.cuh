@@ -9,7 +9,7 @@ namespace cuda {
 namespace {
 
 // Round 1: as stream_moments(), for each column around a pilot of its own.
-template <class T, bool kRagged>
+template <class T, bool kRagged, bool kJoined>
 __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
   const uint32_t first = p.split * kColumnRows + p.y;
   if (p.span.hi > 0 && first < a.walk.runs) {
     read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, first, pilot[0]);
+    join_addend<T, kJoined>(RowAt<T, kRagged>{p, first}, a.walk.joined, Fetched<T, true>(), pilot[0]);
 #pragma unroll
     for (int j = 0; j < N; ++j) pilot[1][j] = Real(1);
   }
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
     const Real count = totals[1][p.x * N + j];
     centre[j] = count > Real(0) ? totals[0][p.x * N + j] / count : Real(0);
   }
-  each_input_row<T, kRagged>(a, p, [&](uint32_t, const Real (&u)[N]) {
+  const auto add = [&](uint32_t row, Real (&u)[N], const Extra<T, kJoined, kRagged>& addend) {
+    keep_sum<T, kJoined>(RowAt<T, kRagged>{p, row}, a.walk.joined, addend, u);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Real d = u[j] - centre[j];
@@ -37,7 +39,8 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
       sums[1][j] += d;
       sums[2][j] += d * d;
     }
-  });
+  };
+  each_input_row<T, kRagged, kJoined>(a, p, a.walk.joined.addend, add);
   column_totals<T, 3>(sums, totals);
   Real* part = a.part + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
   if (p.y > 0) return;
@@ -119,38 +122,43 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
 }
 
 // Round 5; also the whole of a frozen layer's forward pass.
-template <class T, bool kRagged, bool kNoise>
+template <class T, bool kRagged, bool kNoise, bool kJoined>
 __global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
   const ColumnPlace p = locate_column<T, kRagged>(a);
   load_tile<T>(a, p, tile);
-  const PhiloxSchedule keys(kNoise ? uint64_t(*a.walk.seed) : 0);
+  const bool noisy = draws_noise<kNoise, kJoined>(a.walk);
+  const PhiloxSchedule keys(noisy ? uint64_t(*a.walk.seed) : 0);
   Real weight[N], bias[N], noise[N];
   column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
   column_parameters<T>(a.walk.bias, a.walk.bias_in_storage, Real(0), p, bias);
   const GroupConstants<Real>* constants = tile + p.x * N;
 #pragma unroll
-  for (int j = 0; j < N; ++j) noise[j] = a.walk.noise_train * kNormalUnit<Real> * constants[j].noise_scale * weight[j];
+  for (int j = 0; j < N; ++j)
+    noise[j] = noisy ? a.walk.noise_train * kNormalUnit<Real> * constants[j].noise_scale * weight[j] : Real(0);
   const ColumnScales<N, Real> scales(constants);
   const ColumnSlants<N, Real> slants(constants, weight, p.span);
   with_any_care(slants.care, [&](auto tag) {
-    each_input_row<T, kRagged>(a, p, [&](uint32_t row, Real (&x)[N]) {
+    const auto write = [&](uint32_t row, Real (&x)[N], const Extra<T, kJoined, kRagged>& residual) {
       Real z[N] = {};
-      if constexpr (kNoise) row_normals<kRagged>(a.walk, p, row, keys, z);
+      if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
       reread_row<tag.value>(x, scales, slants, constants, weight);
 #pragma unroll
       for (int j = 0; j < N; ++j) x[j] = (kNoise ? fused(noise[j], z[j], x[j]) : x[j]) + bias[j];
+      join_output<kJoined>(RowAt<T, kRagged>{p, row}, a.walk.joined, residual, x);
       write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, x);
-    });
+    };
+    each_input_row<T, kRagged, kJoined>(a, p, a.walk.joined.residual, write);
   });
 }
 
 // The backward reduction, and the gradient of the input from its totals.
-template <class T, bool kRagged, bool kSums>
+template <class T, bool kRagged, bool kSums, bool kJoined>
 __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
+  using At = RowAt<T, kRagged>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
   __shared__ InputGradient<Real> gradients[kTileColumns<T>];
@@ -174,20 +182,27 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
   with_care(pass.care, [&](auto tag) {
     struct Raw {
       Fetched<T, kRagged> u, g;
+      Extra<T, kJoined, kRagged> activated;
+      Extra<T, kJoined && !kSums, kRagged> grad_sum;
     };
     const auto load = [&](uint32_t row, Raw& raw) {
       const uint64_t ahead = row + 3ull * a.splits * kColumnRows;  // the sums leave few registers to read ahead
       if (ahead < a.walk.runs) {
         expect(row_address<T>(a.walk.input, a.walk.at_input, p, uint32_t(ahead)));
         expect(row_address<T>(a.walk.grad, a.walk.at_grad, p, uint32_t(ahead)));
+        if constexpr (kJoined) At{p, uint32_t(ahead)}.expect(a.walk.joined.activated);
+        if constexpr (kJoined && !kSums) At{p, uint32_t(ahead)}.expect(a.walk.joined.grad_sum);
       }
       fetch_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u);
       fetch_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g);
+      fetch_mask<kJoined>(At{p, row}, a.walk.joined.activated, raw.activated);
+      fetch_joined<kJoined && !kSums>(At{p, row}, a.walk.joined.grad_sum, raw.grad_sum);
     };
     each_row<Raw, kRagged || kSums ? 1 : 2>(a, p, load, [&](uint32_t row, const Raw& raw) {
       Real u[N], g[N], z[N] = {};
       row_values<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u, u);
       row_values<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g, g);
+      join_mask<kJoined>(At{p, row}, a.walk.joined, raw.activated, g);
       if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
@@ -197,7 +212,10 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
         const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], weight[j], noise, z[j], constants);
         if constexpr (!kSums) u[j] = gradients[p.x * N + j](s.through_h, s.w, h);
       }
-      if constexpr (!kSums) write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, u);
+      if constexpr (!kSums) {
+        join_sum_gradient<kJoined>(At{p, row}, a.walk.joined, raw.grad_sum, u);
+        write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, u);
+      }
     });
   });
   if constexpr (kSums) {

@@ -31,9 +31,19 @@ constexpr uint32_t chunks_ahead() {
 #endif
 }
 
-// kPlanes numbers an element; kRegister chunks of N elements a thread in registers; kShared: shared memory as well.
+// The same of joined kernels, whose chunks are two or three tensors', and also on the way to registers.
+constexpr uint32_t joined_ahead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 1;
+#else
+  return 2;
+#endif
+}
+
+// kPlanes numbers an element; kRegister chunks of N elements a thread in registers; kShared: shared memory as well. Asked
+// for at a time: kAhead chunks on the way to shared memory, kAtOnce on the way to registers.
 template <class Real, int N, int kRegister, int kPlanes, bool kShared = true,
-          uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>()>
+          uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>(), uint32_t kAtOnce = kRegister>
 class Held {
  public:
   using Chunk = Real[kPlanes][N];
@@ -63,18 +73,19 @@ class Held {
   __device__ __forceinline__ void fill(Load load, F f, Hint hint = {}) {
     if constexpr (kShared && !std::is_same_v<Hint, NoHint>)
       for (uint32_t i = kRegister; i < kRegister + kHinted && i < mine_; ++i) hint(rank_ + i * size_);
-    Raw raw[kRegister];
-#pragma unroll
-    for (uint32_t i = 0; i < kRegister; ++i) {
-      if (i >= mine_) break;
-      load(rank_ + i * size_, raw[i]);
+    registers_beside<kAtOnce, Raw>(load, f);
+    if constexpr (kShared) shared_beside<false, true, kAhead, Raw>(load, f, hint);
+  }
+
+  // each<true, false>() where f wants a chunk of memory beside each of the values: load() and f() as in fill().
+  template <class Raw, class Load, class F>
+  __device__ __forceinline__ void each_beside(Load load, F f) {
+    if constexpr (std::is_empty_v<Raw>) {
+      each<true, false>([&](Chunk& values, uint32_t chunk, uint32_t slot) { f(values, chunk, slot, Raw()); });
+    } else {
+      registers_beside<kAhead, Raw>(load, f);
+      if constexpr (kShared) shared_beside<true, false, kAhead, Raw>(load, f, NoHint());
     }
-#pragma unroll
-    for (uint32_t i = 0; i < kRegister; ++i) {
-      if (i >= mine_) break;
-      f(register_[i], rank_ + i * size_, i, raw[i]);
-    }
-    if constexpr (kShared) fill_shared<Raw>(load, f, hint);
   }
 
  private:
@@ -85,24 +96,43 @@ class Held {
     return reinterpret_cast<Four<Real>*>(shared) + (kPlanes > 1 ? opaque(threadIdx.x) : threadIdx.x);
   }
 
-  template <class Raw, class Load, class F, class Hint>
-  __device__ __forceinline__ void fill_shared(Load load, F f, Hint hint) {
+  template <uint32_t kCount, class Raw, class Load, class F>
+  __device__ __forceinline__ void registers_beside(Load load, F f) {
+#pragma unroll
+    for (uint32_t first = 0; first < kRegister; first += kCount) {
+      Raw raw[kCount];
+#pragma unroll
+      for (uint32_t k = 0; k < kCount && first + k < kRegister; ++k) {
+        if (first + k >= mine_) break;
+        load(rank_ + (first + k) * size_, raw[k]);
+      }
+#pragma unroll
+      for (uint32_t k = 0; k < kCount && first + k < kRegister; ++k) {
+        if (first + k >= mine_) break;
+        f(register_[first + k], rank_ + (first + k) * size_, first + k, raw[k]);
+      }
+    }
+  }
+
+  template <bool kRead, bool kWrite, uint32_t kCount, class Raw, class Load, class F, class Hint>
+  __device__ __forceinline__ void shared_beside(Load load, F f, Hint hint) {
     NN_DYNAMIC_SHARED(raw_shared);
     Four<Real>* slot = first_slot(raw_shared);
 #pragma unroll 1
-    for (uint32_t i = kRegister; i < mine_; i += kAhead) {
-      Raw raw[kAhead];
+    for (uint32_t i = kRegister; i < mine_; i += kCount) {
+      Raw raw[kCount];
 #pragma unroll
-      for (uint32_t k = 0; k < kAhead; ++k) {
+      for (uint32_t k = 0; k < kCount; ++k) {
         if (i + k + kHinted < mine_) hint(rank_ + (i + k + kHinted) * size_);
         if (i + k < mine_) load(rank_ + (i + k) * size_, raw[k]);
       }
 #pragma unroll
-      for (uint32_t k = 0; k < kAhead; ++k) {
+      for (uint32_t k = 0; k < kCount; ++k) {
         if (i + k >= mine_) break;
         Chunk values;
+        if constexpr (kRead) take(slot, values);
         f(values, rank_ + (i + k) * size_, kRegister, raw[k]);
-        keep(slot, values);
+        if constexpr (kWrite) keep(slot, values);
         slot += kFours * blockDim.x;
       }
     }

@@ -31,12 +31,14 @@ struct Demand {
   int chunk_bytes = 0;             // of one chunk, as it is kept
   int register_chunks = 0;         // of a thread
   int team_register_chunks = 0;    // the same where blocks work together: their groups live mostly in shared memory
-  int largest_block = 0;           // threads for which there are registers: kForwardBlock or kBackwardBlock
+  int largest_block = 0;           // threads for which there are registers: of the kernel that will run
   int static_shared = 10240;       // bytes that the kernel's own buffers take, with room
   bool sums_elements = false;      // in registers alone, the gradients of a weight an element can be summed as well
 };
 
-constexpr int kForwardBlock = 512, kBackwardBlock = 384;  // with more threads their registers would spill
+// With more threads their registers would spill. Where a third tensor is on its way beside the backward pass's two, twelve
+// warps are a register or two short; the next number is eight, for registers are dealt out to quarters of a multiprocessor.
+constexpr int kForwardBlock = 512, kBackwardBlock = 384, kJoinedBackwardBlock = 256;
 constexpr int kLargestBlock = 512, kLargestCluster = 8;
 constexpr int kBlocksAtOnce = 2;  // of a multiprocessor, where blocks wait for one another
 constexpr int kGridMargin = 3;    // multiprocessors left to other streams' kernels in a cooperative launch

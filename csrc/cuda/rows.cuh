@@ -7,6 +7,7 @@
 
 #include "../core/device_math.h"
 #include "../core/statistics.h"
+#include "joined.cuh"
 #include "problem.h"
 #include "storage.cuh"
 
@@ -38,6 +39,16 @@ struct Walk : Strides {
   uint32_t gap = 0;
 };
 
+// What joined kernels read and write besides (problem.h); null data where there is none.
+struct JoinedTensor {
+  void* data;
+  Walk at;
+};
+struct Joined {
+  JoinedTensor residual, addend, sum, activated, grad_sum;
+  bool relu;
+};
+
 template <class Real>
 struct RowsArgs {
   int64_t length;
@@ -63,6 +74,7 @@ struct RowsArgs {
   int order;
   // backward: where sums for the parameters go, (parts, elements of the parameter); null where not wanted
   Real *weight_part, *bias_part;
+  Joined joined;
 };
 
 // One group's place in the tensors.
@@ -126,14 +138,6 @@ __device__ __forceinline__ void read_chunk(const void* tensor, int64_t group, co
   else load_span(p, c.span, out);
 }
 
-// A chunk of a tensor in two steps, so that many can be asked for before the first is waited for: fetch() and, of what
-// it brought, values(). kLate: values() reads, where there are no registers to spare; so it is for ragged chunks.
-template <class T, bool kLate>
-struct Fetched {
-  Packed raw;
-};
-template <class T>
-struct Fetched<T, true> {};
 template <class T, bool kRagged, bool kLate>  // kLate follows from `out`
 __device__ __forceinline__ void fetch(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
                                       Fetched<T, kLate>& out) {
@@ -153,6 +157,31 @@ __device__ __forceinline__ void write_chunk(void* tensor, int64_t group, const W
   if (!kRagged || c.whole) store_chunk(p, in);
   else store_span(p, c.span, in);
 }
+
+// A chunk's place in the tensors of joined kernels, `at` of joined.cuh.
+template <class T, bool kRagged>
+struct ChunkAt {
+  const GroupPlace& group;
+  const ChunkPlace& chunk;
+
+  template <bool kLate>
+  __device__ __forceinline__ void fetch(const JoinedTensor& t, Fetched<T, kLate>& out) const {
+    cuda::fetch<T, kRagged>(t.data, offset(t), t.at, chunk, out);
+  }
+  template <bool kLate>
+  __device__ __forceinline__ void values(const JoinedTensor& t, const Fetched<T, kLate>& fetched,
+                                         RealOf<T> (&out)[kChunkOf<T>]) const {
+    cuda::values<T, kRagged>(t.data, offset(t), t.at, chunk, fetched, out);
+  }
+  __device__ __forceinline__ void write(const JoinedTensor& t, const RealOf<T> (&in)[kChunkOf<T>]) const {
+    write_chunk<T, kRagged>(t.data, offset(t), t.at, chunk, in);
+  }
+
+ private:
+  __device__ int64_t offset(const JoinedTensor& t) const {
+    return group_offset<RealOf<T>>(t.at, group.outer, group.inner);
+  }
+};
 
 // The counter of the noise that serves a chunk's first element.
 template <int N, bool kRagged, class Real>

@@ -46,9 +46,11 @@ __device__ __forceinline__ void weighted_gradient(const RowsArgs<Real>& a, const
   }
 }
 
-template <class T, bool kRagged, bool kElementwise, class Team, int kRegister = kBackwardRegister<T>>
+template <class T, bool kRagged, bool kElementwise, class Team, int kRegister = kBackwardRegister<T>,
+          bool kJoined = false>
 class BackwardGroup {
   static constexpr int N = kChunkOf<T>;
+  using At = ChunkAt<T, kRagged>;
   using Real = RealOf<T>;
   using Chunk = Real (&)[3][N];  // G psi_h, w, h
 
@@ -66,17 +68,20 @@ class BackwardGroup {
       constexpr bool kLate = kRagged || tag.value != Care::kPlain;
       struct Raw {
         Fetched<T, kLate> u, g;
+        Extra<T, kJoined, kLate> activated;
       };
       const auto load = [&](uint32_t chunk, Raw& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         fetch<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u);
         fetch<T, kRagged>(a_.grad, place.grad, a_.at_grad, c, raw.g);
+        fetch_mask<kJoined>(At{place, c}, a_.joined.activated, raw.activated);
       };
       held_.template fill<Raw>(load, [&](Chunk kept, uint32_t chunk, uint32_t slot, const Raw& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         Real g[N], x[N];
         values<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u, kept[2]);
         values<T, kRagged>(a_.grad, place.grad, a_.at_grad, c, raw.g, g);
+        join_mask<kJoined>(At{place, c}, a_.joined, raw.activated, g);
         weighted_gradient<T, kRagged>(a_, place, c, g, kept[0]);
         slopes<tag.value>(c.span, constants, kept, x, sums);
         if constexpr (kElementwise) {
@@ -93,11 +98,17 @@ class BackwardGroup {
   }
 
   __device__ __forceinline__ void write(const GroupPlace& place, const InputGradient<Real>& du) {
-    held_.template each<true, false>([&](Chunk kept, uint32_t chunk, uint32_t) {
+    using Raw = Extra<T, kJoined, kRagged>;
+    const auto load = [&](uint32_t chunk, Raw& raw) {
+      const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
+      fetch_joined<kJoined>(At{place, c}, a_.joined.grad_sum, raw);
+    };
+    held_.template each_beside<Raw>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const Raw& grad_sum) {
       Real out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = du(kept[0][j], kept[1][j], kept[2][j]);
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
+      join_sum_gradient<kJoined>(At{place, c}, a_.joined, grad_sum, out);
       write_chunk<T, kRagged>(a_.output, place.output, a_.at_output, c, out);
     });
   }
@@ -154,16 +165,19 @@ class BackwardGroup {
 
   const RowsArgs<Real>& a_;
   Team& team_;
-  Held<Real, N, kRegister, 3, !kElementwise> held_;
+  static constexpr uint32_t kAhead = kJoined ? joined_ahead() : chunks_ahead<kRegister * N, 3>();
+  Held<Real, N, kRegister, 3, !kElementwise, kAhead, kJoined ? joined_ahead() : kRegister> held_;
   ElementSums<T, kElementwise, kRegister> element_;
 };
 
-template <class T, bool kRagged, bool kElementwise, class Team>
-__global__ void __launch_bounds__(kBackwardBlock, 1) rows_backward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
+template <class T, bool kRagged, bool kElementwise, class Team, bool kJoined>
+__global__ void __launch_bounds__(kJoined ? kJoinedBackwardBlock : kBackwardBlock, 1)
+rows_backward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
   using Real = RealOf<T>;
   Team team(sync);
   constexpr bool kAlone = kElementwise || std::is_same_v<Team, BlockTeam<Real>>;
-  BackwardGroup<T, kRagged, kElementwise, Team, kAlone ? kBackwardRegister<T> : kTeamBackwardRegister<T>> pass(a, team);
+  constexpr int kRegister = kAlone ? kBackwardRegister<T> : kTeamBackwardRegister<T>;
+  BackwardGroup<T, kRagged, kElementwise, Team, kRegister, kJoined> pass(a, team);
 #pragma unroll 1
   for (uint32_t group = team.index(); group < a.groups; group += team.count()) {
     const GroupPlace place = locate_group(a, group);

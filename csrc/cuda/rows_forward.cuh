@@ -28,13 +28,14 @@ __device__ inline void write_statistics(const RowsArgs<Real>& a, uint32_t group,
   s[kCurvature * groups] = e.curvature;
 }
 
-// out = weight (x + noise z) + bias for one chunk, and its way to memory. noise includes kNormalUnit.
-template <class T, bool kRagged, bool kNoise, class Real>
+// out = weight (x + noise z) + bias for one chunk, what is joined to it, and its way to memory. noise includes kNormalUnit;
+// `residual` as it was fetched.
+template <class T, bool kRagged, bool kNoise, bool kJoined, class Raw, class Real>
 __device__ __forceinline__ void output_round(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                              const PhiloxSchedule& keys, Real noise, GroupAffine<Real> affine,
-                                             Real (&x)[kChunkOf<T>]) {
+                                             const Raw& residual, Real (&x)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
-  if constexpr (kNoise) add_noise<kRagged>(a, g, c, keys, noise, x);
+  if (draws_noise<kNoise, kJoined>(a)) add_noise<kRagged>(a, g, c, keys, noise, x);
   if (a.affine == Affine::kPerElement) {
     Real weight[N], bias[N];
     element_parameters<T, kRagged>(a.weight, a.weight_in_storage, Real(1), c, weight);
@@ -46,12 +47,14 @@ __device__ __forceinline__ void output_round(const RowsArgs<Real>& a, const Grou
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] = x[j] * affine.weight + affine.bias;
   }
+  join_output<kJoined>(ChunkAt<T, kRagged>{g, c}, a.joined, residual, x);
   write_chunk<T, kRagged>(a.output, g.output, a.at_output, c, x);
 }
 
-template <class T, bool kRagged, bool kNoise, class Team, int kRegister = kForwardRegister<T>>
+template <class T, bool kRagged, bool kNoise, class Team, int kRegister = kForwardRegister<T>, bool kJoined = false>
 class ForwardGroup {
   static constexpr int N = kChunkOf<T>;
+  using At = ChunkAt<T, kRagged>;
   using Real = RealOf<T>;
   using Chunk = Real (&)[1][N];
 
@@ -63,13 +66,19 @@ class ForwardGroup {
   // digits. Leaves u minus the pilot.
   __device__ __forceinline__ Moments1<Real> moments(const GroupPlace& g) {
     Real pilot = 0, sum = 0, squares = 0, count = 0;
-    using Raw = Fetched<T, kRagged>;
+    struct Raw {
+      Fetched<T, kRagged> u;
+      Extra<T, kJoined, kRagged> addend;
+    };
     const auto load = [&](uint32_t chunk, Raw& raw) {
-      fetch<T, kRagged, kRagged>(a_.input, g.input, a_.at_input, locate_chunk<kRagged, N>(a_, g, chunk), raw);
+      const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
+      fetch<T, kRagged>(a_.input, g.input, a_.at_input, c, raw.u);
+      fetch_joined<kJoined>(At{g, c}, a_.joined.addend, raw.addend);
     };
     held_.template fill<Raw>(load, [&](Chunk x, uint32_t chunk, uint32_t slot, const Raw& raw) {
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
-      values<T, kRagged, kRagged>(a_.input, g.input, a_.at_input, c, raw, x[0]);
+      values<T, kRagged>(a_.input, g.input, a_.at_input, c, raw.u, x[0]);
+      keep_sum<T, kJoined>(At{g, c}, a_.joined, raw.addend, x[0]);
       const int elements = kRagged ? c.span.count() : N;
       if (kRagged ? count == Real(0) : slot == 0) pilot = chunk_sum(x[0]) / Real(elements > 0 ? elements : 1);
 #pragma unroll
@@ -128,8 +137,8 @@ class ForwardGroup {
   __device__ __forceinline__ void write_noisy(const GroupPlace& g, uint64_t seed, Real noise) {
     const PhiloxSchedule keys(seed);
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
-    held_.template each<true, false>([&](Chunk x, uint32_t chunk, uint32_t) {
-      output_round<T, kRagged, true>(a_, g, locate_chunk<kRagged, N>(a_, g, chunk), keys, noise, affine, x[0]);
+    each_output(g, [&](Chunk x, const ChunkPlace& c, const Residual& residual) {
+      output_round<T, kRagged, true, kJoined>(a_, g, c, keys, noise, affine, residual, x[0]);
     });
   }
 
@@ -137,10 +146,9 @@ class ForwardGroup {
   __device__ __forceinline__ void write_plain(const GroupPlace& g, const Exponents<Real>& e, Care care) {
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
     with_care(care, [&](auto tag) {
-      held_.template each<true, false>([&](Chunk x, uint32_t chunk, uint32_t) {
+      each_output(g, [&](Chunk x, const ChunkPlace& c, const Residual& residual) {
         transform_chunk<tag.value>(x[0], e);
-        const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
-        output_round<T, kRagged, false>(a_, g, c, PhiloxSchedule(), Real(0), affine, x[0]);
+        output_round<T, kRagged, false, kJoined>(a_, g, c, PhiloxSchedule(), Real(0), affine, residual, x[0]);
       });
     });
   }
@@ -148,12 +156,36 @@ class ForwardGroup {
  private:
   const RowsArgs<Real>& a_;
   Team& team_;
+
+  // f(values, chunk's place, the residual there) over what is held.
+  using Residual = Extra<T, kJoined, kRagged>;
+  template <class F>
+  __device__ __forceinline__ void each_output(const GroupPlace& g, F f) {
+    const auto load = [&](uint32_t chunk, Residual& raw) {
+      const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
+      fetch_joined<kJoined>(At{g, c}, a_.joined.residual, raw);
+    };
+    held_.template each_beside<Residual>(load, [&](Chunk x, uint32_t chunk, uint32_t, const Residual& residual) {
+      f(x, locate_chunk<kRagged, N>(a_, g, chunk), residual);
+    });
+  }
+
+  // The group's first element as it is normalized, but for its rounding.
+  __device__ __forceinline__ Real first_element(const GroupPlace& g) const {
+    Real first = to_real(static_cast<const T*>(a_.input)[g.input]);
+    if constexpr (kJoined) {
+      const JoinedTensor& addend = a_.joined.addend;
+      if (addend.data) first += to_real(static_cast<const T*>(addend.data)[group_offset<Real>(addend.at, g.outer, g.inner)]);
+    }
+    return first;
+  }
+
   // The group's moments from each thread's, and pilot_. Of float threads the totals are taken in double, around the
   // group's first element: one reduction, where in the same precision it takes two. However far the group is from zero,
   // its first element lies within sqrt(n) deviations of the mean, so that n 1e-16 of the variance cancels.
   __device__ __forceinline__ Moments1<Real> finish(const GroupPlace& g, Real pilot, Real count, Real sum, Real squares) {
     if constexpr (sizeof(Real) == 4) {
-      const Real first = to_real(static_cast<const T*>(a_.input)[g.input]);
+      const Real first = first_element(g);
       const double from_first = double(pilot) - first, shifted = from_first * count + sum;
       double total[2] = {shifted, squares + from_first * (shifted + sum)};
       team_.sum(total);
@@ -174,15 +206,16 @@ class ForwardGroup {
     }
   }
 
-  Held<Real, N, kRegister, 1, true, chunks_ahead<kRegister * N, 1, kNoise>()> held_;
+  static constexpr uint32_t kAhead = kJoined ? joined_ahead() : chunks_ahead<kRegister * N, 1, kNoise>();
+  Held<Real, N, kRegister, 1, true, kAhead, kJoined ? joined_ahead() : kRegister> held_;
   Real pilot_ = 0;  // minus the group's rounded mean
 };
 
-template <class T, bool kRagged, bool kNoise, class Team>
+template <class T, bool kRagged, bool kNoise, class Team, bool kJoined>
 __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const RowsArgs<RealOf<T>> a, typename Team::Sync sync) {
   using Real = RealOf<T>;
   Team team(sync);
-  ForwardGroup<T, kRagged, kNoise, Team> pass(a, team);
+  ForwardGroup<T, kRagged, kNoise, Team, kForwardRegister<T>, kJoined> pass(a, team);
 #pragma unroll 1
   for (uint32_t group = team.index(); group < a.groups; group += team.count()) {
     const GroupPlace g = locate_group(a, group);
@@ -194,9 +227,11 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const RowsArgs<
     if (team.rank() == 0) write_statistics(a, group, m, estimate);
     Real scale = 0;
     if constexpr (kNoise) {
+      const bool noisy = draws_noise<kNoise, kJoined>(a);
       const Real mean = pass.transform(e, care);
-      scale = a.given_scale ? a.stats[int64_t(kNoiseScale) * a.groups + group] : pass.deviation(g, mean);
-      pass.write_noisy(locate_group(a, opaque(group)), uint64_t(*a.seed), a.noise_train * scale * kNormalUnit<Real>);
+      if (noisy) scale = a.given_scale ? a.stats[int64_t(kNoiseScale) * a.groups + group] : pass.deviation(g, mean);
+      const Real noise = a.noise_train * scale * kNormalUnit<Real>;
+      pass.write_noisy(locate_group(a, opaque(group)), noisy ? uint64_t(*a.seed) : 0, noise);
     } else {
       pass.write_plain(g, e, care);
     }

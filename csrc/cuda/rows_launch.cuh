@@ -52,16 +52,42 @@ inline bool counts_in_32_bits(const Geometry& g, const Strides& s, int64_t unit)
   return ((g.runs - 1) * s.run + g.length) / unit < int64_t(1) << 32;
 }
 
+// f(tensor) for all that a pass reads and writes; only some of a pass's tensors are there.
+template <class F>
+void each_operand(const Problem& p, bool backward, F f) {
+  const auto given = [&](const Operand& t) {
+    if (t.data) f(t);
+  };
+  f(p.input);
+  given(p.output);
+  if (backward) {
+    f(p.grad_output);
+    if (p.relu) given(p.activated);
+    given(p.grad_sum);
+  } else {
+    given(p.residual);
+    given(p.addend);
+    if (p.addend.data) f(p.sum);
+  }
+}
+
+// Whether a pass joins anything to itself where it is first to read a group, and where it is last to.
+inline bool joins_first(const Problem& p, bool backward) { return backward ? p.relu : p.addend.data != nullptr; }
+inline bool joins_last(const Problem& p, bool backward) {
+  return p.relu || (backward ? p.grad_sum.data : p.residual.data);
+}
+inline bool joins(const Problem& p, bool backward) { return joins_first(p, backward) || joins_last(p, backward); }
+
 // Where all tensors agree about chunk boundaries in memory, and the noise has none of its counters across one.
 template <class T>
 ChunkMode chunk_mode(const Problem& p, bool backward) {
   constexpr int N = kChunkOf<T>;
-  const Operand* tensors[3] = {&p.input, p.output.data ? &p.output : &p.input, backward ? &p.grad_output : &p.input};
   const int64_t base = elements_past_boundary<T>(p.input.data);
   ChunkMode m;
   m.wide = sizeof(T) < 8;
-  for (const Operand* t : tensors)
-    m.wide = m.wide && elements_past_boundary<T>(t->data) == base && congruent(p, t->stride, p.input.stride, N);
+  each_operand(p, backward, [&](const Operand& t) {
+    m.wide = m.wide && elements_past_boundary<T>(t.data) == base && congruent(p, t.stride, p.input.stride, N);
+  });
   if (p.noise.on) m.wide = m.wide && base % 4 == 0 && congruent(p, p.noise.position, p.input.stride, 4);
   m.origin = m.wide ? p.input.stride : p.noise.position;
   m.base = m.wide ? base : 0;
@@ -69,7 +95,9 @@ ChunkMode chunk_mode(const Problem& p, bool backward) {
                                                                       reinterpret_cast<uintptr_t>(p.bias.data) % 16 == 0);
   m.ragged = !m.wide || base != 0 || p.geometry.length % N != 0 || !congruent(p, m.origin, Strides(), N) ||
              !parameters_aligned;
-  for (const Operand* t : tensors) m.ragged = m.ragged || !counts_in_32_bits(p.geometry, t->stride, N);
+  each_operand(p, backward, [&](const Operand& t) {
+    m.ragged = m.ragged || !counts_in_32_bits(p.geometry, t.stride, N);
+  });
   m.ragged = m.ragged || !counts_in_32_bits(p.geometry, p.noise.position, 4);
   return m;
 }
@@ -80,6 +108,10 @@ inline Walk walk_of(const Geometry& g, const Strides& s, int64_t unit) {
   static_cast<Strides&>(w) = s;
   w.gap = uint32_t(s.run / unit - g.length / unit);
   return w;
+}
+
+inline JoinedTensor joined_tensor(const Geometry& g, const Operand& t, int64_t unit) {
+  return {t.data, walk_of(g, t.stride, unit)};
 }
 
 template <class T>
@@ -113,6 +145,18 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   a.eps = Real(p.eps), a.root_eps = Real(std::sqrt(p.eps));
   a.alpha = Real(p.alpha), a.transform_eps = Real(p.transform_eps);
   a.order = p.order;
+  const auto joined = [&](const Operand& t) { return joined_tensor(p.geometry, t, N); };
+  a.joined = {joined(p.residual), joined(p.addend), joined(p.sum), joined(p.relu ? p.activated : Operand()),
+              joined(p.grad_sum), p.relu};
+  return a;
+}
+
+// What the rounds after the first read: where there is one, the sum that it has written.
+template <class Real>
+RowsArgs<Real> after_first_round(RowsArgs<Real> a) {
+  if (a.joined.addend.data == nullptr) return a;
+  a.input = a.joined.sum.data;
+  a.at_input = a.joined.sum.at;
   return a;
 }
 

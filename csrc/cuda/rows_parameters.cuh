@@ -15,6 +15,7 @@ __device__ __forceinline__ void parameter_terms(const RowsArgs<Real>& a, const G
                                                 Real (&x)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
   read_chunk<T, kRagged>(a.grad, g.grad, a.at_grad, c, grad);
+  join_mask<true>(ChunkAt<T, kRagged>{g, c}, a.joined, Fetched<T, true>(), grad);
   if (a.weight_part == nullptr) return;
   read_chunk<T, kRagged>(a.input, g.input, a.at_input, c, x);
   with_care(k.care, [&](auto tag) { input_to_x<tag.value>(k, x); });

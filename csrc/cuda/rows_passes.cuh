@@ -28,7 +28,7 @@ class RowsPass {
     // A thread can sum the gradients of its chunks' weights itself where its chunks are the same columns of every row.
     const bool element_gradients = backward && p.affine == Affine::kPerElement && wants_parameters();
     d.sums_elements = element_gradients && !mode_.ragged;
-    d.largest_block = backward ? kBackwardBlock : kForwardBlock;
+    d.largest_block = !backward ? kForwardBlock : joins(p, true) ? kJoinedBackwardBlock : kBackwardBlock;
     chunk_bytes_ = size_t(d.chunk_bytes);
     choose(d, device);
     place(device);
@@ -95,7 +95,8 @@ class RowsPass {
   void place_stream(Carver& carver, const Device& device) {
     stream_args_.rows = args_;
     const int64_t groups = p_.geometry.groups();
-    const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * (backward_ ? 2 : 1);
+    const int again = backward_ ? (p_.relu ? 3 : 2) : 1;  // tensors
+    const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
     wave_ = kWaveBytes / bytes;
     wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;
     const int64_t most = divide_up(args_.chunks, kStreamThreads);
@@ -140,22 +141,29 @@ class RowsPass {
 
   template <bool kRagged>
   TeamKernels<Real> forward_kernels() const {
-    if (args_.noise)
-      return {rows_forward<T, kRagged, true, BlockTeam<Real>>, rows_forward<T, kRagged, true, ClusterTeam<Real>>,
-              rows_forward<T, kRagged, true, GridTeam<Real>>};
-    return {rows_forward<T, kRagged, false, BlockTeam<Real>>, rows_forward<T, kRagged, false, ClusterTeam<Real>>,
-            rows_forward<T, kRagged, false, GridTeam<Real>>};
+    if (joins(p_, false)) return forward_kernels<kRagged, true, true>();
+    return args_.noise ? forward_kernels<kRagged, true, false>() : forward_kernels<kRagged, false, false>();
+  }
+  template <bool kRagged, bool kNoise, bool kJoined>
+  TeamKernels<Real> forward_kernels() const {
+    return {rows_forward<T, kRagged, kNoise, BlockTeam<Real>, kJoined>,
+            rows_forward<T, kRagged, kNoise, ClusterTeam<Real>, kJoined>,
+            rows_forward<T, kRagged, kNoise, GridTeam<Real>, kJoined>};
   }
 
   template <bool kRagged>
   TeamKernels<Real> backward_kernels() const {
-    TeamKernels<Real> k = {rows_backward<T, kRagged, false, BlockTeam<Real>>,
-                           rows_backward<T, kRagged, false, ClusterTeam<Real>>,
-                           rows_backward<T, kRagged, false, GridTeam<Real>>};
+    return joins(p_, true) ? backward_kernels<kRagged, true>() : backward_kernels<kRagged, false>();
+  }
+  template <bool kRagged, bool kJoined>
+  TeamKernels<Real> backward_kernels() const {
+    TeamKernels<Real> k = {rows_backward<T, kRagged, false, BlockTeam<Real>, kJoined>,
+                           rows_backward<T, kRagged, false, ClusterTeam<Real>, kJoined>,
+                           rows_backward<T, kRagged, false, GridTeam<Real>, kJoined>};
     if constexpr (!kRagged)
       if (fused_) {
-        k.block = rows_backward<T, kRagged, true, BlockTeam<Real>>;
-        k.cluster = rows_backward<T, kRagged, true, ClusterTeam<Real>>;
+        k.block = rows_backward<T, kRagged, true, BlockTeam<Real>, kJoined>;
+        k.cluster = rows_backward<T, kRagged, true, ClusterTeam<Real>, kJoined>;
       }
     return k;
   }
@@ -191,10 +199,12 @@ class RowsPass {
 
   template <bool kRagged>
   int stream_forward() const {
-    return each_wave([&](const StreamArgs<Real>& s, unsigned groups) {
+    return each_wave([&](StreamArgs<Real> s, unsigned groups) {
       int e = 0;
       if (!p_.frozen) {
-        e = round(stream_moments<T, kRagged>, stream_finish<T, Finish::kMoments>, s, groups);
+        const auto joined = stream_moments<T, kRagged, true>, plain = stream_moments<T, kRagged, false>;
+        e = round(joins_first(p_, false) ? joined : plain, stream_finish<T, Finish::kMoments>, s, groups);
+        s.rows = after_first_round(s.rows);
         if (!e) e = round(stream_lambda<T, kRagged>, stream_finish<T, Finish::kLambda>, s, groups);
       }
       if (!e && args_.noise && !args_.given_scale) {
@@ -202,16 +212,25 @@ class RowsPass {
         if (!e) e = round(stream_x<T, kRagged, true>, stream_finish<T, Finish::kDeviation>, s, groups);
       }
       if (e) return e;
-      return round(args_.noise ? stream_output<T, kRagged, true> : stream_output<T, kRagged, false>, s, groups);
+      if (joins_last(p_, false)) return round(stream_output<T, kRagged, true, true>, s, groups);
+      const auto noisy = stream_output<T, kRagged, true, false>, quiet = stream_output<T, kRagged, false, false>;
+      return round(args_.noise ? noisy : quiet, s, groups);
     });
+  }
+
+  using StreamKernel = void (*)(const StreamArgs<Real>);
+  template <bool kRagged, bool kSums>
+  static StreamKernel gradient_kernel(bool joined) {
+    return joined ? stream_gradient<T, kRagged, kSums, true> : stream_gradient<T, kRagged, kSums, false>;
   }
 
   template <bool kRagged>
   int stream_backward() const {
     return each_wave([&](const StreamArgs<Real>& s, unsigned groups) {
-      int e = round(stream_gradient<T, kRagged, true>, stream_finish<T, Finish::kGradient>, s, groups);
-      if (!e && args_.output) e = round(stream_gradient<T, kRagged, false>, s, groups);
-      return e;
+      const auto sums = gradient_kernel<kRagged, true>(joins_first(p_, true));
+      const int e = round(sums, stream_finish<T, Finish::kGradient>, s, groups);
+      if (e || !args_.output) return e;
+      return round(gradient_kernel<kRagged, false>(joins_last(p_, true)), s, groups);
     });
   }
 

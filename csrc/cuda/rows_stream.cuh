@@ -52,29 +52,42 @@ __device__ __forceinline__ void each_ahead(uint32_t first, uint32_t end, uint32_
 }
 
 constexpr int kStreamAhead = 2;
+constexpr int kJoinedGradientAhead = 1;  // of three or four tensors, for which there are registers in two blocks
 
 // f(chunk's place, raw) over a block's chunks; load(chunk's place, raw).
-template <bool kRagged, int N, class Raw, class Real, class Load, class F>
+template <bool kRagged, int N, class Raw, int kAhead = kStreamAhead, class Real, class Load, class F>
 __device__ __forceinline__ void each_chunk(const StreamArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load, F f) {
-  each_ahead<Raw, kStreamAhead>(
+  each_ahead<Raw, kAhead>(
       split * blockDim.x + threadIdx.x, s.rows.chunks, s.splits * blockDim.x,
       [&](uint32_t chunk, Raw& raw) { load(locate_chunk<kRagged, N>(s.rows, g, chunk), raw); },
       [&](uint32_t chunk, const Raw& raw) { f(locate_chunk<kRagged, N>(s.rows, g, chunk), raw); });
 }
 
-// The same where only the input is read: f(chunk's place, values).
+// The same where only the input is read, and in joined kernels a tensor beside it: f(chunk's place, values, what was
+// fetched of `beside`).
+template <class T, bool kRagged, bool kJoined, class Real, class F>
+__device__ __forceinline__ void each_input(const StreamArgs<Real>& s, const GroupPlace& g, uint32_t split,
+                                           const JoinedTensor& beside, F f) {
+  constexpr int N = kChunkOf<T>;
+  struct Raw {
+    Fetched<T, kRagged> u;
+    Extra<T, kJoined, kRagged> beside;
+  };
+  const RowsArgs<Real>& a = s.rows;
+  const auto load = [&](const ChunkPlace& c, Raw& raw) {
+    fetch<T, kRagged>(a.input, g.input, a.at_input, c, raw.u);
+    fetch_joined<kJoined>(ChunkAt<T, kRagged>{g, c}, beside, raw.beside);
+  };
+  each_chunk<kRagged, N, Raw>(s, g, split, load, [&](const ChunkPlace& c, const Raw& raw) {
+    Real u[N];
+    values<T, kRagged>(a.input, g.input, a.at_input, c, raw.u, u);
+    f(c, u, raw.beside);
+  });
+}
 template <class T, bool kRagged, class Real, class F>
 __device__ __forceinline__ void each_input(const StreamArgs<Real>& s, const GroupPlace& g, uint32_t split, F f) {
-  constexpr int N = kChunkOf<T>;
-  using Raw = Fetched<T, kRagged>;
-  const RowsArgs<Real>& a = s.rows;
-  each_chunk<kRagged, N, Raw>(
-      s, g, split, [&](const ChunkPlace& c, Raw& raw) { fetch<T, kRagged>(a.input, g.input, a.at_input, c, raw); },
-      [&](const ChunkPlace& c, const Raw& raw) {
-        Real u[N];
-        values<T, kRagged>(a.input, g.input, a.at_input, c, raw, u);
-        f(c, u);
-      });
+  each_input<T, kRagged, false>(s, g, split, s.rows.joined.addend,
+                                [&](const ChunkPlace& c, Real (&u)[kChunkOf<T>], const Fetched<T, true>&) { f(c, u); });
 }
 
 template <int K, class Real>
@@ -88,8 +101,9 @@ __device__ inline void write_part(const StreamArgs<Real>& s, const Slice& slice,
 }
 
 // Round 1. Each block sums around a pilot of its own, the mean of the first chunks it reads, so that an offset of the
-// data does not cancel digits; leaves (count, pilot, mean less the pilot, sum of squares around the mean).
-template <class T, bool kRagged>
+// data does not cancel digits; leaves (count, pilot, mean less the pilot, sum of squares around the mean). Joined, it
+// writes the sum, which the other rounds read as their input.
+template <class T, bool kRagged, bool kJoined>
 __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
@@ -102,6 +116,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArg
     const ChunkPlace c = locate_chunk<kRagged, N>(s.rows, g, first);
     Real u[N];
     read_chunk<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, u);
+    join_addend<T, kJoined>(ChunkAt<T, kRagged>{g, c}, s.rows.joined, Fetched<T, true>(), u);
 #pragma unroll
     for (int j = 0; j < N; ++j) pilot[0] += u[j];
     pilot[1] = c.span.hi > c.span.lo ? Real(c.span.hi - c.span.lo) : Real(0);
@@ -109,7 +124,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArg
   team.sum(pilot);
   const Real centre = pilot[1] > Real(0) ? pilot[0] / pilot[1] : Real(0);
   Real sums[3] = {0, 0, 0};
-  each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, const Real (&u)[N]) {
+  const auto add = [&](const ChunkPlace& c, Real (&u)[N], const Extra<T, kJoined, kRagged>& addend) {
+    keep_sum<T, kJoined>(ChunkAt<T, kRagged>{g, c}, s.rows.joined, addend, u);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Real d = !kRagged || c.span.has(j) ? u[j] - centre : Real(0);
@@ -117,7 +133,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamArg
       sums[2] += d * d;
     }
     sums[0] += c.span.hi > c.span.lo ? Real(c.span.hi - c.span.lo) : Real(0);
-  });
+  };
+  each_input<T, kRagged, kJoined>(s, g, slice.split, s.rows.joined.addend, add);
   team.sum(sums);
   if (threadIdx.x > 0) return;
   Real* part = s.part + (size_t(slice.local) * s.splits + slice.split) * kMaxSums;
@@ -187,28 +204,30 @@ __global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamArgs<Real
 }
 
 // Round 5; also the whole of a frozen layer's forward pass.
-template <class T, bool kRagged, bool kNoise>
+template <class T, bool kRagged, bool kNoise, bool kJoined>
 __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   const Slice slice = locate_slice(s);
   const GroupPlace g = locate_group(s.rows, slice.group);
   const GroupConstants<Real> k = constants_of(s.rows, slice.group);
-  const PhiloxSchedule keys(kNoise ? uint64_t(*s.rows.seed) : 0);
+  const PhiloxSchedule keys(draws_noise<kNoise, kJoined>(s.rows) ? uint64_t(*s.rows.seed) : 0);
   const GroupAffine<Real> affine = group_affine<T>(s.rows, g);
   const Real noise = s.rows.noise_train * k.noise_scale * kNormalUnit<Real>;
   with_any_care(k.care, [&](auto tag) {
-    each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, Real (&x)[N]) {
+    const auto write = [&](const ChunkPlace& c, Real (&x)[N], const Extra<T, kJoined, kRagged>& residual) {
       input_to_x<tag.value>(k, x);
-      output_round<T, kRagged, kNoise>(s.rows, g, c, keys, noise, affine, x);
-    });
+      output_round<T, kRagged, kNoise, kJoined>(s.rows, g, c, keys, noise, affine, residual, x);
+    };
+    each_input<T, kRagged, kJoined>(s, g, slice.split, s.rows.joined.residual, write);
   });
 }
 
 // The backward reduction, and the gradient of the input from its totals.
-template <class T, bool kRagged, bool kSums>
-__global__ void __launch_bounds__(kStreamThreads, 3) stream_gradient(const StreamArgs<RealOf<T>> s) {
+template <class T, bool kRagged, bool kSums, bool kJoined>
+__global__ void __launch_bounds__(kStreamThreads, kJoined ? 2 : 3) stream_gradient(const StreamArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
+  using At = ChunkAt<T, kRagged>;
   constexpr int N = kChunkOf<T>;
   const Slice slice = locate_slice(s);
   const GroupPlace g = locate_group(s.rows, slice.group);
@@ -225,15 +244,22 @@ __global__ void __launch_bounds__(kStreamThreads, 3) stream_gradient(const Strea
   with_care(k.care, [&](auto tag) {
     struct Raw {
       Fetched<T, kRagged> u, grad;
+      Extra<T, kJoined, kRagged> activated;
+      Extra<T, kJoined && !kSums, kRagged> grad_sum;
     };
     const auto load = [&](const ChunkPlace& c, Raw& raw) {
+      const At at = {g, c};
       fetch<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, raw.u);
       fetch<T, kRagged>(s.rows.grad, g.grad, s.rows.at_grad, c, raw.grad);
+      fetch_mask<kJoined>(at, s.rows.joined.activated, raw.activated);
+      fetch_joined<kJoined && !kSums>(at, s.rows.joined.grad_sum, raw.grad_sum);
     };
-    each_chunk<kRagged, N, Raw>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
+    constexpr int kAhead = kJoined ? kJoinedGradientAhead : kStreamAhead;
+    each_chunk<kRagged, N, Raw, kAhead>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
       Real u[N], grad[N], weighted[N], x[N];
       values<T, kRagged>(s.rows.input, g.input, s.rows.at_input, c, raw.u, u);
       values<T, kRagged>(s.rows.grad, g.grad, s.rows.at_grad, c, raw.grad, grad);
+      join_mask<kJoined>(At{g, c}, s.rows.joined, raw.activated, grad);
       weighted_gradient<T, kRagged>(s.rows, g, c, grad, weighted);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
@@ -245,6 +271,7 @@ __global__ void __launch_bounds__(kStreamThreads, 3) stream_gradient(const Strea
         u[j] = du(slope.through_h, slope.w, h);
       }
       if constexpr (!kSums) {
+        join_sum_gradient<kJoined>(At{g, c}, s.rows.joined, raw.grad_sum, u);
         write_chunk<T, kRagged>(s.rows.output, g.output, s.rows.at_output, c, u);
       } else {
         if (noisy) add_noise<kRagged>(s.rows, g, c, keys, noise, x);

@@ -90,6 +90,23 @@ __device__ __forceinline__ Packed load_packed(const void* p) {
 #endif
 }
 
+template <class T>
+__device__ __forceinline__ Packed pack_chunk(const float (&in)[kChunkOf<T>]) {
+  constexpr int per_word = kChunkOf<T> / 4;
+  Packed raw;
+  raw.x = pack(in, T{});
+  raw.y = pack(in + per_word, T{});
+  raw.z = pack(in + 2 * per_word, T{});
+  raw.w = pack(in + 3 * per_word, T{});
+  return raw;
+}
+
+// Numbers as they come back from memory.
+template <class T, int N>
+__device__ __forceinline__ void round_chunk(RealOf<T> (&x)[N]) {
+  if constexpr (sizeof(T) < sizeof(RealOf<T>)) unpack_chunk<T>(pack_chunk<T>(x), x);
+}
+
 // A whole chunk by one 128-bit access; p is aligned to 16 bytes.
 template <class T>
 __device__ inline void load_chunk(const T* p, float (&out)[kChunkOf<T>]) {
@@ -97,17 +114,12 @@ __device__ inline void load_chunk(const T* p, float (&out)[kChunkOf<T>]) {
 }
 template <class T>
 __device__ inline void store_chunk(T* p, const float (&in)[kChunkOf<T>]) {
-  constexpr int per_word = kChunkOf<T> / 4;
-  uint4 raw;
-  raw.x = pack(in, T{});
-  raw.y = pack(in + per_word, T{});
-  raw.z = pack(in + 2 * per_word, T{});
-  raw.w = pack(in + 3 * per_word, T{});
+  const Packed raw = pack_chunk<T>(in);
 #if defined(__CUDA_ARCH__)
   // spelt out, because the optimiser tears a plain store to pieces where its words come out of a branch
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
 #else
-  *reinterpret_cast<uint4*>(p) = raw;
+  *reinterpret_cast<Packed*>(p) = raw;
 #endif
 }
 // float64 goes element by element: nothing about it is worth a wide path.
@@ -117,6 +129,15 @@ __device__ inline void load_chunk(const double* p, double (&out)[4]) {
 __device__ inline void store_chunk(double* p, const double (&in)[4]) {
   for (int j = 0; j < 4; ++j) p[j] = in[j];
 }
+
+// A chunk of a tensor in two steps, so that many can be asked for before the first is waited for: a walk's fetch() and, of
+// what it brought, values(). kLate: values() reads, where there are no registers to spare; so it is for ragged chunks.
+template <class T, bool kLate>
+struct Fetched {
+  Packed raw;
+};
+template <class T>
+struct Fetched<T, true> {};
 
 // Elements [lo, hi) of a chunk; the others are zero, and neither read nor written.
 struct Span {

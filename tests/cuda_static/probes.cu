@@ -9,12 +9,21 @@ using namespace normnorm::cuda;
 
 namespace {
 
-template <class T, bool kNoise, int kRegister>
+// What a joined probe reads besides is there, so that nothing is asked.
+__device__ __forceinline__ void join(Joined& joined) {
+  joined.relu = true;
+  for (const JoinedTensor* t : {&joined.residual, &joined.addend, &joined.activated, &joined.grad_sum})
+    __builtin_assume(t->data != nullptr);
+}
+
+template <class T, bool kNoise, int kRegister, bool kJoined = false>
 __device__ __forceinline__ void forward(RowsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   BlockTeam<Real> team({});
   a.affine = Affine::kPerGroup;
-  ForwardGroup<T, false, kNoise, BlockTeam<Real>, kRegister> pass(a, team);
+  a.noise = kNoise;
+  if (kJoined) join(a.joined);
+  ForwardGroup<T, false, kNoise, BlockTeam<Real>, kRegister, kJoined> pass(a, team);
   const GroupPlace g = locate_group(a, team.index());
   const Moments1<Real> m = pass.moments(g);
   const Estimate<Real> estimate = pass.estimate(g, m);
@@ -28,14 +37,15 @@ __device__ __forceinline__ void forward(RowsArgs<RealOf<T>> a) {
 }
 
 // kGradients: 0 of the input alone, 1 of the weight too, 2 of the weight with noise.
-template <class T, int kGradients, int kRegister>
+template <class T, int kGradients, int kRegister, bool kJoined = false>
 __device__ __forceinline__ void backward(RowsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   BlockTeam<Real> team({});
   a.affine = Affine::kPerGroup;
   a.noise = kGradients == 2;
   if (kGradients == 0) a.weight_part = nullptr;
-  BackwardGroup<T, false, false, BlockTeam<Real>, kRegister> pass(a, team);
+  if (kJoined) join(a.joined);
+  BackwardGroup<T, false, false, BlockTeam<Real>, kRegister, kJoined> pass(a, team);
   const GroupPlace place = locate_group(a, team.index());
   GroupConstants<Real> constants =
       load_constants(a.stats, team.index(), a.groups, a.alpha, a.order, a.transform_eps, false);
@@ -61,7 +71,11 @@ __device__ __forceinline__ void backward(RowsArgs<RealOf<T>> a) {
   PROBE(backward_weight_##type##_few, T, (backward<T, 1, 2 * per_8>))    \
   PROBE(backward_weight_##type##_many, T, (backward<T, 1, 4 * per_8>))   \
   PROBE(backward_noise_##type##_few, T, (backward<T, 2, 2 * per_8>))     \
-  PROBE(backward_noise_##type##_many, T, (backward<T, 2, 4 * per_8>))
+  PROBE(backward_noise_##type##_many, T, (backward<T, 2, 4 * per_8>))    \
+  PROBE(forward_joined_##type##_few, T, (forward<T, true, per_8, true>)) \
+  PROBE(forward_joined_##type##_many, T, (forward<T, true, 5 * per_8, true>)) \
+  PROBE(backward_joined_##type##_few, T, (backward<T, 1, 2 * per_8, true>)) \
+  PROBE(backward_joined_##type##_many, T, (backward<T, 1, 4 * per_8, true>))
 
 PROBES(float32, float, 2)
 PROBES(bfloat16, __nv_bfloat16, 1)

@@ -42,10 +42,11 @@ Problem problem_of(const int64_t* numbers, const double* reals, void* const* poi
   p.order = int(number());
   p.frozen = number() != 0;
   for (Parameter* each : {&p.weight, &p.bias, &p.grad_weight, &p.grad_bias}) *each = {pointer(), number() != 0};
-  for (Operand* each : {&p.input, &p.output, &p.grad_output}) {
+  for (Operand* each : {&p.input, &p.output, &p.grad_output, &p.residual, &p.activated, &p.addend, &p.sum, &p.grad_sum}) {
     void* data = pointer();
     *each = {data, strides(number)};
   }
+  p.relu = number() != 0;
   p.force.rung = Rung(number());
   p.force.threads = int(number());
   p.force.blocks = int(number());

@@ -24,7 +24,7 @@ __all__ = ["Kernels", "arrays", "build", "kernels"]
 
 SOURCE = Path(__file__).with_name("forced.cpp")
 _PARAMETERS = ("weight", "bias", "grad_weight", "grad_bias")
-_OPERANDS = ("input", "output", "grad_output")
+_OPERANDS = ("input", "output", "grad_output", "residual", "activated", "addend", "sum", "grad_sum")
 
 
 def arrays(problem: dict[str, Any]) -> tuple[list[int], list[float], list[int]]:
@@ -33,8 +33,8 @@ def arrays(problem: dict[str, Any]) -> tuple[list[int], list[float], list[int]]:
     numbers = [
         p["storage"], *p["geometry"], p["affine"], p["noise"], p["given_scale"], p["stream"],
         *p["position"], p["order"], p["frozen"], *(p[name][1] for name in _PARAMETERS),
-        *(stride for name in _OPERANDS for stride in p[name][1]), p["rung"], p["threads"],
-        p["blocks"], p["teams"],
+        *(stride for name in _OPERANDS for stride in p[name][1]), p["relu"], p["rung"],
+        p["threads"], p["blocks"], p["teams"],
     ]  # fmt: skip
     reals = [p["noise_train"], p["eps"], p["alpha"], p["transform_eps"]]
     pointers = [p[name][0] for name in (*_PARAMETERS, *_OPERANDS)]

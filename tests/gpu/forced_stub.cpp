@@ -21,7 +21,9 @@ int write(const Problem* p, int backward) {
   put(int(p->affine)), put(p->noise.on), put(p->noise.given_scale), put(p->noise.stream), put(p->noise.train);
   walk(p->noise.position), put(p->order), put(p->frozen), put(p->eps), put(p->alpha), put(p->transform_eps);
   for (auto* q : {&p->weight, &p->bias, &p->grad_weight, &p->grad_bias}) address(q->data), put(q->in_storage_type);
-  for (auto* o : {&p->input, &p->output, &p->grad_output}) address(o->data), walk(o->stride);
+  for (auto* o : {&p->input, &p->output, &p->grad_output, &p->residual, &p->activated, &p->addend, &p->sum, &p->grad_sum})
+    address(o->data), walk(o->stride);
+  put(p->relu);
   put(int(p->force.rung)), put(p->force.threads), put(p->force.blocks), put(p->force.teams);
   address(p->noise.seed), address(p->stats), address(p->workspace);
   return n;

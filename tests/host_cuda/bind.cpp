@@ -42,6 +42,12 @@ Problem problem_of(const py::dict& d) {
   p.input = operand(d["input"]);
   p.output = operand(d["output"]);
   p.grad_output = operand(d["grad_output"]);
+  p.residual = operand(d["residual"]);
+  p.relu = d["relu"].cast<bool>();
+  p.activated = operand(d["activated"]);
+  p.addend = operand(d["addend"]);
+  p.sum = operand(d["sum"]);
+  p.grad_sum = operand(d["grad_sum"]);
   p.grad_weight = parameter(d["grad_weight"]);
   p.grad_bias = parameter(d["grad_bias"]);
   p.force.rung = Rung(d["rung"].cast<int>());

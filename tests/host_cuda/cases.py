@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -96,12 +97,31 @@ def assert_statistics(got: Tensor, want: Tensor, x: Tensor) -> None:
         assert (got[row].double() - want[row]).abs().max() <= 4 * tolerance * scale, row.name
 
 
+JOINS = {  # what stands beside the norm: behind it, in front of it, everywhere
+    "behind": ("residual", "relu"),
+    "in front": ("addend", "grad_sum"),
+    "everywhere": ("residual", "relu", "addend", "grad_sum"),
+}
+
+
+def join(call: Call, names: tuple[str, ...]) -> Call:
+    """The same with what is named joined to it."""
+    tensors = {
+        n: torch.empty_like(call.input).copy_(torch.randn(call.input.shape))
+        for n in names
+        if n != "relu"
+    }
+    return replace(call, relu="relu" in names, **tensors)
+
+
 def check(kernels: ModuleType, call: Call, g: Tensor) -> tuple[Tensor, ...]:
     """Forward and backward against the definition in float64; returns what the kernels gave."""
     output, stats = call.forward(kernels)
     du, dw, db = call.backward(kernels, g, stats)
     want = call.expected(g)
     dtype = call.input.dtype
+    if call.addend is not None:
+        assert torch.equal(call.sum, call.input + call.addend)
     parameter = call.weight.dtype if call.weight is not None else dtype
     assert_close(output, want[0], dtype, "output")
     assert_statistics(stats, want[1], call.input)

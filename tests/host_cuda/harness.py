@@ -112,7 +112,12 @@ def _merged(tensor: Tensor, begin: int, end: int) -> int:
 
 @dataclass
 class Call:
-    """A layer call: its tensors and options, and how the kernels are to serve it."""
+    """A layer call: its tensors and options, and how the kernels are to serve it.
+
+    ``residual`` and ``relu`` stand behind the affine map, ``addend`` in front of the norm, and
+    ``grad_sum`` is the gradient that reached the sum itself. The forward pass leaves ``output`` and
+    ``sum`` here, for the backward pass and for :meth:`expected`.
+    """
 
     kind: str
     input: Tensor
@@ -130,6 +135,12 @@ class Call:
     frozen: Tensor | None = None
     noise_scale: Tensor | None = None
     columns: bool = False
+    residual: Tensor | None = None
+    relu: bool = False
+    addend: Tensor | None = None
+    grad_sum: Tensor | None = None
+    output: Tensor | None = None
+    sum: Tensor | None = None
     force: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -172,6 +183,14 @@ class Call:
             return "column"
         return "run" if self.kind == "group" and self.input.size(1) > self.num_groups else "group"
 
+    def _operand(self, t: Tensor | None) -> tuple[int, tuple[int, int, int]]:
+        return (0, (0, 0, 0)) if t is None else (t.data_ptr(), self.strides(t))
+
+    @property
+    def normalized(self) -> Tensor:
+        """What is normalized: the sum, where the forward pass has left one."""
+        return self.input if self.addend is None or self.sum is None else self.sum
+
     def _problem(self, output: Tensor | None, stats: Tensor | None) -> dict[str, Any]:
         dense = torch.empty(self.input.shape, device="meta")
         if self.columns and self.input.dim() > 2:
@@ -186,9 +205,7 @@ class Call:
                 return nothing
             return p.data_ptr(), p.dtype == self.input.dtype
 
-        def operand(t: Tensor | None) -> tuple[int, tuple[int, int, int]]:
-            return (0, (0, 0, 0)) if t is None else (t.data_ptr(), self.strides(t))
-
+        operand = self._operand
         return {
             "storage": STORAGE[self.input.dtype],
             "geometry": [int(self.columns), *self.geometry],
@@ -210,6 +227,12 @@ class Call:
             "input": operand(self.input),
             "output": operand(output),
             "grad_output": operand(None),
+            "residual": operand(None),
+            "relu": self.relu,
+            "activated": operand(None),
+            "addend": operand(None),
+            "sum": operand(None),
+            "grad_sum": operand(None),
             "grad_weight": nothing,
             "grad_bias": nothing,
             "rung": RUNGS[self.force.get("rung", "auto")],
@@ -231,7 +254,15 @@ class Call:
             stats.copy_(self.frozen)
         if self.noise_scale is not None:
             stats[Row.NOISE_SCALE] = self.noise_scale
-        module.forward(self._problem(output, stats))
+        problem = self._problem(output, stats)
+        if self.residual is not None:
+            problem["residual"] = self._operand(self.residual)
+        if self.addend is not None:
+            self.sum = torch.full_like(self.input, math.nan)
+            problem["addend"] = self._operand(self.addend)
+            problem["sum"] = self._operand(self.sum)
+        module.forward(problem)
+        self.output = output
         return output, stats
 
     def backward(
@@ -242,7 +273,12 @@ class Call:
             None if p is None else torch.full_like(p, math.nan) for p in (self.weight, self.bias)
         )
         problem = self._problem(du, stats)
-        problem["grad_output"] = (grad.data_ptr(), self.strides(grad))
+        problem["input"] = self._operand(self.normalized)
+        problem["grad_output"] = self._operand(grad)
+        if self.relu:
+            problem["activated"] = self._operand(self.output)
+        if self.grad_sum is not None and needs_input:
+            problem["grad_sum"] = self._operand(self.grad_sum)
         for name, p in (("grad_weight", dw), ("grad_bias", db)):
             if p is not None:
                 problem[name] = (p.data_ptr(), p.dtype == self.input.dtype)
@@ -250,8 +286,11 @@ class Call:
         return du, dw, db
 
     def expected(self, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(output, stats, du, dw, db) of the definition, in float64."""
-        leaf = self.input.double().requires_grad_()
+        """(output, stats, du, dw, db) of the definition, in float64.
+
+        The gradient passes where the output that the kernels left is positive.
+        """
+        leaf = self.normalized.double().requires_grad_()
         weight, bias = (
             None if p is None else p.double().requires_grad_() for p in (self.weight, self.bias)
         )
@@ -268,11 +307,20 @@ class Call:
             noise_scale=None if self.noise_scale is None else self.noise_scale.double(),
             frozen=None if self.frozen is None else self.frozen.double(),
         )  # fmt: skip
+        joined = output.detach()
+        if self.residual is not None:
+            joined = joined + self.residual.double()
+        if self.relu:
+            joined = joined.relu()
         if grad is None:
-            return output.detach(), stats
+            return joined, stats
         wanted = [t for t in (leaf, weight, bias) if t is not None]
+        if self.relu:
+            grad = torch.where(self.output <= 0, 0.0, grad)
         got = list(torch.autograd.grad(output, wanted, grad.double()))
         du = got.pop(0)
+        if self.grad_sum is not None:
+            du = du + self.grad_sum.double()
         dw = got.pop(0) if weight is not None else None
         db = got.pop(0) if bias is not None else None
-        return output.detach(), stats, du, dw, db
+        return joined, stats, du, dw, db
