@@ -71,9 +71,11 @@ class ForwardGroup {
       Extra<T, kJoined, kRagged> addend;
     };
     const auto load = [&](uint32_t chunk, Raw& raw) {
-      const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
-      fetch<T, kRagged>(a_.input, g.input, a_.at_input, c, raw.u);
-      fetch_joined<kJoined>(At{g, c}, a_.joined.addend, raw.addend);
+      fetch<T, kRagged>(a_.input, g.input, a_.at_input, locate_chunk<kRagged, N>(a_, g, chunk), raw.u);
+      if constexpr (kJoined) {
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
+        fetch_joined<kJoined>(At{g, c}, a_.joined.addend, raw.addend);
+      }
     };
     held_.template fill<Raw>(load, [&](Chunk x, uint32_t chunk, uint32_t slot, const Raw& raw) {
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
@@ -137,7 +139,8 @@ class ForwardGroup {
   __device__ __forceinline__ void write_noisy(const GroupPlace& g, uint64_t seed, Real noise) {
     const PhiloxSchedule keys(seed);
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
-    each_output(g, [&](Chunk x, const ChunkPlace& c, const Residual& residual) {
+    each_output(g, [&](Chunk x, uint32_t chunk, uint32_t, const Residual& residual) {
+      const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
       output_round<T, kRagged, true, kJoined>(a_, g, c, keys, noise, affine, residual, x[0]);
     });
   }
@@ -146,8 +149,9 @@ class ForwardGroup {
   __device__ __forceinline__ void write_plain(const GroupPlace& g, const Exponents<Real>& e, Care care) {
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
     with_care(care, [&](auto tag) {
-      each_output(g, [&](Chunk x, const ChunkPlace& c, const Residual& residual) {
+      each_output(g, [&](Chunk x, uint32_t chunk, uint32_t, const Residual& residual) {
         transform_chunk<tag.value>(x[0], e);
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
         output_round<T, kRagged, false, kJoined>(a_, g, c, PhiloxSchedule(), Real(0), affine, residual, x[0]);
       });
     });
@@ -157,7 +161,7 @@ class ForwardGroup {
   const RowsArgs<Real>& a_;
   Team& team_;
 
-  // f(values, chunk's place, the residual there) over what is held.
+  // f(values, chunk, slot, the residual there) over what is held.
   using Residual = Extra<T, kJoined, kRagged>;
   template <class F>
   __device__ __forceinline__ void each_output(const GroupPlace& g, F f) {
@@ -165,9 +169,7 @@ class ForwardGroup {
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
       fetch_joined<kJoined>(At{g, c}, a_.joined.residual, raw);
     };
-    held_.template each_beside<Residual>(load, [&](Chunk x, uint32_t chunk, uint32_t, const Residual& residual) {
-      f(x, locate_chunk<kRagged, N>(a_, g, chunk), residual);
-    });
+    held_.template each_beside<Residual>(load, f);
   }
 
   // The group's first element as it is normalized, but for its rounding.
