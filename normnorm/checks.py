@@ -17,6 +17,7 @@ from normnorm.config import Config
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
+    "check_activation",
     "check_backward",
     "check_fold",
     "check_forward",
@@ -130,7 +131,8 @@ def check_is_tensor(input: Tensor) -> None:
         raise TypeError(f"input must be a tensor; got {type(input).__name__}")
 
 
-def _check_activation(activation: str) -> None:
+def check_activation(activation: str) -> None:
+    """What may stand behind the affine map."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be 'relu' or '' for none; got '{activation}'")
 
@@ -245,7 +247,7 @@ def check_forward(
     the input may be a ``shard`` of any size, other ranks holding the rest of its groups."""
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
-    _check_activation(config.activation)
+    check_activation(config.activation)
     if residual is not None:
         check_residual(input, residual)
     _check_running(input, config.kind, running)
@@ -272,7 +274,7 @@ def check_backward(
     arguments."""
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
-    _check_activation(config.activation)
+    check_activation(config.activation)
     _check_like_input("grad_output", grad_output, input)
     if config.activation and output is None:
         raise ValueError(f"activation '{config.activation}' needs the forward's output; got None")

@@ -36,6 +36,7 @@ from normnorm import backends, likelihood, ops, reference
 from normnorm.autograd import Running, add_normal_norm, decomposes, normal_norm
 from normnorm.backends.reference import fold_running_, transforms_active
 from normnorm.checks import (
+    check_activation,
     check_is_tensor,
     check_noise_train,
     check_residual,
@@ -90,6 +91,7 @@ def _configure(
 ) -> Config:
     """The op's configuration: the caller's, the noise's order, and the backend that serves."""
     check_noise_train(noise_train)
+    check_activation(activation or "")  # torch.func's transforms never show it to an op
     channels_last = False
     if training and noise_train > 0.0:
         channels_last = _is_channels_last(input)
