@@ -3,7 +3,6 @@
 // Schemas are defined in normnorm/ops.py. Each op turns its tensors into views, has them checked, plans the
 // walk over memory, and calls the kernels; a tensor whose memory the walk cannot follow is replaced by a
 // dense copy.
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -12,7 +11,7 @@
 #include <vector>
 
 #include "../core/statistics.h"
-#include "tensors.h"
+#include "ops.h"
 #include "threads.h"
 
 namespace normnorm {
@@ -207,34 +206,6 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   return outputs;
 }
 
-ForwardResult normal_norm_forward(
-    const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& running_lmbda, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale,
-    const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train,
-    double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
-    const std::string& activation, const std::string& /*backend*/) {
-  return run_forward(
-             {input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale},
-             {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-              channels_last, activation})
-      .plain();
-}
-
-Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean,
-                         const OptionalTensor& running_var, const OptionalTensor& running_lmbda,
-                         const OptionalTensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& residual, const std::string& kind, int64_t num_groups,
-                         int64_t normalized_ndim, double eps, double alpha, int64_t order,
-                         double transform_eps, const std::string& activation,
-                         const std::string& /*backend*/) {
-  const OptionalTensor none;
-  return run_forward(
-             {input, running_mean, running_var, running_lmbda, weight, bias, residual, none, none},
-             {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation})
-      .output;
-}
-
 BackwardResult run_backward(const BackwardTensors& t, Config config) {
   const Arguments a = t.arguments();
   check_backward(a, config);
@@ -271,64 +242,22 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   return {grad_input, grad_weight.finish(), grad_bias.finish()};
 }
 
-BackwardResult normal_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& output, const OptionalTensor& seed, bool needs_input,
-    bool needs_weight, bool needs_bias, bool frozen, const std::string& kind, int64_t num_groups,
-    int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
-    double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
-    const std::string& /*backend*/) {
-  return run_backward({grad_output, input, stats, weight, bias, output, seed, needs_input, needs_weight,
-                       needs_bias, frozen},
-                      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps,
-                       stream, channels_last, activation});
-}
-
-AddResult add_normal_norm_forward(
-    const Tensor& input, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& seed, const OptionalTensor& noise_scale, const std::string& kind, int64_t num_groups,
-    int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order, double transform_eps,
-    int64_t stream, bool channels_last, const std::string& activation, const std::string& /*backend*/) {
-  const OptionalTensor none, added = residual;
-  return run_forward({input, none, none, none, weight, bias, added, seed, noise_scale, true},
-                     {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                      channels_last, activation})
-      .with_sum();
-}
-
-BackwardResult add_normal_norm_backward(
-    const Tensor& grad_output, const Tensor& grad_sum, const Tensor& sum, const Tensor& stats,
-    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& output,
-    const OptionalTensor& seed, bool needs_input, bool needs_weight, bool needs_bias, const std::string& kind,
-    int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
-    double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
-    const std::string& /*backend*/) {
-  return run_backward({grad_output, sum, stats, weight, bias, output, seed, needs_input, needs_weight, needs_bias,
-                       false, grad_sum},
-                      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                       channels_last, activation});
-}
-
-void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
-                   const Tensor& running_lmbda, const OptionalTensor& num_batches_tracked,
-                   std::optional<double> momentum, int64_t count, double eps,
-                   const std::string& /*backend*/) {
-  const FoldTensors t{stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps};
+void run_fold(const FoldTensors& t) {
   check_fold(t.arguments());
-  const int64_t channels = running_mean.size(0), groups = stats.size(1), repeats = groups / channels;
-  const int64_t row = stats.stride(0), column = stats.stride(1);
-  double factor = momentum.value_or(0.0);
-  if (num_batches_tracked) {
-    const int64_t tracked = *static_cast<const int64_t*>(num_batches_tracked->data_ptr()) + 1;
-    note_write(*num_batches_tracked);
-    *static_cast<int64_t*>(num_batches_tracked->data_ptr()) = tracked;
-    if (!momentum) factor = 1.0 / double(tracked);
+  const int64_t channels = t.mean.size(0), repeats = t.stats.size(1) / channels;
+  const int64_t row = t.stats.stride(0), column = t.stats.stride(1);
+  double factor = t.momentum.value_or(0.0);
+  if (t.tracked) {
+    const int64_t tracked = *static_cast<const int64_t*>(t.tracked->data_ptr()) + 1;
+    note_write(*t.tracked);
+    *static_cast<int64_t*>(t.tracked->data_ptr()) = tracked;
+    if (!t.momentum) factor = 1.0 / double(tracked);
   }
-  const double unbiased = double(count) / double(count - 1);
+  const double unbiased = double(t.count) / double(t.count - 1);
   // batch_value(get) averaged over the repeats of a channel, folded into the buffer
   const auto fold = [&](const Tensor& running, auto batch_value) {
     std::vector<double> folded = values(running);
-    with_type(dtype_of(stats), stats.data_ptr(), [&](auto* data) {
+    with_type(dtype_of(t.stats), t.stats.data_ptr(), [&](auto* data) {
       for (int64_t c = 0; c < channels; ++c) {
         double sum = 0;
         for (int64_t r = 0; r < repeats; ++r) {
@@ -345,24 +274,19 @@ void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor
       for (int64_t c = 0; c < channels; ++c) buffer[c * step] = static_cast<B>(folded[size_t(c)]);
     });
   };
-  fold(running_mean, [](auto get) { return get(kMean) + get(kMeanLow); });
-  fold(running_var, [&](auto get) {
-    const double rstd = get(kRstd), biased = 1.0 / (rstd * rstd) - eps;
+  fold(t.mean, [](auto get) { return get(kMean) + get(kMeanLow); });
+  fold(t.var, [&](auto get) {
+    const double rstd = get(kRstd), biased = 1.0 / (rstd * rstd) - t.eps;
     return (biased < 0 ? 0 : biased) * unbiased;
   });
-  fold(running_lmbda, [](auto get) { return get(kLmbda); });
+  fold(t.lmbda, [](auto get) { return get(kLmbda); });
 }
 
 }  // namespace
 }  // namespace normnorm
 
 STABLE_TORCH_LIBRARY_IMPL(normnorm_cpu, CPU, m) {
-  m.impl("normal_norm_forward", TORCH_BOX(&normnorm::normal_norm_forward));
-  m.impl("normal_norm_backward", TORCH_BOX(&normnorm::normal_norm_backward));
-  m.impl("normal_norm_infer", TORCH_BOX(&normnorm::normal_norm_infer));
-  m.impl("add_normal_norm_forward", TORCH_BOX(&normnorm::add_normal_norm_forward));
-  m.impl("add_normal_norm_backward", TORCH_BOX(&normnorm::add_normal_norm_backward));
-  m.impl("fold_running_", TORCH_BOX(&normnorm::fold_running_));
+  normnorm::Ops<normnorm::run_forward, normnorm::run_backward, normnorm::run_fold>::implement(m);
 }
 
 // How this library was built and what it chose, for `normnorm doctor`; read through ctypes.

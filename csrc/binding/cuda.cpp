@@ -3,7 +3,6 @@
 // The library loads into a torch without CUDA too: the one symbol that only a torch with CUDA has is weak. Nothing
 // here waits for the device; all memory is torch's; everything goes to the current stream, so that it can be captured.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
 #include <string>
@@ -13,7 +12,7 @@
 #include "by_definition.h"
 #include "cuda_device.h"
 #include "cuda_problem.h"
-#include "tensors.h"
+#include "ops.h"
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
     __attribute__((weak));
@@ -153,32 +152,6 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   return outputs;
 }
 
-ForwardResult normal_norm_forward(
-    const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& running_lmbda, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale,
-    const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train,
-    double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
-    const std::string& activation, const std::string& /*backend*/) {
-  return run_forward(
-             {input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale},
-             {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream, channels_last,
-              activation})
-      .plain();
-}
-
-Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                         const OptionalTensor& running_lmbda, const OptionalTensor& weight,
-                         const OptionalTensor& bias, const OptionalTensor& residual, const std::string& kind,
-                         int64_t num_groups, int64_t normalized_ndim, double eps, double alpha, int64_t order,
-                         double transform_eps, const std::string& activation, const std::string& /*backend*/) {
-  const OptionalTensor none;
-  return run_forward(
-             {input, running_mean, running_var, running_lmbda, weight, bias, residual, none, none},
-             {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation})
-      .output;
-}
-
 BackwardResult run_backward(const BackwardTensors& t, Config config) {
   const Arguments a = t.arguments();
   check_backward(a, config);
@@ -220,64 +193,24 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   return {grad_input, grad_weight.tensor, grad_bias.tensor};
 }
 
-BackwardResult normal_norm_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& output, const OptionalTensor& seed, bool needs_input,
-    bool needs_weight, bool needs_bias, bool frozen, const std::string& kind, int64_t num_groups,
-    int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order, double transform_eps,
-    int64_t stream, bool channels_last, const std::string& activation, const std::string& /*backend*/) {
-  return run_backward({grad_output, input, stats, weight, bias, output, seed, needs_input, needs_weight,
-                       needs_bias, frozen},
-                      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                       channels_last, activation});
-}
-
-AddResult add_normal_norm_forward(
-    const Tensor& input, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& seed, const OptionalTensor& noise_scale, const std::string& kind, int64_t num_groups,
-    int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order, double transform_eps,
-    int64_t stream, bool channels_last, const std::string& activation, const std::string& /*backend*/) {
-  const OptionalTensor none, added = residual;
-  return run_forward({input, none, none, none, weight, bias, added, seed, noise_scale, true},
-                     {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                      channels_last, activation})
-      .with_sum();
-}
-
-BackwardResult add_normal_norm_backward(
-    const Tensor& grad_output, const Tensor& grad_sum, const Tensor& sum, const Tensor& stats,
-    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& output,
-    const OptionalTensor& seed, bool needs_input, bool needs_weight, bool needs_bias, const std::string& kind,
-    int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
-    double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
-    const std::string& /*backend*/) {
-  return run_backward({grad_output, sum, stats, weight, bias, output, seed, needs_input, needs_weight, needs_bias,
-                       false, grad_sum},
-                      {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                       channels_last, activation});
-}
-
-void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
-                   const Tensor& running_lmbda, const OptionalTensor& num_batches_tracked,
-                   std::optional<double> momentum, int64_t count, double eps, const std::string& /*backend*/) {
-  const FoldTensors t{stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps};
+void run_fold(const FoldTensors& t) {
   const FoldArguments a = t.arguments();
   check_fold(a);
   const OnDevice device(a.stats);
   cuda::RunningStatistics r;
-  r.mean = buffer(running_mean), r.var = buffer(running_var), r.lmbda = buffer(running_lmbda);
-  r.channels = running_mean.size(0);
-  r.eps = eps;
+  r.mean = buffer(t.mean), r.var = buffer(t.var), r.lmbda = buffer(t.lmbda);
+  r.channels = t.mean.size(0);
+  r.eps = t.eps;
   r.double_stats = a.stats.dtype == Dtype::kFloat64;
-  r.stats = stats.data_ptr();
-  r.row_stride = stats.stride(0), r.group_stride = stats.stride(1);
-  r.groups = stats.size(1);
-  r.tracked = num_batches_tracked ? static_cast<int64_t*>(num_batches_tracked->data_ptr()) : nullptr;
-  r.cumulative = !momentum;
-  r.momentum = momentum.value_or(0.0);
-  r.count = double(count);
-  for (const Tensor* written : {&running_mean, &running_var, &running_lmbda}) note_write(*written);
-  if (num_batches_tracked) note_write(*num_batches_tracked);
+  r.stats = t.stats.data_ptr();
+  r.row_stride = t.stats.stride(0), r.group_stride = t.stats.stride(1);
+  r.groups = t.stats.size(1);
+  r.tracked = t.tracked ? static_cast<int64_t*>(t.tracked->data_ptr()) : nullptr;
+  r.cumulative = !t.momentum;
+  r.momentum = t.momentum.value_or(0.0);
+  r.count = double(t.count);
+  for (const Tensor* written : {&t.mean, &t.var, &t.lmbda}) note_write(*written);
+  if (t.tracked) note_write(*t.tracked);
   require_success(normnorm_cuda_fold_running(&r, device.stream), "the update of the running statistics");
 }
 
@@ -285,10 +218,5 @@ void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor
 }  // namespace normnorm
 
 STABLE_TORCH_LIBRARY_IMPL(normnorm_cuda, NN_CUDA_DISPATCH_KEY, m) {
-  m.impl("normal_norm_forward", TORCH_BOX(&normnorm::normal_norm_forward));
-  m.impl("normal_norm_backward", TORCH_BOX(&normnorm::normal_norm_backward));
-  m.impl("normal_norm_infer", TORCH_BOX(&normnorm::normal_norm_infer));
-  m.impl("add_normal_norm_forward", TORCH_BOX(&normnorm::add_normal_norm_forward));
-  m.impl("add_normal_norm_backward", TORCH_BOX(&normnorm::add_normal_norm_backward));
-  m.impl("fold_running_", TORCH_BOX(&normnorm::fold_running_));
+  normnorm::Ops<normnorm::run_forward, normnorm::run_backward, normnorm::run_fold>::implement(m);
 }

@@ -74,6 +74,7 @@ NN_HD void philox_lanes(PhiloxLanes (&state)[kPhiloxStates], uint64_t first_quad
     const VUInt64 quad = place + (first_quad + uint64_t(k / 2) * kLanes<VFloat>);
     state[k] = {quad, quad >> 32, VUInt64{} + uint64_t(stream), VUInt64{}};
   }
+#pragma GCC unroll 10  // or a fifth of the loop moves results to where the next round wants its operands
   for (int round = 0; round < kPhiloxRounds; ++round) {
     for (PhiloxLanes& s : state) {
       const VUInt64 p0 = multiply_words(s.c0, kPhiloxM0), p1 = multiply_words(s.c2, kPhiloxM1);

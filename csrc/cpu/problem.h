@@ -59,7 +59,17 @@ struct ThreadPool {
   void (*run)(int64_t count, RangeBody body, void* context) = nullptr;
 };
 
-struct Problem {
+// What a pass joins to itself, tensors of the input's shape; null data where there is nothing to join.
+struct Joined {
+  Operand residual;   // forward: added to the output, before the activation
+  bool relu = false;  // forward: the output's; backward: the gradient passes where `activated` is positive
+  Operand activated;  // backward, with relu: the forward's output
+  Operand addend;     // forward: added to the input before all else; what is normalized is their sum,
+  Operand sum;        //   rounded as it is written here
+  Operand grad_sum;   // backward: added to the gradient of the input
+};
+
+struct Problem : Joined {
   Storage storage = Storage::kFloat32;
   Geometry geometry;
   Affine affine = Affine::kPerGroup;
@@ -77,13 +87,6 @@ struct Problem {
   Operand grad_output;
   void* grad_weight = nullptr;  // dense, compute dtype; null: not wanted
   void* grad_bias = nullptr;
-  // What the pass joins to itself, tensors of the input's shape; null data where there is nothing to join.
-  Operand residual;   // forward: added to the output, before the activation
-  bool relu = false;  // forward: the output's; backward: the gradient passes where `activated` is positive
-  Operand activated;  // backward, with relu: the forward's output
-  Operand addend;     // forward: added to the input before all else; what is normalized is their sum,
-  Operand sum;        //   rounded as it is written here
-  Operand grad_sum;   // backward: added to the gradient of the input
 };
 
 // What the kernel of the projected error function is given: dense projections, float32 or float64.

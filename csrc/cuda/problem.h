@@ -52,7 +52,7 @@ struct Device {
   bool present = false;  // the current device: whether blocks run at once is asked of the driver before it is relied on
 };
 
-struct Problem {
+struct Problem : cpu::Joined {
   Storage storage = Storage::kFloat32;
   Geometry geometry;
   Affine affine = Affine::kPerGroup;
@@ -66,13 +66,6 @@ struct Problem {
   Operand output;       // forward: the output; backward: the gradient of the input (null data: not wanted)
   Operand grad_output;  // backward only
   Parameter grad_weight, grad_bias;
-  // What the pass joins to itself, tensors of the input's shape; null data where there is nothing to join.
-  Operand residual;   // forward: added to the output, before the activation
-  bool relu = false;  // forward: the output's; backward: the gradient passes where `activated` is positive
-  Operand activated;  // backward, with relu: the forward's output
-  Operand addend;     // forward: added to the input before all else; what is normalized is their sum,
-  Operand sum;        //   rounded as it is written here
-  Operand grad_sum;   // backward: added to the gradient of the input
   void* workspace = nullptr;  // of the size that normnorm_cuda_workspace() tells, aligned to 16 bytes
   Override force;
 };
