@@ -3,7 +3,9 @@ tables match the code, and the formulae of docs/mathematics.md give autograd's g
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
 import itertools
 import math
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from normnorm import backends, reference
+import normnorm
+from normnorm import backends, functional, reference
 from normnorm.noise import standard_normals
 from normnorm.ops import SCHEMAS
 from normnorm.statistics import Row
@@ -158,6 +161,67 @@ def test_statistics_table_matches_the_rows() -> None:
 def test_backend_table_names_every_backend() -> None:
     section = (ROOT / "docs/backends.md").read_text().split("## Choosing\n")[1]
     assert tuple(cells[0].strip("`") for cells in table_rows(section)) == backends.NAMES
+
+
+# The reference page, docs/api.md
+
+_CALL = re.compile(r"^(?:\| `)?(\w+)((?:/\dd)*)\(([^()]*)\)", re.M)
+
+
+def reference_page(without: str) -> str:
+    """The page without the fenced blocks of these kinds, a regular expression."""
+    text = (ROOT / "docs/api.md").read_text()
+    return re.sub(rf"^```({without})\n.*?^```$", "", text, flags=re.S | re.M)
+
+
+def documented_calls() -> dict[str, list[str]]:
+    """The arguments of each call that opens a table row, or stands in the block of functions."""
+    found = {}
+    for name, more, arguments in _CALL.findall(reference_page(without="python|text")):
+        listed = [argument.strip() for argument in arguments.split(",") if argument.strip()]
+        for ending in ("", *more.split("/")[1:]):  # Name1d/2d/3d
+            found[name[: len(name) - len(ending)] + ending] = listed
+    return found
+
+
+def documented_words() -> set[str]:
+    spans = re.findall(r"`([^`]+)`", reference_page(without="python|text|"))
+    return {word for span in spans for word in re.findall(r"\w+", span)}
+
+
+def test_every_public_name_is_on_the_reference_page() -> None:
+    calls = documented_calls()
+    words = documented_words()
+    assert [name for name in functional.__all__ if name not in calls] == []
+    assert [name for name in normnorm.__all__ if name not in calls and name not in words] == []
+    assert [n for n in calls if not hasattr(normnorm, n) and not hasattr(functional, n)] == []
+
+
+@pytest.mark.parametrize("name", sorted(documented_calls()))
+def test_signatures_of_the_reference_page(name: str) -> None:
+    """Order and defaults of all arguments; a layer's, without defaults, stand in its row or, where
+    all layers have them by keyword, in the table below."""
+    called = getattr(functional, name, None) or getattr(normnorm, name)
+    is_layer = inspect.isclass(called) and issubclass(called, torch.nn.Module)
+    parameters = inspect.signature(called).parameters
+    documented = {}
+    keyword = False
+    for argument in documented_calls()[name]:
+        if argument == "*":
+            keyword = True
+            continue
+        word, _, default = argument.partition("=")
+        assert word in parameters
+        assert (parameters[word].kind is inspect.Parameter.KEYWORD_ONLY) == keyword, word
+        documented[word] = ast.literal_eval(default) if default else inspect.Parameter.empty
+    if is_layer:
+        common = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert list(documented) == [word for word in parameters if word not in common]
+        assert common <= {"bias", "noise_train", "alpha", "order", "transform_eps"}
+        assert common <= documented_words()
+    else:
+        assert documented == {p.name: p.default for p in parameters.values()}
+        assert list(documented) == list(parameters)
 
 
 def test_readme_opens_with_the_two_commands_and_keeps_a_place_for_the_demo() -> None:
