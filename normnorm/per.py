@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normnorm import watched
 from normnorm.per_ops import ROOT_HALF, ROOT_TWO_OVER_PI, projected_error_of
 
 __all__ = ["PER", "per_loss"]
@@ -126,49 +127,52 @@ class PER:
         loss = criterion(model(inputs), targets) + per.loss()
 
     While a layer is in training mode and gradients are wanted, each of its forward passes is
-    taken in. A vector is one position of one sample: the last dimension of an output (batch,
-    length, features), else dimension 1.
+    taken in. A vector is one position of one sample, of as many features as there are channels:
+    the last dimension of what linear and layer norm layers give out, dimension 1 behind
+    convolutions, the other norms and ``LayerNorm2d``. Where the layer's class tells nothing, an
+    output of three dimensions is (batch, length, features) and one of more is (batch, channels,
+    ...).
 
     Args:
         model: whose layers are meant.
-        layers: their names in ``model.named_modules()``, or a predicate of (name, module).
+        layers: names in ``model.named_modules()``, or one, or a predicate of (name, module). Each
+            gives one tensor (batch, ...), but for :class:`AddLayerNormalNorm`, whose normalized
+            output is taken and not the sum.
         weight: of the sum over layers of the mean loss of their passes.
         num_slices, generator: as for :func:`per_loss`; fresh directions in every pass.
 
     Raises:
-        ValueError: an unknown name, no layer, or a weight that is negative or not finite.
+        ValueError: an unknown name, no layer, or a weight that is negative or not finite; in a
+            forward pass, an output that is not (batch, ...).
+        TypeError: in a forward pass, an output that is not one tensor.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[str] | Callable[[str, nn.Module], bool],
+        layers: str | Sequence[str] | Callable[[str, nn.Module], bool],
         weight: float,
         num_slices: int = 256,
         generator: torch.Generator | None = None,
     ) -> None:
         if not 0 <= weight < math.inf:
             raise ValueError(f"weight must be finite and not negative; got {weight}")
-        modules = dict(model.named_modules())
-        names = [n for n, m in modules.items() if layers(n, m)] if callable(layers) else layers
-        unknown = [name for name in names if name not in modules]
-        if unknown:
-            raise ValueError(f"the model has no layer named {', '.join(map(repr, unknown))}")
-        if not names:
+        chosen = watched.named_layers(model, layers)
+        if not chosen:
             raise ValueError("no layer was chosen to regularize")
         self.weight = weight
         self._num_slices = num_slices
         self._generator = generator
-        self._losses: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._handles = [modules[n].register_forward_hook(self._taking(n)) for n in names]
+        self._losses: dict[str, list[Tensor]] = {name: [] for name in chosen}
+        self._handles = [
+            module.register_forward_hook(self._taking(name)) for name, module in chosen.items()
+        ]
 
     def _taking(self, name: str) -> Callable[..., None]:
         def take(module: nn.Module, _: Any, output: Any) -> None:
             if not (module.training and torch.is_grad_enabled()):
                 return
-            if not isinstance(output, Tensor):
-                raise TypeError(f"{name!r} gave {type(output).__name__}; PER takes a tensor")
-            vectors = output if output.dim() in (2, 3) else output.movedim(1, -1)
+            vectors = watched.channels_last(module, watched.tensor_of(name, module, output))
             self._losses[name].append(per_loss(vectors, self._num_slices, self._generator))
 
         return take

@@ -168,6 +168,54 @@ def test_the_channels_of_a_layer_normalization_are_its_last_dimension() -> None:
     assert {layer.observations for layer in found.layers.values()} == {28}
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "channels"),
+    [
+        (normnorm.LayerNormalNorm2d(4), (6, 4, 3, 9), 4),
+        (nn.Conv1d(4, 5, 2), (6, 4, 9), 5),
+        (normnorm.BatchNormalNorm1d(4), (6, 4, 9), 4),
+        (nn.Linear(4, 5), (6, 3, 9, 4), 5),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_the_channels_are_where_the_layer_says(
+    layer: nn.Module, shape: tuple[int, ...], channels: int
+) -> None:
+    inputs = torch.randn(shape).exp()
+    found = diagnostics.diagnose(layer, [inputs], [""]).layers[""]
+    with torch.no_grad():
+        output = layer.eval()(inputs)
+    assert found.channels == channels
+    assert found.observations == output.numel() // channels
+    rows = output.movedim(output.shape.index(channels), -1).flatten(0, -2).double().numpy()
+    assert found.by_channel["skewness"] == pytest.approx(list(scipy.stats.skew(rows)), rel=1e-4)
+
+
+def test_a_name_is_one_layer() -> None:
+    network = nn.Sequential()
+    network.add_module("layer1", nn.Linear(4, 4))
+    assert list(diagnostics.diagnose(network, [torch.randn(9, 4)], "layer1").layers) == ["layer1"]
+    found = diagnostics.noise_robustness(network, [torch.randn(9, 4)], "layer1", scales=(0.1,))
+    assert list(found) == ["layer1"]
+
+
+def test_the_normalized_output_of_a_residual_stream_is_watched_and_disturbed() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = normnorm.AddLayerNormalNorm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            normed, total = self.norm(x, x)
+            return normed + 0 * total
+
+    model, inputs = Stream(), torch.randn(9, 5, 4)
+    found = diagnostics.diagnose(model, [inputs]).layers["norm"]
+    assert (found.channels, found.observations) == (4, 45)
+    change = diagnostics.noise_robustness(model, [inputs], scales=(0.5,))
+    assert change["norm"][0.5] == pytest.approx(0.5, rel=0.2)
+
+
 def test_normalization_layers_are_watched_by_default_and_the_model_is_left_alone() -> None:
     network = _network()
     network[1].eval()

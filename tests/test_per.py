@@ -312,6 +312,56 @@ def test_per_sums_the_layers_since_the_last_call() -> None:
     assert network[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "channels"),
+    [
+        (normnorm.BatchNormalNorm1d(4, noise_train=0.0), (6, 4, 9), 1),
+        (nn.Conv1d(4, 5, 2), (6, 4, 9), 1),
+        (normnorm.LayerNormalNorm(4, noise_train=0.0), (6, 3, 9, 4), -1),
+        (nn.Linear(4, 5), (6, 3, 9, 4), -1),
+        (normnorm.LayerNormalNorm2d(4, noise_train=0.0), (6, 4, 3, 9), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_a_vector_is_the_channels_at_a_position(
+    layer: nn.Module, shape: tuple[int, ...], channels: int
+) -> None:
+    with normnorm.PER(layer, "", 1.0, generator=_generator()) as regularizer:
+        output = layer(torch.randn(shape))
+        expected = normnorm.per_loss(output.movedim(channels, -1), generator=_generator())
+        torch.testing.assert_close(regularizer.loss(), expected)
+
+
+def test_the_normalized_output_of_a_residual_stream_is_regularized() -> None:
+    layer = normnorm.AddLayerNormalNorm(4, noise_train=0.0)
+    with normnorm.PER(layer, "", 1.0, generator=_generator()) as regularizer:
+        normed, _ = layer(torch.randn(6, 9, 4), torch.randn(6, 9, 4))
+        expected = normnorm.per_loss(normed, generator=_generator())
+        torch.testing.assert_close(regularizer.loss(), expected)
+
+
+def test_a_name_is_one_layer() -> None:
+    network = nn.Sequential()
+    network.add_module("layer1", nn.Linear(3, 3))
+    with normnorm.PER(network, "layer1", 1.0) as regularizer:
+        network(torch.randn(5, 3))
+        assert regularizer.loss() > 0
+    with pytest.raises(ValueError, match=r"no layer named 'layer2'$"):
+        normnorm.PER(network, "layer2", 1.0)
+
+
+def test_outputs_that_hold_no_vectors_are_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with (
+        normnorm.PER(layer, "", 1.0),
+        pytest.raises(ValueError, match=r"\(batch, \.\.\.\) are wanted; Linear gave \(3,\)"),
+    ):
+        layer(torch.randn(3))
+    lstm = nn.LSTM(3, 3)
+    with normnorm.PER(lstm, "", 1.0), pytest.raises(TypeError, match=r"\(LSTM\) gave tuple"):
+        lstm(torch.randn(2, 3))
+
+
 def test_per_leaves_evaluation_alone_and_can_be_removed() -> None:
     network = _network()
     inputs = torch.randn(2, 1, 6, 6)

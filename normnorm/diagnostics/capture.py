@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm.fused import AddLayerNormalNorm
+from normnorm import watched
 
 __all__ = ["NORM_LAYERS", "batches", "channels_last_rows", "choose_layers", "pooled", "watching"]
 
@@ -19,31 +19,24 @@ NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def choose_layers(
-    model: nn.Module, layers: Sequence[str] | Callable[[str, nn.Module], bool] | None
+    model: nn.Module, layers: str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 ) -> dict[str, nn.Module]:
     """The layers to watch, by name.
 
     Args:
         model: whose ``named_modules`` are meant.
-        layers: names; or a predicate of (name, module); or None for every normalization layer.
+        layers: a name, or names; or a predicate of (name, module); or None for every
+            normalization layer.
 
     Raises:
         ValueError: a name is not the model's, or nothing was chosen.
     """
-    modules = dict(model.named_modules())
-    chosen: dict[str, nn.Module]
     if layers is None:
-        chosen = {name: m for name, m in modules.items() if isinstance(m, NORM_LAYERS)}
+        chosen = watched.named_layers(model, lambda _, module: isinstance(module, NORM_LAYERS))
         wanted = "a normalization layer"
-    elif callable(layers):
-        chosen = {name: m for name, m in modules.items() if layers(name, m)}
-        wanted = "a layer that the predicate accepts"
     else:
-        unknown = [name for name in layers if name not in modules]
-        if unknown:
-            raise ValueError(f"the model has no layer named {', '.join(map(repr, unknown))}")
-        chosen = {name: modules[name] for name in layers}
-        wanted = "one of no names"
+        chosen = watched.named_layers(model, layers)
+        wanted = "a layer that the predicate accepts" if callable(layers) else "one of no names"
     if not chosen:
         raise ValueError(f"the model has nothing to watch: {wanted} was wanted; name some layers")
     return chosen
@@ -52,31 +45,15 @@ def choose_layers(
 def channels_last_rows(module: nn.Module, output: Tensor) -> Tensor:
     """The layer's output as observations of its channels: (observations, channels).
 
-    The channels are the last dimension of what a layer normalization gives out, and of any
-    (batch, length, features) that comes from no convolution-style norm; else dimension 1.
-
-    Raises:
-        ValueError: the output has fewer than two dimensions.
+    Which dimension the channels are, and what is refused: :func:`normnorm.watched.channels_last`.
     """
-    return _channels_to_the_end(module, output).flatten(0, -2)
+    return watched.channels_last(module, output).flatten(0, -2)
 
 
 def pooled(module: nn.Module, output: Tensor) -> Tensor:
     """One vector a sample, (samples, channels): the mean over all positions."""
-    moved = _channels_to_the_end(module, output)
+    moved = watched.channels_last(module, output)
     return moved.flatten(1, -2).mean(1) if moved.dim() > 2 else moved
-
-
-def _channels_to_the_end(module: nn.Module, output: Tensor) -> Tensor:
-    if output.dim() < 2:
-        raise ValueError(
-            f"diagnostics need outputs of shape (batch, ...); {type(module).__name__} gave "
-            f"{tuple(output.shape)}"
-        )
-    sequence = output.dim() == 3 and not isinstance(module, NORM_LAYERS)
-    if isinstance(module, nn.LayerNorm) or sequence:
-        return output
-    return output.movedim(1, -1)
 
 
 def batches(
@@ -120,15 +97,10 @@ def watching(
 
     def hook(name: str) -> Callable[..., Any]:
         def seen(module: nn.Module, _: Any, output: Any) -> Any:
-            if isinstance(module, AddLayerNormalNorm):
-                other = see(name, output[0])
-                return None if other is None else (other, output[1])
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"diagnostics watch layers that give one tensor; {name!r} "
-                    f"({type(module).__name__}) gave {type(output).__name__}"
-                )
-            return see(name, output)
+            other = see(name, watched.tensor_of(name, module, output))
+            if other is None or isinstance(output, Tensor):
+                return other
+            return (other, *output[1:])
 
         return seen
 

@@ -96,7 +96,7 @@ class _Watched:
 def diagnose(
     model: nn.Module,
     loader: Iterable[Any],
-    layers: Sequence[str] | Callable[[str, nn.Module], bool] | None = None,
+    layers: str | Sequence[str] | Callable[[str, nn.Module], bool] | None = None,
     *,
     batches: int | None = None,
     sample_size: int = 2048,
@@ -111,14 +111,14 @@ def diagnose(
     sample. The model is left as it was. SciPy and scikit-learn do the statistics.
 
     An observation is a position of a sample, (batch, height, width) or (batch, token), and its
-    variables are the channels: the last dimension behind a layer normalization, dimension 1
-    behind every other norm.
+    variables are the channels: the last dimension behind a layer normalization or a linear layer,
+    dimension 1 behind every other norm, a convolution, and a ``LayerNorm2d``.
 
     Args:
         model: any module whose input is one tensor.
         loader: gives tensors, or (inputs, labels, ...) with integer labels (batch,), which the
             clustering needs.
-        layers: their names in ``model.named_modules()``, or a predicate of (name, module); by
+        layers: names in ``model.named_modules()``, or one, or a predicate of (name, module); by
             default every normalization layer, torch's and normnorm's.
         batches: how many of the loader's are used; all by default.
         sample_size: observations that are kept a layer.

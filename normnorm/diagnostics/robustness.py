@@ -16,7 +16,7 @@ __all__ = ["noise_robustness"]
 def noise_robustness(
     model: nn.Module,
     loader: Iterable[Any],
-    layers: Sequence[str] | Callable[[str, nn.Module], bool] | None = None,
+    layers: str | Sequence[str] | Callable[[str, nn.Module], bool] | None = None,
     *,
     scales: Sequence[float] = (0.1, 0.2, 0.5, 1.0),
     batches: int | None = None,
