@@ -28,6 +28,7 @@ __all__ = [
     "group_count",
     "group_size",
     "parameter_shape",
+    "with_residual",
 ]
 
 KINDS = ("batch", "layer", "group", "instance")
@@ -137,12 +138,16 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation must be 'relu' or '' for none; got '{activation}'")
 
 
-def _check_like_input(name: str, tensor: Tensor, input: Tensor) -> None:
+def _check_place(name: str, tensor: Tensor, input: Tensor) -> None:
     _check_device(name, tensor, input)
     if _shape(tensor) != _shape(input):
         raise ValueError(
             f"{name} must have the input's shape {_shape(input)}; got {_shape(tensor)}"
         )
+
+
+def _check_like_input(name: str, tensor: Tensor, input: Tensor) -> None:
+    _check_place(name, tensor, input)
     if tensor.dtype != input.dtype:
         raise TypeError(f"{name} must have the input's dtype {input.dtype}; got {tensor.dtype}")
 
@@ -152,6 +157,23 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a tensor; got {type(residual).__name__}")
     _check_like_input("residual", residual, input)
+
+
+def with_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and residual in one dtype, the one that torch gives their sum: under autocast a
+    branch in half precision meets a stream in float32. The ops themselves want one dtype."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a tensor; got {type(residual).__name__}")
+    _check_place("residual", residual, input)
+    if residual.dtype is input.dtype:
+        return input, residual
+    for name, tensor in (("input", input), ("residual", residual)):
+        if tensor.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}"
+            )
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    return input.to(dtype), residual.to(dtype)
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:

@@ -7,16 +7,18 @@ affine map (Eftekhari and Papyan, ICML 2025; formulae in ``docs/mathematics.md``
 What the functions share:
 
 * dtypes float64, float32, bfloat16 and float16 (half types compute in float32); the output has
-  the input's dtype, shape and memory format;
+  the input's dtype (but see ``residual``), shape and memory format;
 * ``noise_train``: weight of the noise, in units of the group's mean absolute deviation;
 * ``alpha``: length of the Newton step; with ``alpha=0`` and no noise each function equals its
   counterpart in torch.nn.functional;
 * ``order``: 2 for Newton's step, 1 for a plain gradient step;
 * ``transform_eps``: 0 for the exact Yeo-Johnson transform; ``math.sqrt(eps)`` shifts its exponent
   as the authors' code does;
-* ``residual``: added to the output, of the input's shape and dtype; ``activation``: None or
-  "relu", applied last. Both by the same kernel: nothing is written and read again between them.
-  A gradient with an activation keeps the output beside the input, as torch's relu does;
+* ``residual``: added to the output, of the input's shape; ``activation``: None or "relu", applied
+  last. Both by the same kernel: nothing is written and read again between them. A gradient with
+  an activation keeps the output beside the input, as torch's relu does. A residual of another
+  floating dtype is promoted with the input as torch promotes a sum: the narrower one is cast
+  first, and the output has the wider dtype;
 * ``seed``: makes the noise reproducible: an int or an int64 tensor of shape (1,) on the input's
   device. None draws one from the device's default generator;
 * errors: ValueError or TypeError, a sentence with what was got and what was wanted; no buffer
@@ -39,9 +41,9 @@ from normnorm.checks import (
     check_activation,
     check_is_tensor,
     check_noise_train,
-    check_residual,
     check_transform,
     group_size,
+    with_residual,
 )
 from normnorm.config import Config
 from normnorm.noise import as_seed
@@ -115,11 +117,21 @@ def _apply(
 ) -> tuple[Tensor, Tensor | None]:
     """The op, its seed drawn where there is noise: (output, statistics)."""
     if residual is not None:
-        check_residual(input, residual)  # before a seed is drawn
+        narrow = input.dtype
+        input, residual = with_residual(input, residual)  # checked before a seed is drawn
+        if input.dtype is not narrow:
+            weight, bias = _promoted(weight, narrow, input), _promoted(bias, narrow, input)
     return normal_norm(
         input, running, weight, bias, residual, _seed(seed, input, config), None, config,
         keep_statistics,
     )  # fmt: skip
+
+
+def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:
+    """A parameter that an input of dtype ``narrow`` may have, for the input as it is now."""
+    if parameter is None or parameter.dtype not in (narrow, statistics_dtype(narrow)):
+        return parameter  # the op says what is wrong with it
+    return parameter.to(statistics_dtype(input.dtype))
 
 
 def _seed(seed: Tensor | int | None, input: Tensor, config: Config) -> Tensor | None:
@@ -303,20 +315,22 @@ def add_layer_normal_norm(
     sum is written and not read again, and its gradient joins the output's where that is written.
 
     Args:
-        input, residual: (*, *normalized_shape), of one shape, dtype and device.
+        input, residual: (*, *normalized_shape), of one shape and device. Of two floating dtypes
+            the narrower is cast to what torch gives their sum.
         normalized_shape, weight, bias, eps, training, noise_train, alpha, order, transform_eps,
             seed: as for :func:`layer_normal_norm`.
 
     Returns:
-        (output, sum), both of the input's shape and dtype; the sum is what the next residual
-        connection adds to.
+        (output, sum), both of the input's shape and of the dtype of ``input + residual``; the sum
+        is what the next residual connection adds to.
 
     Raises:
         ValueError: also where the residual is not of the input's shape or device.
-        TypeError: also where the residual is not of the input's dtype.
+        TypeError: also where the residual is not floating, or the parameters are neither of the
+            sum's dtype nor float32.
     """
     _check_normalized_shape(input, normalized_shape)
-    check_residual(input, residual)
+    input, residual = with_residual(input, residual)
     config = _configure(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
         transform_eps,

@@ -42,7 +42,8 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
     Raises:
         ValueError: see :class:`BatchNormalNorm1d`; a residual of another shape or device, or
             behind a dropout.
-        TypeError: a residual of another dtype.
+        TypeError: a residual that is not floating. One of another floating dtype is promoted with
+            the input, as torch promotes a sum, and the output has the wider dtype.
     """
 
     drop: nn.Module
@@ -135,7 +136,9 @@ class AddLayerNormalNorm(LayerNormalNorm):
 
     Raises:
         ValueError: see :class:`LayerNormalNorm`; a residual of another shape or device.
-        TypeError: a residual of another dtype.
+        TypeError: a residual that is not floating. Of two floating dtypes, a branch under autocast
+            and a stream in float32, the narrower is cast to what torch gives their sum; output
+            and sum have that dtype.
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

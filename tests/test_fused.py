@@ -554,6 +554,114 @@ def test_autocast_gives_the_dtypes_of_the_plain_layers():
         assert fused(h).dtype == plain(h).dtype == torch.bfloat16
 
 
+PAIRS = [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
+    (torch.float16, torch.bfloat16), (torch.float32, torch.float64),
+]  # fmt: skip
+
+
+def mixed(x: Tensor, residual: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> list[Tensor]:
+    return [
+        tensor.detach().to(dtype).requires_grad_()
+        for tensor, dtype in zip((x, residual), dtypes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+@pytest.mark.parametrize("case", WALKS[1::2], ids=lambda case: case.kind)
+def test_a_residual_of_another_dtype_is_promoted_as_torch_does(backend, device, case, dtypes):
+    x, residual, g = draw(case, torch.float64, device, 3, "contiguous")
+    dtype = torch.promote_types(*dtypes)
+    shape = case.parameter_shape
+    functions = {
+        "batch": lambda x, **kw: F.batch_normal_norm(x, *NONE, training=True, **kw),
+        "layer": lambda x, **kw: F.layer_normal_norm(x, shape, training=True, **kw),
+        "group": lambda x, **kw: F.group_normal_norm(x, case.num_groups, training=True, **kw),
+        "instance": lambda x, **kw: F.instance_normal_norm(x, training=True, **kw),
+    }
+    # Parameters that suit the narrow input, as a layer in half precision has them.
+    narrow = parameters(case, dtypes[0], device)
+    found, gradients = [], []
+    for cast in (False, True):
+        one, other = mixed(x, residual, dtypes)
+        weight, bias = (p.detach().clone().requires_grad_() for p in narrow)
+        arguments = (one, other, weight, bias)
+        if cast:
+            arguments = (one.to(dtype), other.to(dtype), *(p.to(dtype) for p in (weight, bias)))
+        output = functions[case.kind](
+            arguments[0], residual=arguments[1], weight=arguments[2], bias=arguments[3], seed=3,
+            activation="relu",
+        )  # fmt: skip
+        assert output.dtype == (one + other).dtype == dtype
+        gradients.append(torch.autograd.grad(output, (one, other, weight, bias), g.to(dtype)))
+        found.append(output)
+        with torch.no_grad():
+            assert functions[case.kind](one, residual=other, seed=3).dtype == dtype
+    assert_close(found[0], found[1], rtol=0, atol=0)
+    for mine, theirs, leaf in zip(*gradients, (one, other, weight, bias), strict=True):
+        assert mine.dtype == leaf.dtype
+        assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_a_stream_of_another_dtype_is_promoted_as_torch_does(backend, device, dtypes):
+    case = WALKS[2]
+    x, stream, g, grad_sum = draw(case, torch.float64, device, 4, "contiguous")
+    one, other = mixed(x, stream, dtypes)
+    dtype = torch.promote_types(*dtypes)
+    output, total = F.add_layer_normal_norm(one, other, (40,), training=True, seed=3)
+    assert output.dtype == total.dtype == dtype
+    assert torch.equal(total, one.to(dtype) + other.to(dtype))
+    assert torch.equal(output, F.layer_normal_norm(total, (40,), training=True, seed=3))
+    back = torch.autograd.grad((output, total), (one, other), (g.to(dtype), grad_sum.to(dtype)))
+    steps = one.to(dtype) + other.to(dtype)
+    again = F.layer_normal_norm(steps, (40,), training=True, seed=3)
+    expected = torch.autograd.grad((again, steps), (one, other), (g.to(dtype), grad_sum.to(dtype)))
+    for mine, theirs, leaf in zip(back, expected, (one, other), strict=True):
+        assert mine.dtype == leaf.dtype
+        assert_close(mine, theirs, **CLOSE[leaf.dtype] | {"atol": 1e-5})
+
+
+def test_a_branch_under_autocast_meets_a_stream_in_float32(cpu_backend):
+    linear, conv, stream = nn.Linear(16, 16), nn.Conv2d(4, 4, 1), torch.randn(5, 16)
+    image = torch.randn(3, 4, 5, 6)
+    add, act = normnorm.AddLayerNormalNorm(16), normnorm.BatchNormalNormAct2d(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for output in (*add(linear(stream), stream), act(conv(image), image)):
+            assert output.dtype == torch.float32
+    (add.weight.square().sum() + output.sum()).backward()
+    assert conv.weight.grad is not None and torch.isfinite(conv.weight.grad).all()
+
+
+@pytest.mark.parametrize("backend_of_compiler", ["eager", "aot_eager"])
+def test_two_dtypes_compile_without_a_break(cpu_backend, backend_of_compiler):
+    x, stream = torch.randn(5, 16).bfloat16(), torch.randn(5, 16)
+    add = normnorm.AddLayerNormalNorm(16, noise_train=0.0)
+    compiled = torch.compile(add, backend=backend_of_compiler, fullgraph=True)
+    for leaf in (x, stream):
+        leaf.requires_grad_()
+    gradients = []
+    for layer in (add, compiled):
+        output, total = layer(x, stream)
+        assert output.dtype == total.dtype == torch.float32
+        gradients.append(torch.autograd.grad((output * total).sum(), (x, stream)))
+    for mine, theirs, leaf in zip(*gradients, (x, stream), strict=True):
+        assert mine.dtype == theirs.dtype == leaf.dtype
+        assert_close(mine, theirs)
+
+
+def test_two_dtypes_pass_under_functional_transforms(cpu_backend):
+    x, stream = torch.randn(3, 5, 8).bfloat16(), torch.randn(3, 5, 8)
+
+    def loss(x: Tensor, stream: Tensor) -> Tensor:
+        return F.add_layer_normal_norm(x, stream, (8,))[0].square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss, (0, 1)))(x, stream)
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32]
+    _, tangent = torch.func.jvp(loss, (x[0], stream[0]), (x[1], stream[1]))
+    assert torch.isfinite(tangent)
+
+
 def test_a_prenorm_transformer_trains_as_it_does_in_steps(cpu_backend):
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
@@ -612,7 +720,8 @@ def test_wrong_residuals_are_refused_and_nothing_changes():
     state = torch.random.get_rng_state()
     for wrong, error, words in (
         (x[:1], ValueError, "residual must have the input's shape"),
-        (x.double(), TypeError, "residual must have the input's dtype"),
+        (x.long(), TypeError, r"residual must be float64, .* or float16; got torch\.int64"),
+        (x.to(torch.complex64), TypeError, r"residual must be float64, .*; got torch\.complex64"),
         (x.to("meta"), ValueError, "residual must be on the input's device"),
         (1.0, TypeError, "residual must be a tensor; got float"),
     ):
