@@ -236,6 +236,14 @@ def test_readme_opens_with_the_two_commands_and_keeps_a_place_for_the_demo() -> 
     assert text.index("<!-- demo:begin -->") < text.index("<!-- demo:end -->")
 
 
+def test_readme_names_every_extra() -> None:
+    section = (ROOT / "README.md").read_text().split("## Installation\n")[1]
+    named = {word for cells in table_rows(section) for word in re.findall(r"`(\w+)`", cells[0])}
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = project.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    assert named == set(re.findall(r"^(\w+) = \[", extras, re.M))
+
+
 # The formulae of docs/mathematics.md: the page's own NumPy against autograd of the definition
 
 
