@@ -6,7 +6,8 @@
   itself, whose forward derivatives nest in any order;
 * while compiling: the registered op, whose gradient ``normnorm/ops.py`` registers; its form in
   ``normnorm/annealing.py`` once the weight of the noise has changed; or the definition where the
-  reference backend is chosen, through which a compiler can fuse.
+  reference backend is chosen, through which a compiler can fuse;
+* under torch.jit.trace: the registered op too, one node of the graph.
 
 Derivatives beyond the first come from the definition too.
 """
@@ -27,9 +28,12 @@ from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_residual
 from normnorm.config import Config
 
-__all__ = ["Running", "add_normal_norm", "decomposes", "normal_norm"]
+__all__ = ["Running", "add_normal_norm", "decomposes", "is_tracing", "normal_norm"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# torch.jit.is_tracing() without its frame, for the host's time.
+is_tracing = torch._C._is_tracing
 
 
 def _forward_mode() -> bool:
@@ -71,6 +75,10 @@ def normal_norm(
         return reference.normal_norm_forward(*_flat(arguments))
     if transforms_active():
         return _under_transforms(arguments)
+    if is_tracing():  # which has no node for what an old-style Function holds
+        if torch.onnx.is_in_onnx_export():
+            return reference.normal_norm_forward(*_flat(arguments))
+        return ops.normal_norm_forward(*_flat(arguments))
     if torch.is_grad_enabled() and (
         input.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -97,7 +105,7 @@ def add_normal_norm(
     """Adds the residual, then normalizes: (output, sum), both differentiable."""
     arguments = (input, residual, weight, bias, seed, None, config)
     if not torch.compiler.is_compiling():
-        if not (_forward_mode() or transforms_active()):
+        if not (_forward_mode() or transforms_active() or is_tracing()):
             if torch.is_grad_enabled() and any(
                 t is not None and t.requires_grad for t in arguments[:4]
             ):

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from normnorm import backends, likelihood, ops, reference
-from normnorm.autograd import Running, add_normal_norm, decomposes, normal_norm
+from normnorm.autograd import Running, add_normal_norm, decomposes, is_tracing, normal_norm
 from normnorm.backends.reference import fold_running_, transforms_active
 from normnorm.checks import (
     check_activation,
@@ -148,7 +148,7 @@ def _fold(
 ) -> None:
     """Moves the running statistics towards the batch's, by one op."""
     fold: Any  # one of three with the same arguments
-    if transforms_active():
+    if transforms_active() or is_tracing():
         fold = ops.fold_running_
     elif torch.compiler.is_compiling():
         fold = fold_running_ if decomposes(config) else ops.fold_running_
