@@ -1,11 +1,12 @@
 """Batch normality normalization of a batch that is spread over the ranks of a process group.
 
-The function, the layer, and the conversion of a model. What the ranks tell each other is in
+The function, the layers, and the conversion of a model. What the ranks tell each other is in
 :mod:`normnorm.ranks`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torch.autograd import forward_ad
 from normnorm import functional as F
 from normnorm.autograd import Running
 from normnorm.backends.reference import move_running, transforms_active
-from normnorm.checks import check_fold, check_forward, check_is_tensor, check_noise_train
+from normnorm.checks import (
+    check_fold,
+    check_forward,
+    check_is_tensor,
+    check_noise_train,
+    with_residual,
+)
+from normnorm.fused import BatchNormalNormAct2d
 from normnorm.modules import (
     BatchNormalNorm1d,
     BatchNormalNorm2d,
@@ -26,7 +34,14 @@ from normnorm.modules import (
 from normnorm.noise import as_seed
 from normnorm.ranks import Synchronised
 
-__all__ = ["SyncBatchNormalNorm", "convert_sync", "revert_sync", "sync_batch_normal_norm"]
+__all__ = [
+    "SYNCHRONISED",
+    "SyncBatchNormalNorm",
+    "SyncBatchNormalNormAct2d",
+    "convert_sync",
+    "revert_sync",
+    "sync_batch_normal_norm",
+]
 
 
 def sync_batch_normal_norm(
@@ -105,6 +120,11 @@ def sync_batch_normal_norm(
     return output
 
 
+# What revert_sync() turns a layer into: its class, and the "original_class" that replace_norms()
+# has left on the layer, or None. That one is not what a synchronised layer stands for.
+_Alone = tuple[type[_BatchNormalNorm], type[nn.Module] | None]
+
+
 class SyncBatchNormalNorm(_BatchNormalNorm):
     """Batch normality normalization whose batch is spread over the ranks of a process group.
 
@@ -155,8 +175,7 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
             noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
         )  # fmt: skip
         self.process_group = process_group
-        # What revert_sync() turns the layer into.
-        self._alone: type[_BatchNormalNorm] | None = None
+        self._alone: _Alone | None = None
 
     def _check_input_dim(self, input: Tensor) -> None:
         check_is_tensor(input)
@@ -168,13 +187,17 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
                 f"got shape {tuple(input.shape)}"
             )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
         if not self.training or _ranks(self.process_group) == 1:
-            return super().forward(input)
+            return super()._normalize(input, residual, activation)
         self._check_input_dim(input)
         check_noise_train(self.noise_train)
+        if residual is not None:
+            with_residual(input, residual)  # for what it refuses, before anything is sent
         buffers = self._buffers if self.track_running_stats else {}
-        return sync_batch_normal_norm(
+        output = sync_batch_normal_norm(
             input,
             buffers.get("running_mean"),
             buffers.get("running_var"),
@@ -187,6 +210,61 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
             num_batches_tracked=buffers.get("num_batches_tracked"),
             process_group=self.process_group,
         )
+        if residual is not None:
+            output = output + residual
+        return output if activation is None else torch.relu(output)
+
+
+class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
+    """:class:`BatchNormalNormAct2d` whose batch is spread over the ranks of a process group.
+
+    ``act(norm(input) + residual)`` with the statistics of the whole batch, as
+    :class:`SyncBatchNormalNorm` takes them; the sum and the activation are passes of their own
+    behind it, and round each by itself in half precision. Where nothing is to be sent (evaluation,
+    a group of one rank) one kernel does it all.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer, act_kwargs,
+            inplace, drop_layer, device, dtype, bias, noise_train, alpha, order, transform_eps:
+            see :class:`BatchNormalNormAct2d`.
+        process_group: whose ranks hold the batch; None for all.
+
+    Shape: input and residual (N, C) or (N, C, *).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see the two classes, before anything is sent.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: Any = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        noise_train: float = 0.4,
+        alpha: float = 1.0,
+        order: int = 2,
+        transform_eps: float = 0.0,
+        process_group: Any = None,
+    ) -> None:
+        # Not SyncBatchNormalNorm's, which knows nothing of activations.
+        BatchNormalNormAct2d.__init__(
+            self, num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer,
+            act_kwargs, inplace, drop_layer, device, dtype, bias=bias, noise_train=noise_train,
+            alpha=alpha, order=order, transform_eps=transform_eps,
+        )  # fmt: skip
+        self.process_group = process_group
+        self._alone = None
 
 
 def _ranks(process_group: Any) -> int:
@@ -195,12 +273,24 @@ def _ranks(process_group: Any) -> int:
     return dist.get_world_size(process_group)
 
 
-def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """Makes every BatchNormalNorm layer of a model a :class:`SyncBatchNormalNorm`, in place.
+# Which class takes the place of which, of exactly these: what a derived class adds is not known.
+# normnorm.integrations enters its own.
+SYNCHRONISED: dict[type[_BatchNormalNorm], type[SyncBatchNormalNorm]] = {
+    BatchNormalNorm1d: SyncBatchNormalNorm,
+    BatchNormalNorm2d: SyncBatchNormalNorm,
+    BatchNormalNorm3d: SyncBatchNormalNorm,
+    BatchNormalNormAct2d: SyncBatchNormalNormAct2d,
+}
 
-    Parameters, buffers, hooks and attributes stay the very same objects, so an optimizer that
-    holds them need not be told. Torch's own BatchNorm layers are left alone: they are
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``'s, which in turn leaves ours alone.
+
+def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Makes every BatchNormalNorm layer of a model synchronised, in place.
+
+    BatchNormalNorm1d, 2d and 3d become :class:`SyncBatchNormalNorm`, BatchNormalNormAct2d becomes
+    :class:`SyncBatchNormalNormAct2d`. Parameters, buffers, hooks and attributes stay the very same
+    objects, so an optimizer that holds them need not be told. The BatchNorm layers of torch and
+    timm are left alone: they are for ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and
+    ``timm.layers.convert_sync_batchnorm``, which in turn leave ours alone.
 
     Args:
         module: a model or a single layer.
@@ -219,28 +309,31 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
     layers = []
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNormalNorm) and not isinstance(layer, SyncBatchNormalNorm):
-            if type(layer) not in (BatchNormalNorm1d, BatchNormalNorm2d, BatchNormalNorm3d):
+            if type(layer) not in SYNCHRONISED:
                 raise TypeError(
                     f"'{name}' is a {type(layer).__name__}, derived from a layer of normnorm; "
-                    "converted, it would lose what it adds. Wanted: BatchNormalNorm1d, 2d or 3d"
+                    "converted, it would lose what it adds. Wanted: BatchNormalNorm1d, 2d or 3d, "
+                    "or BatchNormalNormAct2d"
                 )
             layers.append(layer)
     for layer in layers:
-        alone = type(layer)
-        layer.__class__ = SyncBatchNormalNorm  # type: ignore[assignment]
+        alone = type(layer), layer.__dict__.pop("original_class", None)
+        layer.__class__ = SYNCHRONISED[type(layer)]  # type: ignore[assignment]
         layer.__dict__.update(process_group=process_group, _alone=alone)
     return module
 
 
 def revert_sync(module: nn.Module) -> nn.Module:
-    """Undoes :func:`convert_sync`, in place; layers built as SyncBatchNormalNorm stay.
+    """Undoes :func:`convert_sync`, in place; layers built as synchronised ones stay.
 
     Returns:
         The same module.
     """
     for layer in module.modules():
         if isinstance(layer, SyncBatchNormalNorm) and layer._alone is not None:
-            alone = layer._alone
+            alone, original = layer._alone
             del layer.process_group, layer._alone
             layer.__class__ = alone  # type: ignore[assignment]
+            if original is not None:
+                layer.__dict__["original_class"] = original
     return module

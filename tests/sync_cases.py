@@ -146,6 +146,40 @@ def every_backend_gives_the_gradients_of_one_process(rank, ranks):
 
 
 @case
+def norm_residual_and_activation_equal_one_process(rank, ranks):
+    for options in ({}, {"act_layer": nn.SiLU}, {"apply_act": False}):
+        for with_residual in (True, False):
+            alone = normnorm.BatchNormalNormAct2d(
+                3, noise_train=0.0, dtype=torch.float64, **options
+            )
+            layer = normnorm.convert_sync(copy.deepcopy(alone))
+            whole, residual, upstream = (skewed(sum(SIZES[ranks]), 3, 4, 2) - 1 for _ in range(3))
+            given = [t.requires_grad_() for t in (whole, residual)[: 1 + with_residual]]
+            expected = alone(*given)
+            gradients = torch.autograd.grad(expected, given, upstream)
+            local = [shard(rank, ranks, t).requires_grad_() for t in given]
+            output = layer(*local)
+            found = torch.autograd.grad(output, local, shard(rank, ranks, upstream))
+            assert_close(output, shard(rank, ranks, expected), **EXACT)
+            for one, other in zip(found, gradients, strict=True):
+                assert_close(one, shard(rank, ranks, other), **EXACT)
+            for name, buffer in alone.named_buffers():
+                assert_close(layer.get_buffer(name), buffer, rtol=1e-10, atol=1e-12)
+
+
+@case
+def an_activation_with_a_hook_is_called_behind_the_messages(rank, ranks):
+    alone = normnorm.BatchNormalNormAct2d(3, noise_train=0.0, dtype=torch.float64)
+    layer = copy.deepcopy(alone)
+    seen = []
+    layer.act.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    whole = skewed(sum(SIZES[ranks]), 3, 4, 2)
+    output = normnorm.convert_sync(layer)(shard(rank, ranks, whole))
+    assert_close(output, shard(rank, ranks, alone(whole)), **EXACT)
+    assert seen[0] is output
+
+
+@case
 def passes_over_pieces_of_the_channels_give_the_same(rank, ranks):
     with mock.patch("normnorm.ranks._CHUNK", 40):
         agree(rank, ranks, (7, 4, 2), True, 0.4)
@@ -413,8 +447,13 @@ def bad_arguments_are_refused_before_anything_is_sent(rank, ranks):
         layer.noise_train = -1.0
         with pytest.raises(ValueError, match="noise_train"):
             layer(torch.randn(4, 3, 5))
+        joined = normnorm.sync.SyncBatchNormalNormAct2d(3)
+        residuals = (torch.randn(4, 3, 1, 5), torch.ones(4, 3, 5, 5).long(), "x")
+        for residual in residuals:
+            with pytest.raises((ValueError, TypeError), match="residual"):
+                joined(torch.randn(4, 3, 5, 5), residual)
     assert sent == []
-    assert layer.num_batches_tracked == 0
+    assert layer.num_batches_tracked == joined.num_batches_tracked == 0
 
 
 @case

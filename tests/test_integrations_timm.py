@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 import normnorm
 import normnorm.integrations.timm as normnorm_timm
+from normnorm.sync import revert_sync
 
 OFF = {"alpha": 0.0, "noise_train": 0.0}
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -187,6 +188,60 @@ def test_layers_that_timm_has_synchronised_become_ours_synchronised():
     normnorm.restore_norms(model)
     restored = {type(m) for m in model.modules() if isinstance(m, nn.SyncBatchNorm)}
     assert restored == {timm.layers.SyncBatchNormAct}
+
+
+def test_replaced_models_are_synchronised_and_reverted():
+    model, input, count = build("test_efficientnet")
+    theirs = [type(module) for module in model.modules()]
+    normnorm.replace_norms(model, **OFF)
+    ours, group = ours_in(model), object()
+    acts = [module.act for module in ours]
+    with torch.no_grad():
+        expected = model(input)
+        assert normnorm.convert_sync(model, group) is model
+        assert [module.act for module in ours_in(model)] == acts
+        assert ours_in(model) == ours
+        assert {type(module) for module in ours} == {normnorm_timm.SyncBatchNormalNormAct}
+        assert len(ours) == count
+        assert all(module.process_group is group for module in ours)
+        assert torch.equal(model(input), expected)
+        revert_sync(model)
+        assert {type(module) for module in ours} == {normnorm_timm.BatchNormalNormAct2d}
+        assert torch.equal(model(input), expected)
+    normnorm.restore_norms(model)
+    assert [type(module) for module in model.modules()] == theirs
+
+
+def test_synchronised_layers_are_restored_to_timms_synchronised():
+    model, _, count = build("test_efficientnet")
+    classes = [type(module.act) for module in model.modules() if hasattr(module, "drop")]
+    normnorm.replace_norms(model, **OFF)
+    group = object()
+    normnorm.convert_sync(model, group)
+    normnorm.restore_norms(model)
+    restored = [m for m in model.modules() if isinstance(m, timm.layers.SyncBatchNormAct)]
+    assert len(restored) == count
+    assert all(module.process_group is group for module in restored)
+    assert [type(module.act) for module in restored] == classes[: len(restored)]
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_timms_converter_and_ours_leave_each_others_layers_alone(ours_first):
+    model = nn.Sequential(
+        timm.layers.BatchNormAct2d(4), normnorm_timm.BatchNormalNormAct2d(4, act_layer="silu")
+    )
+    first, second = normnorm.convert_sync, timm.layers.convert_sync_batchnorm
+    for convert in (first, second) if ours_first else (second, first):
+        model = convert(model)
+    assert type(model[0]) is timm.layers.SyncBatchNormAct
+    assert type(model[1]) is normnorm_timm.SyncBatchNormalNormAct
+    assert type(model[1].act) is nn.SiLU
+
+
+def test_a_synchronised_layer_knows_timms_names_of_activations():
+    layer = normnorm_timm.SyncBatchNormalNormAct(4, act_layer="silu", process_group=None)
+    assert type(layer.act) is nn.SiLU
+    assert layer(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
 
 
 def test_rms_norms_of_timm_are_left_with_the_reason():

@@ -18,7 +18,7 @@ from filelock import FileLock
 from torch import nn
 
 import normnorm
-from normnorm.sync import revert_sync
+from normnorm.sync import SyncBatchNormalNormAct2d, revert_sync
 
 # What an empty shard, shards of different sizes and two groups show; the rest is left to two ranks.
 WITH_FOUR = (
@@ -209,7 +209,72 @@ def test_conversion_is_undone():
     model[1](torch.randn(2, 4, 5, 5))
 
 
+def test_norm_and_activation_are_converted_in_place_and_back():
+    layer = normnorm.BatchNormalNormAct2d(
+        4, act_layer=nn.SiLU, drop_layer=nn.Dropout, noise_train=0.3
+    )
+    called = []
+    layer.register_forward_hook(lambda *_: called.append("layer"))
+    layer.act.register_forward_hook(lambda *_: called.append("act"))
+    kept = dict(vars(layer))
+    objects = {name: id(t) for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+    group = object()
+    assert normnorm.convert_sync(layer, group) is layer
+    assert type(layer) is SyncBatchNormalNormAct2d
+    assert isinstance(layer, normnorm.SyncBatchNormalNorm)
+    assert layer.process_group is group
+    assert vars(layer).keys() - kept.keys() == {"process_group", "_alone"}
+    assert all(vars(layer)[name] is value for name, value in kept.items())
+    assert objects == {
+        name: id(t) for name, t in (*layer.named_parameters(), *layer.named_buffers())
+    }
+    layer.eval()(torch.randn(2, 4, 5, 5))
+    assert called == ["act", "layer"]
+    pickled = pickle.loads(pickle.dumps(normnorm.convert_sync(normnorm.BatchNormalNormAct2d(4))))
+    assert type(revert_sync(pickled)) is normnorm.BatchNormalNormAct2d
+    assert revert_sync(layer) is layer
+    assert type(layer) is normnorm.BatchNormalNormAct2d
+    assert vars(layer).keys() == kept.keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"act_layer": nn.SiLU}, {"drop_layer": nn.Dropout}])
+@pytest.mark.parametrize("training", [True, False])
+def test_alone_norm_and_activation_are_the_plain_layer_s(options, training):
+    built = SyncBatchNormalNormAct2d(4, **options).train(training)
+    plain = normnorm.BatchNormalNormAct2d(4, **options).train(training)
+    converted = normnorm.convert_sync(copy.deepcopy(plain))
+    input, residual = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
+    given = (input,) if "drop_layer" in options else (input, residual)
+    outputs = []
+    for layer in (plain, converted, built):
+        torch.manual_seed(1)
+        outputs.append(layer(*given))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    if "drop_layer" in options:
+        with pytest.raises(ValueError, match="residual behind a dropout"):
+            converted(input, residual)
+
+
+def test_norm_and_activation_are_built_with_the_plain_layer_s_arguments():
+    group = object()
+    layer = SyncBatchNormalNormAct2d(
+        3, 1e-3, 0.2, True, True, True, nn.LeakyReLU, {"negative_slope": 0.3}, False, None, "cpu",
+        torch.float64, bias=False, noise_train=0.1, process_group=group,
+    )  # fmt: skip
+    assert (layer.eps, layer.momentum, layer.noise_train) == (1e-3, 0.2, 0.1)
+    assert layer.act.negative_slope == 0.3
+    assert layer.bias is None
+    assert layer.weight.dtype == torch.float64
+    assert layer.process_group is group
+    assert type(revert_sync(layer)) is SyncBatchNormalNormAct2d  # it was never anything else
+
+
 class Mine(normnorm.BatchNormalNorm2d):
+    pass
+
+
+class MyAct(normnorm.BatchNormalNormAct2d):
     pass
 
 
@@ -218,5 +283,7 @@ def test_conversion_refuses_what_it_would_lose_and_converts_nothing():
     with pytest.raises(TypeError, match=r"'1\.0' is a Mine"):
         normnorm.convert_sync(model)
     assert type(model[0]) is normnorm.BatchNormalNorm2d
+    with pytest.raises(TypeError, match=r"'' is a MyAct"):
+        normnorm.convert_sync(MyAct(4))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; got int"):
         normnorm.convert_sync(3)

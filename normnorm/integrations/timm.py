@@ -25,7 +25,7 @@ from normnorm.modules import (
     LayerNormalNorm,
     LayerNormalNorm2d,
 )
-from normnorm.sync import SyncBatchNormalNorm
+from normnorm.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
 
 __all__ = [
     "BatchNormalNormAct2d",
@@ -84,12 +84,17 @@ class BatchNormalNormAct2d(normnorm.BatchNormalNormAct2d):
         return act
 
 
-class SyncBatchNormalNormAct(_Act, SyncBatchNormalNorm):
+class SyncBatchNormalNormAct(SyncBatchNormalNormAct2d, BatchNormalNormAct2d):
     """timm's ``SyncBatchNormAct`` with normality normalization.
 
-    Not to be built by hand: ``normnorm.replace_norms`` makes it of what
-    ``timm.layers.convert_sync_batchnorm`` has made of a ``BatchNormAct2d``.
+    What ``normnorm.convert_sync`` makes of :class:`BatchNormalNormAct2d`, and
+    ``normnorm.replace_norms`` of what ``timm.layers.convert_sync_batchnorm`` has made of a
+    ``BatchNormAct2d``. Its constructor is that of :class:`normnorm.sync.SyncBatchNormalNormAct2d`,
+    with activations by timm's names.
     """
+
+
+SYNCHRONISED[BatchNormalNormAct2d] = SyncBatchNormalNormAct
 
 
 class GroupNormalNorm(normnorm.GroupNormalNorm):
