@@ -1,7 +1,10 @@
 #include "arguments.h"
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 #include "core/statistics.h"
 
@@ -14,9 +17,16 @@ void require(bool condition, F sentence) {
   if (!condition) throw std::invalid_argument(sentence());
 }
 
+// The shortest text that reads back as the number, as Python prints it: a tiny one is not 0.000000.
 std::string text(double v) {
-  std::string s = std::to_string(v);
-  return s;
+  if (!std::isfinite(v)) return std::to_string(v);
+  char digits[32];
+  for (int count = 1; count <= 17; ++count) {
+    std::snprintf(digits, sizeof digits, "%.*g", count, v);
+    if (std::strtod(digits, nullptr) == v) break;
+  }
+  const std::string s = digits;
+  return s.find_first_of(".e") == std::string::npos ? s + ".0" : s;
 }
 
 bool floating(Dtype d) { return d != Dtype::kInt64 && d != Dtype::kOther; }

@@ -111,6 +111,29 @@ def test_columns(kernels, case, rung, dtype, noise):
     check(kernels, *make(COLUMNS[case], dtype, True, noise_train=noise, force=COLUMN_RUNGS[rung]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape", "rung"),
+    [
+        ("batch", (700, 100), "grid"),
+        ("batch", (700, 100), "streaming"),
+        ("batch", (9, 3, 40, 40), "streaming"),
+        ("group", (2, 12, 30, 30), "streaming"),
+    ],
+)
+def test_many_blocks_to_a_group(kernels, kind, shape, rung, dtype):
+    """So many that they share out their totals, and that more than a warp finishes a group."""
+    options = {"num_groups": 4} if kind == "group" else {}
+    columns = (kind, len(shape)) != ("batch", 4)
+    for order in ORDERS[:2]:
+        kernels.configure(order, False, "")
+        call, g = make(
+            (kind, shape, options), dtype, columns, noise_train=0.7,
+            force={"rung": rung, "blocks": 37, "teams": 1},
+        )  # fmt: skip
+        check(kernels, call, g)
+
+
 @pytest.mark.parametrize("multiprocessors", [2, 132])
 @pytest.mark.parametrize("clusters", [True, False])
 def test_the_ladder_chooses(kernels, multiprocessors, clusters):
@@ -232,7 +255,7 @@ def test_every_barrier_is_needed(kernels):
                     break
     assert met == needed, "left out, nothing changes"
     written = sum(
-        len(re.findall(r"(?:__syncthreads|cluster_sync|arrived)\(", line))
+        len(re.findall(r"(?:__syncthreads|cluster_sync|wait_for_arrivals)\(", line))
         for path in harness.CUDA.glob("*.cuh")
         if path.name != "device.cuh"
         for line in path.read_text().splitlines()

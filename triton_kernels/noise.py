@@ -63,8 +63,8 @@ def sincos_turn(word):
 @triton.jit
 def fast_box_muller(radius_word, angle_word, FAST: tl.constexpr):
     uniform = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    log = fast_log2(tl.minimum(uniform, 0.99999994), FAST)
-    radius = fast_sqrt(log * -1.3862943611198906, FAST)
+    # abs(): the logarithm instruction errs by 2^-22 near 1, on either side of zero.
+    radius = fast_sqrt(tl.abs(fast_log2(uniform, FAST)) * 1.3862943611198906, FAST)
     if FAST:
         # The word as a signed number: the same angle, within half a turn of zero, where the
         # special-function sine is at its best.

@@ -38,7 +38,7 @@ class ColumnsPass {
     if (plan_.rung == Rung::kGrid) {
       sync_.blocks = unsigned(plan_.blocks);
       sync_.counters = carver.take<unsigned>(plan_.teams);
-      sync_.partial = carver.take<Real>(int64_t(plan_.teams) * 2 * plan_.blocks * kMaxSums * kTileColumns<T>);
+      sync_.partial = carver.take<Real>(plan_.teams * int64_t(TileTeam<T>::partials(plan_.blocks)));
     }
     place_stream(carver, device);  // beside the co-operating blocks' as well, in case the device will not have them
     if (backward) {
@@ -101,6 +101,7 @@ class ColumnsPass {
   int round(Kernel kernel, Kernel finish, const ColumnsArgs<Real>& a) const {
     if (const int e = round(kernel, a)) return e;
     Start s;
+    s.threads = finish_threads(int64_t(a.width) * a.splits);
     s.grid = unsigned(p_.geometry.groups());
     s.stream = stream_;
     return start(finish, s, a);

@@ -235,41 +235,41 @@ struct ColumnParts {
     return a.part + (size_t(outer * a.tiles + tile) * a.splits + split) * kMaxSums * kTileColumns<T> + at;
   }
   __device__ RealOf<T> get(uint32_t i, int k) const {
-    return column(i / a.splits, i % a.splits)[k * kTileColumns<T>];
+    const uint32_t c = a.width == 1 ? 0 : i / a.splits;
+    return column(c, i - c * a.splits)[k * kTileColumns<T>];
   }
 };
 
-// One warp a group.
+// A block a group, as stream_finish().
 template <class T, Finish kFinish>
-__global__ void __launch_bounds__(32) column_finish(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kFinishThreads) column_finish(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
+  BlockTeam<Real> team({});
   const uint32_t group = blockIdx.x, outer = group / a.walk.inner.divisor;
   const ColumnParts<T> parts = {a, outer, (group - outer * a.walk.inner.divisor) * a.width};
   if constexpr (kFinish == Finish::kMoments) {
-    finish_moment_parts(a.walk, a.width * a.splits, [&](uint32_t i, int k) { return parts.get(i, k); }, group);
+    const auto number = [&](uint32_t i, int k) { return parts.get(i, k); };
+    finish_moment_parts(a.walk, team, parts.entries(), number, group);
   } else {
     constexpr int K = kFinish == Finish::kLambda ? 4 : kFinish == Finish::kGradient ? 5 : 1;
     Real sums[K] = {};
-    for (uint32_t i = threadIdx.x; i < parts.entries(); i += 32)
+    for (uint32_t i = threadIdx.x; i < parts.entries(); i += blockDim.x)
 #pragma unroll
       for (int k = 0; k < K; ++k) sums[k] += parts.get(i, k);
-#pragma unroll
-    for (int k = 0; k < K; ++k) sums[k] = warp_sum(sums[k]);
+    team.sum(sums);
     if (threadIdx.x == 0) finish_sums<kFinish>(a.walk, sums, group, a.mean + group, a.sums + size_t(group) * kMaxSums);
   }
   if constexpr (kFinish == Finish::kGradient) {
     for (uint32_t c = 0; c < a.width; ++c) {
-      Real bias = 0, weight = 0;
-      for (uint32_t split = threadIdx.x; split < a.splits; split += 32) {
-        bias += parts.column(c, split)[5 * kTileColumns<T>];
-        weight += parts.column(c, split)[6 * kTileColumns<T>];
-      }
-      bias = warp_sum(bias);
-      weight = warp_sum(weight);
+      Real affine[2] = {};
+      for (uint32_t split = threadIdx.x; split < a.splits; split += blockDim.x)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) affine[k] += parts.column(c, split)[(5 + k) * kTileColumns<T>];
+      team.sum(affine);
       if (threadIdx.x > 0) continue;
       const size_t at = size_t(outer) * a.columns + parts.first + c;
-      if (a.walk.bias_part) a.walk.bias_part[at] = bias;
-      if (a.walk.weight_part) a.walk.weight_part[at] = weight;
+      if (a.walk.bias_part) a.walk.bias_part[at] = affine[0];
+      if (a.walk.weight_part) a.walk.weight_part[at] = affine[1];
     }
   }
 }

@@ -51,18 +51,23 @@ __device__ T* in_block_of_cluster(T* p, unsigned rank) { return cooperative_grou
 __device__ inline void arrive(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-__device__ inline unsigned arrived(const unsigned* counter) {
-  unsigned count;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-  return count;
+// Waits for `count` arrivals, and sees what was written before them. Only the last look acquires: each that does empties
+// L1 of what the multiprocessor's other block has read.
+__device__ inline void wait_for_arrivals(const unsigned* counter, unsigned count) {
+  for (unsigned seen = 0;;) {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    if (seen >= count) break;
+    __nanosleep(32);
+  }
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 #else
 using host_cuda::arrive;
-using host_cuda::arrived;
 using host_cuda::cluster_rank;
 using host_cuda::cluster_size;
 using host_cuda::cluster_sync;
 using host_cuda::in_block_of_cluster;
+using host_cuda::wait_for_arrivals;
 #endif
 
 }  // namespace

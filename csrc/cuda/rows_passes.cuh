@@ -192,6 +192,7 @@ class RowsPass {
             unsigned groups) const {
     if (const int e = round(kernel, s, groups)) return e;
     Start start_at;
+    start_at.threads = finish_threads(s.splits);
     start_at.grid = groups;
     start_at.stream = stream_;
     return start(finish, start_at, s);

@@ -286,19 +286,27 @@ __global__ void __launch_bounds__(kStreamThreads, kJoined ? 2 : 3) stream_gradie
 
 enum class Finish { kMoments, kLambda, kMean, kDeviation, kGradient };
 
-// What a warp makes of the moments of a group's parts: around the first part's pilot, so that nothing cancels.
+// A block finishes a group: as many threads as there are parts, within limits.
+constexpr int kFinishThreads = 256;
+inline unsigned finish_threads(int64_t parts) {
+  const int64_t whole = divide_up(parts, 32) * 32;
+  return unsigned(whole < kFinishThreads ? whole : kFinishThreads);
+}
+
+// What a block makes of the moments of a group's parts: around the first part's pilot, so that nothing cancels.
 // part(i, k) is number k of part i: count, pilot, mean less the pilot, sum of squares around the mean.
 template <class Real, class Part>
-__device__ inline void finish_moment_parts(const RowsArgs<Real>& a, uint32_t parts, Part part, uint32_t group) {
+__device__ inline void finish_moment_parts(const RowsArgs<Real>& a, BlockTeam<Real>& team, uint32_t parts, Part part,
+                                           uint32_t group) {
   const Real pilot = part(0, 1);
-  Real shift = 0, squares = 0;
-  for (uint32_t i = threadIdx.x % 32; i < parts; i += 32) {
+  Real sums[2] = {};
+  for (uint32_t i = threadIdx.x; i < parts; i += blockDim.x) {
     const Real count = part(i, 0), delta = (part(i, 1) - pilot) + part(i, 2);
-    shift += count * delta;
-    squares += part(i, 3) + count * delta * delta;
+    sums[0] += count * delta;
+    sums[1] += part(i, 3) + count * delta * delta;
   }
-  shift = warp_sum(shift) * a.inverse_count;
-  squares = warp_sum(squares);
+  team.sum(sums);
+  const Real shift = sums[0] * a.inverse_count, squares = sums[1];
   const Real mean = pilot + shift;
   // shift = mean of u - pilot: finish_moments() takes its square out of the variance
   const Moments1<Real> m = finish_moments(mean, shift / a.inverse_count, squares, a.inverse_count, a.eps);
@@ -332,22 +340,22 @@ __device__ inline void finish_sums(const RowsArgs<Real>& a, const Real (&sums)[K
   }
 }
 
-// One warp a group.
 template <class T, Finish kFinish>
-__global__ void __launch_bounds__(32) stream_finish(const StreamArgs<RealOf<T>> s) {
+__global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
+  BlockTeam<Real> team({});
   const uint32_t local = blockIdx.x, group = s.first_group + local;
   const Real* part = s.part + size_t(local) * s.splits * kMaxSums;
   if constexpr (kFinish == Finish::kMoments) {
-    finish_moment_parts(s.rows, s.splits, [&](uint32_t i, int k) { return part[size_t(i) * kMaxSums + k]; }, group);
+    const auto number = [&](uint32_t i, int k) { return part[size_t(i) * kMaxSums + k]; };
+    finish_moment_parts(s.rows, team, s.splits, number, group);
   } else {
     constexpr int K = kFinish == Finish::kLambda ? 4 : kFinish == Finish::kGradient ? kGradientSums : 1;
     Real sums[K] = {};
-    for (uint32_t i = threadIdx.x; i < s.splits; i += 32)
+    for (uint32_t i = threadIdx.x; i < s.splits; i += blockDim.x)
 #pragma unroll
       for (int k = 0; k < K; ++k) sums[k] += part[size_t(i) * kMaxSums + k];
-#pragma unroll
-    for (int k = 0; k < K; ++k) sums[k] = warp_sum(sums[k]);
+    team.sum(sums);
     if (threadIdx.x > 0) return;
     finish_sums<kFinish>(s.rows, sums, group, s.mean + local, s.sums + size_t(local) * kMaxSums);
     if constexpr (kFinish == Finish::kGradient) {

@@ -1,8 +1,10 @@
 // Starting a kernel: on a stream of the device, or in the tests on the CPU.
 #pragma once
 
+#include <map>
 #include <mutex>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "device.cuh"
@@ -66,40 +68,63 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// Whether the blocks of a cluster, or all blocks of a cooperative launch, would run at the same time: without that
-// their barriers would wait for ever. Only the driver knows: other processes and a divided device take their share.
+// An error that is answered here, or returned, and that nobody shall find again who asks for the last one.
+inline cudaError_t taken(cudaError_t e) {
+  if (e != cudaSuccess) cudaGetLastError();
+  return e;
+}
+
+// How many blocks of a cluster, or of a cooperative launch, the device would run at the same time.
+inline cudaError_t ask_blocks_at_once(const void* entry, const Start& s, const Device& device, int* blocks) {
+  cudaError_t e = s.shared > 0 ? allow_shared(entry) : cudaSuccess;
+  if (e != cudaSuccess) return e;
+  if (s.cooperative) {
+    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, entry, int(s.threads), s.shared);
+    *blocks *= device.multiprocessors;
+    return e;
+  }
+  cudaFuncAttributes facts = {};
+  e = cudaFuncGetAttributes(&facts, entry);
+  if (e != cudaSuccess || facts.ptxVersion < 90) return e;  // code that knows no clusters, on a device that does
+  const Launch launch(s);
+  e = cudaOccupancyMaxActiveClusters(blocks, entry, &launch.config);
+  *blocks *= s.cluster;
+  return e;
+}
+
+// Whether all of them would: without that their barriers would wait for ever. Only the driver knows: other processes and a
+// divided device take their share. It is asked once, and what plans a workspace is told the same as what is started on it.
 template <class... P>
 bool runs_at_once(void (*kernel)(P...), const Start& s, const Device& device) {
+  using Question = std::tuple<const void*, int, unsigned, size_t, int>;
+  static std::mutex lock;
+  static std::map<Question, int> known;
   if (!device.present) return true;
   const void* entry = reinterpret_cast<const void*>(kernel);
-  int count = 0;
-  cudaError_t e = s.shared > 0 ? allow_shared(entry) : cudaSuccess;
-  if (s.cooperative) {
-    if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, entry, int(s.threads), s.shared);
-    count *= device.multiprocessors;
-  } else {
-    const Launch launch(s);
-    if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&count, entry, &launch.config);
-    count *= s.cluster;
-  }
-  if (e != cudaSuccess) cudaGetLastError();  // or whoever asks next for the last error would be told of this one
-  return e == cudaSuccess && count >= (s.cooperative ? int(s.grid) : s.cluster);
+  int id = 0, blocks = 0;
+  if (taken(cudaGetDevice(&id)) != cudaSuccess) return false;
+  const int wanted = s.cooperative ? int(s.grid) : s.cluster;
+  const Question question = {entry, id, s.threads, s.shared, s.cluster};
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto answer = known.find(question);
+  if (answer != known.end()) return answer->second >= wanted;
+  if (taken(ask_blocks_at_once(entry, s, device, &blocks)) != cudaSuccess) return false;
+  known[question] = blocks;
+  return blocks >= wanted;
 }
 
 template <class... P, class... A>
 int start(void (*kernel)(P...), const Start& s, A... arguments) {
   if (s.shared > 0) {
-    const cudaError_t e = allow_shared(reinterpret_cast<const void*>(kernel));
+    const cudaError_t e = taken(allow_shared(reinterpret_cast<const void*>(kernel)));
     if (e != cudaSuccess) return e;
   }
   const Launch launch(s);
-  const cudaError_t e = cudaLaunchKernelEx(&launch.config, kernel, P(arguments)...);
-  cudaGetLastError();  // returned, and not to be found again by others
-  return e;
+  return taken(cudaLaunchKernelEx(&launch.config, kernel, P(arguments)...));
 }
 
 inline int zero(void* data, size_t bytes, void* stream) {
-  return cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream));
+  return taken(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
 inline cudaError_t ask_device(int id, Device* d) {

@@ -156,7 +156,7 @@ class GridTeam {
   __device__ void barrier(unsigned* counter) {
     passed_ += sync_.blocks;
     arrive(counter);
-    while (arrived(counter) < passed_) __nanosleep(32);
+    wait_for_arrivals(counter, passed_);
   }
 
   BlockTeam<Real> block_;

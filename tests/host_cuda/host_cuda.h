@@ -74,10 +74,10 @@ inline void arrive(unsigned* counter) {
   block->company->met[size_t(block->rank)] = true;
   std::atomic_ref<unsigned>(*counter).fetch_add(1);
 }
-inline unsigned arrived(const unsigned* counter, Location l = Location::current()) {
-  if (block->company->failed) fail("");
-  if (skipped(l)) return ~0u;
-  return std::atomic_ref<unsigned>(*const_cast<unsigned*>(counter)).load();
+inline void wait_for_arrivals(unsigned* counter, unsigned count, Location l = Location::current()) {
+  if (skipped(l)) return;
+  while (std::atomic_ref<unsigned>(*counter).load() < count)
+    wait_a_little("a block of the grid ended while others wait at the grid barrier");
 }
 
 template <class T>
@@ -108,8 +108,5 @@ T __shfl_sync(unsigned, T v, int source) {
 template <class T>
 T __ldcg(const T* p) {
   return std::atomic_ref<T>(*const_cast<T*>(p)).load();
-}
-inline void __nanosleep(unsigned) {
-  host_cuda::wait_a_little("a block of the grid ended while others wait at the grid barrier");
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
