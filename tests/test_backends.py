@@ -321,6 +321,19 @@ def test_use_backend_as_a_context_ends_with_its_block():
         assert _serving() == automatic
 
 
+@pytest.mark.parametrize(("variable", "name"), [(None, None), (None, "abacus"), ("cpu", None)])
+@pytest.mark.usefixtures("auto")
+def test_the_variable_is_blamed_only_for_what_it_is_set_to(variable, name, monkeypatch):
+    monkeypatch.delenv("NORMNORM_BACKEND", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("NORMNORM_BACKEND", variable)
+    with pytest.raises(ValueError, match=f"^backend must be 'auto' or one of .*; got {name!r}$"):
+        normnorm.use_backend(name)
+    monkeypatch.setenv("NORMNORM_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"^NORMNORM_BACKEND must be .*; got 'abacus'$"):
+        backends.resolve(torch.device("cpu"), "abacus")
+
+
 @pytest.mark.usefixtures("auto")
 def test_contexts_nest_and_a_call_inside_ends_with_the_block():
     first, second = CPU_SERVERS[0], CPU_SERVERS[-1]

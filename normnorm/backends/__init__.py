@@ -160,8 +160,10 @@ _find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _unavailable(name: str) -> Exception:
     if name not in NAMES:
-        source = "NORMNORM_BACKEND" if os.environ.get("NORMNORM_BACKEND") == name else "backend"
-        return ValueError(f"{source} must be 'auto' or one of {', '.join(NAMES)}; got '{name}'")
+        # An unset variable is no name at all, not the name None.
+        set_to_it = os.environ.get("NORMNORM_BACKEND", "auto") == name
+        source = "NORMNORM_BACKEND" if set_to_it else "backend"
+        return ValueError(f"{source} must be 'auto' or one of {', '.join(NAMES)}; got {name!r}")
     return RuntimeError(f"backend '{name}' is unavailable: {_UNAVAILABLE[name]}")
 
 
