@@ -16,6 +16,8 @@ import torch
 import normnorm
 from normnorm import backends, selfcheck
 from normnorm.backends import cuda
+from normnorm.checks import check_forward
+from normnorm.config import Config
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,6 +25,10 @@ __all__ = ["add_arguments", "run"]
 _CHECKED = (torch.float32, torch.bfloat16)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KINDS = ("batch", "layer", "group", "instance")
+_PLAN_OPTIONS = (
+    "kind", "dtype", "memory_format", "num_groups", "normalized_ndim", "no_noise", "no_affine",
+    "device_model", "sms",
+)  # fmt: skip
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -45,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--plan", metavar="SHAPE", type=_shape, help="print that instead, for 256,64,56,56"
     )
-    plan.add_argument("--kind", choices=_KINDS, default="batch")
-    plan.add_argument("--dtype", choices=[_dtype_name(d) for d in _DTYPES], default="float32")
+    # Defaults are filled in where a plan is made: an option given without --plan can be told then.
+    plan.add_argument("--kind", choices=_KINDS, help="of layer (batch)")
+    plan.add_argument("--dtype", choices=[_dtype_name(d) for d in _DTYPES], help="(float32)")
     plan.add_argument(
-        "--memory-format", choices=("contiguous", "channels_last"), default="contiguous"
+        "--memory-format", choices=("contiguous", "channels_last"), help="(contiguous)"
     )
     plan.add_argument("--num-groups", type=int, help="for kind group (32)")
     plan.add_argument("--normalized-ndim", type=int, help="for kind layer: trailing dimensions (1)")
@@ -110,9 +117,23 @@ def _check_backends() -> list[dict[str, Any]]:
     return checks
 
 
+def _wrong_choice() -> str | None:
+    """Why layers could not be called with the NORMNORM_BACKEND of this environment; None where it
+    is not set, or names a backend that can run. The checks choose their backends themselves."""
+    name = os.environ.get("NORMNORM_BACKEND", "auto")
+    if name != "auto":
+        try:
+            backends.get(name)
+        except (ValueError, RuntimeError) as reason:
+            return str(reason)
+    return None
+
+
 def report() -> dict[str, Any]:
-    """The whole diagnosis as plain data; ``ok`` says whether every check passed."""
+    """The whole diagnosis as plain data; ``ok`` says whether every check passed and the
+    environment chooses a backend that can run, else ``wrong_choice`` says why it does not."""
     available = backends.available_backends()
+    wrong_choice = _wrong_choice()
     checks = _check_backends()
     details: dict[str, dict[str, Any]] = {}
     if available["cpu"] is None:
@@ -124,7 +145,8 @@ def report() -> dict[str, Any]:
         "backends": available,
         "details": details,
         "checks": checks,
-        "ok": all(check["passed"] for check in checks),
+        "wrong_choice": wrong_choice,
+        "ok": wrong_choice is None and all(check["passed"] for check in checks),
     }
 
 
@@ -150,6 +172,12 @@ def _print_report(found: dict[str, Any]) -> None:
             print(f"  {check['failure']}")
     missed = sum(not check["passed"] for check in found["checks"])
     print(f"\n{len(found['checks']) - missed} checks passed, {missed} missed")
+    if found["wrong_choice"] is not None:
+        chosen = found["environment"]["NORMNORM_BACKEND"]
+        print(
+            f"\nNORMNORM_BACKEND is {chosen!r}, with which every call of a layer raises:\n"
+            f"{found['wrong_choice']}"
+        )
 
 
 def _planned_device(arguments: argparse.Namespace) -> tuple[cuda.Device, str]:
@@ -170,19 +198,20 @@ def plans(arguments: argparse.Namespace) -> dict[str, Any]:
     """What ``--plan`` prints, as plain data.
 
     Raises:
-        RuntimeError: the library holds no CUDA kernels.
         ValueError: no such layer takes a tensor of that shape.
+        RuntimeError: the library holds no CUDA kernels.
     """
     if arguments.sms is not None and arguments.sms < 1:
         raise ValueError(f"--sms must be positive; got {arguments.sms}")
     device, why = _planned_device(arguments)
-    dtype = next(d for d in _DTYPES if _dtype_name(d) == arguments.dtype)
+    kind, memory_format = arguments.kind or "batch", arguments.memory_format or "contiguous"
+    dtype_name = arguments.dtype or "float32"
+    dtype = next(d for d in _DTYPES if _dtype_name(d) == dtype_name)
     input = torch.empty(arguments.plan, dtype=dtype, device="meta")
-    if arguments.memory_format == "channels_last":
+    if memory_format == "channels_last":
         if input.dim() < 3:
             raise ValueError(f"channels_last wants (N, C, spatial...); got {arguments.plan}")
         input = input.movedim(1, -1).contiguous().movedim(-1, 1)
-    kind = arguments.kind
     num_groups, ndim = arguments.num_groups, arguments.normalized_ndim
     options: dict[str, Any] = {
         "num_groups": num_groups if num_groups is not None else 32 if kind == "group" else 0,
@@ -190,11 +219,17 @@ def plans(arguments: argparse.Namespace) -> dict[str, Any]:
         "noise": not arguments.no_noise,
         "affine": not arguments.no_affine,
     }
+    # Asked of the kernels too, but what is wrong with the shape is to be said where there are none.
+    config = Config(
+        kind, options["num_groups"], options["normalized_ndim"], 1e-5, 0.0, 1.0, 2, 0.0, 0, False,
+        "", "cuda",
+    )  # fmt: skip
+    check_forward(input, (None, None, None), None, None, None, None, None, config, shard=True)
     return {
         "shape": list(arguments.plan),
         "kind": kind,
-        "dtype": arguments.dtype,
-        "memory_format": arguments.memory_format,
+        "dtype": dtype_name,
+        "memory_format": memory_format,
         **options,
         "device": {**device._asdict(), "source": why},
         **{
@@ -245,9 +280,16 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report, or a plan; 1 where a check missed its bound, or there are no kernels."""
+    """Prints the report, or a plan; 1 where a check missed its bound, the environment chooses a
+    backend that cannot run, or there are no kernels; 2 for options that go with nothing."""
     if arguments.plan is not None:
         return _run_plan(arguments)
+    values = {name: getattr(arguments, name) for name in _PLAN_OPTIONS}
+    given = [name for name, value in values.items() if value is not None and value is not False]
+    if given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        print(f"options of --plan SHAPE, which was not given: {options}", file=sys.stderr)
+        return 2
     found = report()
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)

@@ -73,6 +73,52 @@ def test_doctor_reports_a_kernel_that_raises(monkeypatch, capsys):
     assert "this kernel is broken" in capsys.readouterr().out
 
 
+@pytest.fixture
+def no_checks(monkeypatch):
+    """A doctor that looks at everything but the numbers."""
+    monkeypatch.setattr(selfcheck, "cases_and_backends", list)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sentence"),
+    [
+        (
+            "foo",
+            f"NORMNORM_BACKEND must be 'auto' or one of {', '.join(backends.NAMES)}; got 'foo'",
+        ),
+        ("", f"NORMNORM_BACKEND must be 'auto' or one of {', '.join(backends.NAMES)}; got ''"),
+        ("cuda", "backend 'cuda' is unavailable: no such GPU"),
+    ],
+)
+@pytest.mark.usefixtures("no_checks")
+def test_doctor_exits_1_where_the_environment_chooses_what_cannot_run(
+    chosen, sentence, monkeypatch, capsys
+):
+    without = {name: backend for name, backend in backends._backends.items() if name != "cuda"}
+    monkeypatch.setattr(backends, "_backends", without)
+    monkeypatch.setattr(backends, "_late", {})
+    monkeypatch.setattr(backends, "_UNAVAILABLE", dict.fromkeys(backends.NAMES, "no such GPU"))
+    monkeypatch.setenv("NORMNORM_BACKEND", chosen)
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert sentence in text
+    assert f"NORMNORM_BACKEND is '{chosen}', with which every call of a layer raises" in text
+    assert cli.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert report["wrong_choice"] == sentence
+
+
+@pytest.mark.parametrize("chosen", [None, "auto", "reference"])
+@pytest.mark.usefixtures("no_checks")
+def test_doctor_is_content_with_a_choice_that_can_run(chosen, monkeypatch, capsys):
+    monkeypatch.delenv("NORMNORM_BACKEND", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("NORMNORM_BACKEND", chosen)
+    assert cli.main(["doctor"]) == 0
+    assert "raises" not in capsys.readouterr().out
+
+
 def test_gradcheck_passes_on_every_available_backend(capsys):
     assert cli.main(["gradcheck"]) == 0
     text = capsys.readouterr().out
@@ -175,20 +221,45 @@ def test_plan_says_what_it_assumes_where_there_is_no_gpu(capsys):
     assert "no GPU" in found["device"]["source"]
 
 
-@without_kernels
-@pytest.mark.parametrize(
+NO_SUCH_LAYER = pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["64,3,8,8", "--kind", "group", "--num-groups", "2"], "divisible by num_groups"),
         (["64,3", "--kind", "layer", "--normalized-ndim", "3"], "normalized_ndim"),
         (["64", "--kind", "batch"], "wants an input of shape"),
+        (["64,3", "--num-groups", "2"], "num_groups belongs to kind 'group'"),
         (["64,3", "--memory-format", "channels_last"], "channels_last wants"),
         (["64,3", "--sms", "0"], "--sms must be positive"),
     ],
 )
+
+
+@without_kernels
+@NO_SUCH_LAYER
 def test_plan_refuses_what_no_layer_takes(words, sentence, capsys):
     assert cli.main(["doctor", "--plan", *words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@NO_SUCH_LAYER
+def test_plan_refuses_it_also_where_there_are_no_kernels(words, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "missing", lambda: "the CUDA kernels were not built: no nvcc")
+    test_plan_refuses_what_no_layer_takes(words, sentence, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--kind", "batch"], "--kind"),
+        (["--sms", "0", "--no-noise"], "--no-noise, --sms"),
+        (["--dtype", "bfloat16", "--memory-format", "channels_last"], "--dtype, --memory-format"),
+    ],
+)
+def test_options_of_a_plan_are_refused_without_one(words, named, capsys):
+    assert cli.main(["doctor", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"options of --plan SHAPE, which was not given: {named}\n"
 
 
 def test_plan_without_kernels_says_why(capsys, monkeypatch):
