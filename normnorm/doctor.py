@@ -36,13 +36,15 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(size) for size in text.replace("x", ",").split(","))
-    if min(shape) < 1:
-        raise ValueError
+    try:
+        shape = tuple(int(size) for size in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if min(shape, default=0) < 1:
+        raise argparse.ArgumentTypeError(
+            f"a shape is sizes of 1 or more, 256,64,56,56 or 256x64x56x56; got {text!r}"
+        )
     return shape
-
-
-_shape.__name__ = "shape"  # what argparse calls it when it refuses one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
