@@ -9,6 +9,8 @@ compiler that traces these lines cannot format a symbolic number.
 from __future__ import annotations
 
 import math
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +23,12 @@ __all__ = [
     "check_backward",
     "check_fold",
     "check_forward",
+    "check_integer",
     "check_is_tensor",
     "check_noise_train",
+    "check_number",
     "check_residual",
+    "check_tensors",
     "check_transform",
     "group_count",
     "group_size",
@@ -33,6 +38,7 @@ __all__ = [
 
 KINDS = ("batch", "layer", "group", "instance")
 ACTIVATIONS = ("", "relu")
+_STRIDED = torch.strided
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,8 +114,40 @@ def _check_group_size(input: Tensor, config: Config) -> None:
             )
 
 
+def check_number(name: str, value: Any) -> None:
+    """A real number, of Python, of numpy, or a compiler's symbol for one."""
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return
+    if isinstance(value, Tensor):
+        # An op would read the number out of it, and no gradient could ever come back.
+        raise TypeError(
+            f"{name} must be a number, since its gradient is not computed; got a tensor of shape "
+            f"{_shape(value)}"
+        )
+    if not (isinstance(value, numbers.Real) and type(value).__module__ == "numpy"):
+        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """A whole number that is one by its type too."""
+    check_number(name, value)
+    if not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}")
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Arguments that are tensors or None."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor or None; got {type(tensor).__name__}")
+
+
 def check_transform(eps: float, alpha: float, order: int, transform_eps: float) -> None:
     """The numbers that shape the transform."""
+    check_number("eps", eps)
+    check_number("alpha", alpha)
+    check_integer("order", order)
+    check_number("transform_eps", transform_eps)
     if not 0.0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite; got {eps}")
     if not -math.inf < alpha < math.inf:
@@ -122,19 +160,23 @@ def check_transform(eps: float, alpha: float, order: int, transform_eps: float) 
 
 def check_noise_train(noise_train: float) -> None:
     """The weight of the noise, also where none will be added."""
+    if type(noise_train) is not float:
+        check_number("noise_train", noise_train)
     if not 0.0 <= noise_train < math.inf:
         raise ValueError(f"noise_train must be finite and at least 0; got {noise_train}")
 
 
 def check_is_tensor(input: Tensor) -> None:
-    """An input that is a tensor at all."""
+    """An input that is a tensor at all, and one that lies in memory element by element."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor; got {type(input).__name__}")
+    if input.layout is not _STRIDED:
+        raise TypeError(f"input must be a dense tensor, of layout {_STRIDED}; got {input.layout}")
 
 
 def check_activation(activation: str) -> None:
     """What may stand behind the affine map."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be 'relu' or '' for none; got '{activation}'")
 
 
@@ -164,6 +206,10 @@ def with_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     branch in half precision meets a stream in float32. The ops themselves want one dtype."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a tensor; got {type(residual).__name__}")
+    if residual.layout is not _STRIDED:
+        raise TypeError(
+            f"residual must be a dense tensor, of layout {_STRIDED}; got {residual.layout}"
+        )
     _check_place("residual", residual, input)
     if residual.dtype is input.dtype:
         return input, residual
@@ -267,6 +313,7 @@ def check_forward(
 ) -> None:
     """Everything that ``normal_norm_forward`` and ``normal_norm_infer`` ask of their arguments;
     the input may be a ``shard`` of any size, other ranks holding the rest of its groups."""
+    check_tensors(weight=weight, bias=bias)
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
     check_activation(config.activation)
@@ -379,6 +426,7 @@ def check_fold(
                 "momentum None (a cumulative average) needs num_batches_tracked; got None"
             )
     else:
+        check_number("momentum", momentum)
         if not -math.inf < momentum < math.inf:
             raise ValueError(f"momentum must be finite or None; got {momentum}")
 

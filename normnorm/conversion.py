@@ -250,7 +250,8 @@ def replace_norms(
         What was replaced, what was left, and why; prints as a table.
 
     Raises:
-        TypeError: a model or ``where`` of another type, a scripted or already wrapped model.
+        TypeError: a model, ``where`` or settings of another type, a scripted or already wrapped
+            model.
         ValueError: settings that the layers would refuse, or a model that is itself a norm.
             The model is unchanged after any error.
     """

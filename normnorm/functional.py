@@ -33,14 +33,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from normnorm import backends, likelihood, ops, reference
 from normnorm.autograd import Running, add_normal_norm, decomposes, is_tracing, normal_norm
 from normnorm.backends.reference import fold_running_, transforms_active
 from normnorm.checks import (
     check_activation,
+    check_integer,
     check_is_tensor,
     check_noise_train,
+    check_number,
+    check_tensors,
     check_transform,
     group_size,
     with_residual,
@@ -92,8 +96,19 @@ def _configure(
     activation: str | None = None,
 ) -> Config:
     """The op's configuration: the caller's, the noise's order, and the backend that serves."""
+    if not (
+        type(eps) is float
+        and type(alpha) is float
+        and type(order) is int
+        and type(transform_eps) is float
+    ):
+        # An op would read the number out of a tensor, and drop its gradient without a word.
+        check_transform(eps, alpha, order, transform_eps)
     check_noise_train(noise_train)
-    check_activation(activation or "")  # torch.func's transforms never show it to an op
+    if activation is None:
+        activation = ""
+    else:
+        check_activation(activation)  # torch.func's transforms never show it to an op
     channels_last = False
     if training and noise_train > 0.0:
         channels_last = _is_channels_last(input)
@@ -101,7 +116,7 @@ def _configure(
         noise_train = 0.0  # a constant, where a compiler has made the attribute symbolic too
     return Config(
         kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, 0,
-        channels_last, activation or "", backends.resolve(input.device).name,
+        channels_last, activation, backends.resolve(input.device).name,
     )  # fmt: skip
 
 
@@ -116,6 +131,7 @@ def _apply(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, its seed drawn where there is noise: (output, statistics)."""
+    _check_parameters(weight, bias)
     if residual is not None:
         narrow = input.dtype
         input, residual = with_residual(input, residual)  # checked before a seed is drawn
@@ -125,6 +141,14 @@ def _apply(
         input, running, weight, bias, residual, _seed(seed, input, config), None, config,
         keep_statistics,
     )  # fmt: skip
+
+
+def _check_parameters(weight: Tensor | None, bias: Tensor | None) -> None:
+    """Parameters that are tensors; nn.Parameter itself is told at once."""
+    if (weight is not None and type(weight) is not Parameter) or (
+        bias is not None and type(bias) is not Parameter
+    ):
+        check_tensors(weight=weight, bias=bias)
 
 
 def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:
@@ -148,10 +172,12 @@ def _fold(
 ) -> None:
     """Moves the running statistics towards the batch's, by one op."""
     fold: Any  # one of three with the same arguments
-    if transforms_active() or is_tracing():
+    if transforms_active():
         fold = ops.fold_running_
     elif torch.compiler.is_compiling():
         fold = fold_running_ if decomposes(config) else ops.fold_running_
+    elif is_tracing():
+        fold = ops.fold_running_
     else:
         fold = backends.get(config.backend).fold
     fold(statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend)
@@ -169,6 +195,12 @@ def _check_running(
             "running_mean, running_var and running_lmbda must be given together or not at all; "
             f"got {sum(tensor is not None for tensor in running)} of them"
         )
+    if not (type(mean) is Tensor and type(var) is Tensor and type(lmbda) is Tensor):
+        check_tensors(running_mean=mean, running_var=var, running_lmbda=lmbda)
+    if tracked is not None and type(tracked) is not Tensor:
+        check_tensors(num_batches_tracked=tracked)
+    if momentum is not None and type(momentum) is not float:
+        check_number("momentum", momentum)
     # The fold itself asks that var and lambda be like mean.
     if update and input.dim() > 1 and mean.shape != input.shape[1:2]:
         raise ValueError(
@@ -286,6 +318,8 @@ def layer_normal_norm(
 
 def _check_normalized_shape(input: Tensor, normalized_shape: Sequence[int]) -> None:
     check_is_tensor(input)
+    if isinstance(normalized_shape, int):
+        raise TypeError(f"normalized_shape must be a sequence of ints; got {normalized_shape}")
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[max(input.dim() - len(shape), 0) :]) != shape:
         raise ValueError(
@@ -330,6 +364,7 @@ def add_layer_normal_norm(
             sum's dtype nor float32.
     """
     _check_normalized_shape(input, normalized_shape)
+    _check_parameters(weight, bias)
     input, residual = with_residual(input, residual)
     config = _configure(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
@@ -371,6 +406,8 @@ def group_normal_norm(
     check_is_tensor(input)
     if input.dim() < 2:
         raise ValueError(f"Expected at least 2 dimensions for input tensor but got {input.dim()}")
+    if type(num_groups) is not int:
+        check_integer("num_groups", num_groups)
     config = _configure(
         input, "group", num_groups, 0, eps, noise_train, training, alpha, order,
         transform_eps, activation,
@@ -533,3 +570,8 @@ def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a floating tensor; got {got}")
+
+
+# For torch.fx's symbolic tracer: each call is one node of its graph.
+for _name in __all__:
+    torch.fx.wrap(_name)

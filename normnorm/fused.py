@@ -108,6 +108,11 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
         )
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if type(input) is not Tensor:
+            given = (input,) if residual is None else (input, residual)
+            node: Tensor | None = self._node(BatchNormalNormAct2d, *given)
+            if node is not None:
+                return node
         if self._joins():
             activation = "relu" if isinstance(self.act, nn.ReLU) else None
             return self._normalize(input, residual, activation)
@@ -142,6 +147,10 @@ class AddLayerNormalNorm(LayerNormalNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if type(input) is not Tensor:
+            node: tuple[Tensor, Tensor] | None = self._node(AddLayerNormalNorm, input, residual)
+            if node is not None:
+                return node
         return F.add_layer_normal_norm(
             input,
             residual,

@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normnorm import modules
+from normnorm.checks import check_is_tensor
 from normnorm.modules import _InstanceNormalNorm, _RunningNorm
 
 __all__ = [
@@ -65,6 +66,7 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
 
     def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]
         """Takes ``num_features``, and the size of what has none yet, from the first input."""
+        check_is_tensor(input)
         becomes = self.cls_to_become
         assert becomes is not None  # every class below names its own
         # An instance layer's input may come without the batch dimension.

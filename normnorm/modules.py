@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _NormBase
 
 from normnorm import functional as F
-from normnorm.checks import check_is_tensor, check_noise_train
+from normnorm.checks import (
+    check_integer,
+    check_is_tensor,
+    check_noise_train,
+    check_number,
+    check_transform,
+)
 
 __all__ = [
     "BatchNormalNorm1d",
@@ -32,6 +39,8 @@ __all__ = [
 class _Transform:
     """What every layer has of its own beside its torch base class."""
 
+    eps: float
+    forward: Any
     noise_train: float
     alpha: float
     order: int
@@ -40,6 +49,8 @@ class _Transform:
     def _set_transform(
         self, noise_train: float, alpha: float, order: int, transform_eps: float
     ) -> None:
+        check_noise_train(noise_train)
+        check_transform(self.eps, alpha, order, transform_eps)
         self.noise_train = noise_train
         self.alpha = alpha
         self.order = order
@@ -53,8 +64,40 @@ class _Transform:
             "transform_eps": self.transform_eps,
         }
 
+    def _node(self, owner: type[_Transform], *inputs: Any) -> Any:
+        """The layer as one node of a torch.fx graph, as torch's own norms are, for inputs that
+        stand for tensors there; None for tensors of a class of their own.
+
+        Called first in the ``forward`` of the class ``owner``, where no plain tensor comes in.
+        """
+        if not isinstance(inputs[0], Proxy):
+            check_is_tensor(inputs[0])
+            return None
+        tracer: Any = inputs[0].tracer
+        layer: Any = self
+        path = tracer.path_of_module(layer) if isinstance(tracer, torch.fx.Tracer) else ""
+        if not path:
+            raise TypeError(
+                f"torch.fx traces models that hold a {type(self).__name__}, and not that layer "
+                "alone; wrap it in nn.Sequential"
+            )
+        if getattr(self.forward, "__func__", None) is owner.forward:
+            return tracer.create_proxy("call_module", path, inputs, {})
+        # From the forward of a class derived from ours: what it does beside is traced by itself.
+        name = f"{owner.__module__}.{owner.__qualname__}"
+        return tracer.create_proxy("call_function", inherited_forward, (layer, name, *inputs), {})
+
     def _transform_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self._transform().items())
+
+
+def inherited_forward(layer: nn.Module, owner: str, *inputs: Any) -> Any:
+    """The forward pass that a layer has from the base class of that full name: what a torch.fx
+    graph calls where a derived class has a ``forward`` of its own."""
+    base: Any = next(
+        cls for cls in type(layer).__mro__ if f"{cls.__module__}.{cls.__qualname__}" == owner
+    )
+    return base.forward(layer, *inputs)
 
 
 class _RunningNorm(_Transform, _NormBase):
@@ -89,6 +132,8 @@ class _RunningNorm(_Transform, _NormBase):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
+        if momentum is not None:
+            check_number("momentum", momentum)
         if not bias:
             self.register_parameter("bias", None)
         running_lmbda = (
@@ -142,7 +187,6 @@ class _BatchNormalNorm(_RunningNorm):
     _ranks: tuple[int, ...]
 
     def _check_input_dim(self, input: Tensor) -> None:
-        check_is_tensor(input)
         if input.dim() not in self._ranks:
             wanted = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"expected {wanted} input (got {input.dim()}D input)")
@@ -153,6 +197,10 @@ class _BatchNormalNorm(_RunningNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor:
+            node: Tensor | None = self._node(_BatchNormalNorm, input)
+            if node is not None:
+                return node
         return self._normalize(input)
 
     def _normalize(
@@ -221,7 +269,9 @@ class BatchNormalNorm1d(_BatchNormalNorm):
     Raises:
         ValueError: wrong rank or channel count, a single value per channel in training,
             ``eps`` <= 0, negative or non-finite ``noise_train``, unknown ``order``; nothing has
-            changed then.
+            changed then. The settings are checked when the layer is made, and at each call.
+        TypeError: a setting that is no number; a tensor is none, since no gradient of it would be
+            computed. A sparse or jagged input.
         TypeError or ValueError: an input that is not floating, or parameters of another dtype.
     """
 
@@ -270,7 +320,10 @@ class _InstanceNormalNorm(_RunningNorm):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
-        check_is_tensor(input)
+        if type(input) is not Tensor:
+            node: Tensor | None = self._node(_InstanceNormalNorm, input)
+            if node is not None:
+                return node
         if input.dim() not in (self._rank - 1, self._rank):
             raise ValueError(
                 f"expected {self._rank - 1}D or {self._rank}D input (got {input.dim()}D input)"
@@ -363,6 +416,10 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
         self._set_transform(noise_train, alpha, order, transform_eps)
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor:
+            node: Tensor | None = self._node(LayerNormalNorm, input)
+            if node is not None:
+                return node
         return F.layer_normal_norm(
             input,
             self.normalized_shape,
@@ -422,7 +479,10 @@ class LayerNormalNorm2d(LayerNormalNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        check_is_tensor(input)
+        if type(input) is not Tensor:
+            node: Tensor | None = self._node(LayerNormalNorm2d, input)
+            if node is not None:
+                return node
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -465,6 +525,7 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         order: int = 2,
         transform_eps: float = 0.0,
     ) -> None:
+        check_integer("num_groups", num_groups)
         if num_groups < 1:
             raise ValueError(f"num_groups must be positive; got {num_groups}")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
@@ -473,7 +534,10 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         self._set_transform(noise_train, alpha, order, transform_eps)
 
     def forward(self, input: Tensor) -> Tensor:
-        check_is_tensor(input)
+        if type(input) is not Tensor:
+            node: Tensor | None = self._node(GroupNormalNorm, input)
+            if node is not None:
+                return node
         if input.dim() >= 2 and input.size(1) != self.num_channels:
             raise ValueError(
                 f"expected an input of {self.num_channels} channels (num_channels); "

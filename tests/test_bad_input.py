@@ -258,6 +258,107 @@ def test_group_layer_with_groups_that_do_not_divide_is_refused(groups, channels)
         normnorm.GroupNormalNorm(groups, channels)(torch.ones(2, channels, 3))
 
 
+# What is no number at all, for every setting that must be one. The tensors would pass for one
+# where an op reads them, and their gradients be lost.
+WRONG_NUMBERS = [
+    pytest.param(None, ("None",), id="none"),
+    pytest.param("1e-5", ("1e-5", "str"), id="text"),
+    pytest.param([1.0], ("list",), id="list"),
+    pytest.param(1 + 0j, ("complex",), id="complex"),
+    pytest.param(torch.tensor(1.0), ("gradient is not computed", "tensor"), id="tensor"),
+    pytest.param(nn.Parameter(torch.tensor(1.0)), ("gradient is not computed",), id="parameter"),
+]
+SETTINGS = ("noise_train", "alpha", "order", "transform_eps", "eps")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("wrong", "words"), WRONG_NUMBERS)
+@pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
+def test_a_setting_that_is_no_number_is_refused(row, name, wrong, words, backend):
+    with pytest.raises(TypeError):
+        row.make(**{name: wrong})
+    assert_refused(lambda: row.make(**{name: wrong}), f"{name} must be", *words)
+    layer = row.make()
+    setattr(layer, name, wrong)
+    for training in (True, False):
+        layer.train(training)
+        with Unchanged(layer.buffers()):
+            assert_refused(lambda: layer(row.input(torch.float32)), f"{name} must be", *words)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("wrong", "words"), WRONG_NUMBERS)
+def test_a_setting_of_a_function_that_is_no_number_is_refused(name, wrong, words, backend):
+    state = torch.random.get_rng_state()
+    for call in (
+        lambda **keywords: F.batch_normal_norm(X, None, None, None, training=True, **keywords),
+        lambda **keywords: F.layer_normal_norm(X, (4,), training=True, **keywords),
+        lambda **keywords: F.group_normal_norm(X, 3, **keywords),
+        lambda **keywords: F.instance_normal_norm(X, training=True, **keywords),
+        lambda **keywords: F.add_layer_normal_norm(X, X, (4,), training=True, **keywords),
+    ):
+        assert_refused(lambda call=call: call(**{name: wrong}), f"{name} must be", *words)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eps": 0}, ("eps must be positive", "0")),
+        ({"eps": -1e-9}, ("eps must be positive", "-1e-09")),
+        ({"order": 3}, ("order must be 1 or 2", "3")),
+        ({"order": 2.0}, ("order must be an int", "2.0", "float")),
+        ({"alpha": math.nan}, ("alpha must be finite", "nan")),
+        ({"transform_eps": -1.0}, ("transform_eps", "-1.0")),
+        ({"noise_train": -0.5}, ("noise_train", "at least 0", "-0.5")),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_where_a_layer_is_made(settings, words):
+    for row in KINDS:
+        assert_refused(lambda row=row: row.make(**settings), *words)
+    if "eps" not in settings:
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm(3))
+        assert_refused(lambda: normnorm.replace_norms(model, **settings), *words)
+        assert [type(layer) for layer in model] == [nn.BatchNorm1d, nn.LayerNorm]
+
+
+def test_wrong_types_of_a_layers_own_arguments_are_refused():
+    assert_refused(lambda: normnorm.BatchNormalNorm1d(3, momentum="a"), "momentum must be", "'a'")
+    assert_refused(lambda: normnorm.GroupNormalNorm(2.0, 4), "num_groups must be an int", "2.0")
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    layer = normnorm.LayerNormalNorm(
+        4, eps=numpy.float32(1e-5), noise_train=numpy.float64(0.5), order=numpy.int64(2)
+    )
+    assert layer(X).shape == X.shape
+
+
+@pytest.mark.parametrize("number", [-1e-9, -0.1, 0.0, -123456789.0, -1e300, math.nan, -math.inf])
+def test_a_number_out_of_range_is_shown_as_it_is(number, backend):
+    with pytest.raises(ValueError, match="eps must be positive and finite") as caught:
+        F.layer_normal_norm(X, (4,), eps=number)
+    assert float(str(caught.value).rpartition(" ")[2]) == pytest.approx(number, rel=0, nan_ok=True)
+    assert "000000" not in str(caught.value) or number == -1e300
+
+
+@pytest.mark.parametrize("row", LAYERS, ids=NAMES)
+def test_sparse_and_jagged_input_is_refused(row, backend):
+    layer, input = row.make(), row.input(torch.float32)
+    ragged = torch.nested.nested_tensor(list(input), layout=torch.jagged)
+    for wrong in (input.to_sparse(), ragged):
+        with pytest.raises(TypeError):
+            layer(wrong)
+        assert_refused(lambda wrong=wrong: layer(wrong), "input must be a dense tensor", "got")
+    if isinstance(layer, normnorm.LayerNormalNorm):
+        assert_refused(
+            lambda: F.add_layer_normal_norm(input, input.to_sparse(), layer.normalized_shape),
+            "residual must be a dense tensor",
+        )
+
+
 # Functions
 
 
@@ -337,6 +438,35 @@ FUNCTION_MISTAKES = [
     (lambda: normnorm.estimate_lmbda(X, 0, eps=0.0), ("eps", "0.0")),
     (lambda: normnorm.estimate_lmbda(X, 0, order=0), ("order", "0")),
     (lambda: normnorm.estimate_lmbda(X, 0, alpha=math.inf), ("alpha", "inf")),
+    (lambda: F.layer_normal_norm(X, 4), ("normalized_shape", "sequence", "4")),
+    (lambda: batch(weight=[1.0] * 3), ("weight must be a tensor or None", "list")),
+    (lambda: batch(bias=1.0), ("bias must be a tensor or None", "float")),
+    (lambda: F.add_layer_normal_norm(X, X, (4,), [1.0] * 4), ("weight must be a tensor", "list")),
+    (
+        lambda: batch(mean=[0.0] * 3, var=[1.0] * 3, lmbda=[1.0] * 3),
+        ("running_mean must be a tensor", "list"),
+    ),
+    (
+        lambda: batch(mean=ONES, var=ONES, lmbda=[1.0] * 3, training=False),
+        ("running_lmbda must be a tensor", "list"),
+    ),
+    (
+        lambda: F.instance_normal_norm(X, ONES, [1.0] * 3, ONES, num_batches_tracked=0),
+        ("running_var must be a tensor", "list"),
+    ),
+    (
+        lambda: batch(mean=ONES, var=ONES, lmbda=ONES, num_batches_tracked=0),
+        ("num_batches_tracked must be a tensor", "int"),
+    ),
+    (
+        lambda: batch(mean=ONES, var=ONES, lmbda=ONES, momentum="a"),
+        ("momentum must be a number", "'a'"),
+    ),
+    (lambda: F.group_normal_norm(X, 1.0), ("num_groups must be an int", "1.0", "float")),
+    *(
+        (lambda wrong=wrong: layer_function(activation=wrong), ("activation must be", f"{wrong}"))
+        for wrong in (False, 0, ["relu"])
+    ),
     *seeds_of(batch),
     *seeds_of(layer_function),
     *seeds_of(group_function),

@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision import models
 from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 import normnorm
@@ -179,3 +180,15 @@ def test_frozen_statistics_stay_as_they_are():
     assert not summary.replaced
     assert len(summary.left) == 20
     assert "frozen" in summary.left[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("resnet18", "layer1"), ("convnext_tiny", "features.1")]
+)
+def test_the_feature_extractor_follows_replaced_norms(name, layer):
+    model, input, _ = build(name)
+    normnorm.replace_norms(model)
+    found = []
+    model.get_submodule(layer).register_forward_hook(lambda module, args, out: found.append(out))
+    model(input)
+    assert torch.equal(create_feature_extractor(model, [layer])(input)[layer], found[0])

@@ -208,9 +208,13 @@ def test_torch_error_inputs_raise_as_torch_says(row, case, backend):
         with pytest.raises(case.error_type, match=case.error_regex):
             row.cls(*arguments.args, **arguments.kwargs)
         return
-    layer = row.cls(*arguments.args, **arguments.kwargs)
-    with pytest.raises(case.error_type, match=case.error_regex):
+
+    def call() -> None:  # ours refuses some of it, an eps for one, when it is constructed
+        layer = row.cls(*arguments.args, **arguments.kwargs)
         layer(*case.module_error_input.forward_input.args)
+
+    with pytest.raises(case.error_type, match=case.error_regex):
+        call()
 
 
 # Construction
