@@ -12,10 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -49,8 +47,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def kernels() -> ModuleType:
-    folder = Path(tempfile.gettempdir()) / f"normnorm-host-cuda-{os.getuid()}"
-    return harness.load(harness.build(folder))
+    return harness.load(harness.build())
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,6 @@ def build(folder: Path) -> Path:
 def kernels(rig: Rig) -> Any:
     """What :class:`host_cuda.harness.Call` calls, on the rig's device."""
     if rig.dry:
-        folder = Path(tempfile.gettempdir()) / f"normnorm-host-cuda-{os.getuid()}"
-        return harness.load(harness.build(folder))
+        return harness.load(harness.build())
     with tempfile.TemporaryDirectory() as name:
         return Kernels(build(Path(name)), rig.device)  # loaded, it needs its file no longer

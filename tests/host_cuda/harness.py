@@ -6,14 +6,18 @@ the walk (rows or columns), strides, parameters and noise, as the binding does o
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,51 +52,92 @@ def cuda_include() -> Path | None:
     return None
 
 
-def _flags(sanitize: bool) -> list[str]:
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+def flags(sanitize: bool = False) -> list[str]:
+    """How the kernels and what calls them are compiled."""
     include = cuda_include()
     assert include is not None
-    paths = [f"-I{LAYER}", "-isystem", str(include)]
-    return flags + (SANITIZE if sanitize else []) + paths
+    return [
+        *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DNDEBUG"),
+        *(SANITIZE if sanitize else []),
+        *(f"-I{LAYER}", "-isystem", str(include)),
+    ]
 
 
-def _compile(source: Path, target: Path, flags: list[str]) -> None:
-    command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+def made(name: str, make: Callable[[Path], object]) -> Path:
+    """The file of that name in the folder where builds are kept, made where it is not there yet:
+    by one process, for which others wait, and whole or not at all."""
+    folder = Path(tempfile.gettempdir()) / f"normnorm-host-cuda-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    target = folder / name
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = folder / f"{name}.partial"
+            make(partial)
+            partial.rename(target)
+    return target
+
+
+def digest(files: Iterable[Path], *words: object) -> str:
+    """Of what a build is made from."""
+    found = hashlib.sha256(repr(words).encode())
+    for path in files:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def sources_in(*folders: Path) -> list[Path]:
+    """What the compilers read there."""
+    python = (".py", ".pyc")
+    return sorted(p for f in folders for p in f.iterdir() if p.is_file() and p.suffix not in python)
+
+
+def run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
-def build(folder: Path) -> Path:
-    """The kernels as a Python extension; built anew where a source or a flag has changed.
+def compile_object(source: Path, target: Path, words: Sequence[str]) -> None:
+    run(["g++", *words, "-x", "c++", "-c", str(source), "-o", str(target)])
+
+
+def kernel_objects(sanitize: bool = False) -> list[Path]:
+    """The kernels' compiled files, built anew where a source or a flag has changed; whatever binds
+    them is linked with them."""
+    words = flags(sanitize)
+    read = [*sources_in(CUDA, ROOT / "csrc/core", LAYER), ROOT / "csrc/cpu/problem.h"]
+    state = digest(read, words)
+
+    def one(source: Path) -> Path:
+        name = f"{source.stem}_{state}.o"
+        return made(name, lambda target: compile_object(source, target, words))
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(one, sorted(CUDA.glob("*.cu"))))
+
+
+def build() -> Path:
+    """The kernels as a Python extension.
 
     With sanitizers where the environment says that this process has them loaded.
     """
     import pybind11
 
     sanitize = bool(os.environ.get("NORMNORM_HOST_CUDA_SANITIZED"))
+    objects = kernel_objects(sanitize)
+    read = [*sources_in(CUDA, ROOT / "csrc/core", LAYER), ROOT / "csrc/cpu/problem.h"]
+    name = f"host_cuda_{digest(read, flags(sanitize), sys.version)}"
 
-    sources = sorted(CUDA.glob("*.cu")) + [LAYER / "bind.cpp"]
-    read = sorted(CUDA.glob("*")) + sorted((ROOT / "csrc/core").glob("*")) + sorted(LAYER.glob("*"))
-    digest = hashlib.sha256()
-    for path in [*read, ROOT / "csrc/cpu/problem.h"]:
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    digest.update(repr((_flags(sanitize), sys.version)).encode())
-    name = f"host_cuda_{digest.hexdigest()[:16]}"
-    folder = folder / name
-    library = folder / f"{name}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    flags = [*_flags(sanitize), *python, f"-DNN_MODULE={name}"]
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(_compile, sources, objects, [flags] * len(sources)))
-    link = ["g++", "-shared", *(SANITIZE if sanitize else []), *map(str, objects), "-lpthread"]
-    partial = folder / f"{os.getpid()}.tmp"
-    subprocess.run([*link, "-o", str(partial)], check=True)
-    partial.rename(library)
-    return library
+    def make(target: Path) -> None:
+        python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        binding = target.with_suffix(".o")
+        words = [*flags(sanitize), *python, f"-DNN_MODULE={name}"]
+        compile_object(LAYER / "bind.cpp", binding, words)
+        link = ["g++", "-shared", *(SANITIZE if sanitize else []), *map(str, objects), str(binding)]
+        run([*link, "-lpthread", "-o", str(target)])
+        binding.unlink()
+
+    return made(f"{name}.so", make)
 
 
 def load(library: Path) -> ModuleType:

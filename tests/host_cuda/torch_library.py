@@ -12,12 +12,8 @@ serves a GPU: argument checks, the walk, copies, workspaces, statistics, running
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -37,12 +33,7 @@ ROOT = harness.ROOT
 BINDING = ("tensors", "cuda", "cuda_problem", "by_definition")
 # The oldest torch whose stable ABI serves, as in setup.py.
 TORCH_TARGET = "0x020a000000000000"
-_FLAGS = [
-    *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DNDEBUG"),
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-    "-DNN_CUDA_DISPATCH_KEY=CPU",
-    f"-I{harness.LAYER}",
-]
+_FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DNN_CUDA_DISPATCH_KEY=CPU"]
 
 
 def missing() -> str | None:
@@ -55,9 +46,9 @@ def missing() -> str | None:
 
 
 def _sources() -> list[Path]:
+    """Beside the kernels."""
     csrc = ROOT / "csrc"
     return [
-        *sorted((csrc / "cuda").glob("*.cu")),
         *(csrc / f"binding/{name}.cpp" for name in BINDING),
         csrc / "arguments.cpp",
         csrc / "cpu/layout.cpp",
@@ -65,55 +56,30 @@ def _sources() -> list[Path]:
     ]
 
 
-def _digest() -> str:
-    csrc = ROOT / "csrc"
-    read = [
-        *csrc.glob("*.*"),
-        csrc / "cpu/problem.h",
-        csrc / "cpu/layout.h",
-        csrc / "cpu/layout.cpp",
-    ]
-    for folder in (csrc / "core", csrc / "cuda", csrc / "binding", harness.LAYER):
-        read += [p for p in folder.iterdir() if p.suffix not in (".py", ".pyc") and p.is_file()]
-    digest = hashlib.sha256(repr((_FLAGS, torch.__version__)).encode())
-    for path in sorted(read):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _compile(source: Path, target: Path) -> None:
-    folder = Path(torch.__file__).parent / "include"
-    flags = [*_FLAGS, "-isystem", str(folder), "-isystem", str(harness.cuda_include())]
-    command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
-
-
 def build() -> Path:
     """The library; built anew where a source has changed."""
     reason = missing()
     assert reason is None, reason
-    folder = Path(tempfile.gettempdir()) / f"normnorm-host-cuda-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"normnorm_cuda_{_digest()}.so"
-    with open(folder / "torch_library.lock", "w") as lock:  # one process builds, others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as name:
-                _build(Path(name), library)
-    return library
+    csrc = ROOT / "csrc"
+    read = [
+        *harness.sources_in(csrc, *(csrc / name for name in ("binding", "core", "cpu", "cuda"))),
+        *harness.sources_in(harness.LAYER),
+    ]
+    state = harness.digest(read, harness.flags(), _FLAGS, torch.__version__)
+    return harness.made(f"normnorm_cuda_{state}.so", _build)
 
 
-def _build(folder: Path, library: Path) -> None:
-    sources = _sources()
-    objects = [folder / f"{i}.o" for i in range(len(sources))]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(_compile, sources, objects))
-    torch_folder = Path(torch.__file__).parent / "lib"
-    partial = folder / "library.so"
-    link = ["g++", "-shared", *map(str, objects), f"-L{torch_folder}", "-ltorch", "-ltorch_cpu"]
-    subprocess.run([*link, "-lc10", "-lpthread", "-o", str(partial)], check=True)
-    partial.rename(library)
+def _build(library: Path) -> None:
+    sources, kernels = _sources(), harness.kernel_objects()
+    torch_folder = Path(torch.__file__).parent
+    words = [*harness.flags(), *_FLAGS, "-isystem", str(torch_folder / "include")]
+    with tempfile.TemporaryDirectory() as name:
+        objects = [Path(name) / f"{i}.o" for i in range(len(sources))]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(harness.compile_object, sources, objects, [words] * len(sources)))
+        link = ["g++", "-shared", *map(str, [*kernels, *objects]), f"-L{torch_folder / 'lib'}"]
+        link += ["-ltorch", "-ltorch_cpu", "-lc10", "-lpthread", "-o", str(library)]
+        harness.run(link)
 
 
 _loaded: ctypes.CDLL | None = None
