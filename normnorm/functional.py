@@ -131,7 +131,11 @@ def _apply(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, its seed drawn where there is noise: (output, statistics)."""
-    _check_parameters(weight, bias)
+    # nn.Parameter itself is told at once, and without a frame.
+    if (weight is not None and type(weight) is not Parameter) or (
+        bias is not None and type(bias) is not Parameter
+    ):
+        check_tensors(weight=weight, bias=bias)
     if residual is not None:
         narrow = input.dtype
         input, residual = with_residual(input, residual)  # checked before a seed is drawn
@@ -141,14 +145,6 @@ def _apply(
         input, running, weight, bias, residual, _seed(seed, input, config), None, config,
         keep_statistics,
     )  # fmt: skip
-
-
-def _check_parameters(weight: Tensor | None, bias: Tensor | None) -> None:
-    """Parameters that are tensors; nn.Parameter itself is told at once."""
-    if (weight is not None and type(weight) is not Parameter) or (
-        bias is not None and type(bias) is not Parameter
-    ):
-        check_tensors(weight=weight, bias=bias)
 
 
 def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:
@@ -318,7 +314,7 @@ def layer_normal_norm(
 
 def _check_normalized_shape(input: Tensor, normalized_shape: Sequence[int]) -> None:
     check_is_tensor(input)
-    if isinstance(normalized_shape, int):
+    if type(normalized_shape) is not tuple and isinstance(normalized_shape, int):
         raise TypeError(f"normalized_shape must be a sequence of ints; got {normalized_shape}")
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[max(input.dim() - len(shape), 0) :]) != shape:
@@ -364,7 +360,11 @@ def add_layer_normal_norm(
             sum's dtype nor float32.
     """
     _check_normalized_shape(input, normalized_shape)
-    _check_parameters(weight, bias)
+    # nn.Parameter itself is told at once, and without a frame.
+    if (weight is not None and type(weight) is not Parameter) or (
+        bias is not None and type(bias) is not Parameter
+    ):
+        check_tensors(weight=weight, bias=bias)
     input, residual = with_residual(input, residual)
     config = _configure(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
