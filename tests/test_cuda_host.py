@@ -754,7 +754,7 @@ def test_sanitizers_find_nothing(tmp_path):
         UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
         NORMNORM_HOST_CUDA_SANITIZED="1",
     )
-    # Those of neighbouring columns want equal bits, of kernels and memory that test_columns has too.
+    # Those of neighbouring columns want equal bits of kernels and memory that others reach too.
     chosen = ["-m", "not slow", "-k", "not neighbours"]
     pytest_ = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, __file__]
     command = [sys.executable, *pytest_]
