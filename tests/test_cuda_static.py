@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.miss
 
 # float64 is the plain path: the C library's sine alone takes a stack frame.
 STORAGES = ("float32", "bfloat16", "float16")
-# One type and architecture in the default set, all of them in the exhaustive one: 15 seconds each.
+# One type and architecture in the default set, all of them in the exhaustive one: 80 seconds each.
 BUILDS = [
     pytest.param(t, a, marks=() if (t, a) == ("bfloat16", "sm_90") else pytest.mark.slow)
     for t in STORAGES
@@ -58,7 +58,10 @@ def test_aligned_kernels_move_128_bits(storage, architecture):
         assert len(narrow) == len(wide) <= totals, f"{name}: {narrow[:3]}"
 
 
-@pytest.mark.parametrize("architecture", sass.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in sass.ARCHITECTURES],
+)
 def test_instruction_budgets(architecture):
     """Within 5 % of the stored counts, either way: who saves instructions stores the new count."""
     stored = json.loads(sass.BUDGETS.read_text()).get(sass.nvcc_version())
@@ -72,7 +75,7 @@ def test_instruction_budgets(architecture):
             assert abs(count - budget) <= 0.05 * budget, f"{name}: {count} {what}, budget {budget}"
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_cluster_kernels_use_the_hardware_barrier(architecture):
     cubin = sass.compile_cubin(sass.ROOT / "csrc/cuda/bfloat16.cu", architecture)
     kernels = {n: c for n, c in sass.instructions(cubin).items() if "ClusterTeam" in n}

@@ -52,22 +52,39 @@ def nvcc_version() -> str:
     return re.search(r"release (\d+\.\d+)", text)[1]
 
 
+def _sources() -> list[Path]:
+    folders = (ROOT / "csrc/cuda", ROOT / "csrc/core")
+    return [
+        ROOT / "csrc/cpu/problem.h",
+        *sorted(p for f in folders for p in f.iterdir() if p.is_file()),
+    ]
+
+
 def _digest(source: Path, architecture: str) -> str:
     digest = hashlib.sha256(f"{nvcc_version()} {architecture} {FLAGS} {source.name}".encode())
-    folders = (ROOT / "csrc/cuda", ROOT / "csrc/core")
-    read = [
-        PROBES,
-        ROOT / "csrc/cpu/problem.h",
-        *(p for f in folders for p in f.iterdir() if p.is_file()),
-    ]
-    for path in sorted(read):
+    for path in [PROBES, *_sources()]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
+def _built(source: Path, architecture: str) -> Path | None:
+    """What setup.py has compiled of it for that architecture alone, and from these sources."""
+    for built in (ROOT / "build").glob(f"temp*/objects/cuda_{source.stem}.o"):
+        words = built.with_suffix(".cmd").read_text().split()
+        codes = [w.rpartition(",code=")[2] for w in words if w.startswith("-gencode=")]
+        newest = max(path.stat().st_mtime for path in _sources())
+        optimised = "-std=c++20" in words and "-O3" in words
+        if codes == [architecture] and optimised and built.stat().st_mtime > newest:
+            return built
+    return None
+
+
 @cache
 def compile_cubin(source: Path, architecture: str) -> Path:
-    """Compiled once for each state of the sources."""
+    """A file with the machine code: the build's own, or compiled once for each state of the
+    sources."""
+    if built := _built(source, architecture):
+        return built
     folder = Path(tempfile.gettempdir()) / f"normnorm-cubins-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     target = folder / f"{source.stem}-{architecture}-{_digest(source, architecture)}.cubin"
@@ -96,6 +113,7 @@ def demangled(names: list[str]) -> list[str]:
     return [noise.sub("", noise.sub("", line)) for line in done.stdout.splitlines()]
 
 
+@cache
 def instructions(cubin: Path) -> dict[str, list[str]]:
     """Each kernel's instructions, without predicates; names as in the source."""
     functions: dict[str, list[str]] = {}
