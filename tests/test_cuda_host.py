@@ -119,7 +119,7 @@ def test_columns(kernels, case, rung, dtype, noise):
     ],
 )
 def test_many_blocks_to_a_group(kernels, kind, shape, rung, dtype):
-    """So many that they share out their totals, and that more than a warp finishes a group."""
+    """So many that more than a warp finishes a group."""
     options = {"num_groups": 4} if kind == "group" else {}
     columns = (kind, len(shape)) != ("batch", 4)
     for order in ORDERS[:2]:

@@ -38,7 +38,7 @@ class ColumnsPass {
     if (plan_.rung == Rung::kGrid) {
       sync_.blocks = unsigned(plan_.blocks);
       sync_.counters = carver.take<unsigned>(plan_.teams);
-      sync_.partial = carver.take<Real>(plan_.teams * int64_t(TileTeam<T>::partials(plan_.blocks)));
+      sync_.partial = carver.take<Real>(int64_t(plan_.teams) * 2 * plan_.blocks * kMaxSums * kTileColumns<T>);
     }
     place_stream(carver, device);  // beside the co-operating blocks' as well, in case the device will not have them
     if (backward) {

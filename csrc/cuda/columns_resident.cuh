@@ -13,21 +13,15 @@ namespace {
 template <class T>
 constexpr int kColumnBackwardRegister = sizeof(T) == 8 ? 2 : 8 / kChunkOf<T>;
 
-// In a team of more blocks than this each block adds up a share of the totals and hands them round, for one barrier more:
-// what all blocks read grows with their number, and not with its square.
-constexpr unsigned kSharesFrom = 32;
-
 // The blocks that hold one tile. A cooperative launch, as GridTeam.
 template <class T>
 class TileTeam {
   using Real = RealOf<T>;
   static constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
-  static constexpr size_t kPart = size_t(kMaxSums) * kColumns;
 
  public:
   using Totals = Real (&)[kMaxSums][kColumns];
-  using Sync = typename GridTeam<Real>::Sync;  // partial: [team][2][blocks + 1][kMaxSums][kColumns], totals last
-  static constexpr size_t partials(int blocks) { return 2 * size_t(blocks + 1) * kPart; }
+  using Sync = typename GridTeam<Real>::Sync;  // partial: [team][2][blocks][kMaxSums][kColumns]
 
   __device__ explicit TileTeam(Sync sync) : sync_(sync) {}
   __device__ uint32_t block() const { return blockIdx.x % sync_.blocks; }
@@ -40,28 +34,11 @@ class TileTeam {
   __device__ void sum(Real (&v)[K][N], Totals totals) {
     column_totals<T, K>(v, totals);
     if (sync_.blocks == 1) return;
-    Real* buffer = sync_.partial + size_t(opaque(blockIdx.x) / sync_.blocks * 2 + turn_) * (sync_.blocks + 1) * kPart;
+    constexpr size_t kPart = size_t(kMaxSums) * kColumns;
+    Real* buffer = sync_.partial + size_t(opaque(blockIdx.x) / sync_.blocks * 2 + turn_) * sync_.blocks * kPart;
     turn_ ^= 1;
     for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads)
       buffer[block() * kPart + i] = totals[i / kColumns][i % kColumns];
-    meet();
-    const bool shares = sync_.blocks > kSharesFrom;
-    if (shares) {
-      add_share(buffer, K * kColumns);
-      meet();
-      buffer += sync_.blocks * kPart;
-    }
-    for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads) {
-      Real total = 0;
-      for (uint32_t b = 0; b < (shares ? 1 : sync_.blocks); ++b) total += __ldcg(buffer + b * kPart + i);
-      totals[i / kColumns][i % kColumns] = total;
-    }
-    __syncthreads();
-  }
-
- private:
-  // The barrier of the team: what its blocks have written before is there behind it.
-  __device__ void meet() {
     __syncthreads();  // before the block says that it has arrived
     if (threadIdx.x == 0) {
       unsigned* counter = sync_.counters + opaque(blockIdx.x) / sync_.blocks;
@@ -70,22 +47,15 @@ class TileTeam {
       wait_for_arrivals(counter, passed_);
     }
     __syncthreads();
-  }
-
-  // This block's share of the totals, a warp each, behind the blocks' parts.
-  __device__ void add_share(Real* buffer, uint32_t entries) const {
-    const uint32_t each = (entries + sync_.blocks - 1) / sync_.blocks, first = block() * each;
-    const uint32_t end = first + each < entries ? first + each : entries;
-#pragma unroll 1
-    for (uint32_t i = first + threadIdx.x / 32; i < end; i += kColumnWarps) {
+    for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads) {
       Real total = 0;
-#pragma unroll 4
-      for (uint32_t b = threadIdx.x % 32; b < sync_.blocks; b += 32) total += __ldcg(buffer + b * kPart + i);
-      total = warp_sum(total);
-      if (threadIdx.x % 32 == 0) buffer[sync_.blocks * kPart + i] = total;
+      for (uint32_t b = 0; b < sync_.blocks; ++b) total += __ldcg(buffer + b * kPart + i);
+      totals[i / kColumns][i % kColumns] = total;
     }
+    __syncthreads();
   }
 
+ private:
   Sync sync_;
   unsigned turn_ = 0, passed_ = 0;
 };
