@@ -6,7 +6,6 @@ The function, the layers, and the conversion of a model. What the ranks tell eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -235,34 +234,9 @@ class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
         ValueError, TypeError, RuntimeError: see the two classes, before anything is sent.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        apply_act: bool = True,
-        act_layer: Any = nn.ReLU,
-        act_kwargs: dict[str, Any] | None = None,
-        inplace: bool = True,
-        drop_layer: Callable[[], nn.Module] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        noise_train: float = 0.4,
-        alpha: float = 1.0,
-        order: int = 2,
-        transform_eps: float = 0.0,
-        process_group: Any = None,
-    ) -> None:
+    def __init__(self, *arguments: Any, process_group: Any = None, **keywords: Any) -> None:
         # Not SyncBatchNormalNorm's, which knows nothing of activations.
-        BatchNormalNormAct2d.__init__(
-            self, num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer,
-            act_kwargs, inplace, drop_layer, device, dtype, bias=bias, noise_train=noise_train,
-            alpha=alpha, order=order, transform_eps=transform_eps,
-        )  # fmt: skip
+        BatchNormalNormAct2d.__init__(self, *arguments, **keywords)
         self.process_group = process_group
         self._alone = None
 
