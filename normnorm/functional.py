@@ -131,11 +131,7 @@ def _apply(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, its seed drawn where there is noise: (output, statistics)."""
-    # nn.Parameter itself is told at once, and without a frame.
-    if (weight is not None and type(weight) is not Parameter) or (
-        bias is not None and type(bias) is not Parameter
-    ):
-        check_tensors(weight=weight, bias=bias)
+    _check_parameters(weight, bias)
     if residual is not None:
         narrow = input.dtype
         input, residual = with_residual(input, residual)  # checked before a seed is drawn
@@ -145,6 +141,14 @@ def _apply(
         input, running, weight, bias, residual, _seed(seed, input, config), None, config,
         keep_statistics,
     )  # fmt: skip
+
+
+def _check_parameters(weight: Tensor | None, bias: Tensor | None) -> None:
+    """Parameters that are tensors; nn.Parameter itself is told at once."""
+    if (weight is not None and type(weight) is not Parameter) or (
+        bias is not None and type(bias) is not Parameter
+    ):
+        check_tensors(weight=weight, bias=bias)
 
 
 def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:
@@ -360,11 +364,7 @@ def add_layer_normal_norm(
             sum's dtype nor float32.
     """
     _check_normalized_shape(input, normalized_shape)
-    # nn.Parameter itself is told at once, and without a frame.
-    if (weight is not None and type(weight) is not Parameter) or (
-        bias is not None and type(bias) is not Parameter
-    ):
-        check_tensors(weight=weight, bias=bias)
+    _check_parameters(weight, bias)
     input, residual = with_residual(input, residual)
     config = _configure(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
