@@ -93,6 +93,11 @@ def sources_in(*folders: Path) -> list[Path]:
     return sorted(p for f in folders for p in f.iterdir() if p.is_file() and p.suffix not in python)
 
 
+def _sources() -> list[Path]:
+    """What the kernels and their launchers are made from."""
+    return [*sources_in(CUDA, ROOT / "csrc/core", LAYER), ROOT / "csrc/cpu/problem.h"]
+
+
 def run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
@@ -106,8 +111,7 @@ def kernel_objects(sanitize: bool = False) -> list[Path]:
     """The kernels' compiled files, built anew where a source or a flag has changed; whatever binds
     them is linked with them."""
     words = flags(sanitize)
-    read = [*sources_in(CUDA, ROOT / "csrc/core", LAYER), ROOT / "csrc/cpu/problem.h"]
-    state = digest(read, words)
+    state = digest(_sources(), words)
 
     def one(source: Path) -> Path:
         name = f"{source.stem}_{state}.o"
@@ -126,8 +130,7 @@ def build() -> Path:
 
     sanitize = bool(os.environ.get("NORMNORM_HOST_CUDA_SANITIZED"))
     objects = kernel_objects(sanitize)
-    read = [*sources_in(CUDA, ROOT / "csrc/core", LAYER), ROOT / "csrc/cpu/problem.h"]
-    name = f"host_cuda_{digest(read, flags(sanitize), sys.version)}"
+    name = f"host_cuda_{digest(_sources(), flags(sanitize), sys.version)}"
 
     def make(target: Path) -> None:
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
