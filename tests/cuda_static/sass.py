@@ -113,7 +113,6 @@ def demangled(names: list[str]) -> list[str]:
     return [noise.sub("", noise.sub("", line)) for line in done.stdout.splitlines()]
 
 
-@cache
 def instructions(cubin: Path) -> dict[str, list[str]]:
     """Each kernel's instructions, without predicates; names as in the source."""
     functions: dict[str, list[str]] = {}
