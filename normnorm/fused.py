@@ -147,10 +147,10 @@ class AddLayerNormalNorm(LayerNormalNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if type(input) is not Tensor:
-            node: tuple[Tensor, Tensor] | None = self._node(AddLayerNormalNorm, input, residual)
-            if node is not None:
-                return node
+        if type(input) is not Tensor and (
+            (node := self._node(AddLayerNormalNorm, input, residual)) is not None
+        ):
+            return node
         return F.add_layer_normal_norm(
             input,
             residual,

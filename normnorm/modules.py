@@ -197,10 +197,8 @@ class _BatchNormalNorm(_RunningNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            node: Tensor | None = self._node(_BatchNormalNorm, input)
-            if node is not None:
-                return node
+        if type(input) is not Tensor and (node := self._node(_BatchNormalNorm, input)) is not None:
+            return node
         return self._normalize(input)
 
     def _normalize(
@@ -320,10 +318,10 @@ class _InstanceNormalNorm(_RunningNorm):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            node: Tensor | None = self._node(_InstanceNormalNorm, input)
-            if node is not None:
-                return node
+        if type(input) is not Tensor and (
+            (node := self._node(_InstanceNormalNorm, input)) is not None
+        ):
+            return node
         if input.dim() not in (self._rank - 1, self._rank):
             raise ValueError(
                 f"expected {self._rank - 1}D or {self._rank}D input (got {input.dim()}D input)"
@@ -416,10 +414,8 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
         self._set_transform(noise_train, alpha, order, transform_eps)
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            node: Tensor | None = self._node(LayerNormalNorm, input)
-            if node is not None:
-                return node
+        if type(input) is not Tensor and (node := self._node(LayerNormalNorm, input)) is not None:
+            return node
         return F.layer_normal_norm(
             input,
             self.normalized_shape,
@@ -479,10 +475,8 @@ class LayerNormalNorm2d(LayerNormalNorm):
             )
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            node: Tensor | None = self._node(LayerNormalNorm2d, input)
-            if node is not None:
-                return node
+        if type(input) is not Tensor and (node := self._node(LayerNormalNorm2d, input)) is not None:
+            return node
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input)")
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -534,10 +528,8 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         self._set_transform(noise_train, alpha, order, transform_eps)
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            node: Tensor | None = self._node(GroupNormalNorm, input)
-            if node is not None:
-                return node
+        if type(input) is not Tensor and (node := self._node(GroupNormalNorm, input)) is not None:
+            return node
         if input.dim() >= 2 and input.size(1) != self.num_channels:
             raise ValueError(
                 f"expected an input of {self.num_channels} channels (num_channels); "
