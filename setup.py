@@ -52,7 +52,7 @@ AVX512 = [
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 # What torch.utils.cpp_extension understands beside numbers, for GPUs that these kernels run on.
 CUDA_NAMES = {
     "Ampere": "8.0 8.6+PTX",

@@ -28,7 +28,7 @@ from normnorm import backends, reference
 from normnorm.autograd import normal_norm
 from normnorm.backends.reference import definition, pull_back
 from normnorm.config import Config
-from normnorm.statistics import Row, statistics_dtype
+from normnorm.statistics import ROWS, Row, statistics_dtype
 
 __all__ = ["Synchronised"]
 
@@ -186,7 +186,7 @@ def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
         Row.D: means[2].to(dtype),
         Row.CURVATURE: curvature.to(dtype),
     }
-    return _Saved(count, means, torch.stack([rows[row] for row in Row])), x
+    return _Saved(count, means, torch.stack([rows[row] for row in ROWS])), x
 
 
 # The op as a pass over values that are standardized already: frozen at mean 0, and at a variance

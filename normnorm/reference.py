@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from normnorm.noise import standard_normals
-from normnorm.statistics import Row, statistics_dtype
+from normnorm.statistics import ROWS, Row, statistics_dtype
 
 __all__ = ["estimate_lmbda", "normal_norm", "pack_running", "standardize", "yeo_johnson"]
 
@@ -257,5 +257,5 @@ def normal_norm(
         Row.D: mean_d,
         Row.CURVATURE: curvature,
     }
-    statistics = torch.stack([rows[row].flatten() for row in Row]).detach()
+    statistics = torch.stack([rows[row].flatten() for row in ROWS]).detach()
     return x.to(input.dtype), statistics

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 import torch
 
-__all__ = ["Row", "statistics_dtype"]
+__all__ = ["ROWS", "Row", "statistics_dtype"]
 
 
 class Row(IntEnum):
@@ -32,6 +32,10 @@ class Row(IntEnum):
     """D = mean(d)."""
     CURVATURE = 7
     """Q, the denominator of the Newton step (0 where lambda was given, not estimated)."""
+
+
+ROWS = tuple(Row)
+"""The rows in order; torch.compile of torch 2.10 and 2.11 cannot trace a loop over the enum."""
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

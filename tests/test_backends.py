@@ -205,11 +205,12 @@ print("triton" in sys.modules, "normnorm.backends.triton" in sys.modules)
 @pytest.mark.parametrize(
     ("compiled", "capability", "runs"),
     [
-        ("8.0 9.0 10.0+PTX", (8, 0), True),
-        ("8.0 9.0 10.0+PTX", (8, 9), True),  # machine code serves its major version
-        ("8.0 9.0 10.0+PTX", (9, 0), True),
-        ("8.0 9.0 10.0+PTX", (12, 0), True),  # by PTX
-        ("8.0 9.0 10.0+PTX", (7, 5), False),
+        ("8.0 9.0 10.0 12.0+PTX", (8, 0), True),
+        ("8.0 9.0 10.0 12.0+PTX", (8, 9), True),  # machine code serves its major version
+        ("8.0 9.0 10.0 12.0+PTX", (9, 0), True),
+        ("8.0 9.0 10.0 12.0+PTX", (12, 1), True),
+        ("8.0 9.0 10.0 12.0+PTX", (13, 0), True),  # by PTX
+        ("8.0 9.0 10.0 12.0+PTX", (7, 5), False),
         ("8.6", (8, 0), False),
         ("9.0", (10, 0), False),
         ("9.0a", (9, 0), True),

@@ -15,7 +15,7 @@ using torch::stable::detail::to;
 template <class... A>
 std::array<StableIValue, sizeof...(A)> call(const char* op, const A&... arguments) {
   std::array<StableIValue, sizeof...(A)> stack{from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   return stack;
 }
 

@@ -33,7 +33,7 @@ class OnDevice {
     if (!aoti_torch_get_current_cuda_stream)
       throw std::runtime_error("the CUDA kernels were loaded into a torch without CUDA");
     guard_.emplace(t.device_index);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.device_index, &stream));
   }
   void* stream = nullptr;
 

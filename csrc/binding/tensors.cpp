@@ -23,7 +23,7 @@ int32_t torch_dtype(Dtype d) {
 // The name of a dtype that no op takes, for the sentence that says so.
 const char* other_dtype_name(const Tensor& t) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   const struct {
     int32_t dtype;
     const char* name;
@@ -59,7 +59,7 @@ Tensor dense_copy(const Tensor& t, const TensorView& v, const cpu::Layout& layou
 
 Dtype dtype_of(const Tensor& t) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
   for (Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kInt64})
     if (dtype == torch_dtype(d)) return d;
   return Dtype::kOther;
@@ -86,15 +86,15 @@ TensorView view(const Tensor& t) {
   v.strides = t.strides().data();
   v.dtype = dtype_of(t);
   if (v.dtype == Dtype::kOther) v.other_dtype = other_dtype_name(t);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &v.device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &v.device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &v.device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &v.device_index));
   return v;
 }
 
 Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype, const TensorView& like) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype(dtype), like.device_type,
-                                                         like.device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch_dtype(dtype), like.device_type,
+                                                  like.device_index, &handle));
   return Tensor(handle);
 }
 
@@ -122,7 +122,7 @@ Tensor nothing(const TensorView& like) {
 // The stable ABI has no way to move a tensor's version but an in-place operation; a copy onto itself is one, and
 // ends before it touches memory.
 void note_write(const Tensor& t) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), t.get(), 0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), t.get(), 0));
 }
 
 Source::Source(const Tensor& t, const cpu::Layout& layout) : tensor_(t) {
