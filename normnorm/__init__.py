@@ -9,6 +9,7 @@ from normnorm import functional
 from normnorm.backends import available_backends, use_backend
 from normnorm.conversion import Replacement, replace_norms, restore_norms
 from normnorm.export import decompositions
+from normnorm.freezing import freeze_statistics, unfreeze_statistics
 from normnorm.functional import estimate_lmbda, yeo_johnson
 from normnorm.fused import AddLayerNormalNorm, BatchNormalNormAct2d
 from normnorm.lazy import (
@@ -64,11 +65,13 @@ __all__ = [
     "convert_sync",
     "decompositions",
     "estimate_lmbda",
+    "freeze_statistics",
     "functional",
     "monitor",
     "per_loss",
     "replace_norms",
     "restore_norms",
+    "unfreeze_statistics",
     "update_stats",
     "use_backend",
     "yeo_johnson",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -212,6 +214,14 @@ def _decide_to_restore(
     return cls, counterparts.obstacle(module)
 
 
+def _teach_libraries() -> None:
+    """Has the libraries that are loaded freeze our batch layers where they freeze torch's."""
+    if "timm.utils" in sys.modules:
+        importlib.import_module("normnorm.integrations.timm").wrap()
+    if "lightning.pytorch" in sys.modules or "pytorch_lightning" in sys.modules:
+        importlib.import_module("normnorm.integrations.lightning")
+
+
 def replace_norms(
     model: nn.Module,
     where: Where = None,
@@ -261,6 +271,7 @@ def replace_norms(
         settings["noise_train"] = noise_train
     check_transform(1.0, alpha, order, transform_eps)
     _check_model(model, "replace")
+    _teach_libraries()
     _refuse_bare_norm(model, counterparts.counterpart(model))
     changes, summary = _plan(
         model,

@@ -119,6 +119,8 @@ def obstacle(module: nn.Module) -> str | None:
     state = vars(module)
     if "forward" in state:
         return "its forward was replaced on the object"
+    if state.get("_frozen_mode") is not None:
+        return "its statistics are frozen: call normnorm.unfreeze_statistics first"
     hooks = {name: len(state[name]) for name in (*_STATE_HOOKS, *_FORWARD_HOOKS)}
     if isinstance(module, LazyModuleMixin):
         for name in ("_load_state_dict_pre_hooks", "_forward_pre_hooks"):
@@ -155,8 +157,9 @@ def _new_lazy(module: Any, cls: type[nn.Module], settings: dict[str, Any]) -> nn
         if tensor.is_floating_point():
             break
     new = cls(
-        module.eps, module.momentum, module.affine, module.track_running_stats, **like, **settings
-    )
+        float(module.eps), module.momentum, module.affine, module.track_running_stats, **like,
+        **settings,
+    )  # fmt: skip
     for name, parameter in module._parameters.items():
         # The objects themselves: an optimizer may hold them.
         new._parameters[name] = parameter

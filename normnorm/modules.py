@@ -22,6 +22,7 @@ from normnorm.checks import (
     check_number,
     check_transform,
 )
+from normnorm.eps import Eps, plain
 
 __all__ = [
     "BatchNormalNorm1d",
@@ -112,6 +113,8 @@ class _RunningNorm(_Transform, _NormBase):
     _version = 3
 
     running_lmbda: Tensor | None
+    # While the statistics are frozen, the mode that train() has asked for; None otherwise.
+    _frozen_mode: bool | None = None
 
     def __init__(
         self,
@@ -143,6 +146,33 @@ class _RunningNorm(_Transform, _NormBase):
         # Buffers in the order of their names' meaning; num_batches_tracked came from the base.
         self._set_transform(noise_train, alpha, order, transform_eps)
 
+    @property
+    def eps(self) -> float:  # type: ignore[override]
+        """Added to the variance. A float that refuses to be added to a tensor
+        (:class:`normnorm.eps.Eps`); this package reads the plain one, ``self.__dict__["eps"]``."""
+        eps: Any = self.__dict__["eps"]
+        return Eps(eps, type(self).__name__) if isinstance(eps, float) else eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = plain(value)
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module; a layer with frozen statistics itself stays in evaluation mode."""
+        super().train(mode)
+        if self._frozen_mode is not None:
+            self._frozen_mode, self.training = mode, False
+        return self
+
+    def _freeze(self) -> None:
+        if self._frozen_mode is None:
+            self._frozen_mode, self.training = self.training, False
+
+    def _unfreeze(self) -> None:
+        if self._frozen_mode is not None:
+            self.training = self._frozen_mode
+            del self._frozen_mode
+
     def reset_running_stats(self) -> None:
         """Running mean 0, variance 1, lambda 1, no batches."""
         super().reset_running_stats()
@@ -155,6 +185,7 @@ class _RunningNorm(_Transform, _NormBase):
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, bias={self.bias is not None}, "
             f"track_running_stats={self.track_running_stats}, {self._transform_repr()}"
+            f"{'' if self._frozen_mode is None else ', frozen statistics'}"
         )
 
     def _load_from_state_dict(
@@ -225,7 +256,7 @@ class _BatchNormalNorm(_RunningNorm):
             self.bias,
             own_statistics,
             self.momentum,
-            self.eps,
+            self.__dict__["eps"],
             noise_train=self.noise_train if training else 0.0,
             alpha=self.alpha,
             order=self.order,
@@ -341,7 +372,7 @@ class _InstanceNormalNorm(_RunningNorm):
             self.bias,
             self.training or not self.track_running_stats,
             self.momentum,
-            self.eps,
+            self.__dict__["eps"],
             training=self.training,
             **self._transform(),
             num_batches_tracked=self.num_batches_tracked,

@@ -91,10 +91,10 @@ def _measures(layer: Any, seen: _Seen) -> dict[str, float]:
     frozen = None
     if seen.running is not None:
         mean, var, lmbda = (tensor.cpu() for tensor in seen.running)
-        frozen = reference.pack_running(mean, var, lmbda, layer.eps, torch.float64)
+        frozen = reference.pack_running(mean, var, lmbda, float(layer.eps), torch.float64)
     # Every group a row: the layer kind whose groups are rows.
     output, statistics = reference.normal_norm(
-        values, kind="layer", normalized_ndim=1, eps=layer.eps, alpha=layer.alpha,
+        values, kind="layer", normalized_ndim=1, eps=float(layer.eps), alpha=layer.alpha,
         order=layer.order, transform_eps=layer.transform_eps, noise_train=1.0,
         z=torch.zeros_like(values), frozen=frozen,
     )  # fmt: skip

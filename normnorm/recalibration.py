@@ -45,10 +45,10 @@ def update_stats(
     norms were just replaced. ``torch.optim.swa_utils.update_bn`` does this for torch's batch
     layers and passes ours by; this does both in one pass.
 
-    Every layer with running statistics starts afresh and averages over all batches with equal
-    weight. The model runs in training mode without gradients, so that dropout is active, as
-    under ``update_bn``. Training flags and momenta are put back, after an exception too; then
-    the statistics are as they were before the call.
+    Every layer with running statistics that are not frozen starts afresh and averages over all
+    batches with equal weight. The model runs in training mode without gradients, so that dropout
+    is active, as under ``update_bn``. Training flags and momenta are put back, after an exception
+    too; then the statistics are as they were before the call.
 
     Args:
         loader: gives batches: a tensor, a list or tuple whose first element is the model's
@@ -70,7 +70,9 @@ def update_stats(
     layers: list[Any] = [
         layer
         for layer in model.modules()
-        if isinstance(layer, (_RunningNorm, _BatchNorm)) and layer.running_mean is not None
+        if isinstance(layer, (_RunningNorm, _BatchNorm))
+        and layer.running_mean is not None
+        and getattr(layer, "_frozen_mode", None) is None  # frozen statistics stay
     ]
     if not layers:
         return 0

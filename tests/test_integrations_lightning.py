@@ -130,3 +130,40 @@ def test_a_trainer_logs_what_the_monitor_saw(tmp_path):
     assert "train/net.1/qq_r2" in header.split(",")
     assert len(rows) == 4
     assert trainer.logged_metrics["train/net.1/lmbda"].isfinite()
+
+
+@pytest.mark.parametrize("package", [lightning, pytorch_lightning])
+def test_finetuning_callbacks_freeze_our_batch_layers_as_torchs(package):
+    finetuning = package.callbacks.BaseFinetuning
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)),
+        )
+
+    def state(model):
+        mean = model[1].running_mean.clone()
+        model.train()(torch.randn(4, 3, 2, 2))
+        trains = [parameter.requires_grad for parameter in model.parameters()]
+        wanted = [
+            len(list(finetuning.filter_params(iter([model]), train_bn, requires_grad)))
+            for train_bn in (True, False)
+            for requires_grad in (True, False)
+        ]
+        return not torch.equal(mean, model[1].running_mean), trains, wanted
+
+    theirs, ours = network(), network()
+    normnorm.replace_norms(ours)
+    for change in (
+        lambda model: finetuning.freeze(model, train_bn=True),
+        lambda model: finetuning.freeze(iter([model]), train_bn=False),
+        finetuning.make_trainable,
+        lambda model: finetuning.freeze_module(model[1]),
+    ):
+        change(theirs)
+        change(ours)
+        assert state(ours) == state(theirs)
+    assert not state(ours)[0]

@@ -12,7 +12,7 @@ import timm.layers
 import timm.optim
 import torch
 from model_zoo import speak
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn, freeze, reparameterize_model, unfreeze
 from torch import nn
 from torch.testing import assert_close
 
@@ -368,3 +368,53 @@ def test_group_size_wins_over_the_number_of_groups_and_must_divide():
     assert layer.num_groups == timm.layers.GroupNormAct(64, group_size=16).num_groups == 4
     with pytest.raises(ValueError, match="must be divisible by group_size \\(7\\)"):
         normnorm_timm.GroupNormalNormAct(64, group_size=7)
+
+
+def test_timms_freeze_stops_our_statistics_and_unfreeze_lets_them_move_again():
+    model = timm.create_model("test_resnet", num_classes=2)
+    normnorm.replace_norms(model)
+    x = torch.randn(2, 3, 64, 64)
+
+    def moved():
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.train()(x)
+        return [
+            name for name, old in before.items() if not torch.equal(old, model.get_buffer(name))
+        ]
+
+    freeze(model, ["conv1", "bn1", "layer1"])
+    frozen = moved()
+    assert frozen
+    assert not any(name.startswith(("bn1", "conv1", "layer1")) for name in frozen)
+    freeze(model)
+    assert not moved()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    unfreeze(model)
+    assert len(moved()) == len(list(model.buffers()))
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_timms_distribute_bn_sends_lambda_with_the_mean_and_the_variance(reduce, monkeypatch):
+    normnorm_timm.wrap()
+    layer = normnorm.BatchNormalNorm2d(3)
+    sent = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer, op: sent.append(buffer))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda buffer, rank: sent.append(buffer))
+    distribute_bn(nn.Sequential(layer), 2, reduce)
+    assert [*map(id, sent)] == [
+        id(layer.get_buffer(f"running_{name}")) for name in ("mean", "var", "lmbda")
+    ]
+    assert_close(layer.running_lmbda, torch.full((3,), 0.5 if reduce else 1.0))
+
+
+# EfficientViM's fold would leave our norm and change what surrounds it; the others read eps.
+@pytest.mark.parametrize("name", ["repvgg_a0", "repvit_m0_9", "repghostnet_050", "efficientvim_m1"])
+def test_reparameterizing_names_the_layer_that_cannot_be_folded(name):
+    model = timm.create_model(name, num_classes=2)
+    normnorm.replace_norms(model)
+    before = list(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"'.+': a BatchNormalNorm\w* cannot be folded"):
+        reparameterize_model(model.eval(), inplace=True)
+    assert list(model.state_dict()) == before
+    normnorm.restore_norms(model)
+    reparameterize_model(model)

@@ -1,4 +1,4 @@
-"""Lightning: synchronised layers by a plugin of its Trainer.
+"""Lightning: synchronised layers by a plugin of its Trainer, and callbacks that freeze layers.
 
 ::
 
@@ -7,29 +7,36 @@
     trainer = Trainer(strategy="ddp", devices=4, plugins=[NormalNormSync()])
 
 ``Trainer(sync_batchnorm=True)`` knows torch's BatchNorm alone and leaves our layers as they are.
+
+With this module imported, ``BaseFinetuning`` and the callbacks derived from it freeze and unfreeze
+our batch layers with torch's; :func:`normnorm.replace_norms` imports it wherever Lightning is
+loaded.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
 from torch import nn
 
+from normnorm.freezing import freeze_statistics, unfreeze_statistics
+from normnorm.modules import _BatchNormalNorm
 from normnorm.sync import convert_sync, revert_sync
 
 __all__ = ["NormalNormSync"]
 
 
-def _plugin_classes() -> tuple[type, ...]:
-    """TorchSyncBatchNorm of each of the two names that Lightning is installed under.
+def _classes(module: str, cls: str) -> tuple[Any, ...]:
+    """A class of Lightning by each of the two names that Lightning is installed under.
 
     They are different classes, and a Trainer knows that of its own name alone.
     """
     found = []
     for name in ("lightning.pytorch", "pytorch_lightning"):
         try:
-            found.append(importlib.import_module(f"{name}.plugins").TorchSyncBatchNorm)
+            found.append(getattr(importlib.import_module(f"{name}.{module}"), cls))
         except ModuleNotFoundError as error:
             if error.name not in (name.partition(".")[0], name):
                 raise
@@ -42,7 +49,60 @@ def _plugin_classes() -> tuple[type, ...]:
     return tuple(dict.fromkeys(found))
 
 
-_Base: Any = type("_Base", _plugin_classes(), {})
+def _wrap(finetuning: Any) -> None:
+    """Has the static methods of a BaseFinetuning, which ask for torch's ``_BatchNorm``, treat our
+    batch layers likewise: those that stay trainable with ``train_bn`` are not frozen."""
+    make_trainable, freeze_module = finetuning.make_trainable, finetuning.freeze_module
+    filter_params, freeze = finetuning.filter_params, finetuning.freeze
+
+    def ours(modules: Any) -> list[nn.Module]:
+        flat = finetuning.flatten_modules(modules)
+        return [module for module in flat if isinstance(module, _BatchNormalNorm)]
+
+    @functools.wraps(make_trainable)
+    def make_trainable_too(modules: Any) -> None:
+        modules = _again(modules)
+        for layer in ours(modules):
+            unfreeze_statistics(layer)
+        make_trainable(modules)
+
+    @functools.wraps(freeze_module)
+    def freeze_module_too(module: nn.Module) -> None:
+        if isinstance(module, _BatchNormalNorm):
+            freeze_statistics(module)
+        freeze_module(module)
+
+    @functools.wraps(freeze)
+    def freeze_too(modules: Any, train_bn: bool = True) -> None:
+        modules = _again(modules)
+        freeze(modules, train_bn=train_bn)
+        if train_bn:
+            finetuning.make_trainable(ours(modules))
+
+    @functools.wraps(filter_params)
+    def filter_params_too(modules: Any, train_bn: bool = True, requires_grad: bool = True) -> Any:
+        modules = _again(modules)
+        left = () if train_bn else ours(modules)
+        parameters = {id(parameter) for layer in left for parameter in layer.parameters()}
+        for parameter in filter_params(modules, train_bn=train_bn, requires_grad=requires_grad):
+            if id(parameter) not in parameters:
+                yield parameter
+
+    replaced: tuple[Any, ...]
+    replaced = make_trainable_too, freeze_module_too, freeze_too, filter_params_too
+    for function in replaced:
+        setattr(finetuning, function.__name__, staticmethod(function))
+
+
+def _again(modules: Any) -> Any:
+    """Modules that can be gone through more than once."""
+    return modules if isinstance(modules, nn.Module) else list(modules)
+
+
+for _finetuning in _classes("callbacks", "BaseFinetuning"):
+    _wrap(_finetuning)
+
+_Base: Any = type("_Base", _classes("plugins", "TorchSyncBatchNorm"), {})
 
 
 class NormalNormSync(_Base):

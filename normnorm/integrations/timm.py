@@ -7,10 +7,15 @@ that timm's constructors pass, in timm's order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm.layers
+import timm.layers.norm_act
+import timm.models
+import timm.utils.distributed
+import timm.utils.model
 import torch
 from timm.layers import create_norm, create_norm_act
 from timm.layers.create_act import create_act_layer
@@ -19,11 +24,14 @@ from timm.models import convnext
 from torch import Tensor, nn
 
 import normnorm
+from normnorm.eps import CANNOT_FOLD
+from normnorm.freezing import freeze_statistics, unfreeze_statistics
 from normnorm.modules import (
     BatchNormalNorm1d,
     BatchNormalNorm2d,
     LayerNormalNorm,
     LayerNormalNorm2d,
+    _RunningNorm,
 )
 from normnorm.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
 
@@ -40,6 +48,7 @@ __all__ = [
     "counterpart",
     "original",
     "register",
+    "wrap",
 ]
 
 Layer = str | type[nn.Module] | Callable[..., nn.Module] | None
@@ -250,6 +259,80 @@ def complete(module: nn.Module) -> None:
     vars(module).setdefault("_fast_norm", is_fast_norm())
 
 
+def wrap() -> None:
+    """Has timm's freeze, unfreeze and distribute_bn treat our batch layers as they treat torch's,
+    and its reparameterize_model refuse them, for this process. Calling it again does no harm.
+
+    :func:`normnorm.replace_norms` does this wherever timm is loaded, and :func:`register` too.
+    What is exchanged are the names that those functions look up when they run, so that a
+    ``from timm.utils import freeze`` done before gets the same.
+    """
+    for name, ours in (
+        ("freeze_batch_norm_2d", freeze_statistics),
+        ("unfreeze_batch_norm_2d", unfreeze_statistics),
+    ):
+        for module in (timm.layers.norm_act, timm.layers, timm.utils.model):
+            theirs = getattr(module, name)
+            if not hasattr(theirs, "__wrapped__"):
+                setattr(module, name, _then(ours, theirs))
+    unwrap_model = timm.utils.distributed.unwrap_model
+    if not hasattr(unwrap_model, "__wrapped__"):
+        timm.utils.distributed.unwrap_model = _with_lmbda(unwrap_model)
+    for module in (timm.models, timm.models._manipulate, timm.utils, timm.utils.model):
+        theirs = getattr(module, "reparameterize_model", None)
+        if theirs is not None and not hasattr(theirs, "__wrapped__"):
+            module.reparameterize_model = _without_ours(theirs)
+
+
+# What reparameterize_model looks for in a model's blocks.
+_FOLDS = ("fuse", "reparameterize", "switch_to_deploy")
+
+
+def _without_ours(reparameterize_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(reparameterize_model)
+    def checked(model: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
+        for path, block in model.named_modules():
+            if block is model or not any(hasattr(block, fold) for fold in _FOLDS):
+                continue
+            for name, layer in block.named_modules(prefix=path):
+                if isinstance(layer, _RunningNorm):
+                    raise RuntimeError(f"'{name}': " + CANNOT_FOLD.format(type(layer).__name__))
+        return reparameterize_model(model, *arguments, **keywords)
+
+    return checked
+
+
+def _then(ours: Callable[[nn.Module], int], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def both(module: nn.Module) -> Any:
+        ours(module)
+        return theirs(module)
+
+    return both
+
+
+def _with_lmbda(unwrap_model: Callable[..., nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(unwrap_model)
+    def unwrapped(model: nn.Module) -> _Buffers:
+        return _Buffers(unwrap_model(model))
+
+    return unwrapped
+
+
+class _Buffers:
+    """A model as distribute_bn sees it: running_lmbda under a name by which it picks buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def named_buffers(self, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+        for name, buffer in self._model.named_buffers(recurse=recurse):
+            yield name.replace("running_lmbda", "running_mean of lmbda"), buffer
+
+
 def register() -> None:
     """Enters our layers into timm's maps, for this process. Calling it again does no harm.
 
@@ -257,6 +340,7 @@ def register() -> None:
     ``functools.partial`` of it, or a name ("batchnormalnorm2d", "layernormalnorm2d", ...), in the
     models too whose blocks join norm and activation.
     """
+    wrap()
     create_norm._NORM_MAP.update(_NORMS)
     create_norm._NORM_TYPES.update(_NORMS.values())
     create_norm_act._NORM_ACT_MAP.update(_NORM_ACTS)
