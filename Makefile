@@ -32,7 +32,7 @@ help:
 	@echo 'make test      set up what is missing, then lint and run the tests'
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
 	@echo 'make lint      ruff and mypy alone'
-	@echo 'make report    runs/report.html and the README section from the stored benchmark results'
+	@echo 'make report    the README section and runs/plots from the stored benchmark results'
 	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
 	@echo 'make wheel     a wheel and a source archive in dist/'
 	@echo 'make install   the environment alone, with the extension built in place'
@@ -46,8 +46,8 @@ demo: $(VENV)/.native $(VENV)/.demo
 # RESULTS="a.json b.json" names others; what another program stored beside them is left out.
 report: $(VENV)/.native $(VENV)/.dev
 	@mkdir -p runs
-	$(PY) -m normnorm report $(or $(RESULTS),$(shell grep -lE '"format": *"normnorm-(bench|scaling)"' \
-	    benchmarks/results/*.json)) --html runs/report.html $(if $(RESULTS),,--readme README.md)
+	$(PY) -m normnorm report $(or $(RESULTS),$(shell grep -lE '"format": *"normnorm-bench"' \
+	    benchmarks/results/*.json)) --png runs/plots $(if $(RESULTS),,--readme README.md)
 
 test: lint
 	$(call pytest,not slow)

@@ -1,4 +1,4 @@
-"""Results made up for tests of the report: every kind of row, on two machines, and a study."""
+"""Results made up for tests of the report: every kind of row, on two machines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from normnorm.bench.gloo import CollectiveCheck
 from normnorm.bench.results import (
     Count,
     Environment,
@@ -15,7 +14,6 @@ from normnorm.bench.results import (
     NetworkMeasurement,
     Results,
 )
-from normnorm.bench.scaling import Point, Scaling, Sweep, fit_power_law
 
 CPU = Environment(
     timestamp="2026-01-02T03:04:05+00:00",
@@ -138,7 +136,7 @@ def cpu_results() -> Results:
 
 
 def small_results() -> Results:
-    """One work by two providers: a page of two plots."""
+    """One work by two providers."""
     rows = [row(provider, (8, 64, 28, 28)) for provider in ("normnorm-cpu", "torch")]
     return Results(environment=CPU, measurements=rows, complete=True)
 
@@ -162,40 +160,3 @@ def gpu_results() -> Results:
         )
     ]  # fmt: skip
     return Results(environment=GPU, measurements=rows, counts=counts, complete=True)
-
-
-def study(error: float = 0.1) -> Scaling:
-    """A study whose predictions of messages are off by ``error``."""
-    sweeps = []
-    for layer in ("BatchNormalNorm2d", "LayerNormalNorm"):
-        for provider, factor in (("normnorm-cpu", 2.0), ("torch", 1.0)):
-            xs = [2.0**i for i in range(10, 21, 2)]
-            ms = [0.02 + factor * 1e-6 * x * (1 + 0.03 * (-1) ** i) for i, x in enumerate(xs)]
-            points = tuple(
-                Point(x=x, median_ms=t, p20_ms=0.9 * t, p80_ms=1.3 * t, rounds=7)
-                for x, t in zip(xs, ms, strict=True)
-            )
-            sweeps.append(
-                Sweep(
-                    against="elements", layer=layer, kept="16 images", provider=provider,
-                    points=points, fit=fit_power_law(xs, ms),
-                )
-            )  # fmt: skip
-            two = points[-2:]
-            fit = fit_power_law([1.0, 2.0], [p.median_ms for p in two])
-            sweeps.append(
-                Sweep(
-                    against="threads", layer=layer, kept="32x64", provider=provider,
-                    points=tuple(replace(p, x=float(i + 1)) for i, p in enumerate(two)), fit=fit,
-                )
-            )  # fmt: skip
-    checks = [
-        CollectiveCheck(
-            what=what, processes=processes, backend="gloo", alpha_us=80.0, gb_per_s=2.0,
-            gather_alpha_us=70.0, calls=265, bytes=1_000_000, predicted_ms=10.0 * (1 + error),
-            measured_ms=10.0, wall_ms=11.0, rounds=9,
-        )
-        for what in ("statistics", "gradients")
-        for processes in (2, 4)
-    ]  # fmt: skip
-    return Scaling(environment=CPU, sweeps=sweeps, collectives=checks)

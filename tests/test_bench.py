@@ -26,7 +26,7 @@ from normnorm.bench.results import (
     load,
     save,
 )  # fmt: skip
-from normnorm.bench.table import CSV_COLUMNS
+from normnorm.bench.tables import CSV_COLUMNS
 
 # The command as a whole
 

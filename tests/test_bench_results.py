@@ -21,7 +21,7 @@ from normnorm.bench.results import (
     load,
     save,
 )  # fmt: skip
-from normnorm.bench.table import csv_text, markdown, text
+from normnorm.bench.tables import csv_text, markdown, text
 
 # Result files
 

@@ -8,26 +8,18 @@ from pathlib import Path
 import pytest
 import report_samples
 
-from normnorm.bench import results, scaling
-from normnorm.bench.report.markdown import (
-    BEGIN,
-    END,
-    render_markdown,
-    sources_of,
-    with_section,
-)
-from normnorm.bench.report.sources import read
+from normnorm.bench import results
+from normnorm.bench.tables import BEGIN, END, readme_files, readme_section, with_section
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMATS = (results.FORMAT, scaling.FORMAT)
 
 
 def stored(folder: Path) -> set[Path]:
-    """The results of benchmarks and studies under a folder's benchmarks/results."""
+    """The results of benchmarks under a folder's benchmarks/results."""
     found = set()
     for path in (folder / "benchmarks" / "results").glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.get("format") in FORMATS:
+        if isinstance(content, dict) and content.get("format") == results.FORMAT:
             found.add(path.resolve())
     return found
 
@@ -40,11 +32,10 @@ def what_is_stale(folder: Path) -> str | None:
         return "a section without results" if BEGIN in text else None
     if BEGIN not in text:
         return "no section"
-    sources = sources_of(text, folder)
-    paths = [*(run.path for run in sources.runs), *(path for path, _ in sources.studies)]
-    if {path.resolve() for path in paths if path} != expected:
+    paths = readme_files(text, folder)
+    if {path.resolve() for path in paths} != expected:
         return "made from other files than those that are stored"
-    if with_section(text, render_markdown(sources, folder)) != text:
+    if with_section(text, readme_section(paths, folder)) != text:
         return "other text than the results give"
     return None
 
@@ -60,18 +51,18 @@ def test_a_stale_section_is_noticed(tmp_path: Path) -> None:
     readme.write_text("# nothing", encoding="utf-8")
     (folder / "somebody_elses.json").write_text("[1]", encoding="utf-8")
     assert what_is_stale(tmp_path) is None
-    path = folder / "cpu.json"
+    path, other = folder / "cpu.json", folder / "gpu.json"
     results.save(report_samples.small_results(), path)
     assert what_is_stale(tmp_path) == "no section"
-    section = render_markdown(read([path]), tmp_path)
-    good = f"# nothing\n{BEGIN}\n{section}\n{END}\n"
+    good = f"# nothing\n{BEGIN}\n{readme_section([path], tmp_path)}\n{END}\n"
     readme.write_text(good, encoding="utf-8")
     assert what_is_stale(tmp_path) is None
     readme.write_text(good.replace("1.30", "1.29"), encoding="utf-8")
     assert what_is_stale(tmp_path) == "other text than the results give"
     readme.write_text(good, encoding="utf-8")
-    scaling.save(report_samples.study(), folder / "study.json")
+    results.save(report_samples.gpu_results(), other)
     assert what_is_stale(tmp_path) == "made from other files than those that are stored"
-    path.unlink()
+    other.unlink()
+    path.rename(other)
     with pytest.raises(results.ResultsError, match="cannot read"):
-        what_is_stale(tmp_path)
+        readme_section([path], tmp_path)

@@ -7,8 +7,8 @@
 * :mod:`~normnorm.bench.timing`: medians of calls in alternation, on a CPU or a GPU;
 * :mod:`~normnorm.bench.measure`, :mod:`~normnorm.bench.networks`: one work, one network;
 * :mod:`~normnorm.bench.results`: the result file and its schema;
-* :mod:`~normnorm.bench.table`, :mod:`~normnorm.bench.compare`: text;
-  :mod:`~normnorm.bench.report`: plots and pages (``normnorm report``).
+* :mod:`~normnorm.bench.tables`, :mod:`~normnorm.bench.compare`: text;
+  :mod:`~normnorm.bench.plots`: PNG plots; :mod:`~normnorm.bench.report`: both from stored results.
 
 Importing this package needs torch alone; what it runs with is looked for in :func:`run`.
 """
@@ -23,9 +23,9 @@ from typing import Any
 
 __all__ = ["add_arguments", "missing_packages", "run"]
 
-# Beside torch: what measuring needs, and what the page with its plots needs beside that.
+# Needed beside torch, and for plots beside that.
 _EXTRAS = ("msgspec", "tabulate", "tqdm")
-_PAGE_EXTRAS = ("jinja2", "matplotlib", "numpy", "scipy")
+_PLOT_EXTRAS = ("matplotlib",)
 
 
 def missing_packages(*names: str) -> list[str]:
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--json", type=Path, metavar="FILE", help="everything, environment included")
     out.add_argument("--csv", type=Path, metavar="FILE", help="layers, in Liger's columns")
     out.add_argument("--markdown", type=Path, metavar="FILE", help="the tables")
-    out.add_argument("--html", type=Path, metavar="FILE", help="tables and plots on one page")
+    out.add_argument("--png", type=Path, metavar="FOLDER", help="the plots, a file each")
     # Otherwise argparse shows a page of options, and the comparison as if it were required.
     parser.usage = f"{parser.prog} [options]\n       {parser.prog} compare A.json B.json"
     actions = parser.add_subparsers(dest="action", metavar="compare", prog=parser.prog)
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         0; 1 where a provider failed or gave wrong numbers, or something became slower; 2 for
         something that cannot be measured or read. A sentence on stderr says which.
     """
-    missing = missing_packages(*_EXTRAS, *(_PAGE_EXTRAS if args.html else ()))
+    missing = missing_packages(*_EXTRAS, *(_PLOT_EXTRAS if args.png else ()))
     if missing:
         print(
             f'normnorm bench needs {", ".join(missing)}: pip install "normnorm[bench]"',

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from normnorm.bench.results import Environment, Measurement, NetworkMeasurement, Results
-from normnorm.bench.table import work_name
+from normnorm.bench.tables import work_name
 
 __all__ = ["Change", "changes", "differences", "report", "slower"]
 

@@ -18,6 +18,7 @@ from normnorm.bench.machine_code import cuda_counts
 from normnorm.bench.measure import measure, sentence
 from normnorm.bench.networks import measure_network
 from normnorm.bench.plan import Plan, UsageError, make_plan
+from normnorm.bench.report import write_plots
 from normnorm.bench.results import (
     Measurement,
     NetworkMeasurement,
@@ -27,7 +28,7 @@ from normnorm.bench.results import (
     save,
     write_atomically,
 )
-from normnorm.bench.table import csv_text, markdown, text, work_name
+from normnorm.bench.tables import csv_text, markdown, text, work_name
 
 __all__ = ["UsageError", "bench", "compare"]
 
@@ -118,7 +119,7 @@ def _measure_all(run: _Run) -> None:
 
 
 def _write(results: Results, outputs: dict[str, Path]) -> None:
-    """The files that were asked for, each whole or not at all.
+    """The files that were asked for, each whole or not at all, and the folder of plots.
 
     Raises:
         ResultsError: some cannot be written; the others have been.
@@ -135,9 +136,7 @@ def _write(results: Results, outputs: dict[str, Path]) -> None:
             elif name == "markdown":
                 write_atomically(path, markdown(results))
             else:
-                from normnorm.bench.report import write_html
-
-                write_html(results, path)
+                write_plots([results], path)
         except (ResultsError, OSError) as error:
             failures.append(str(error))
     if failures:

@@ -188,7 +188,7 @@ def _networks(args: argparse.Namespace, device: torch.device, size: Preset) -> l
 
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:
     """The files to write. Refused now if they cannot be, not when everything is measured."""
-    given = {name: getattr(args, name) for name in ("json", "csv", "markdown", "html")}
+    given = {name: getattr(args, name) for name in ("json", "csv", "markdown", "png")}
     outputs = {name: path for name, path in given.items() if path is not None}
     seen: dict[Path, str] = {}
     for name, path in outputs.items():
@@ -196,7 +196,10 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
         if resolved in seen:
             raise UsageError(f"--{seen[resolved]} and --{name} name the same file: {path}")
         seen[resolved] = name
-        if path.is_dir():
+        if name == "png":
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"--png {path} is a file; a folder's name is wanted")
+        elif path.is_dir():
             raise UsageError(f"--{name} {path} is a folder; a file's name is wanted")
         if not resolved.parent.is_dir():
             raise UsageError(f"--{name} {path}: there is no folder {resolved.parent}")

@@ -1,4 +1,4 @@
-"""What the report's figures share: their style, ticks in plain numbers, legends, line labels."""
+"""What the plots share: the providers' labels, colours and markers, axes, ticks and legends."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-from normnorm.bench.report.style import RC, in_order, look, ours
 from normnorm.bench.results import Measurement, NetworkMeasurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "Look",
     "Plot",
+    "in_order",
     "label_ends",
     "legend",
+    "look",
     "new_figure",
     "no_ticks",
     "number",
+    "ours",
     "plain",
     "plain_log_ticks",
     "save_figure",
@@ -29,25 +32,85 @@ __all__ = [
     "times",
 ]
 
+class Look(NamedTuple):
+    """A provider's appearance.
+
+    Attributes:
+        label: its name for readers.
+        colour: told apart from the others by every common kind of colour vision (Okabe and Ito's
+            palette, the yellow darkened), and by its marker without any.
+        marker: matplotlib's letter.
+    """
+
+    label: str
+    colour: str
+    marker: str
+
+
+_LOOKS = {
+    "normnorm-cpu": Look("normnorm (CPU)", "#0072B2", "o"),
+    "normnorm-cuda": Look("normnorm (CUDA)", "#0072B2", "o"),
+    "normnorm-triton": Look("normnorm (Triton)", "#56B4E9", "D"),
+    "normnorm-reference": Look("normnorm (reference)", "#7B4FA3", "p"),
+    "torch": Look("torch", "#1a1a1a", "s"),
+    "cudnn": Look("torch (cuDNN)", "#777777", "X"),
+    "compiled-torch": Look("torch, compiled", "#E69F00", "v"),
+    "compiled-reference": Look("definition, compiled", "#009E73", "^"),
+    "reference": Look("definition, eager", "#CC79A7", "P"),
+    "liger": Look("Liger", "#D55E00", "<"),
+    "quack": Look("quack", "#8A7A00", ">"),
+    "copy": Look("device copy", "#8c8c8c", "_"),
+}
+_OTHERS = ("#5B7083", "#A0522D", "#3B7A57", "#B03060")
+
+RC = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+
+
+def look(provider: str) -> Look:
+    """A provider's look; one that is not known gets a colour of its own by its name."""
+    if provider in _LOOKS:
+        return _LOOKS[provider]
+    return Look(provider, _OTHERS[sum(provider.encode()) % len(_OTHERS)], "h")
+
+
+def in_order(providers: Iterable[str]) -> list[str]:
+    """Each once, ours first, the copy last."""
+    known = list(_LOOKS)
+    return sorted(
+        set(providers), key=lambda p: (known.index(p) if p in known else len(known) - 1.5, p)
+    )
+
+
+def ours(provider: str) -> bool:
+    """Whether it is one of this project's backends."""
+    return provider.startswith("normnorm-")
+
+
 _WIDTH = 7.6  # inches: at the width of a phone its text can still be read
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its words.
-
-    Attributes:
-        name: of its file, without suffix.
-        title, caption: for readers; the caption says how to read it.
-        figure: matplotlib's.
-        model: whether it shows a model beside, or instead of, measurements.
-    """
+    """A figure and the name of its file, without suffix; the title stands above the figure."""
 
     name: str
     title: str
-    caption: str
     figure: Figure
-    model: bool = False
 
 
 def new_figure(
@@ -64,7 +127,7 @@ Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 
 def styled(function: Draw) -> Draw:
-    """Lets a function draw or write in the report's style, whatever matplotlib's was before."""
+    """Draws or writes with the style RC; matplotlib's own settings are restored afterwards."""
 
     @functools.wraps(function)
     def within(*arguments: Any, **keywords: Any) -> Any:
@@ -77,12 +140,10 @@ def styled(function: Draw) -> Draw:
 
 
 @styled
-def save_figure(plot: Plot, target: str | Path | BinaryIO, format: Literal["png", "svg"]) -> None:
-    """Writes a plot, the same bytes for the same numbers."""
-    metadata = (
-        {"Date": None, "Creator": "normnorm"} if format == "svg" else {"Software": "normnorm"}
-    )
-    plot.figure.savefig(target, format=format, metadata=metadata, dpi=160)
+def save_figure(plot: Plot, target: str | Path | BinaryIO) -> None:
+    """Writes a plot as PNG under its title, the same bytes for the same numbers."""
+    plot.figure.suptitle(plot.title, fontsize=10.5, weight="bold")
+    plot.figure.savefig(target, format="png", metadata={"Software": "normnorm"}, dpi=160)
 
 
 def number(value: float) -> str:
@@ -115,7 +176,7 @@ def label_ends(axes: Any, ends: dict[str, tuple[float, float]]) -> None:
 
 
 def legend(figure: Figure, names: Iterable[str], bars: bool = False, columns: int = 4) -> None:
-    """Above everything, in the providers' own colours and markers; ours as bars where they are."""
+    """Below everything, in the providers' own colours and markers; ours as bars where they are."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -131,7 +192,7 @@ def legend(figure: Figure, names: Iterable[str], bars: bool = False, columns: in
                 )
             )
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(columns, len(handles)), fontsize=9.5,
+        handles=handles, loc="outside lower left", ncols=min(columns, len(handles)), fontsize=9.5,
         handletextpad=0.5, columnspacing=1.4, frameon=False,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Results as text: tables for the terminal and for Markdown, and CSV in Liger's columns."""
+"""Results as text: tables for the terminal and for Markdown, the README's performance section, and
+CSV in Liger's columns."""
 
 from __future__ import annotations
 
@@ -6,19 +7,37 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from tabulate import tabulate
 
+from normnorm.bench.figures import in_order, look, ours
 from normnorm.bench.results import (
     Environment,
     Measurement,
     NetworkMeasurement,
     Operation,
     Results,
+    ResultsError,
+    load,
 )
 
-__all__ = ["CSV_COLUMNS", "csv_text", "environment_lines", "markdown", "text", "work_name"]
+__all__ = [
+    "BEGIN",
+    "CSV_COLUMNS",
+    "END",
+    "csv_text",
+    "environment_lines",
+    "markdown",
+    "readme_files",
+    "readme_section",
+    "text",
+    "with_section",
+    "work_name",
+]
 
 _OPERATIONS: tuple[Operation, ...] = ("forward", "backward", "full")
 _MODES = {
@@ -273,3 +292,114 @@ def csv_text(results: Results) -> str:
     writer.writerow(CSV_COLUMNS)
     writer.writerows(_csv_rows(results))
     return out.getvalue()
+
+
+# The README's performance section
+
+BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+_FROM = re.compile(r"<!-- rendered by `normnorm report` from (.+) -->")
+_SECTION_MODES = {
+    "noise": ("full", "forward + backward, training with noise"),
+    "eval": ("forward", "forward, evaluation"),
+}
+
+
+def readme_section(paths: Sequence[Path], folder: Path) -> str:
+    """For each result file: its environment, the whole networks' training steps, and each layer's
+    largest input beside torch's layer. Links lead from ``folder``.
+
+    Raises:
+        ResultsError: a file cannot be read.
+    """
+    links = [Path(os.path.relpath(p.resolve(), folder.resolve())).as_posix() for p in paths]
+    parts = [f"<!-- rendered by `normnorm report` from {' '.join(links)} -->"]
+    for path, link in zip(paths, links, strict=True):
+        results = load(path)
+        lines = environment_lines(results.environment)[:-1]
+        parts.append("; ".join(lines) + f". All rows: [{path.name}]({link}).")
+        if not results.complete:
+            parts.append("The run was interrupted; the file has the rows up to then.")
+        for words, rows in (
+            (("network", "provider"), list(_network_ratios(results))),
+            (("layer", "input", "operation", "provider"), list(_layer_ratios(results))),
+        ):
+            if rows:
+                parts.append(_pipes(words, ("torch, ms", "ms", "ratio"), rows))
+        failed = sum(row.status in ("failed", "wrong") for row in results.measurements)
+        if failed:
+            parts.append(f"{failed} measurements failed or were wrong; the file says which.")
+    return "\n\n".join(parts)
+
+
+def _network_ratios(results: Results) -> Iterator[tuple[str, ...]]:
+    peers = {row.work: row for row in results.networks if row.provider == "torch"}
+    for row in results.networks:
+        peer = peers.get(row.work)
+        if ours(row.provider) and peer is not None and row.ratio:
+            yield _network_name(row), look(row.provider).label, *_pair(peer, row)
+
+
+def _layer_ratios(results: Results) -> Iterator[tuple[str, ...]]:
+    """The largest input of each layer, suite, dtype, memory format and mode, sweeps left out."""
+    largest: dict[tuple[object, ...], list[Measurement]] = {}
+    for mode, (operation, _) in _SECTION_MODES.items():
+        works: dict[tuple[object, ...], list[Measurement]] = {}
+        for row in results.select(mode=mode, operation=operation, status="ok"):
+            if "sweep" not in row.suite:
+                works.setdefault(row.work, []).append(row)
+        for rows in works.values():
+            first = rows[0]
+            if not any(ours(row.provider) and row.ratio for row in rows):
+                continue
+            line = (first.layer, first.suite, first.dtype, first.memory_format, mode)
+            if line not in largest or first.elements > largest[line][0].elements:
+                largest[line] = rows
+    for rows in largest.values():
+        by_provider = {row.provider: row for row in rows}
+        for provider in in_order(by_provider):
+            row = by_provider[provider]
+            if ours(provider) and row.peer in by_provider:
+                words = ["x".join(map(str, row.shape)), row.dtype]
+                words += [row.memory_format] if row.memory_format != "contiguous" else []
+                what = _SECTION_MODES[row.mode][1]
+                pair = _pair(by_provider[row.peer], row)
+                yield row.layer, " ".join(words), what, look(provider).label, *pair
+
+
+def _pair(
+    peer: Measurement | NetworkMeasurement, row: Measurement | NetworkMeasurement
+) -> tuple[str, str, str]:
+    """Torch's median, ours, and their ratio."""
+    digits = [f"{ms:#.3g}".removesuffix(".") for ms in (peer.median_ms or 0, row.median_ms or 0)]
+    return digits[0], digits[1], f"{row.ratio:.2f}"
+
+
+def _pipes(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with columns of words, then columns of numbers."""
+    rule = [*("---" for _ in words), *("--:" for _ in numbers)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in ((*words, *numbers), rule, *rows))
+
+
+def with_section(text: str, section: str, name: str = "README.md") -> str:
+    """A text with the section between its markers.
+
+    Raises:
+        ResultsError: the text does not have the two markers once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ResultsError(f'{name} must have "{BEGIN}" and, after it, "{END}", once each')
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def readme_files(text: str, folder: Path) -> list[Path]:
+    """The result files that the section of a text was rendered from.
+
+    Raises:
+        ResultsError: the text does not say.
+    """
+    match = _FROM.search(text)
+    if match is None:
+        raise ResultsError("no performance section says what it was rendered from")
+    return [folder / name for name in match[1].split()]

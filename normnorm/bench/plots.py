@@ -1,4 +1,4 @@
-"""The figures of one benchmark run: ratios, time and rate against size, roofs, networks."""
+"""The figures of one benchmark run: ratios, time and rate against size, networks."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from normnorm.bench.report.figures import (
+from normnorm.bench.figures import (
     Plot,
+    in_order,
     label_ends,
     legend,
+    look,
     new_figure,
     no_ticks,
     number,
+    ours,
     plain,
     plain_log_ticks,
     styled,
     times,
 )
-from normnorm.bench.report.roofline import roofline
-from normnorm.bench.report.style import in_order, look, ours
 from normnorm.bench.results import Measurement, NetworkMeasurement, Results
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def plots_of(results: Results) -> Iterator[Plot]:
     """Every figure that a run has the numbers for."""
-    for make in (_ratios, _sizes, _sweeps, roofline, _networks):
+    for make in (_ratios, _sizes, _sweeps, _networks):
         yield from make(results)
 
 
@@ -76,9 +77,6 @@ def _ratios(results: Results) -> Iterator[Plot]:
                 yield Plot(
                     f"ratio_{mode}_{dtype}" + (f"_{number_}" if number_ > 1 else ""),
                     f"Time relative to torch's layer: {what}, {dtype}{which}",
-                    "Bars: this project's backends; markers: what else could be used. The line at "
-                    "1 is torch's own layer, measured in alternation in the same process; left of "
-                    "it is faster. Medians; whiskers reach from the 20th to the 80th percentile.",
                     _ratio_figure([row for rows_ in part for row in rows_]),
                 )
 
@@ -273,8 +271,6 @@ def _sizes(results: Results) -> Iterator[Plot]:
             yield Plot(
                 f"size_{dtype}",
                 f"Every layer by its size, {dtype}",
-                "Forward and backward in training with noise; a marker is one layer and provider. "
-                "The grey dashes are device copies of the same inputs: the roof of memory.",
                 _time_and_rate(results, mine, "elements", joined=False),
             )
 
@@ -298,8 +294,6 @@ def _sweeps(results: Results) -> Iterator[Plot]:
             yield Plot(
                 f"{suite.replace(' ', '_')}_{dtype}",
                 f"{first.layer} {'x'.join(sizes)} against {first.x_name}, {dtype}",
-                "Forward and backward in training with noise. Medians, shaded from the 20th to the "
-                "80th percentile; the dashed line is a device copy of the same input.",
                 _time_and_rate(results, mine, first.x_name, joined=True),
             )
 
@@ -313,8 +307,6 @@ def _networks(results: Results) -> Iterator[Plot]:
         yield Plot(
             "networks",
             "Training steps of whole networks",
-            "Forward, loss, backward and optimizer; only the normalization layers differ. Medians; "
-            "whiskers reach from the 20th to the 80th percentile.",
             _network_figure(rows),
         )
 

@@ -1,0 +1,109 @@
+"""``normnorm report RESULT...``: stored results of ``normnorm bench`` as PNG plots, as Markdown, or
+as the performance section of a README. Importing it needs torch alone."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normnorm.bench import missing_packages
+
+if TYPE_CHECKING:
+    from normnorm.bench.results import Results
+
+__all__ = ["add_arguments", "run", "write_plots"]
+
+_EXTRAS = ("matplotlib", "msgspec", "tabulate")
+
+
+def write_plots(runs: Sequence[Results], folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes every plot of every run as PNG; with several runs, their numbers lead the names.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        ResultsError: the folder cannot be made or written to.
+    """
+    from normnorm.bench.figures import save_figure
+    from normnorm.bench.plots import plots_of
+    from normnorm.bench.results import ResultsError, write_atomically
+
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultsError(f"cannot write to {folder}: {error.strerror or error}") from None
+    written = []
+    for number, results in enumerate(runs, start=1):
+        for plot in plots_of(results):
+            out = io.BytesIO()
+            save_figure(plot, out)
+            prefix = f"{number}_" if len(runs) > 1 else ""
+            written.append(target / f"{prefix}{plot.name}.png")
+            write_atomically(written[-1], out.getvalue())
+    return written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the report's options to a parser or subparser."""
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT", help="JSON of normnorm bench"
+    )
+    out = parser.add_argument_group("what to write (at least one)")
+    out.add_argument("--png", type=Path, metavar="FOLDER", help="the plots, a file each")
+    out.add_argument("--markdown", type=Path, metavar="FILE", help="all tables")
+    out.add_argument(
+        "--readme", type=Path, metavar="FILE",
+        help="largest inputs only, between the performance markers of this file",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Renders; the exit status: 0, or 2 where something could not be read or written, which a
+    sentence on stderr names."""
+    missing = missing_packages(*_EXTRAS)
+    if missing:
+        print(
+            f'normnorm report needs {", ".join(missing)}: pip install "normnorm[bench]"',
+            file=sys.stderr,
+        )
+        return 2
+    from normnorm.bench.results import ResultsError
+
+    try:
+        for path in _render(args):
+            print(f"wrote {path}")
+    except ResultsError as error:
+        print(f"normnorm report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _render(args: argparse.Namespace) -> list[Path]:
+    """Everything is read before anything is written."""
+    from normnorm.bench import tables
+    from normnorm.bench.results import ResultsError, load, write_atomically
+
+    if not (args.png or args.markdown or args.readme):
+        raise ResultsError("nothing to write: give --png, --markdown or --readme")
+    runs = [load(path) for path in args.results]
+    texts: dict[Path, str] = {}
+    if args.readme is not None:
+        try:
+            before = args.readme.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ResultsError(f"cannot read {args.readme}: {reason}") from None
+        section = tables.readme_section(args.results, args.readme.parent)
+        texts[args.readme] = tables.with_section(before, section, str(args.readme))
+    if args.markdown is not None:
+        texts[args.markdown] = "\n".join(map(tables.markdown, runs))
+    for path, text in texts.items():
+        write_atomically(path, text)
+    return [*texts, *(write_plots(runs, args.png) if args.png is not None else ())]
