@@ -28,7 +28,14 @@ from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_residual
 from normnorm.config import Config
 
-__all__ = ["Running", "add_normal_norm", "decomposes", "is_tracing", "normal_norm"]
+__all__ = [
+    "Running",
+    "add_normal_norm",
+    "decomposes",
+    "forward_mode",
+    "is_tracing",
+    "normal_norm",
+]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -36,7 +43,7 @@ Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 is_tracing = torch._C._is_tracing
 
 
-def _forward_mode() -> bool:
+def forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken."""
     return forward_ad._current_level >= 0
 
@@ -66,12 +73,12 @@ def normal_norm(
     """
     arguments = (input, *running, weight, bias, residual, seed, noise_scale, config)
     if torch.compiler.is_compiling():
-        if decomposes(config) or transforms_active() or _forward_mode():
+        if decomposes(config) or transforms_active() or forward_mode():
             return reference.normal_norm_forward(*_flat(arguments))
         if annealing.is_symbolic(config.noise_train):
             return annealing.normal_norm_forward(*_flat(_annealed(arguments)))
         return ops.normal_norm_forward(*_flat(arguments))
-    if _forward_mode():
+    if forward_mode():
         return reference.normal_norm_forward(*_flat(arguments))
     if transforms_active():
         return _under_transforms(arguments)
@@ -105,7 +112,7 @@ def add_normal_norm(
     """Adds the residual, then normalizes: (output, sum), both differentiable."""
     arguments = (input, residual, weight, bias, seed, None, config)
     if not torch.compiler.is_compiling():
-        if not (_forward_mode() or transforms_active() or is_tracing()):
+        if not (forward_mode() or transforms_active() or is_tracing()):
             if torch.is_grad_enabled() and any(
                 t is not None and t.requires_grad for t in arguments[:4]
             ):
@@ -114,7 +121,7 @@ def add_normal_norm(
     elif not (
         decomposes(config)
         or transforms_active()
-        or _forward_mode()
+        or forward_mode()
         or annealing.is_symbolic(config.noise_train)
     ):
         return ops.add_normal_norm_forward(*_flat(arguments))[:2]
@@ -155,7 +162,7 @@ def _gradients(
     ``tensors`` are grad_output, input, stats, weight, bias, output and seed.
     """
     gradients: tuple[Any, ...]
-    if _forward_mode():
+    if forward_mode():
         grad_output, input, stats, weight, bias, output, seed = tensors
         grad_output = reference.through_activation(grad_output, output, config)
         gradients = reference.gradients(
@@ -259,7 +266,7 @@ class _EagerAdd(torch.autograd.Function):
             return grad_sum, grad_sum, None, None, None
         needs = (of_input or of_residual, *of_parameters)
         config, tensors = ctx.config, (grad_output, *ctx.saved_tensors)
-        nested = torch.is_grad_enabled() or transforms_active() or _forward_mode()
+        nested = torch.is_grad_enabled() or transforms_active() or forward_mode()
         if grad_sum is None or nested or not needs[0]:
             grad, grad_weight, grad_bias = _gradients(ctx, tensors, needs, config)
             if grad is not None and grad_sum is not None:

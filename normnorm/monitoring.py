@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm import annealing, reference
+from normnorm import annealing, reference, watched
 from normnorm.backends.reference import transforms_active
 from normnorm.fused import AddLayerNormalNorm
 from normnorm.modules import (
@@ -118,21 +118,26 @@ class Monitor:
     """What :func:`monitor` gives; its methods are for use inside the ``with`` block, or after.
 
     Args:
-        layers: the layers watched, by name.
+        model: whose layers are watched.
+        layers: these, by name.
         groups, elements: how large a part of a layer's input is kept.
-        compiled: whether the model was compiled before.
     """
 
-    def __init__(self, layers: dict[str, Any], groups: int, elements: int, compiled: bool) -> None:
+    def __init__(
+        self, model: nn.Module, layers: dict[str, Any], groups: int, elements: int
+    ) -> None:
         self._layers = layers
         self._groups = groups
         self._elements = elements
-        self._compiled = compiled
         # Every name from the start: compiled code takes note of which there are.
         self._seen: dict[str, _Seen | None] = dict.fromkeys(layers)
+        self._watch = watched.Watch(model, layers, self._observe, "normnorm.monitor")
 
-    def _observe(self, name: str, layer: Any, input: Tensor) -> None:
+    def _observe(self, name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         # Slices and one small copy: nothing here waits for a device or draws a random number.
+        input = args[0] if args else kwargs["input"]
+        if isinstance(layer, AddLayerNormalNorm):
+            input = output[1]  # the sum is what was normalized
         if input.is_meta or input.numel() == 0:
             return
         if not torch.compiler.is_compiling() and transforms_active():
@@ -147,7 +152,9 @@ class Monitor:
                     _thin(layer.running_lmbda, 0, self._groups).clone(),
                 )
             noisy = layer.training and layer.noise_train > 0.0
-            self._seen[name] = _Seen(values.clone(), running, noisy)
+            seen = _Seen(values.clone(), running, noisy)
+            if not watched.recomputing():
+                self._seen[name] = seen
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
         """The last step's numbers, flat: "NAME/lmbda", "NAME/qq_r2", ... for each layer that ran.
@@ -158,18 +165,14 @@ class Monitor:
             prefix: put before every key, such as "train/".
 
         Raises:
-            RuntimeError: a model that was compiled before it was monitored, whose hooks the
-                compiled code may not call.
+            RuntimeError: no layer has run yet, or none of a compiled module has: the model may
+                have been compiled before it was monitored, and such code calls no hooks.
         """
-        seen_layers = {name: seen for name, seen in self._seen.items() if seen is not None}
-        if not seen_layers and self._compiled:
-            raise RuntimeError(
-                "no layer was seen: code compiled before normnorm.monitor began does not call "
-                "its hooks. Enter the monitor before the first call of the compiled model, or "
-                "call torch.compiler.reset() after entering it"
-            )
+        self._watch.require_ran()
         numbers = {}
-        for name, seen in seen_layers.items():
+        for name, seen in self._seen.items():
+            if seen is None:
+                continue
             for measure, value in _measures(self._layers[name], seen).items():
                 numbers[f"{prefix}{name}/{measure}" if name else f"{prefix}{measure}"] = value
         return numbers
@@ -177,13 +180,6 @@ class Monitor:
     def clear(self) -> None:
         """Forgets what was seen, so that ``scalars`` speaks of layers that ran since."""
         self._seen.update(dict.fromkeys(self._seen))
-
-
-def _was_compiled(module: nn.Module) -> bool:
-    return (
-        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-    )
 
 
 @contextmanager
@@ -218,8 +214,9 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
 
     It works in training and evaluation, under no_grad and autocast, and under torch.compile if
     it is entered before the first call of the compiled model (not with CUDA graphs, which would
-    overwrite what was kept). Under torch.func transforms nothing is recorded. In a process group
-    each rank sees its own shard.
+    overwrite what was kept). Under torch.func transforms nothing is recorded, nor is what
+    activation checkpointing runs again, nor what copies of the model do. In a process group each
+    rank sees its own shard.
 
     Args:
         model: with layers of ours; those that are replaced later are not seen.
@@ -237,30 +234,11 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
             "groups must be at least 1 and elements at least 8; "
             f"got groups={groups}, elements={elements}"
         )
-    layers: dict[str, Any] = {
-        name.replace("_orig_mod.", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, _Transform)
-    }
+    layers = watched.named_layers(model, lambda _, module: isinstance(module, _Transform))
     if not layers:
         raise ValueError("the model has no normality layer; normnorm.replace_norms puts them in")
-    watch = Monitor(layers, groups, elements, any(map(_was_compiled, model.modules())))
-
-    def hook_of(name: str) -> Any:
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            input = args[0] if args else kwargs["input"]
-            if isinstance(layer, AddLayerNormalNorm):
-                input = output[1]  # the sum is what was normalized
-            watch._observe(name, layer, input)
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(hook_of(name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
+    watch = Monitor(model, layers, groups, elements)
     try:
         yield watch
     finally:
-        for handle in handles:
-            handle.remove()
+        watch._watch.remove()

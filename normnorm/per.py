@@ -7,14 +7,18 @@ Wasserstein metric" (ICLR 2020, arXiv 2002.05366).
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from normnorm import watched
+from normnorm.autograd import forward_mode
+from normnorm.backends.reference import transforms_active
 from normnorm.per_ops import ROOT_HALF, ROOT_TWO_OVER_PI, projected_error_of
 
 __all__ = ["PER", "per_loss"]
@@ -37,7 +41,8 @@ def per_loss(
     bounds the sliced Wasserstein distance to the standard normal (arXiv 2002.05366); its gradient
     in h is the mean of ``erf(t / sqrt 2) theta``. Forward and backward hold only a block of the
     (vectors, directions) matrix at a time; with gradients wanted, the gradient is computed along
-    with the loss and kept, as large as the activations.
+    with the loss and kept, as large as the activations. Under torch.compile, torch.func's
+    transforms and in forward mode the formula is computed as it stands, with the whole matrix.
 
     Its least value, sqrt(2 / pi), is reached where all activations are zero. It is a regularizer
     and works against a task's loss; it does not measure normality.
@@ -48,11 +53,13 @@ def per_loss(
         generator: of the directions, on the device of the activations; torch's own by default.
 
     Returns:
-        a scalar, float32 or, of float64 activations, float64.
+        a scalar, float32 or, of float64 activations, float64; of meta tensors a meta scalar.
 
     Raises:
         TypeError: the activations are not floating point.
         ValueError: there are no activations, or num_slices is not positive.
+        RuntimeError: in the backward pass, if activation checkpointing drew other directions than
+            the forward pass, as it does with a generator of one's own.
     """
     if not activations.is_floating_point():
         raise TypeError(f"activations must be floating point; got {activations.dtype}")
@@ -64,12 +71,17 @@ def per_loss(
         raise ValueError(f"num_slices must be positive; got {num_slices}")
     vectors = activations.flatten(0, -2) if activations.dim() > 1 else activations.unsqueeze(0)
     dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    if vectors.is_meta:  # no generator is on that device, nor is autocast
+        return _definition(
+            vectors.to(dtype), vectors.new_empty((num_slices, vectors.size(1)), dtype=dtype)
+        )
     slices = torch.randn(
         num_slices, vectors.size(1), dtype=dtype, device=vectors.device, generator=generator
     )
     slices = slices / slices.norm(dim=1, keepdim=True)
     with torch.autocast(vectors.device.type, enabled=False):
-        if torch.compiler.is_compiling():  # a compiler fuses the formula by itself
+        # A compiler fuses the formula by itself; transforms and forward mode differentiate it.
+        if torch.compiler.is_compiling() or transforms_active() or forward_mode():
             return _definition(vectors.to(dtype), slices)
         return _Blockwise.apply(vectors, slices)
 
@@ -105,17 +117,69 @@ class _Blockwise(torch.autograd.Function):
             if gradient is not None:
                 gradient[block] = t @ shares
         ctx.save_for_backward(vectors, slices, gradient)
+        ctx.slices = slices
         return (sums.sum() / count).to(slices.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         vectors, slices, gradient = ctx.saved_tensors
+        if slices is not ctx.slices and not torch.equal(slices, ctx.slices):
+            raise RuntimeError(
+                "activation checkpointing ran per_loss again with other directions: leave "
+                "generator None and preserve_rng_state True, or call it outside the checkpoint"
+            )
         if torch.is_grad_enabled():  # someone wants the gradient's gradient
             with torch.enable_grad():
                 loss = _definition(vectors.to(slices.dtype), slices)
                 (gradient,) = torch.autograd.grad(loss, vectors, create_graph=True)
             return (grads[0] * gradient).to(vectors.dtype), None
         return (grads[0] * ctx.shift * gradient.to(slices.dtype)).to(vectors.dtype), None
+
+
+class _Pass(NamedTuple):
+    """What a layer gave out in one forward pass: (vectors, features), and how often the tensor
+    had been changed in place by then; None where a compiler sees to that."""
+
+    vectors: Tensor
+    version: int | None
+
+    def of(self, name: str) -> Tensor:
+        """The vectors of the layer ``name``.
+
+        Raises:
+            RuntimeError: they have been changed in place since.
+        """
+        if self.version is not None and self.vectors._version != self.version:
+            raise RuntimeError(
+                f"the output of {name!r} was changed in place before PER.loss() could read it, "
+                "such as by nn.ReLU(inplace=True) behind it"
+            )
+        return self.vectors
+
+
+def _is_dead(tensor: Tensor) -> bool:
+    """Whether the tensor belongs to a torch.func transform that has ended."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.unwrap_if_dead(tensor) is not tensor
+
+
+def _in_reentrant_checkpoint(name: str) -> bool:
+    """Whether a layer runs inside an autograd.Function's forward, which is how reentrant
+    checkpointing runs it first. It warns of that: no gradient can be had there."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._is_fwd_grad_enabled()  # no_grad leaves it on, an autograd.Function does not
+        or torch.is_inference_mode_enabled()
+    ):
+        return False
+    warnings.warn(
+        f"normnorm.PER passes {name!r} over: reentrant activation checkpointing runs it without "
+        "gradients. checkpoint(..., use_reentrant=False) can be regularized",
+        stacklevel=2,
+    )
+    return True
 
 
 class PER:
@@ -127,11 +191,15 @@ class PER:
         loss = criterion(model(inputs), targets) + per.loss()
 
     While a layer is in training mode and gradients are wanted, each of its forward passes is
-    taken in. A vector is one position of one sample, of as many features as there are channels:
-    the last dimension of what linear and layer norm layers give out, dimension 1 behind
-    convolutions, the other norms and ``LayerNorm2d``. Where the layer's class tells nothing, an
-    output of three dimensions is (batch, length, features) and one of more is (batch, channels,
-    ...).
+    taken in, once where activation checkpointing runs it again. A pass of the whole model that
+    ends in an exception is forgotten. A vector is one position of one sample, of as many features
+    as there are channels: the last dimension of what linear and layer norm layers give out,
+    dimension 1 behind convolutions, the other norms and ``LayerNorm2d``. Where the layer's class
+    tells nothing, an output of three dimensions is (batch, length, features) and one of more is
+    (batch, channels, ...).
+
+    Reentrant checkpointing has no gradients while it first runs a layer: such a layer is not
+    regularized, which a warning says. Copies of the model, or of this object, take in nothing.
 
     Args:
         model: whose layers are meant.
@@ -139,12 +207,12 @@ class PER:
             gives one tensor (batch, ...), but for :class:`AddLayerNormalNorm`, whose normalized
             output is taken and not the sum.
         weight: of the sum over layers of the mean loss of their passes.
-        num_slices, generator: as for :func:`per_loss`; fresh directions in every pass.
+        num_slices, generator: as for :func:`per_loss`; fresh directions for every pass.
 
     Raises:
         ValueError: an unknown name, no layer, or a weight that is negative or not finite; in a
             forward pass, an output that is not (batch, ...).
-        TypeError: in a forward pass, an output that is not one tensor.
+        TypeError: a layer of TorchScript; in a forward pass, an output that is not one tensor.
     """
 
     def __init__(
@@ -163,31 +231,72 @@ class PER:
         self.weight = weight
         self._num_slices = num_slices
         self._generator = generator
-        self._losses: dict[str, list[Tensor]] = {name: [] for name in chosen}
+        # Passes whose loss is yet to be computed.
+        self._losses: dict[str, list[_Pass]] = {name: [] for name in chosen}
+        self._begun: list[tuple[BaseException | None, dict[str, int]]] = []
+        self._removed = False
+        self._watch = watched.Watch(model, chosen, self._take, "normnorm.PER")
         self._handles = [
-            module.register_forward_hook(self._taking(name)) for name, module in chosen.items()
+            model.register_forward_pre_hook(watched.Hook(model, self._begin)),
+            model.register_forward_hook(watched.Hook(model, self._end), always_call=True),
         ]
 
-    def _taking(self, name: str) -> Callable[..., None]:
-        def take(module: nn.Module, _: Any, output: Any) -> None:
-            if not (module.training and torch.is_grad_enabled()):
-                return
-            vectors = watched.channels_last(module, watched.tensor_of(name, module, output))
-            self._losses[name].append(per_loss(vectors, self._num_slices, self._generator))
+    def _take(self, name: str, module: nn.Module, _: Any, __: Any, output: Any) -> None:
+        # The loss itself waits until it is asked for: computed here, it would have to be computed
+        # again wherever checkpointing runs this layer again.
+        if not module.training or _in_reentrant_checkpoint(name) or not torch.is_grad_enabled():
+            return
+        vectors = watched.channels_last(module, watched.tensor_of(name, module, output))
+        vectors = vectors.flatten(0, -2)
+        if torch.compiler.is_compiling():
+            self._losses[name].append(_Pass(vectors.clone(), None))
+        elif not watched.recomputing():
+            self._losses[name].append(_Pass(vectors, vectors._version))
 
-        return take
+    def _begin(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            lengths = {name: len(taken) for name, taken in self._losses.items()}
+            self._begun.append((sys.exc_info()[1], lengths))
+
+    def _end(self, *_: Any) -> None:
+        if torch.compiler.is_compiling() or not self._begun:
+            return
+        before, lengths = self._begun.pop()
+        if sys.exc_info()[1] is not before:  # the pass failed
+            for name, length in lengths.items():
+                del self._losses[name][length:]
 
     def loss(self) -> Tensor | float:
-        """The weighted loss of the passes since the last call; 0.0 where there were none."""
-        means = [torch.stack(losses).mean() for losses in self._losses.values() if losses]
-        for losses in self._losses.values():
-            losses.clear()
+        """The weighted loss of the passes since the last call; 0.0 where none had gradients, and
+        after :meth:`remove`.
+
+        Raises:
+            RuntimeError: no layer ran since the last call, or none of a compiled module ever did
+                (the sentence says why that happens); or a layer's output was changed in place.
+        """
+        if not self._removed:
+            self._watch.require_ran(afresh=True)
+        taken, self._losses = self._losses, {name: [] for name in self._losses}
+        means = []
+        for name, passes in taken.items():
+            losses = [
+                per_loss(one.of(name), self._num_slices, self._generator)
+                for one in passes
+                if not _is_dead(one.vectors)
+            ]
+            if losses:
+                means.append(torch.stack(losses).mean())
         return self.weight * sum(means[1:], means[0]) if means else 0.0
 
     def remove(self) -> None:
         """Takes the hooks off the model. ``with PER(...) as per:`` does so at the block's end."""
+        self._removed = True
+        self._watch.remove()
         for handle in self._handles:
             handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_losses": {}, "_begun": [], "_handles": []}
 
     def __enter__(self) -> PER:
         return self

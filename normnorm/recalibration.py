@@ -31,6 +31,13 @@ def _forward(model: nn.Module, batch: Any, device: torch.device | str | int | No
     model(_to(batch, device))
 
 
+def _put_back(layers: list[list[tuple[Tensor, Tensor]]]) -> None:
+    """Gives buffers, by layer, the values beside them."""
+    for buffers in layers:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
 @torch.no_grad()
 def update_stats(
     loader: Iterable[Any],
@@ -46,8 +53,9 @@ def update_stats(
     layers and passes ours by; this does both in one pass.
 
     Every layer with running statistics that are not frozen starts afresh and averages over all
-    batches with equal weight. The model runs in training mode without gradients, so that dropout
-    is active, as under ``update_bn``. Training flags and momenta are put back, after an exception
+    batches with equal weight; one that sees no batch, in a part of the model that does not run,
+    keeps what it had. The model runs in training mode without gradients, so that dropout is
+    active, as under ``update_bn``. Training flags and momenta are put back, after an exception
     too; then the statistics are as they were before the call.
 
     Args:
@@ -63,7 +71,7 @@ def update_stats(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a loader without batches.
+        ValueError: a loader without batches, or no layer with running statistics saw one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
@@ -82,10 +90,8 @@ def update_stats(
         (layer, layer.noise_train) for layer in flags if isinstance(layer, _Transform)
     ]
     before = [
-        (buffer, buffer.clone())
+        [(buffer, buffer.clone()) for buffer in layer._buffers.values() if buffer is not None]
         for layer in layers
-        for buffer in layer._buffers.values()
-        if isinstance(buffer, Tensor)
     ]
     count = 0
     try:
@@ -101,9 +107,18 @@ def update_stats(
             count += 1
         if count == 0:
             raise ValueError("the loader gave no batches: there is nothing to average")
+        unseen = [
+            buffers for layer, buffers in zip(layers, before, strict=True)
+            if layer.num_batches_tracked == 0
+        ]  # fmt: skip
+        if len(unseen) == len(layers):
+            raise ValueError(
+                f"none of the {len(layers)} layers with running statistics saw a batch: they are "
+                "in evaluation mode whatever the model's is, or in parts that did not run"
+            )
+        _put_back(unseen)
     except BaseException:
-        for buffer, value in before:
-            buffer.copy_(value)
+        _put_back(before)
         raise
     finally:
         for module, training in flags.items():

@@ -1,7 +1,7 @@
-"""Which of a model's layers a caller means, and how what they give out is read.
+"""Which of a model's layers a caller means, hooks on them, and how what they give out is read.
 
-What :class:`normnorm.PER` and :mod:`normnorm.diagnostics` have in common, so that both take the
-same numbers for a vector of channels.
+What :func:`normnorm.monitor`, :class:`normnorm.PER` and :mod:`normnorm.diagnostics` have in
+common: the same layers, hooks with the same limits, the same numbers for a vector of channels.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from normnorm.fused import AddLayerNormalNorm
 from normnorm.modules import _InstanceNormalNorm
 
-__all__ = ["channels_last", "named_layers", "tensor_of"]
+__all__ = ["Hook", "Watch", "channels_last", "named_layers", "recomputing", "tensor_of"]
 
 # As in Conv1d, LayerNorm2d, LayerNormAct2dFp32: how many dimensions stand behind (batch, channels).
 _POSITIONS = re.compile(r"([123])d(?![a-z])")
@@ -29,20 +30,157 @@ def named_layers(
     """The layers that are meant, by name; none where the names or the predicate choose none.
 
     Args:
-        model: whose ``named_modules`` are meant.
-        layers: a name, names, or a predicate of (name, module).
+        model: whose ``named_modules`` are meant, without the "_orig_mod." that torch.compile puts
+            into their names.
+        layers: a name, names, or a predicate of (name, module). A module that the model uses
+            under several names goes by each of them, and is offered to a predicate once.
 
     Raises:
         ValueError: a name is not the model's.
     """
-    modules = dict(model.named_modules())
     if callable(layers):
-        return {name: module for name, module in modules.items() if layers(name, module)}
+        once = ((_plain(name), module) for name, module in model.named_modules())
+        return {name: module for name, module in once if layers(name, module)}
+    every = model.named_modules(remove_duplicate=False)
+    modules = {_plain(name): module for name, module in every}
     names = [layers] if isinstance(layers, str) else list(layers)
-    unknown = [name for name in names if name not in modules]
+    unknown = [name for name in names if _plain(name) not in modules]
     if unknown:
         raise ValueError(f"the model has no layer named {', '.join(map(repr, unknown))}")
-    return {name: modules[name] for name in names}
+    return {name: modules[_plain(name)] for name in names}
+
+
+def _plain(name: str) -> str:
+    """A module's name as it is without torch.compile."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: a forward pass inside it repeats an earlier one, for
+    either kind of activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Hook:
+    """A hook of one module that does nothing for any other.
+
+    A copy of a module has the module's hooks: a shallow copy and a replica of nn.DataParallel
+    share them, a deep copy and a pickled module have copies of them, which do nothing.
+
+    Args:
+        module: whose calls are meant.
+        function: called with ``first`` and the hook's arguments; what it returns is handed on.
+
+    Attributes:
+        ran: whether the module was called; written only, since compiled code would be compiled
+            again for another value that it reads.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], *first: Any) -> None:
+        self._module = module
+        self._function = function
+        self._first = first
+        self.ran = False
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        if module is not self._module:
+            return None
+        self.ran = True
+        return self._function(*self._first, module, *arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_hook, ()
+
+
+def _inert_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    """The hook of a copy."""
+
+
+class Watch:
+    """Forward hooks on layers, and which of these layers ran.
+
+    A copied or unpickled watch watches nothing.
+
+    Args:
+        model: whose layers they are.
+        layers: by name.
+        see: called as ``see(name, layer, args, kwargs, output)`` after each forward pass of a
+            layer, a recomputation among them (:func:`recomputing`); what it returns, unless None,
+            takes the place of the output.
+        owner: whom the hooks serve, for the sentences of errors.
+
+    Raises:
+        TypeError: a layer is a module of TorchScript, whose code calls no hooks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Module],
+        see: Callable[[str, nn.Module, Any, Any, Any], Any],
+        owner: str,
+    ) -> None:
+        for name, layer in layers.items():
+            if isinstance(layer, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"{owner} cannot watch {name!r}: it is a module of TorchScript, whose code "
+                    "calls no hooks; give the model as it was before torch.jit"
+                )
+        self._owner = owner
+        self._compiled = _compiled_layers(model, layers)  # of which none has run yet
+        self._hooks = {name: Hook(layer, see, name) for name, layer in layers.items()}
+        self._handles = [
+            layer.register_forward_hook(self._hooks[name], with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+
+    def require_ran(self, afresh: bool = False) -> None:
+        """Makes sure that what the hooks have seen is what ran.
+
+        Args:
+            afresh: to ask at the next call only about what ran since this one.
+
+        Raises:
+            RuntimeError: no layer ran, or one of a compiled module never has: then other code than
+                the layers' own ran in their place.
+        """
+        ran = {name for name, hook in self._hooks.items() if hook.ran}
+        self._compiled -= ran
+        if not ran or self._compiled:
+            silent = ", ".join(map(repr, sorted(self._compiled)))
+            raise RuntimeError(
+                f"{f'{silent} was not seen' if ran else 'no layer was seen'}: code compiled before "
+                f"{self._owner} began does not call its hooks, nor does a copy of the model, a "
+                f"replica of nn.DataParallel, or a direct call of forward. Let {self._owner} begin "
+                "before the first call of the compiled code, or call torch.compiler.reset() after "
+                "it began"
+            )
+        if afresh:
+            for hook in self._hooks.values():
+                hook.ran = False
+
+    def remove(self) -> None:
+        """Takes the hooks off the layers."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watch, (nn.Module(), {}, _nothing, self._owner)
+
+
+def _compiled_layers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """The layers that are, or are inside, a module given to torch.compile."""
+    inside = {
+        inner
+        for module in model.modules()
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for inner in module.modules()
+    }
+    return {name for name, layer in layers.items() if layer in inside}
 
 
 def tensor_of(name: str, module: nn.Module, output: Any) -> Tensor:

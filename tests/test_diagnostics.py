@@ -299,6 +299,26 @@ def test_robustness_disturbs_one_layer_at_a_time() -> None:
     assert both["5"] == diagnostics.noise_robustness(network, _loader(), ["5"], scales=(0.5,))["5"]
 
 
+@pytest.mark.parametrize("how", ["model", "in place", "outer function"])
+def test_compiled_code_is_diagnosed_as_it_was_written(how: str) -> None:
+    torch.compiler.reset()
+    network, loader = _network().eval(), _loader()
+    expected = diagnostics.diagnose(network, loader)
+    moved = diagnostics.noise_robustness(network, loader, scales=(0.5,))
+    model = network
+    if how == "model":
+        model = torch.compile(network, backend="eager")
+    elif how == "in place":
+        network.compile(backend="eager")
+    else:
+        network.forward = torch.compile(network.forward, backend="eager")
+    with torch.no_grad():
+        model(loader[0][0])  # compiled before anything is watched
+    assert diagnostics.diagnose(model, loader) == expected
+    assert diagnostics.noise_robustness(model, loader, scales=(0.5,)) == moved
+    torch.compiler.reset()
+
+
 # Bad input.
 
 
@@ -348,5 +368,6 @@ def test_layers_that_give_no_tensor_or_never_run_are_refused() -> None:
 
     with pytest.raises(TypeError, match=r"'pair' \(Pair\) gave tuple"):
         diagnostics.diagnose(First(), [torch.randn(3, 2)], ["pair"])
-    with pytest.raises(ValueError, match="nothing passed through 'unused'"):
-        diagnostics.diagnose(First(), [torch.randn(3, 2)], ["unused"])
+    for function in (diagnostics.diagnose, diagnostics.noise_robustness):
+        with pytest.raises(ValueError, match="nothing passed through 'unused'"):
+            function(First(), [torch.randn(3, 2)], ["unused"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import scipy.stats
@@ -134,7 +136,8 @@ def test_normal_values_look_normal_and_skewed_ones_do_not():
 def test_the_dictionary_is_flat_floats_of_every_layer_of_the_last_step():
     model = network()
     with normnorm.monitor(model) as watch:
-        assert watch.scalars() == {}
+        with pytest.raises(RuntimeError, match="no layer was seen"):
+            watch.scalars()
         model(images())
         first = watch.scalars("train/")
         assert watch.scalars("train/") == first
@@ -320,6 +323,27 @@ def test_autocast_and_checkpointing_change_nothing():
     assert again == pytest.approx(plain)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_step_is_not_the_last_one(use_reentrant):
+    model = network(noise_train=0.0)
+    with normnorm.monitor(model) as watch:
+        first = checkpoint(model, images().requires_grad_(), use_reentrant=use_reentrant)
+        model(2.0 + images().square())
+        before = watch.scalars()
+        first.sum().backward()
+        assert watch.scalars() == before
+
+
+def test_copies_are_not_watched_and_carry_no_trace():
+    model = network()
+    with normnorm.monitor(model) as watch:
+        model(images())
+        before = watch.scalars()
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            copied(2.0 + images().square())
+        assert watch.scalars() == before
+
+
 def test_a_constant_group_has_no_shape_and_does_not_spoil_the_mean():
     layer = normnorm.LayerNormalNorm(16)
     input = torch.randn(4, 16)
@@ -390,11 +414,14 @@ def test_a_model_compiled_for_any_batch_size_is_watched_too():
     torch.compiler.reset()
 
 
-def test_a_model_compiled_before_says_so_and_how_to_go_on():
+@pytest.mark.parametrize("compiled", ["model", "outer function"])
+def test_a_model_compiled_before_says_so_and_how_to_go_on(compiled):
     torch.compiler.reset()
-    compiled = torch.compile(small(), fullgraph=True, backend="aot_eager")
+    model = small()
+    what = model if compiled == "model" else lambda x: model(x)
+    compiled = torch.compile(what, fullgraph=True, backend="aot_eager")
     compiled(images())
-    with normnorm.monitor(compiled) as watch:
+    with normnorm.monitor(model) as watch:
         compiled(images())
         with pytest.raises(RuntimeError, match=r"compiled before normnorm\.monitor began"):
             watch.scalars()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,12 @@ import scipy.special
 import scipy.stats
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import normnorm
 from normnorm import backends, per, per_ops
@@ -175,6 +184,63 @@ def test_a_compiled_loss_is_the_same() -> None:
     )
 
 
+def _seeded(activations: Tensor) -> Tensor:
+    return normnorm.per_loss(activations, 16, _generator())
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": torch.func.grad(_seeded),
+    "vjp": lambda x: torch.func.vjp(_seeded, x)[1](torch.ones((), dtype=x.dtype))[0],
+    "vmap of grad": lambda x: torch.vmap(torch.func.grad(_seeded), randomness="same")(x[None])[0],
+    "jacfwd": torch.func.jacfwd(_seeded, randomness="same"),
+    "jacrev": torch.func.jacrev(_seeded),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_give_the_same_gradient(transform: str) -> None:
+    leaf = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(_seeded(leaf), leaf)
+    torch.testing.assert_close(TRANSFORMS[transform](leaf.detach()), expected)
+
+
+def test_forward_mode_and_second_derivatives_give_the_same() -> None:
+    x, v = torch.randn(2, 6, 7, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(_seeded(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(gradient, leaf, v)
+    with forward_ad.dual_level():
+        loss = _seeded(forward_ad.make_dual(x, v))
+        torch.testing.assert_close(forward_ad.unpack_dual(loss).tangent, (gradient * v).sum())
+    found = torch.func.jvp(torch.func.grad(_seeded), (x,), (v,))[1]
+    torch.testing.assert_close(found, second)
+
+
+@pytest.mark.parametrize("generator", [None, _generator()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_meta_activations_give_a_meta_scalar(
+    generator: torch.Generator | None, dtype: torch.dtype
+) -> None:
+    activations = torch.empty(3, 5, 7, device="meta", dtype=dtype, requires_grad=True)
+    loss = normnorm.per_loss(activations, 16, generator)
+    loss.backward()
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (), wanted)
+    assert activations.grad.shape == activations.shape
+
+
+def test_a_loss_inside_a_checkpoint_has_its_own_gradient_or_none() -> None:
+    leaf = torch.randn(6, 7, requires_grad=True)
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(normnorm.per_loss(leaf, 4), leaf)
+    torch.manual_seed(0)
+    loss = checkpoint(normnorm.per_loss, leaf, 4, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected[0])
+    loss = checkpoint(normnorm.per_loss, leaf, 4, _generator(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="ran per_loss again with other directions"):
+        loss.backward()
+
+
 # Who computes a block.
 
 
@@ -298,7 +364,6 @@ def test_per_sums_the_layers_since_the_last_call() -> None:
     network = _network()
     inputs = torch.randn(5, 1, 6, 6)
     regularizer = normnorm.PER(network, ["0", "4"], weight=0.5, generator=_generator())
-    assert regularizer.loss() == 0.0
     output = network(inputs)
     found = regularizer.loss()
     generator = _generator()
@@ -307,7 +372,8 @@ def test_per_sums_the_layers_since_the_last_call() -> None:
     expected = 0.5 * (expected + normnorm.per_loss(output, generator=generator))
     torch.testing.assert_close(found, expected)
     regularizer.loss()
-    assert regularizer.loss() == 0.0
+    with pytest.raises(RuntimeError, match="no layer was seen"):
+        regularizer.loss()
     found.backward()
     assert network[0].weight.grad.abs().sum() > 0
 
@@ -377,6 +443,147 @@ def test_per_leaves_evaluation_alone_and_can_be_removed() -> None:
     network(inputs)
     assert regularizer.loss() == 0.0
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def _gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:
+    network.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+
+def _twice() -> nn.Module:
+    """One layer that runs twice."""
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Sigmoid())
+
+
+def _save_everything(*_: object, **__: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "to the end": {"early_stop": False},
+    "selective": {
+        "context_fn": lambda: create_selective_checkpoint_contexts(_save_everything)
+    },
+    "other random numbers": {"preserve_rng_state": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_recomputed_pass_is_taken_in_once(kind: str) -> None:
+    network, inputs = _twice(), torch.randn(5, 6)
+    found = []
+    for again in (False, True):
+        with normnorm.PER(network, ["0", "3"], 1.0, generator=_generator()) as regularizer:
+            for _ in range(2):
+                if again:
+                    output = checkpoint(network, inputs, use_reentrant=False, **CHECKPOINTS[kind])
+                else:
+                    output = network(inputs)
+                loss = regularizer.loss()
+                found.append([loss.detach(), *_gradients(network, output.sum() + loss)])
+    torch.testing.assert_close(found[2:], found[:2], rtol=0, atol=0)
+
+
+def test_reentrant_checkpointing_leaves_nothing_for_the_next_step_and_says_so() -> None:
+    network, inputs = _twice(), torch.randn(5, 6, requires_grad=True)
+    with normnorm.PER(network, ["0"], 1.0) as regularizer:
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="PER passes '0' over: reentrant"):
+                output = checkpoint(network, inputs, use_reentrant=True)
+            assert regularizer.loss() == 0.0
+            output.sum().backward()
+            assert not regularizer._losses["0"]
+
+
+def test_a_failed_pass_leaves_nothing_for_the_next() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with normnorm.PER(network, "0", 1.0, generator=_generator()) as regularizer:
+        first = network(torch.randn(5, 3))
+        handle = network[1].register_forward_hook(lambda *_: 1 / 0)
+        try:
+            raise OSError  # an exception that is being handled already is none of the pass
+        except OSError:
+            with pytest.raises(ZeroDivisionError):
+                network(torch.randn(5, 3))
+            handle.remove()
+            network(torch.randn(5, 3))
+        assert len(regularizer._losses["0"]) == 2
+        assert first.grad_fn is not None
+        assert regularizer.loss() > 0
+
+
+def test_copies_of_a_regularized_model_take_nothing_in() -> None:
+    network, inputs = _network(), torch.randn(5, 1, 6, 6)
+    with normnorm.PER(network, ["0", "4"], 1.0, generator=_generator()) as regularizer:
+        network(inputs)
+        for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+            copied(inputs)
+        other = copy.deepcopy(regularizer)  # as the copy of a module that holds it is
+        assert [len(taken) for taken in regularizer._losses.values()] == [1, 1]
+        with pytest.raises(RuntimeError, match="no layer was seen"):
+            other.loss()
+        assert regularizer.loss() > 0
+
+
+def test_transforms_that_ended_leave_nothing() -> None:
+    network, inputs = _network(), torch.randn(5, 1, 6, 6)
+    with normnorm.PER(network, ["0"], 1.0, generator=_generator()) as regularizer:
+        torch.func.grad(lambda x: network(x).sum())(inputs)
+        assert regularizer.loss() == 0.0
+        within = torch.func.grad(lambda x: network(x).sum() * 0 + regularizer.loss())(inputs)
+    leaf = inputs.clone().requires_grad_()
+    normnorm.per_loss(network[0](leaf).movedim(1, -1), generator=_generator()).backward()
+    torch.testing.assert_close(within, leaf.grad)
+
+
+def test_an_output_changed_in_place_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
+    with normnorm.PER(network, "0", 1.0) as regularizer:
+        network(torch.randn(5, 3))
+        with pytest.raises(RuntimeError, match="the output of '0' was changed in place"):
+            regularizer.loss()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_compiled_with_its_hooks_is_regularized(in_place: bool) -> None:
+    torch.compiler.reset()
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 6))
+    inputs, found = torch.randn(5, 6), []
+    plain = nn.Sequential(network[0], nn.ReLU(), network[2])
+    for compiled in (False, True):
+        with normnorm.PER(network if compiled else plain, ["0", "2"], 1.0) as regularizer:
+            regularizer._generator = _generator()
+            run = plain
+            if compiled and in_place:
+                network.compile(backend="aot_eager", fullgraph=True)
+                run = network
+            elif compiled:
+                run = torch.compile(network, backend="aot_eager", fullgraph=True)
+            for step in range(3):
+                with torch._dynamo.config.patch(error_on_recompile=step > 1):
+                    output = run(inputs)
+                found.append(_gradients(network, output.sum() * 0 + regularizer.loss()))
+    torch.testing.assert_close(found[3:], found[:3])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("compiled", ["model", "outer function"])
+def test_code_compiled_before_is_refused_and_not_taken_for_no_loss(compiled: str) -> None:
+    torch.compiler.reset()
+    network, inputs = _twice(), torch.randn(5, 6)
+    run = torch.compile(network if compiled == "model" else lambda x: network(x), backend="eager")
+    run(inputs)
+    with normnorm.PER(network, ["0"], 1.0) as regularizer:
+        run(inputs)
+        with pytest.raises(RuntimeError, match=r"compiled before normnorm\.PER began"):
+            regularizer.loss()
+        torch.compiler.reset()  # as it advises
+        run(inputs)
+        assert regularizer.loss() > 0
+    torch.compiler.reset()
 
 
 def test_per_makes_activations_more_normal_where_nothing_holds_against_it() -> None:

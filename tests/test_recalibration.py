@@ -124,6 +124,41 @@ def test_without_noise_the_statistics_are_those_of_evaluation():
     assert_close(quiet, output.var(0), rtol=1e-3, atol=1e-3)
 
 
+class Branches(nn.Module):
+    """Of two branches it takes the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken, self.not_taken = network(), network()
+
+    def forward(self, x):
+        return self.taken(x)
+
+
+def test_layers_that_see_no_batch_keep_their_statistics(cpu_backend):
+    model = Branches()
+    model.not_taken(batches()[0])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    normnorm.update_stats(batches(), model)
+    after = model.state_dict()
+    for name, tensor in after.items():
+        if name.startswith("not_taken"):
+            assert torch.equal(tensor, before[name]), name
+    assert not torch.equal(after["taken.1.running_mean"], before["taken.1.running_mean"])
+
+
+def test_a_model_none_of_whose_layers_sees_a_batch_is_left_as_it_was():
+    model = Branches()
+    model.taken = nn.Linear(4, 4)
+    model.not_taken(batches()[0])
+    before = state_of(model)
+    with pytest.raises(ValueError, match="none of the 3 layers with running statistics saw"):
+        normnorm.update_stats(batches(), model)
+    after = state_of(model)
+    assert after[:2] == before[:2]
+    assert_close(after[2], before[2], rtol=0, atol=0)
+
+
 class Keywords(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,12 +1,17 @@
-"""Which dimension of a layer's output its channels are, and which layers a caller means."""
+"""Which dimension of a layer's output its channels are, which layers a caller means, and hooks."""
 
 from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import timm.layers
 import torch
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import normnorm
 from normnorm import watched
@@ -114,3 +119,81 @@ def test_the_normalized_output_is_taken_and_not_the_sum() -> None:
     assert watched.tensor_of("norm", layer, (normed, total)) is normed
     with pytest.raises(TypeError, match=r"'act' \(ReLU\) gave tuple; wanted is a layer that gives"):
         watched.tensor_of("act", nn.ReLU(), (normed, total))
+
+
+def test_a_module_with_two_names_goes_by_both() -> None:
+    layer = nn.ReLU()
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    assert watched.named_layers(model, ["b", "a"]) == {"b": layer, "a": layer}
+    found = watched.named_layers(model, lambda _, module: isinstance(module, nn.ReLU))
+    assert found == {"a": layer}
+
+
+def test_names_are_those_without_the_compiler() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    compiled = torch.compile(nn.Sequential(torch.compile(model)))
+    for name in ("0.1", "_orig_mod.0._orig_mod.1"):
+        assert list(watched.named_layers(compiled, name).values()) == [model[1]]
+    found = watched.named_layers(compiled, lambda _, module: isinstance(module, nn.Linear))
+    assert found == {"0.0": model[0]}
+
+
+def _watching(model: nn.Module) -> tuple[watched.Watch, list[str]]:
+    """A watch of layer "1", and what it has seen."""
+    seen: list[str] = []
+    layers = watched.named_layers(model, "1")
+    return watched.Watch(model, layers, lambda name, *_: seen.append(name), "the test"), seen
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": lambda model: nn.Sequential(*map(copy.copy, model)),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "AveragedModel": AveragedModel,
+    "DataParallel's replica": lambda model: nn.Sequential(
+        *(layer._replicate_for_data_parallel() for layer in model)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_of_a_watched_model_is_not_watched(kind: str) -> None:
+    model = nn.Sequential(nn.Tanh(), nn.ReLU())
+    watch, seen = _watching(model)
+    COPIES[kind](model)(torch.randn(2, 3))
+    assert seen == []
+    with pytest.raises(RuntimeError, match=r"no layer was seen: .* a copy of the model"):
+        watch.require_ran()
+    model(torch.randn(2, 3))
+    assert seen == ["1"]
+    watch.require_ran()
+
+
+def test_what_ran_is_asked_afresh() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    watch, _ = _watching(model)
+    model(torch.randn(2, 3))
+    watch.require_ran()
+    watch.require_ran(afresh=True)
+    with pytest.raises(RuntimeError, match="no layer was seen"):
+        watch.require_ran()
+
+
+def test_a_part_compiled_before_is_named() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(3, 3), torch.compile(nn.ReLU(), backend="eager"))
+    model(torch.randn(2, 3))
+    layers = watched.named_layers(model, ["0", "1"])
+    watch = watched.Watch(model, layers, lambda *_: None, "the test")
+    model(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="'1' was not seen: code compiled before the test began"):
+        watch.require_ran()
+    torch.compiler.reset()
+    model(torch.randn(2, 3))
+    watch.require_ran()
+
+
+def test_layers_of_torchscript_are_refused() -> None:
+    model = torch.jit.trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3))
+    with pytest.raises(TypeError, match="the test cannot watch '1': it is a module of TorchScript"):
+        _watching(model)

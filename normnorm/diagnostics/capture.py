@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,28 +90,46 @@ def batches(
 
 @contextmanager
 def watching(
-    model: nn.Module, layers: dict[str, nn.Module], see: Callable[[str, Tensor], Tensor | None]
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    see: Callable[[str, Tensor], Tensor | None],
+    owner: str,
 ) -> Iterator[None]:
-    """Evaluation mode and no gradients within; ``see`` is called with every watched layer's name
-    and output, and may give another output back. Afterwards the model is as it was."""
+    """Evaluation mode and no gradients within, and compiled code runs as it was written; ``see``
+    is called with every watched layer's name and output, and may give another output back.
+    Afterwards the model is as it was.
+
+    Raises:
+        ValueError: at the end, a layer that never ran, or gave nothing.
+    """
     training = {module: module.training for module in model.modules()}
+    silent = set(layers)
 
-    def hook(name: str) -> Callable[..., Any]:
-        def seen(module: nn.Module, _: Any, output: Any) -> Any:
-            other = see(name, watched.tensor_of(name, module, output))
-            if other is None or isinstance(output, Tensor):
-                return other
-            return (other, *output[1:])
+    def seen(name: str, module: nn.Module, _: Any, __: Any, output: Any) -> Any:
+        given = watched.tensor_of(name, module, output)
+        if given.numel() > 0:
+            silent.discard(name)
+        other = see(name, given)
+        if other is None or isinstance(output, Tensor):
+            return other
+        return (other, *output[1:])
 
-        return seen
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    watch = watched.Watch(model, layers, seen, owner)
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _uncompiled():
             yield
     finally:
-        for handle in handles:
-            handle.remove()
+        watch.remove()
         for module, mode in training.items():
             module.training = mode
+    if silent:
+        names = ", ".join(repr(name) for name in layers if name in silent)
+        raise ValueError(f"nothing passed through {names}")
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Within, torch.compile runs what it was given as it is, with every hook."""
+    if "torch._dynamo" not in sys.modules:  # whose import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

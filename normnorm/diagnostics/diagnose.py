@@ -145,10 +145,7 @@ def diagnose(
     def see(name: str, output: Tensor) -> None:
         watched[name].add(output, labels)
 
-    with capture.watching(model, chosen, see):
+    with capture.watching(model, chosen, see, "normnorm.diagnostics.diagnose"):
         for inputs, labels in capture.batches(loader, model, batches):  # noqa: B007
             model(inputs)
-    silent = [name for name, layer in watched.items() if layer.moments.count == 0]
-    if silent:
-        raise ValueError(f"nothing passed through {', '.join(map(repr, silent))}")
     return Diagnosis({name: layer.result(projections) for name, layer in watched.items()})

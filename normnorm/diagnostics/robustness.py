@@ -65,7 +65,7 @@ def noise_robustness(
             raise TypeError(f"the model must give one tensor; got {type(output).__name__}")
         return output.double()
 
-    with capture.watching(model, chosen, disturb):
+    with capture.watching(model, chosen, disturb, "normnorm.diagnostics.noise_robustness"):
         for number, (inputs, _) in enumerate(capture.batches(loader, model, batches)):
             noisy = None
             clean = run(inputs)
