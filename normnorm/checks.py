@@ -131,7 +131,7 @@ def check_number(name: str, value: Any) -> None:
 def check_integer(name: str, value: Any) -> None:
     """A whole number that is one by its type too."""
     check_number(name, value)
-    if not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}")
 
 

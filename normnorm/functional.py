@@ -503,13 +503,17 @@ def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) ->
         A tensor of the broadcast shape in h's dtype.
 
     Raises:
-        TypeError: h is not a floating tensor.
+        TypeError: h is not a floating tensor, lmbda is no real number or tensor.
         ValueError: transform_eps is negative or not finite.
     """
     _check_floating("h", h)
     check_transform(1.0, 1.0, 2, transform_eps)
     dtype = statistics_dtype(h.dtype)
-    if isinstance(lmbda, Tensor):
+    if not isinstance(lmbda, Tensor):
+        check_number("lmbda", lmbda)
+    elif lmbda.is_complex():
+        raise TypeError(f"lmbda must be real; got {lmbda.dtype}")
+    else:
         lmbda = lmbda.to(dtype)
     return reference.yeo_johnson(h.to(dtype), lmbda, transform_eps).to(h.dtype)
 
@@ -528,7 +532,7 @@ def estimate_lmbda(
 
     Args:
         h: standardized values (mean 0, variance 1 over ``dim``), floating.
-        dim: the dimensions that one estimate spans; None for all.
+        dim: the dimensions that one estimate spans; None or () for all.
         eps: its root is added to the second derivative.
         alpha: length of the step.
         order: 2 for Newton's step, 1 for a plain gradient step.
@@ -540,15 +544,19 @@ def estimate_lmbda(
         Lambda in float32 (float64 for float64 input), differentiable in ``h``.
 
     Raises:
-        TypeError: h is not a floating tensor.
-        ValueError: eps, alpha, order or iterations out of range.
+        TypeError: h is not a floating tensor, or another argument of the wrong type.
+        ValueError: eps, alpha, order or iterations out of range, a dimension named twice.
+        IndexError: a dimension that h does not have.
     """
     _check_floating("h", h)
     check_transform(eps, alpha, order, 0.0)
-    if dim is None:
-        dims = tuple(range(h.dim()))
-    else:
-        dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = _dims(h, dim)
+    if not isinstance(keepdim, bool):
+        raise TypeError(f"keepdim must be True or False; got {keepdim!r}")
+    if iterations is not None:
+        check_integer("iterations", iterations)
+        if iterations < 1:
+            raise ValueError(f"iterations must be positive or None; got {iterations}")
     h = h.to(statistics_dtype(h.dtype))
     if iterations == 1:
         lmbda = reference.estimate_lmbda(h, dims, eps, alpha, order)
@@ -559,11 +567,26 @@ def estimate_lmbda(
         )
     elif iterations is None:
         lmbda = likelihood.optimal_lmbda(h, dims)
-    elif iterations < 1:
-        raise ValueError(f"iterations must be positive or None; got {iterations}")
     else:
         lmbda = likelihood.newton_lmbda(h, dims, iterations, eps)
     return lmbda if keepdim else lmbda.squeeze(dims)
+
+
+def _dims(h: Tensor, dim: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The dimensions to reduce, counted from the first: all for None and (), as in torch."""
+    given: Any = () if dim is None else (dim,) if isinstance(dim, int) else dim
+    if (
+        isinstance(given, str)
+        or not isinstance(given, Sequence)
+        or any(isinstance(d, bool) or not isinstance(d, int) for d in given)
+    ):
+        raise TypeError(f"dim must be an int, a sequence of ints or None; got {dim!r}")
+    if any(not -h.dim() <= d < h.dim() for d in given):
+        raise IndexError(f"dim must name dimensions of a tensor of {h.dim()}; got {dim!r}")
+    dims = tuple(d % h.dim() for d in given)
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"dim must name each dimension once; got {dim!r}")
+    return dims or tuple(range(h.dim()))
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

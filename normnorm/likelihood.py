@@ -73,29 +73,45 @@ def newton_lmbda(h: Tensor, dim: tuple[int, ...], iterations: int, eps: float = 
     """``iterations`` Newton steps from lambda 1, differentiable through all of them.
 
     The second derivative carries ``+ sqrt(eps)`` in every step, as in the layers' one step, and is
-    not taken for less than zero. One iteration is :func:`normnorm.reference.estimate_lmbda`.
+    not taken for less than zero. A group of equal values keeps lambda 1. One iteration is
+    :func:`normnorm.reference.estimate_lmbda`.
     """
+    varies = _varies(h, dim)
+    h = torch.where(varies, h, _harmless(h))
     lmbda = _ones(h, dim)
     for _ in range(iterations):
         slope, curvature = _slope_and_curvature(h, lmbda, dim)
         lmbda = lmbda - slope / (curvature.clamp_min(0.0) + eps**0.5)
-    return lmbda
+    return torch.where(varies, lmbda, 1.0)
+
+
+def _varies(h: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Whether the values of a group differ, as those of a group that holds NaN do. Exactly: the
+    variance of equal values may come out as a rounding error."""
+    if h.numel() == 0:
+        return torch.ones_like(_ones(h, dim), dtype=torch.bool)
+    h = h.detach()
+    return h.amax(dim, keepdim=True) != h.amin(dim, keepdim=True)
+
+
+def _harmless(h: Tensor) -> Tensor:
+    """Values for the branch that is not taken, or its gradient would be 0 * inf."""
+    return torch.linspace(-1, 1, h.numel(), dtype=h.dtype, device=h.device).view(h.shape)
 
 
 def optimal_lmbda(h: Tensor, dim: tuple[int, ...]) -> Tensor:
     """The lambda of the greatest likelihood, with its gradient by the implicit function theorem.
 
     ``dlambda/dh = -(dL'/dh) / L''`` at the optimum; derivatives of a higher order are not those of
-    the optimum. A group of equal values keeps lambda 1.
+    the optimum. A group of equal values keeps lambda 1, one that holds NaN or infinity has NaN.
     """
+    varies = _varies(h, dim)
+    h = torch.where(varies, h, _harmless(h))
     best = _search(h.detach(), dim)
-    varies = h.detach().var(dim, correction=0, keepdim=True) > 0
-    # The branch not taken computes on a harmless value, or its gradient would be 0 * inf.
-    harmless = torch.linspace(-1, 1, h.numel(), dtype=h.dtype, device=h.device).view_as(h)
-    slope, curvature = _slope_and_curvature(torch.where(varies, h, harmless), best, dim)
+    slope, curvature = _slope_and_curvature(h, best, dim)
     # At the optimum the slope is zero, up to rounding: the step changes the gradient alone.
     step = slope / curvature.detach()
-    return best - torch.where(varies, step - step.detach(), 0.0)
+    return torch.where(varies, best - (step - step.detach()), 1.0)
 
 
 @torch.no_grad()

@@ -31,13 +31,14 @@ def qq_r_squared(groups: Tensor) -> Tensor:
         groups: (rows, n).
 
     Returns:
-        (rows,), float64; NaN for a row of equal values.
+        (rows,), float64; NaN for a row of equal values, and for one that holds NaN or infinity.
     """
     values = groups.double().sort(dim=1).values
+    constant = values[:, 0] == values[:, -1]  # exactly: the mean of equal values may be rounded
     values = values - values.mean(1, keepdim=True)
     quantiles = normal_quantiles(groups.size(1))
     cosine = (values @ quantiles) / (values.norm(dim=1) * quantiles.norm())
-    return cosine.square()
+    return cosine.square().masked_fill(constant, torch.nan)
 
 
 def normal_r_squared(count: int) -> float:

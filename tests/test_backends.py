@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import os
 import re
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -373,6 +375,62 @@ def test_one_context_object_serves_each_time_it_is_entered():
         with context:
             assert _serving() == name
         normnorm.use_backend("auto")
+
+
+@pytest.mark.usefixtures("auto")
+@pytest.mark.parametrize("order", [1, -1])
+def test_overlapping_blocks_of_two_threads_do_not_see_each_other(order):
+    """Each thread is in its block while the other begins and ends its own."""
+    automatic, names = _serving(), ("reference", "auto")[::order]
+    seen, steps = [], [threading.Event() for _ in range(3)]
+
+    def first():
+        with normnorm.use_backend(names[0]):
+            steps[0].set()
+            steps[1].wait(10)
+            seen.append(backends._chosen(backends._selected, ""))
+        steps[2].set()
+
+    def second():
+        steps[0].wait(10)
+        seen.append(backends._chosen(backends._selected, ""))  # a block of another thread
+        with normnorm.use_backend(names[1]):
+            steps[1].set()
+            steps[2].wait(10)
+            seen.append(backends._chosen(backends._selected, ""))
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["auto", *names]
+    assert _serving() == automatic
+
+
+@pytest.mark.usefixtures("auto")
+def test_a_block_that_was_begun_between_anothers_call_and_its_entry_takes_nothing_over():
+    ours = normnorm.use_backend("reference")
+    theirs = normnorm.use_backend("cpu" if "cpu" in CPU_SERVERS else "reference")
+    with ours, theirs:
+        pass
+    assert backends._selected == "auto"
+
+
+@pytest.mark.usefixtures("auto")
+def test_tasks_have_blocks_of_their_own_and_start_with_their_makers():
+    async def within(name):
+        before = backends._chosen(backends._selected, "")
+        with normnorm.use_backend(name):
+            await asyncio.sleep(0)
+            return before, backends._chosen(backends._selected, "")
+
+    async def tasks():
+        with normnorm.use_backend("reference"):
+            return await asyncio.gather(within("auto"), within("reference"))
+
+    assert asyncio.run(tasks()) == [("reference", "auto"), ("reference", "reference")]
+    assert backends._selected == "auto"
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "Reference", "cpu ", "tpu"])

@@ -67,6 +67,69 @@ def test_constant_columns_have_no_shape() -> None:
     assert moments.correlation.isnan().tolist() == [[True, True], [True, False]]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.1, 14.3, 3075.3])
+def test_a_constant_column_counts_nowhere_though_its_deviations_are_rounded(value: float) -> None:
+    sample = np.random.default_rng(0).standard_exponential((2048, 4)).astype(np.float32)
+    varying = np.delete(sample, 1, axis=1)
+    sample[:, 1] = value
+    for found, expected in zip(
+        statistics.shapiro_wilk(sample), statistics.shapiro_wilk(varying), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert statistics.joint_distance(sample, 8, 0) == statistics.joint_distance(varying, 8, 0)
+    assert statistics.mutual_information(sample, 3, 0) == statistics.mutual_information(
+        varying, 3, 0
+    )
+    assert quantiles.qq_r_squared(torch.from_numpy(sample.T)).isnan().tolist() == [
+        False, True, False, False,
+    ]  # fmt: skip
+    for rows in (7, 300, 1000):
+        moments = ColumnMoments(2)
+        for part in torch.full((rows, 1), value, dtype=torch.float64).split(100):
+            moments.add(torch.cat([part, torch.rand(len(part), 1, dtype=torch.float64)], 1))
+        assert moments.constant.tolist() == [True, False]
+        for numbers in (moments.skewness, moments.kurtosis, moments.correlation.diagonal()):
+            assert numbers.isnan().tolist() == [True, False]
+
+
+def test_a_channel_that_is_not_finite_makes_the_layer_nan_and_is_named() -> None:
+    class Spoilt(nn.Module):
+        def __init__(self, values: list[float]) -> None:
+            super().__init__()
+            self.values = values
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            for channel, value in enumerate(self.values):
+                x[3, channel] = value
+            return x
+
+    x, labels = torch.randn(60, 4), torch.arange(60) % 2
+    x[:, 3] = 0.1
+    model = nn.Sequential(Spoilt([]), Spoilt([np.nan, np.inf]))
+    with pytest.warns(
+        RuntimeWarning, match="layer '1': 2 of 4 watched channels hold NaN"
+    ) as caught:
+        found = diagnostics.diagnose(model, [(x, labels)], ["0", "1"])
+    assert len(caught) == 1
+    clean, spoilt = found.layers["0"], found.layers["1"]
+    numbers = ("skewness", "kurtosis", "qq_r2", "shapiro_w", "shapiro_passed", "joint_distance",
+               "correlation", "mutual_information")  # fmt: skip
+    for name in numbers:
+        assert np.isfinite(getattr(clean, name)), name
+        assert np.isnan(getattr(spoilt, name)), name
+    assert spoilt.clustering is not None
+    assert all(np.isnan(number) for number in spoilt.clustering.values())
+    assert np.isnan(spoilt.by_channel["skewness"]).tolist() == [True, True, False, True]
+
+
+def test_equal_vectors_have_no_clusters() -> None:
+    found = statistics.clustering(np.full((20, 3), 0.1), np.arange(20) % 2)
+    assert found is not None
+    assert all(np.isnan(number) for number in found.values())
+
+
 def test_every_row_is_as_likely_to_stay() -> None:
     stayed = torch.zeros(50)
     for seed in range(400):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -88,11 +91,57 @@ def test_a_constant_group_keeps_lambda_one() -> None:
         ({"iterations": 0}, "iterations must be positive or None; got 0"),
         ({"iterations": 2, "alpha": 0.5}, "whole Newton steps"),
         ({"iterations": None, "order": 1}, "whole Newton steps"),
+        ({"iterations": 2.0}, "iterations must be an int; got 2.0"),
+        ({"iterations": "2"}, "iterations must be a number; got '2'"),
+        ({"iterations": True}, "iterations must be an int; got True"),
+        ({"iterations": math.nan}, "iterations must be an int; got nan"),
+        ({"keepdim": 1}, "keepdim must be True or False; got 1"),
+        ({"dim": "0"}, "dim must be an int, a sequence of ints or None; got '0'"),
+        ({"dim": (0.0,)}, r"dim must be an int, a sequence of ints or None; got \(0.0,\)"),
+        ({"dim": (0, 2)}, r"dim must name dimensions of a tensor of 2; got \(0, 2\)"),
+        ({"dim": (0, -2)}, r"dim must name each dimension once; got \(0, -2\)"),
     ],
 )
-def test_bad_iterations_are_refused(options: dict[str, int], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        normnorm.estimate_lmbda(torch.randn(10), **options)
+def test_bad_arguments_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError, IndexError), match=sentence):
+        normnorm.estimate_lmbda(torch.randn(10, 3), **options)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, None])
+def test_no_dimensions_are_all_of_them_as_in_torch(iterations: int | None) -> None:
+    h = torch.randn(10, 3)
+    wanted = normnorm.estimate_lmbda(h.flatten(), iterations=iterations)
+    for dim in ((), [], None, (0, 1), (-1, 0)):
+        found = normnorm.estimate_lmbda(h, dim, iterations=iterations)
+        torch.testing.assert_close(found, wanted)
+        assert normnorm.estimate_lmbda(h, dim, iterations=iterations, keepdim=True).shape == (1, 1)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5, None])
+@pytest.mark.parametrize("constant", [0.0, 0.1])
+def test_degenerate_groups_have_lambda_one_or_nan(iterations: int | None, constant: float) -> None:
+    h = torch.randn(1000, 4, dtype=torch.float64)
+    h = (h - h.mean(0)) / h.std(0, correction=0)
+    alone = normnorm.estimate_lmbda(h[:, 3], iterations=iterations)
+    h[:, 0] = constant if iterations != 1 else 0.0  # one step takes h as standardized
+    h[3, 1] = math.nan
+    h[3, 2] = math.inf
+    h.requires_grad_()
+    found = normnorm.estimate_lmbda(h, 0, iterations=iterations)
+    assert found[0] == 1
+    assert found[1:3].isnan().all()
+    torch.testing.assert_close(found[3], alone)
+    (gradient,) = torch.autograd.grad(found.sum(), h)
+    assert gradient[:, [0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("iterations", [2, None])
+def test_a_dead_channel_of_the_layer_is_its_bias(iterations: int | None) -> None:
+    layer = IteratedBatchNormalNorm2d(2, iterations)
+    x = torch.randn(4, 2, 5, 5)
+    x[:, 1] = 0.1
+    assert (layer(x)[:, 1] == 0).all()
+    assert layer.running_lmbda[1] == 1
 
 
 def test_the_layer_normalizes_and_remembers_with_its_own_lambda() -> None:

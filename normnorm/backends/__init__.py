@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +69,18 @@ _backends: dict[str, Backend] = {
 # Which of them serves a kind of device when the user leaves the choice to us.
 _automatic: dict[str, Backend] = {}
 
+# The process's choice, and the last use_backend() that made it.
 _selected = os.environ.get("NORMNORM_BACKEND", "auto")
+_latest: Callable[[], Any] = lambda: None  # noqa: E731
+_lock = threading.Lock()
+# The choice of the innermost block that this thread or task is in, with what holds around it.
+_Block = tuple[str, Any] | None
+_block: ContextVar[_Block] = ContextVar("normnorm.use_backend", default=None)
+# What a block last set anywhere: compiled code is guarded by it, and cannot be by _block itself.
+_last_block = ""
+# The choice of a block that is being traced; "" outside. No context variable: where a compiler
+# starts anew, it undoes what it has done to globals alone.
+_traced = ""
 
 
 def _rank(name: str) -> int:
@@ -150,12 +164,26 @@ def _find(name: str) -> Backend | None:
     return _backends.get(name)
 
 
-# A compiler runs these two functions instead of tracing into the search, which imports modules and
+def _chosen(selected: str, last_block: str) -> str:
+    """The name that holds here; the arguments are the globals, for a compiler's guards."""
+    block = _block.get()
+    return selected if block is None else block[0]
+
+
+def _set_block(block: _Block) -> _Block:
+    global _last_block
+    _block.set(block)
+    _last_block = "" if block is None else block[0]
+    return block
+
+
+# A compiler runs these functions instead of tracing into the search, which imports modules and
 # changes what it reads. (torch.compiler.assume_constant_result does the same, but imports the
 # compiler to do it.) Traced callers read the name and the device type of what they return, and
 # call none of its ops: functions would need guards, and a constant can have none.
 _automatic_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _find._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unavailable(name: str) -> Exception:
@@ -189,7 +217,8 @@ def resolve(device: torch.device, name: str | None = None) -> Backend:
         ValueError: the chosen name (or NORMNORM_BACKEND) names no backend.
         RuntimeError: the chosen backend cannot run here or does not serve this device.
     """
-    name = _selected if name is None else name
+    if name is None:
+        name = _traced or _chosen(_selected, _last_block)
     if name == "auto":
         return _automatic_choice(device.type)
     backend = _find(name)
@@ -206,8 +235,13 @@ class use_backend:
     """Chooses the backend for every layer from here on; as a context manager, for its block.
 
     ``use_backend("reference")`` or ``with use_backend("cpu"): ...``. The environment variable
-    ``NORMNORM_BACKEND`` sets the choice at import. The choice is a plain module global, shared
-    by all threads, read at each forward pass; a backward pass follows its forward.
+    ``NORMNORM_BACKEND`` sets the choice at import. The choice is read at each forward pass; a
+    backward pass follows its forward.
+
+    A call chooses for the whole process. A block chooses for its own thread or asyncio task, and
+    for tasks that are started in it: it is a context variable. A thread that is started in a block
+    has the process's choice, and so has a recomputation of checkpointed activations where autograd
+    runs it in a thread of its own, as it does on GPUs. A call within a block ends with the block.
 
     Args:
         name: "auto" (the fastest that serves the tensor's device), "reference", "cpu", "cuda"
@@ -221,25 +255,76 @@ class use_backend:
     def __init__(self, name: str) -> None:
         if name != "auto" and _find(name) is None:
             raise _unavailable(name)
-        global _selected
+        global _selected, _latest, _traced
         self._name = name
-        self._before: list[str] = []
-        self._at_construction: str | None = _selected
-        _selected = name
+        self._entered = False
+        self._around_traced: list[str] = []
+        self._in_block: _Block = None
+        if torch.compiler.is_compiling():
+            self._before = _traced or _selected
+            if _traced:
+                _traced = name
+            else:
+                _selected = name
+            return
+        self._in_block = _block.get()
+        if self._in_block is not None:
+            self._replaced = _set_block((name, self._in_block[1]))
+            return
+        with _lock:
+            self._before, self._previous = _selected, _latest
+            _selected, _latest = name, weakref.ref(self)
 
     def __enter__(self) -> use_backend:
-        global _selected
-        # A block restores what was chosen before it, which for ``with use_backend(...)`` is what
-        # was chosen before the call. Blocks of one object may follow each other, or nest.
-        first = self._at_construction is not None and _selected == self._name
-        self._before.append(str(self._at_construction) if first else _selected)
-        self._at_construction = None
-        _selected = self._name
+        if torch.compiler.is_compiling():
+            self._trace()
+            return self
+        outer = _block.get()
+        if not self._entered:
+            self._entered = True
+            # Of ``with use_backend(...)`` the block alone is to have the choice: it is taken back.
+            if self._in_block is None:
+                self._take_back()
+            elif outer is self._replaced:
+                outer = self._in_block
+        _set_block((self._name, outer))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        global _selected
-        _selected = self._before.pop()
+        global _traced
+        if self._around_traced:
+            _traced = self._around_traced.pop()
+            return
+        block = _block.get()
+        assert block is not None
+        _set_block(block[1])
+
+    def _trace(self) -> None:
+        global _selected, _traced
+        around = _traced
+        if not self._entered:
+            self._entered = True
+            if around:
+                around = self._before
+            else:
+                _selected = self._before
+        self._around_traced.append(around)
+        _traced = self._name
+
+    def _take_back(self) -> None:
+        """Unless another call came after, the process has its choice of before again."""
+        global _selected, _latest
+        with _lock:
+            if _latest() is self:
+                _selected, _latest = self._chosen_before(), self._previous
+
+    def _chosen_before(self) -> str:
+        # A call before this one that has become a block since, in another thread, chose nothing
+        # for the process.
+        previous = self._previous()
+        if previous is not None and previous._entered:
+            return str(previous._chosen_before())
+        return self._before
 
 
 def available_backends() -> dict[str, str | None]:

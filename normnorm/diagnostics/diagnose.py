@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normnorm.checks import check_integer
 from normnorm.diagnostics import capture, statistics
 from normnorm.diagnostics.moments import ColumnMoments
 from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
@@ -61,22 +63,25 @@ class _Watched:
         r2 = qq_r_squared(rows.T) if rows.size(0) > 1 else torch.full((rows.size(1),), torch.nan)
         w, p = statistics.shapiro_wilk(sample) if rows.size(0) > 2 else (np.empty(0), np.empty(0))
         correlation = moments.correlation
-        correlation.fill_diagonal_(torch.nan)
+        pairs = ~torch.eye(len(correlation), dtype=torch.bool)
+        pairs &= torch.outer(~moments.constant, ~moments.constant)
         labels = self.vectors.labels
         return LayerDiagnosis(
             layer=type(self.module).__name__,
             channels=self.channels,
             watched_channels=rows.size(1),
             observations=moments.count,
-            skewness=float(moments.skewness.abs().nanmean()),
-            kurtosis=float(moments.kurtosis.nanmean()),
-            qq_r2=float(r2.nanmean()),
+            skewness=_mean(moments.skewness.abs(), ~moments.constant),
+            kurtosis=_mean(moments.kurtosis, ~moments.constant),
+            qq_r2=_mean(r2, torch.from_numpy(statistics.varying(sample))),
             normal_qq_r2=normal_r_squared(rows.size(0)) if rows.size(0) > 1 else float("nan"),
             shapiro_w=float(w.mean()) if w.size else float("nan"),
-            shapiro_passed=float((p > 0.05).mean()) if p.size else float("nan"),
+            shapiro_passed=float(np.where(np.isnan(p), p, p > 0.05).mean())
+            if p.size
+            else float("nan"),
             joint_distance=statistics.joint_distance(sample, projections, self._seed),
             normal_joint_distance=statistics.normal_joint_distance(rows.size(0)),
-            correlation=float(correlation.abs().nanmean()),
+            correlation=_mean(correlation.abs(), pairs),
             mutual_information=statistics.mutual_information(sample, projections, self._seed),
             sparsity=float(moments.sparsity.mean()),
             dead_channels=float((moments.zeros == moments.count).double().mean()),
@@ -90,6 +95,22 @@ class _Watched:
                 "sparsity": moments.sparsity.tolist(),
             },
             sample=sample,
+        )
+
+
+def _mean(values: Tensor, chosen: Tensor) -> float:
+    """Of the chosen values; NaN where there are none, and where one of them is."""
+    return float(values[chosen].mean())
+
+
+def _warn_of_values_that_are_not_finite(name: str, moments: ColumnMoments) -> None:
+    bad = int((~moments.mean.isfinite()).sum())
+    if bad:
+        warnings.warn(
+            f"layer '{name}': {bad} of {len(moments.mean)} watched channels hold NaN or infinity; "
+            "statistics that they enter are NaN",
+            RuntimeWarning,
+            stacklevel=3,
         )
 
 
@@ -132,9 +153,12 @@ def diagnose(
             ran or whose output is not (batch, ...), or a size that is not positive.
         TypeError: a batch, or a layer's output, that is no tensor.
     """
-    for name, value in (("sample_size", sample_size), ("channels", channels),
-                        ("projections", projections), ("batches", batches)):  # fmt: skip
-        if value is not None and value < 1:
+    numbers = {"sample_size": sample_size, "channels": channels, "projections": projections}
+    if batches is not None:
+        numbers["batches"] = batches
+    for name, value in numbers.items():
+        check_integer(name, value)
+        if value < 1:
             raise ValueError(f"{name} must be positive; got {value}")
     chosen = capture.choose_layers(model, layers)
     watched = {
@@ -148,4 +172,6 @@ def diagnose(
     with capture.watching(model, chosen, see, "normnorm.diagnostics.diagnose"):
         for inputs, labels in capture.batches(loader, model, batches):  # noqa: B007
             model(inputs)
+    for name, layer in watched.items():
+        _warn_of_values_that_are_not_finite(name, layer.moments)
     return Diagnosis({name: layer.result(projections) for name, layer in watched.items()})

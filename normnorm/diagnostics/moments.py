@@ -21,6 +21,8 @@ class ColumnMoments:
 
     def __init__(self, columns: int) -> None:
         self.count = 0
+        self._least = torch.full((columns,), torch.inf, dtype=torch.float64)
+        self._most = torch.full((columns,), -torch.inf, dtype=torch.float64)
         self.zeros = torch.zeros(columns, dtype=torch.int64)
         self.mean = torch.zeros(columns, dtype=torch.float64)
         # Sums of the second to fourth powers of the deviations, and of their products.
@@ -36,6 +38,8 @@ class ColumnMoments:
             return
         self.zeros += (values == 0).sum(0).cpu()
         values = values.double()
+        self._least = self._least.minimum(values.amin(0).cpu())
+        self._most = self._most.maximum(values.amax(0).cpu())
         mean = values.mean(0)
         deviations = values - mean
         squares = deviations.square()
@@ -68,6 +72,12 @@ class ColumnMoments:
         self.count = total
 
     @property
+    def constant(self) -> Tensor:
+        """(columns,), whether all values of a column are equal: exactly, where the variance, which
+        is rounded, need not be 0."""
+        return self._least == self._most
+
+    @property
     def variance(self) -> Tensor:
         """(columns,), biased."""
         return self._m2 / self.count
@@ -75,12 +85,12 @@ class ColumnMoments:
     @property
     def skewness(self) -> Tensor:
         """(columns,), the biased g1; NaN for a constant column."""
-        return self._m3 / self.count / self.variance**1.5
+        return self._varying(self._m3 / self.count / self.variance**1.5)
 
     @property
     def kurtosis(self) -> Tensor:
         """(columns,), the biased excess g2: 0 for the normal; NaN for a constant column."""
-        return self._m4 / self.count / self.variance.square() - 3
+        return self._varying(self._m4 / self.count / self.variance.square() - 3)
 
     @property
     def sparsity(self) -> Tensor:
@@ -90,5 +100,8 @@ class ColumnMoments:
     @property
     def correlation(self) -> Tensor:
         """(columns, columns), Pearson's; NaN beside a constant column."""
-        scale = self._m2.sqrt()
+        scale = self._varying(self._m2.sqrt())
         return self._products / torch.outer(scale, scale)
+
+    def _varying(self, values: Tensor) -> Tensor:
+        return values.masked_fill(self.constant, torch.nan)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from normnorm.diagnostics import statistics
 from normnorm.diagnostics.result import Diagnosis
 from normnorm.quantiles import normal_quantiles
 
@@ -74,9 +75,8 @@ def _profile(diagnosis: Diagnosis) -> Figure:
 
 
 def _columns(sample: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    spread = sample.std(0)
-    varying = np.flatnonzero(spread > 0)[:_PANELS]
-    for column in varying:
+    drawn = statistics.varying(sample) & np.isfinite(sample).all(0)
+    for column in np.flatnonzero(drawn)[:_PANELS]:
         values = np.sort(sample[:, column].astype(np.float64))
         yield int(column), (values - values.mean()) / values.std()
 

@@ -17,7 +17,8 @@ FORMAT = "normnorm diagnosis 1"
 
 @dataclass
 class LayerDiagnosis:
-    """One layer's numbers. Means over channels unless said otherwise; NaN where nothing varies.
+    """One layer's numbers. Means over channels unless said otherwise; constant channels are left
+    out, and NaN stands where nothing varies or a channel holds NaN or infinity.
 
     Attributes:
         layer: the module's class.

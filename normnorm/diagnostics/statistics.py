@@ -18,6 +18,7 @@ __all__ = [
     "mutual_information",
     "normal_joint_distance",
     "shapiro_wilk",
+    "varying",
 ]
 
 _SHAPIRO_ROWS = 2000  # beyond 5000 SciPy's p-value is not meant to hold
@@ -25,16 +26,25 @@ _BINS = 16
 _FOLDS = 5
 
 
-def _varying(sample: np.ndarray) -> np.ndarray:
-    """The columns that are not constant."""
-    return sample[:, sample.std(0) > 0]
+def varying(sample: np.ndarray) -> np.ndarray:
+    """(columns,), whether a column is not constant. Exactly, where a standard deviation is
+    rounded; a column that holds NaN is not constant."""
+    return np.asarray(sample.min(0) != sample.max(0))
+
+
+def _finite(sample: np.ndarray) -> bool:
+    return bool(np.isfinite(sample).all())
 
 
 def shapiro_wilk(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shapiro and Wilk's W and its p-value for every column of (rows, columns) that varies."""
-    columns = _varying(sample[:_SHAPIRO_ROWS]).T
-    found = [stats.shapiro(column) for column in columns]
-    return np.array([f.statistic for f in found]), np.array([f.pvalue for f in found])
+    """Shapiro and Wilk's W and its p-value for every column of (rows, columns) that varies; NaN
+    for one that holds NaN or infinity."""
+    sample = sample[:_SHAPIRO_ROWS]
+    found = [
+        tuple(stats.shapiro(column)) if _finite(column) else (math.nan, math.nan)
+        for column in sample[:, varying(sample)].T
+    ]
+    return np.array([w for w, _ in found]), np.array([p for _, p in found])
 
 
 def joint_distance(sample: np.ndarray, projections: int, seed: int) -> float:
@@ -51,12 +61,12 @@ def joint_distance(sample: np.ndarray, projections: int, seed: int) -> float:
         seed: of the directions.
 
     Returns:
-        NaN where fewer than two columns vary. :func:`normal_joint_distance` is what a sample of
-        the normal itself has.
+        NaN where fewer than two columns vary, or a value is NaN or infinite.
+        :func:`normal_joint_distance` is what a sample of the normal itself has.
     """
-    columns = _varying(sample)
+    columns = sample[:, varying(sample)]
     rows, count = columns.shape
-    if count < 2 or rows < 3:
+    if count < 2 or rows < 3 or not _finite(columns):
         return math.nan
     columns = (columns - columns.mean(0)) / columns.std(0)
     random = np.random.default_rng(seed)
@@ -84,11 +94,11 @@ def mutual_information(sample: np.ndarray, pairs: int, seed: int) -> float:
 
     Every column is cut into 16 bins of equal counts (fewer where values repeat) and the pair is
     scored by scikit-learn's ``adjusted_mutual_info_score``, which subtracts what chance gives.
-    NaN where fewer than two columns vary.
+    NaN where fewer than two columns vary, or a value is NaN or infinite.
     """
-    columns = _varying(sample)
+    columns = sample[:, varying(sample)]
     count = columns.shape[1]
-    if count < 2:
+    if count < 2 or not _finite(columns):
         return math.nan
     edges = np.quantile(columns, np.linspace(0, 1, _BINS + 1)[1:-1], axis=0)
     bins = [np.searchsorted(np.unique(edges[:, c]), columns[:, c]) for c in range(count)]
@@ -102,7 +112,8 @@ def mutual_information(sample: np.ndarray, pairs: int, seed: int) -> float:
 
 
 def clustering(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
-    """How samples of one class lie together; None where fewer than two classes have five samples.
+    """How samples of one class lie together; None where fewer than two classes have five samples,
+    NaN where all vectors are equal or one holds NaN or infinity.
 
     * ``within_between``: the root mean square distance of samples to their own class's mean, over
       that of the class means to the mean of these; small where classes are apart.
@@ -123,6 +134,8 @@ def clustering(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float] | No
     classes = np.unique(labels)
     if len(classes) < 2:
         return None
+    if not _finite(vectors) or not varying(vectors).any():
+        return dict.fromkeys(("within_between", "silhouette", "nearest_centroid"), math.nan)
     means = np.stack([vectors[labels == c].mean(0) for c in classes])
     own = means[np.searchsorted(classes, labels)]
     within = np.square(vectors - own).sum(1).mean()

@@ -34,14 +34,15 @@ class IteratedBatchNormalNorm2d(BatchNormalNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        h, *_ = reference.standardize(input.float(), _DIMS, self.eps)
-        lmbda = estimate_lmbda(h, _DIMS, eps=self.eps, iterations=self.iterations)
+        eps: float = self.__dict__["eps"]
+        h, *_ = reference.standardize(input.float(), _DIMS, eps)
+        lmbda = estimate_lmbda(h, _DIMS, eps=eps, iterations=self.iterations)
         output, statistics = reference.normal_norm(
             input,
             self.weight,
             self.bias,
             kind="batch",
-            eps=self.eps,
+            eps=eps,
             noise_train=self.noise_train,
             seed=draw_seed(input.device) if self.noise_train > 0 else None,
             lmbda=lmbda,
@@ -53,7 +54,7 @@ class IteratedBatchNormalNorm2d(BatchNormalNorm2d):
         count = input.numel() // input.size(1)
         fold_running_(
             statistics, mean, var, running_lmbda, self.num_batches_tracked, self.momentum, count,
-            self.eps, "reference",
+            eps, "reference",
         )  # fmt: skip
         return output
 
