@@ -46,6 +46,16 @@ class _Transform:
     alpha: float
     order: int
     transform_eps: float
+    weight: Any
+    bias: Any
+
+    def reset_parameters(self) -> None:
+        """Weight 1 and bias 0."""
+        # The batch and group layers of torch 2.10 and 2.11 want a bias wherever there is a weight.
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def _set_transform(
         self, noise_train: float, alpha: float, order: int, transform_eps: float
@@ -179,6 +189,11 @@ class _RunningNorm(_Transform, _NormBase):
         running_lmbda = self._buffers.get("running_lmbda")  # absent while the base constructs
         if running_lmbda is not None:
             running_lmbda.fill_(1)
+
+    def reset_parameters(self) -> None:
+        """Weight 1 and bias 0, and running statistics as before the first batch."""
+        self.reset_running_stats()
+        super().reset_parameters()
 
     def extra_repr(self) -> str:
         return (
