@@ -2,8 +2,11 @@
 
 One library serves every Python from 3.10 and every torch from 2.10, because it uses their stable
 ABIs alone. Where there is no C++ compiler, or NORMNORM_NATIVE=0, the package installs without it
-and says so in one line. Where there is nvcc too, the library holds the CUDA kernels, whichever
-torch it is built with; docs/backends.md describes the variables that decide about them.
+and says so in one line; a compiler that fails makes the installation fail. Where there is nvcc too,
+the library holds the CUDA kernels, whichever torch it is built with; docs/backends.md describes the
+variables that decide about them.
+
+A build without a library leaves the reason in normnorm/_C.txt, for ``normnorm doctor``.
 """
 
 from __future__ import annotations
@@ -16,12 +19,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones stop at pyproject.toml's license
+    raise SystemExit(
+        f"normnorm: the build needs setuptools 77 or newer, and this is {setuptools.__version__}: "
+        "pip install 'setuptools>=77'"
+    )
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -66,7 +76,11 @@ CUDA_STORAGES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Unbuildable(Exception):
-    """Why the kernels cannot be built here; the package works without them."""
+    """What is missing to build the kernels; the package works without them."""
+
+
+class Failed(Exception):
+    """A compiler's first error, or what an environment variable requires and is missing."""
 
 
 class Unit(NamedTuple):
@@ -254,7 +268,7 @@ def find_cuda() -> Cuda | str:
     """The toolkit to compile the CUDA kernels with, or why there is none."""
     wanted = os.environ.get("NORMNORM_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
-        raise SystemExit(f"normnorm: NORMNORM_CUDA must be auto, 0 or 1; got '{wanted}'")
+        raise Failed(f"NORMNORM_CUDA must be auto, 0 or 1; got '{wanted}'")
     if wanted == "0":
         return "NORMNORM_CUDA=0"
     if not sys.platform.startswith("linux"):
@@ -263,16 +277,25 @@ def find_cuda() -> Cuda | str:
         return Cuda.find()
     except Unbuildable as reason:
         if wanted == "1":
-            raise SystemExit(f"normnorm: the CUDA kernels were required: {reason}") from None
-        return str(reason).splitlines()[0]
+            raise Failed(f"the CUDA kernels were required: {reason}") from None
+        return str(reason)
+
+
+# gcc's, clang's, nvcc's, ptxas's and the linker's; names of files hold the word error too.
+ERROR = re.compile(r"\b(error|fatal) *:|\berror #|undefined reference|cannot find -l")
 
 
 def run(command: list[str]) -> str:
     """What the program printed."""
     done = subprocess.run(command, capture_output=True, text=True)
+    printed = done.stdout + done.stderr
     if done.returncode:
-        raise Unbuildable(f"the compiler failed\n{shlex.join(command)}\n{done.stderr}")
-    return done.stdout + done.stderr
+        print(f"{shlex.join(command)}\n{printed}", flush=True)
+        lines = [line.strip() for line in printed.splitlines() if line.strip()]
+        wrong = (line for line in lines if ERROR.search(line))
+        first = next(wrong, lines[-1] if lines else f"{command[0]} exited with {done.returncode}")
+        raise Failed(f"the compiler failed: {first}")
+    return printed
 
 
 def up_to_date(target: Path, command: list[str]) -> bool:
@@ -303,73 +326,71 @@ def compile_object(unit: Unit, folder: Path) -> Path:
 class BuildKernels(build_ext):
     """Compiles each file of csrc with its own flags, again only where something changed."""
 
-    def build_extension(self, extension: Extension) -> None:
+    def run(self) -> None:
+        root = ROOT if self.inplace else Path(self.build_lib).resolve()
+        library = root / "normnorm/_C.abi3.so"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
+        without = library.with_name("_C.txt")  # why there is no library
+        without.unlink(missing_ok=True)
         try:
-            if os.environ.get("NORMNORM_NATIVE") == "0":
-                raise Unbuildable("NORMNORM_NATIVE=0")
-            self.build_library(Path(self.get_ext_fullpath(extension.name)))
-        except Unbuildable as reason:
-            if os.environ.get("NORMNORM_NATIVE") == "1":
-                raise SystemExit(
-                    f"normnorm: the compiled kernels were required: {reason}"
-                ) from None
-            first, *rest = str(reason).splitlines()
-            print(
-                f"normnorm: installed without compiled kernels, in plain PyTorch: {first}",
-                flush=True,
-            )
-            if rest:
-                print("\n".join(rest), file=sys.stderr)
+            try:
+                if os.environ.get("NORMNORM_NATIVE") == "0":
+                    raise Unbuildable("NORMNORM_NATIVE=0")
+                self.build_library(library)
+            except Unbuildable as reason:
+                if os.environ.get("NORMNORM_NATIVE") == "1":
+                    raise Failed(f"the compiled kernels were required: {reason}") from None
+                without.write_text(f"left out: {reason}\n", encoding="utf-8")
+                print(
+                    f"normnorm: installed without compiled kernels, in plain PyTorch: {reason}",
+                    flush=True,
+                )
+        except Failed as failure:
+            without.write_text(f"failed: {failure}\n", encoding="utf-8")
+            raise SystemExit(
+                f"normnorm: {failure} (NORMNORM_CUDA=0 leaves out the CUDA kernels, "
+                "NORMNORM_NATIVE=0 all compiled ones)"
+            ) from None
 
     def build_library(self, target: Path) -> None:
         cuda = find_cuda()
         if isinstance(cuda, Cuda):
-            try:
-                self.build_with(cuda, "", target)
-                return
-            except Unbuildable as failure:
-                if os.environ.get("NORMNORM_CUDA") == "1":
-                    raise SystemExit(
-                        f"normnorm: the CUDA kernels were required: {failure}"
-                    ) from None
-                cuda, *words = str(failure).splitlines()
-                print("\n".join(words), file=sys.stderr)
-        self.build_with(None, cuda, target)
-        if cuda != "NORMNORM_CUDA=0":
-            print(f"normnorm: built for the CPU alone: {cuda}", flush=True)
+            self.build_with(cuda, "", target)
+        else:
+            self.build_with(None, cuda, target)
+            if cuda != "NORMNORM_CUDA=0":
+                print(f"normnorm: built for the CPU alone: {cuda}", flush=True)
 
     def build_with(self, cuda: Cuda | None, without_cuda: str, target: Path) -> None:
         cxx = compiler()
         folder = Path(self.build_temp).resolve() / "objects"
         folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
         units = [*(cuda.sources(cxx) if cuda else []), *sources(cxx, without_cuda)]
         jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
         with ThreadPoolExecutor(jobs) as pool:
             compiling = [pool.submit(compile_object, unit, folder) for unit in units]
             try:
-                objects = [compiled.result() for compiled in compiling]
-            except Unbuildable:
+                for compiled in as_completed(compiling):
+                    compiled.result()
+            except Failed:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        objects = [str(compiled.result()) for compiled in compiling]
         strip = ["-Wl,-s"] if sys.platform.startswith("linux") else []
         libraries = [*torch_libraries(), *(cuda.libraries() if cuda else [])]
-        run([*cxx, "-shared", *map(str, objects), *libraries, *strip, "-o", str(target)])
+        run([*cxx, "-shared", *objects, *libraries, *strip, "-o", str(target)])
         what = platform.machine()
         if cuda:
             what += f" and for CUDA {' '.join(cuda.architectures)} (nvcc {cuda.version})"
         print(f"normnorm: compiled kernels for {what} built into {target.name}", flush=True)
 
-    def get_ext_filename(self, name: str) -> str:
-        return os.path.join(*name.split(".")) + ".abi3.so"
-
     def get_outputs(self) -> list[str]:
-        return [path for path in super().get_outputs() if os.path.exists(path)]
+        made = (Path(self.build_lib) / "normnorm").glob("_C.*")
+        return [] if self.inplace else [str(path) for path in made]
 
-    def copy_extensions_to_source(self) -> None:
-        extension = self.extensions[0]
-        if os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(extension.name))):
-            super().copy_extensions_to_source()
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # in place nothing is built elsewhere and copied
 
 
 setup(

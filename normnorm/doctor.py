@@ -132,10 +132,12 @@ def _wrong_choice() -> str | None:
 
 
 def report() -> dict[str, Any]:
-    """The whole diagnosis as plain data; ``ok`` says whether every check passed and the
-    environment chooses a backend that can run, else ``wrong_choice`` says why it does not."""
+    """The whole diagnosis as plain data; ``ok`` says whether every check passed, the compiled
+    kernels were built or left out by choice (else ``build_failure`` is the error), and the
+    environment chooses a backend that can run (else ``wrong_choice`` says why it does not)."""
     available = backends.available_backends()
     wrong_choice = _wrong_choice()
+    build_failure = backends.cpu.build_failure()
     checks = _check_backends()
     details: dict[str, dict[str, Any]] = {}
     if available["cpu"] is None:
@@ -147,8 +149,11 @@ def report() -> dict[str, Any]:
         "backends": available,
         "details": details,
         "checks": checks,
+        "build_failure": build_failure,
         "wrong_choice": wrong_choice,
-        "ok": wrong_choice is None and all(check["passed"] for check in checks),
+        "ok": build_failure is None
+        and wrong_choice is None
+        and all(check["passed"] for check in checks),
     }
 
 
@@ -174,6 +179,8 @@ def _print_report(found: dict[str, Any]) -> None:
             print(f"  {check['failure']}")
     missed = sum(not check["passed"] for check in found["checks"])
     print(f"\n{len(found['checks']) - missed} checks passed, {missed} missed")
+    if found["build_failure"] is not None:
+        print(f"\nthe build of the compiled kernels failed:\n{found['build_failure']}")
     if found["wrong_choice"] is not None:
         chosen = found["environment"]["NORMNORM_BACKEND"]
         print(
@@ -282,8 +289,9 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report, or a plan; 1 where a check missed its bound, the environment chooses a
-    backend that cannot run, or there are no kernels; 2 for options that go with nothing."""
+    """Prints the report, or a plan; 1 where a check missed its bound, the build of the kernels
+    failed, the environment chooses a backend that cannot run, or a plan finds no CUDA kernels; 2
+    for options that go with nothing."""
     if arguments.plan is not None:
         return _run_plan(arguments)
     values = {name: getattr(arguments, name) for name in _PLAN_OPTIONS}

@@ -109,6 +109,23 @@ def test_doctor_exits_1_where_the_environment_chooses_what_cannot_run(
     assert report["wrong_choice"] == sentence
 
 
+@pytest.mark.parametrize(
+    ("recorded", "status"), [("failed: a.cpp:1:2: error: x", 1), ("left out: NORMNORM_NATIVE=0", 0)]
+)
+@pytest.mark.usefixtures("no_checks")
+def test_doctor_exits_1_on_a_failed_build_and_not_on_one_left_out(
+    recorded, status, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "_C.txt").write_text(recorded + "\n")
+    monkeypatch.setattr(backends.cpu, "WITHOUT", tmp_path / "_C.txt")
+    assert cli.main(["doctor"]) == status
+    text = capsys.readouterr().out
+    assert ("the build of the compiled kernels failed:\na.cpp:1:2: error: x\n" in text) == status
+    assert cli.main(["doctor", "--json"]) == status
+    report = json.loads(capsys.readouterr().out)
+    assert report["build_failure"] == ("a.cpp:1:2: error: x" if status else None)
+
+
 @pytest.mark.parametrize("chosen", [None, "auto", "reference"])
 @pytest.mark.usefixtures("no_checks")
 def test_doctor_is_content_with_a_choice_that_can_run(chosen, monkeypatch, capsys):

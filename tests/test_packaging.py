@@ -36,8 +36,8 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 """
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """The command's output, errors included; the test fails with it if the command does."""
+def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
+    """The command's output, errors included; the test fails with it if the exit status differs."""
     # The folder of the tests, and options meant for the process that runs them, stay out.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "NORMNORM"))}
     done = subprocess.run(
@@ -49,7 +49,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, f"{command} exited {done.returncode}:\n{done.stdout}"
+    assert done.returncode == status, f"{command} exited {done.returncode}:\n{done.stdout}"
     return done.stdout
 
 
@@ -175,15 +175,25 @@ def test_an_architecture_that_cannot_be_is_refused_in_words(asked, build, tmp_pa
     assert asked in reason
     assert "TORCH_CUDA_ARCH_LIST" in reason
     monkeypatch.setenv("NORMNORM_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"the CUDA kernels were required: .*TORCH_CUDA_ARCH_LIST"):
+    with pytest.raises(build.Failed, match=r"kernels were required: .*TORCH_CUDA_ARCH_LIST"):
         build.find_cuda()
+
+
+def test_the_cuda_binding_compiles_against_this_torch(build):
+    toolkit = build.find_cuda()
+    if not isinstance(toolkit, build.Cuda):
+        pytest.skip(f"no headers of CUDA's runtime: {toolkit}")
+    binding = [u for u in toolkit.sources(build.compiler()) if u.source.suffix == ".cpp"]
+    assert {unit.source.name for unit in binding} > {"cuda.cpp", "by_definition.cpp"}
+    for unit in binding:
+        build.run([*unit.compiler, *unit.flags, "-fsyntax-only", str(unit.source)])
 
 
 def test_where_there_is_no_nvcc_the_build_says_so_or_stops(build, monkeypatch):
     monkeypatch.setattr(build.Cuda, "_places", staticmethod(list))
     assert build.find_cuda() == "no nvcc was found"
     monkeypatch.setenv("NORMNORM_CUDA", "1")
-    with pytest.raises(SystemExit, match="were required: no nvcc was found"):
+    with pytest.raises(build.Failed, match="were required: no nvcc was found"):
         build.find_cuda()
 
 
@@ -204,7 +214,7 @@ def test_normnorm_cuda_0_asks_for_no_kernels_and_other_words_are_refused(build, 
     monkeypatch.setenv("NORMNORM_CUDA", "0")
     assert build.find_cuda() == "NORMNORM_CUDA=0"
     monkeypatch.setenv("NORMNORM_CUDA", "yes")
-    with pytest.raises(SystemExit, match="must be auto, 0 or 1; got 'yes'"):
+    with pytest.raises(build.Failed, match="must be auto, 0 or 1; got 'yes'"):
         build.find_cuda()
 
 
@@ -223,38 +233,46 @@ def test_an_object_is_compiled_again_only_where_something_changed(colon, build, 
     assert not build.up_to_date(target, command)
 
 
-@pytest.fixture
-def builds(build, tmp_path, monkeypatch):
-    """Runs the build command with a toolkit whose compiler fails: what each attempt was given."""
-    program = toolkit(tmp_path / "cuda")
-    monkeypatch.setattr(build.Cuda, "_places", staticmethod(lambda: [str(program)]))
-    attempts = []
-
-    def build_with(self, cuda, without_cuda, target):
-        attempts.append(without_cuda)
-        if cuda is not None:
-            build.compile_object(cuda.sources(["c++"])[0], tmp_path)
-
-    monkeypatch.setattr(build.BuildKernels, "build_with", build_with)
-    command = object.__new__(build.BuildKernels)  # of which nothing else is asked
-    return attempts, lambda: command.build_library(tmp_path / "library.so")
+FAILING = """
+echo "In file included from csrc/core/projected_error.h:3:" >&2
+echo "a.cpp:3:4: error: the first" >&2
+echo "a.cpp:5:6: error: another" >&2
+exit 1
+"""
 
 
-def test_kernels_that_do_not_compile_are_left_out_with_a_line(builds, capsys):
-    attempts, run_build = builds
-    run_build()
-    assert attempts == ["", "the compiler failed"]
-    said = capsys.readouterr()
-    assert said.out == "normnorm: built for the CPU alone: the compiler failed\n"
-    assert "this is no compiler" in said.err
+@pytest.mark.parametrize(
+    ("steered", "program", "first_error"),
+    [
+        ({"NORMNORM_CUDA": "0"}, FAILING, "a.cpp:3:4: error: the first"),
+        ({"CUDA_HOME": "../cuda"}, "exit 0", "this is no compiler"),  # nvcc's
+    ],
+    ids=["c++", "nvcc"],
+)
+def test_a_compiler_that_fails_stops_the_build_with_its_first_error(
+    steered, program, first_error, tmp_path
+):
+    source = copy_project(tmp_path / "source")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n{program}\n")
+    compiler.chmod(0o755)
+    toolkit(tmp_path / "cuda")
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    *_, last = run(*build, cwd=source, status=1, CXX=str(compiler), **steered).splitlines()
+    assert last.startswith("normnorm: the compiler failed: ")
+    assert first_error in last
+    assert "NORMNORM_NATIVE=0" in last
+    program = "from normnorm.backends.cpu import *; print(build_failure(), unavailable_reason())"
+    assert run(sys.executable, "-c", program, cwd=source).count(first_error) == 2
+    run(*build, cwd=source, NORMNORM_NATIVE="0")
+    said = run(sys.executable, "-c", program, cwd=source)
+    assert said.startswith("None the compiled kernels were left out at installation: NORMNORM_NAT")
 
 
-def test_kernels_that_do_not_compile_stop_a_build_that_requires_them(builds, monkeypatch):
-    attempts, run_build = builds
-    monkeypatch.setenv("NORMNORM_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"(?s)were required: the compiler failed.*no compiler"):
-        run_build()
-    assert attempts == [""]
+def test_a_setuptools_that_is_too_old_is_named(request, monkeypatch):
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"setuptools 77 or newer, and this is 65\.5\.0"):
+        request.getfixturevalue("build")
 
 
 @pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))

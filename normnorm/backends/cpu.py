@@ -7,20 +7,38 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["DEVICE_TYPE", "NAME", "info", "library", "text", "unavailable_reason"]
+__all__ = [
+    "DEVICE_TYPE", "NAME", "build_failure", "info", "library", "text", "unavailable_reason",
+]  # fmt: skip
 
 NAME = "cpu"
 DEVICE_TYPE = "cpu"
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+WITHOUT = LIBRARY.with_name("_C.txt")  # where setup.py says why there is no library
+
+
+def _without() -> tuple[str, str]:
+    """Whether the library was "left out" or "failed" to build, and why; empty where not known."""
+    text = WITHOUT.read_text(encoding="utf-8").strip() if WITHOUT.exists() else ""
+    outcome, _, reason = text.partition(": ")
+    return outcome, reason
+
+
+def build_failure() -> str | None:
+    """What failed, in one line, where the last build of the library did not succeed; else None."""
+    outcome, reason = _without()
+    return reason if outcome == "failed" else None
 
 
 def _load() -> str | None:
     """Loads the library, whose ops then are ``torch.ops.normnorm_cpu``; why not, if it cannot."""
     if not LIBRARY.exists():
-        return (
-            "the compiled kernels were not built at installation (no C++ compiler, or "
-            "NORMNORM_NATIVE=0); reinstall with a compiler to have them"
-        )
+        outcome, reason = _without()
+        if outcome == "failed":
+            return f"the build of the compiled kernels failed: {reason}"
+        if outcome == "left out":
+            return f"the compiled kernels were left out at installation: {reason}"
+        return "the compiled kernels were never built here; installing normnorm builds them"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
