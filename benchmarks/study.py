@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from normnorm.bench import environment
-from normnorm.bench.results import ResultsError, write_atomically
+from normnorm.bench.results import ResultsError, json_text, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = ("contiguous", "channels_last")
@@ -45,7 +44,7 @@ def run(
     }
     output = options.output or RESULTS / f"{name}_{device.type}.json"
     try:
-        write_atomically(output, msgspec.json.format(msgspec.json.encode(data)) + b"\n")
+        write_atomically(output, json_text(data, indent=2))
     except ResultsError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2

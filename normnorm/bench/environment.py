@@ -18,7 +18,7 @@ import normnorm
 from normnorm import backends
 from normnorm.bench.results import Environment, Gpu
 
-__all__ = ["after", "before"]
+__all__ = ["after", "before", "commit", "cores", "cpu_name", "gpu"]
 
 _PACKAGES = ("triton", "liger-kernel", "quack-kernels", "torchvision", "timm", "numpy")
 _PACKAGE = Path(normnorm.__file__).resolve().parent
@@ -44,7 +44,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -57,7 +57,7 @@ def _load() -> float | None:
         return None
 
 
-def _commit() -> tuple[str | None, bool | None]:
+def commit() -> tuple[str | None, bool | None]:
     """The commit that this package's files belong to, and whether some differ from it.
 
     An installed package may lie within somebody else's repository, which does not track it.
@@ -131,7 +131,7 @@ def _command_line() -> str:
 
 def before(device: torch.device, seed: int) -> Environment:
     """The environment at the start of a run on ``device``."""
-    commit, uncommitted = _commit()
+    at, uncommitted = commit()
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     info = backends.cpu.info()
     return Environment(
@@ -143,12 +143,12 @@ def before(device: torch.device, seed: int) -> Environment:
         packages=_packages(),
         cuda=torch.version.cuda,
         cudnn=None if cudnn is None else str(cudnn),
-        commit=commit,
+        commit=at,
         uncommitted=uncommitted,
         backends=normnorm.available_backends(),
         platform=platform.platform(),
         cpu=cpu_name(),
-        cores=_cores(),
+        cores=cores(),
         threads=torch.get_num_threads(),
         isa=str(info["isa"]) if "isa" in info else None,
         load_before=_load(),

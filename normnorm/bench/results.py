@@ -11,15 +11,14 @@ What follows from other fields (GB/s, shares) is a property here and is not stor
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
-
-import msgspec
+from typing import Any, Literal
 
 __all__ = [
     "FORMAT",
@@ -32,6 +31,7 @@ __all__ = [
     "NetworkMeasurement",
     "Results",
     "ResultsError",
+    "json_text",
     "load",
     "save",
     "write_atomically",
@@ -400,6 +400,8 @@ def load(path: str | os.PathLike[str]) -> Results:
         ResultsError: the file cannot be read, is damaged, was written by something else or by a
             newer version, or contradicts itself. The sentence names the file and what is wrong.
     """
+    import msgspec  # checks what is read; measuring and writing do without it
+
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -433,9 +435,24 @@ def save(results: Results, path: str | os.PathLike[str]) -> None:
     Raises:
         ResultsError: it cannot be written there; what stood there is unchanged.
     """
-    data = {"format": FORMAT, "version": VERSION, **msgspec.to_builtins(results)}
-    text = msgspec.json.format(msgspec.json.encode(data), indent=1)
-    write_atomically(path, text + b"\n")
+    data = {"format": FORMAT, "version": VERSION, **vars(results)}
+    write_atomically(path, json_text(data))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: object, indent: int = 1) -> str:
+    """Dataclasses, dicts, lists and numbers as JSON and a newline; null for a number that is not
+    finite, since JSON has no name for it."""
+    return json.dumps(_plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
