@@ -10,6 +10,9 @@ TRITON ?= triton==3.7.1
 VENV ?= .venv
 # Test processes. Each has OMP_NUM_THREADS=1.
 JOBS ?= 2
+# The GPU architecture of gpu-build, and how long gpu-check may take.
+ARCH ?= 9.0
+MINUTES ?= 8
 # More words for pytest or for the demo: make test ARGS="-k lambda -x"
 ARGS ?=
 
@@ -25,7 +28,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report test test-all lint wheel install gpu-check clean distclean FORCE
+.PHONY: help demo report test test-all lint wheel install gpu-build gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (about five minutes)'
@@ -33,6 +36,7 @@ help:
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
 	@echo 'make lint      ruff and mypy alone'
 	@echo 'make report    the README section and runs/plots from the stored benchmark results'
+	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
 	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
 	@echo 'make wheel     a wheel and a source archive in dist/'
 	@echo 'make install   the environment alone, with the extension built in place'
@@ -72,11 +76,16 @@ case $$serial in 0|5) ;; *) exit $$serial;; esac; \
 if [ $$parallel = 5 ] && [ $$serial = 5 ]; then echo 'no test was selected'; exit 5; fi
 endef
 
+# What a machine with a GPU needs, compiled here for one architecture into build/gpu.
+gpu-build: $(VENV)/.torch
+	$(PY) tests/gpu/build.py --arch $(ARCH)
+
 # With the machine's own Python and torch, and no network; only a dry run uses the environment.
-# DRY=1 runs without a GPU; RESULTS=DIR is where results go.
+# DRY=1 runs without a GPU; RESULTS=DIR is where results go; no more than so many MINUTES.
 gpu-check: DRY_RUN := $(filter-out 0,$(DRY))
 gpu-check: $(if $(filter-out 0,$(DRY)),install)
 	$(if $(DRY_RUN),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(if $(DRY_RUN),--dry) \
+	    --minutes $(MINUTES) \
 	    --results '$(or $(RESULTS),$(if $(DRY_RUN),runs/gpu-check,benchmarks/results))' $(ARGS)
 
 # Without what an earlier build collected: setuptools would put deleted modules into the wheel.

@@ -4,6 +4,7 @@ give the right numbers here. ``normnorm doctor --plan SHAPE``: which CUDA kernel
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 import normnorm
 from normnorm import backends, selfcheck
 from normnorm.backends import cuda
+from normnorm.bench import environment as machine
 from normnorm.checks import check_forward
 from normnorm.config import Config
 
@@ -49,6 +51,9 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--no-checks", action="store_true", help="versions and machine alone: no layer is run"
+    )
     plan = parser.add_argument_group("which CUDA kernels would serve a tensor (no GPU is needed)")
     plan.add_argument(
         "--plan", metavar="SHAPE", type=_shape, help="print that instead, for 256,64,56,56"
@@ -78,6 +83,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _gpu(index: int) -> dict[str, Any]:
+    """Name, compute capability, memory, driver and clocks of a CUDA device."""
+    found = machine.gpu(torch.device("cuda", index))
+    assert found is not None
+    return dataclasses.asdict(found)
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, the part of a report that lets others repeat it."""
     return {
@@ -87,9 +99,11 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "triton": _version("triton"),
-        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "commit": machine.commit()[0],
+        "gpu": list(map(_gpu, range(torch.cuda.device_count()))),
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": machine.cpu_name(),
+        "cores": machine.cores(),
         "threads": torch.get_num_threads(),
         "NORMNORM_BACKEND": os.environ.get("NORMNORM_BACKEND"),
     }
@@ -106,7 +120,7 @@ def _check_backends() -> list[dict[str, Any]]:
                 "backend": backend,
                 "device": device,
                 "dtype": _dtype_name(dtype),
-                "bound": selfcheck.bound(dtype),
+                "bound": selfcheck.bound(dtype, device),
             }
             try:
                 errors = selfcheck.worst_errors(case, backend, dtype, device)
@@ -131,14 +145,15 @@ def _wrong_choice() -> str | None:
     return None
 
 
-def report() -> dict[str, Any]:
-    """The whole diagnosis as plain data; ``ok`` says whether every check passed, the compiled
-    kernels were built or left out by choice (else ``build_failure`` is the error), and the
-    environment chooses a backend that can run (else ``wrong_choice`` says why it does not)."""
+def report(check: bool = True) -> dict[str, Any]:
+    """The whole diagnosis as plain data, without running a layer where ``check`` is False; ``ok``
+    says whether every check passed, the compiled kernels were built or left out by choice (else
+    ``build_failure`` is the error), and the environment chooses a backend that can run (else
+    ``wrong_choice`` says why it does not)."""
     available = backends.available_backends()
     wrong_choice = _wrong_choice()
     build_failure = backends.cpu.build_failure()
-    checks = _check_backends()
+    checks = _check_backends() if check else []
     details: dict[str, dict[str, Any]] = {}
     if available["cpu"] is None:
         details["cpu"] = dict(backends.cpu.info())
@@ -159,26 +174,16 @@ def report() -> dict[str, Any]:
 
 def _print_report(found: dict[str, Any]) -> None:
     for name, value in found["environment"].items():
-        print(f"{name:18} {'-' if value in (None, []) else value}")
+        if name == "gpu":
+            value = "; ".join(", ".join(f"{k} {v}" for k, v in gpu.items()) for gpu in value)
+        print(f"{name:18} {'-' if value in (None, '') else value}")
     print()
     for name, reason in found["backends"].items():
         print(f"{name:18} {'available' if reason is None else f'unavailable: {reason}'}")
         for key, value in found["details"].get(name, {}).items():
             print(f"{'':18}   {key}: {value}")
-    print("\nforward and backward against the float64 reference (error relative to the largest")
-    print("value, worst of output, gradients and running statistics):\n")
-    print(f"{'layer':22}{'mode':10}{'backend':11}{'device':8}{'dtype':10}{'error':>9}{'bound':>9}")
-    for check in found["checks"]:
-        worst = max(check["errors"].values()) if "errors" in check else float("nan")
-        print(
-            f"{check['layer']:22}{check['mode']:10}{check['backend']:11}{check['device']:8}"
-            f"{check['dtype']:10}{worst:9.1e}{check['bound']:9.1e}"
-            f"{'' if check['passed'] else '  MISS'}"
-        )
-        if "failure" in check:
-            print(f"  {check['failure']}")
-    missed = sum(not check["passed"] for check in found["checks"])
-    print(f"\n{len(found['checks']) - missed} checks passed, {missed} missed")
+    if found["checks"]:
+        _print_checks(found["checks"])
     if found["build_failure"] is not None:
         print(f"\nthe build of the compiled kernels failed:\n{found['build_failure']}")
     if found["wrong_choice"] is not None:
@@ -187,6 +192,23 @@ def _print_report(found: dict[str, Any]) -> None:
             f"\nNORMNORM_BACKEND is {chosen!r}, with which every call of a layer raises:\n"
             f"{found['wrong_choice']}"
         )
+
+
+def _print_checks(checks: list[dict[str, Any]]) -> None:
+    print("\nforward and backward against the float64 reference (error relative to the largest")
+    print("value, worst of output, gradients and running statistics):\n")
+    print(f"{'layer':22}{'mode':10}{'backend':11}{'device':8}{'dtype':10}{'error':>9}{'bound':>9}")
+    for check in checks:
+        worst = max(check["errors"].values()) if "errors" in check else float("nan")
+        print(
+            f"{check['layer']:22}{check['mode']:10}{check['backend']:11}{check['device']:8}"
+            f"{check['dtype']:10}{worst:9.1e}{check['bound']:9.1e}"
+            f"{'' if check['passed'] else '  MISS'}"
+        )
+        if "failure" in check:
+            print(f"  {check['failure']}")
+    missed = sum(not check["passed"] for check in checks)
+    print(f"\n{len(checks) - missed} checks passed, {missed} missed")
 
 
 def _planned_device(arguments: argparse.Namespace) -> tuple[cuda.Device, str]:
@@ -300,7 +322,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         print(f"options of --plan SHAPE, which was not given: {options}", file=sys.stderr)
         return 2
-    found = report()
+    found = report(check=not arguments.no_checks)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
         print()

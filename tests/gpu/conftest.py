@@ -1,26 +1,33 @@
-"""The rig that the tests run on and the backends that serve there.
+"""The rig that the tests run on, the backends that serve there, and a line for each test.
 
-Without a GPU nothing but ``test_device.py`` is collected, whose one test says so;
-``NORMNORM_GPU_CHECK=dry`` puts the CPU, and the CUDA kernels compiled for it, in the GPU's place.
+Without a GPU nothing but ``test_device.py`` is collected, whose one test says so; ``rig.VARIABLE``
+puts the CPU in the GPU's place. Where ``NORMNORM_GPU_CHECK_LINES`` names a file, each test adds
+JSON lines to it as it is planned, begins and ends; tests that have begun by it are left out. What
+a process found outlives it, and another goes on behind the test that was at work when it ended.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from .rig import BACKENDS, Rig, mode
 
-from gpucheck.rig import BACKENDS, VARIABLE, Rig
-
-DRY = os.environ.get(VARIABLE) == "dry"
-HAS_RIG = DRY or torch.cuda.is_available()
+MODE = mode()
+DRY = MODE == "dry"
+HAS_RIG = MODE != "gpu" or torch.cuda.is_available()
 collect_ignore_glob = [] if HAS_RIG else ["test_[!d]*.py"]
+LINES = os.environ.get("NORMNORM_GPU_CHECK_LINES")
+# "2/5": the second of five parts of the tests, neighbours together.
+SHARE = os.environ.get("NORMNORM_GPU_CHECK_SHARE", "1/1")
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +50,8 @@ def _under_test() -> list[str]:
     """The CUDA kernels whether they can run or not, and what else serves here."""
     if not HAS_RIG:
         return []
+    if MODE == "compile":
+        return ["triton"]
     serving = Rig.find().serving()
     return ["cuda", *(name for name in BACKENDS if name != "cuda" and name in serving)]
 
@@ -50,8 +59,61 @@ def _under_test() -> list[str]:
 @pytest.fixture(params=_under_test())
 def backend(request: pytest.FixtureRequest, rig: Rig) -> Iterator[str]:
     """Each backend that serves a GPU's tensors, chosen for the length of the test."""
+    from normnorm import use_backend
+
     reason = rig.reasons()[request.param]
     if reason is not None:
         pytest.fail(f"backend '{request.param}' cannot run: {reason}")
-    with rig.backend(request.param):
+    with use_backend(request.param):
         yield request.param
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    number, of = map(int, SHARE.split("/"))
+    each = -(-len(items) // of)
+    items[:] = items[(number - 1) * each : number * each]
+    if LINES:
+        path = Path(LINES)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        known: dict[str, str] = {}
+        for line in lines:
+            with contextlib.suppress(ValueError):  # cut off by a kill
+                known[json.loads(line)["test"]] = json.loads(line)["outcome"]
+        items[:] = [item for item in items if known.get(item.nodeid, "planned") == "planned"]
+        for item in items:
+            if item.nodeid not in known:
+                _write(test=item.nodeid, outcome="planned")
+
+
+def _write(**line: Any) -> None:
+    with open(LINES or os.devnull, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+_began: dict[str, float] = {}
+_outcome: dict[str, tuple[str, str]] = {}
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _began[nodeid] = time.time()
+    _outcome[nodeid] = ("passed", "")
+    _write(test=nodeid, outcome="begun")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        _outcome[report.nodeid] = ("skipped", str(reason))
+    elif report.failed:
+        _, before = _outcome[report.nodeid]
+        _outcome[report.nodeid] = ("failed", f"{before}{report.longreprtext}\n")
+        if LINES and torch.cuda.is_available() and not Rig.find().serves():
+            pytest_runtest_logfinish(report.nodeid)
+            os._exit(70)  # every later test of this process would fail as well
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    outcome, said = _outcome.pop(nodeid)
+    seconds = round(time.time() - _began.pop(nodeid), 3)
+    _write(test=nodeid, outcome=outcome, seconds=seconds, said=said)

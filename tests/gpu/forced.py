@@ -1,28 +1,26 @@
 """The CUDA kernels by their launchers, which take a rung of the caller's choice; the ops do not.
 
-On a GPU ``forced.cpp`` is linked with the kernels that the build has left as objects; in a dry run
-the kernels are those of ``tests/host_cuda``. Either way :class:`host_cuda.harness.Call` turns the
-tensors of a layer call into what the launchers are given, and calls ``forward`` and ``backward``.
+On a GPU they are in the library that ``build.py`` links from ``forced.cpp`` and the kernels; in a
+dry run the kernels are those of ``tests/host_cuda``. Either way :class:`host_cuda.harness.Call`
+turns the tensors of a layer call into what the launchers are given, and calls ``forward`` and
+``backward``.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpucheck.environment import find_nvcc
-from gpucheck.rig import Rig
-from gpucheck.stage import ROOT, Failure
 from host_cuda import harness
 
-__all__ = ["Kernels", "arrays", "build", "kernels"]
+from .rig import Rig, wait
 
-SOURCE = Path(__file__).with_name("forced.cpp")
+__all__ = ["LIBRARY", "Kernels", "arrays", "kernels"]
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "build/gpu/forced.so"
 _PARAMETERS = ("weight", "bias", "grad_weight", "grad_bias")
 _OPERANDS = ("input", "output", "grad_output", "residual", "activated", "addend", "sum", "grad_sum")
 
@@ -63,7 +61,7 @@ class Kernels:
         problem = {**problem, "workspace": (workspace.data_ptr() + 15) // 16 * 16}
         stream = torch.cuda.current_stream(self._device).cuda_stream
         self._call("forced_run", problem, backward, ctypes.c_void_p(stream))
-        torch.cuda.synchronize(self._device)
+        wait(self._device)
 
     def _call(self, name: str, problem: dict[str, Any], backward: bool, last: Any) -> None:
         numbers, reals, pointers = arrays(problem)
@@ -75,41 +73,14 @@ class Kernels:
             raise RuntimeError(f"{name}: CUDA error {error}")
 
 
-def _objects() -> list[Path]:
-    """The kernels as the build has compiled them, the newest where there are several builds."""
-    found: dict[str, Path] = {}
-    for path in sorted((ROOT / "build").glob("temp*/objects/cuda_*.o"), key=os.path.getmtime):
-        found[path.name] = path
-    if "cuda_launch.o" not in found:
-        raise Failure("build/ holds no compiled CUDA kernels to call with a forced rung")
-    return list(found.values())
-
-
-def build(folder: Path) -> Path:
-    """Compiles ``forced.cpp`` and links it with the kernels' objects and the CUDA runtime, by nvcc,
-    which knows where that is.
+def kernels(rig: Rig) -> Any:
+    """What :class:`host_cuda.harness.Call` calls, on the rig's device.
 
     Raises:
-        Failure: that is not possible; a sentence.
+        RuntimeError: the launchers were not built.
     """
-    library, objects, nvcc = folder / "forced.so", _objects(), find_nvcc()
-    if nvcc is None:
-        raise Failure("no nvcc was found to link the launchers with")
-    command = [
-        nvcc, "-std=c++20", "-O1", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-        "-Xlinker", "--exclude-libs,ALL", "-cudart", "static", str(SOURCE), *map(str, objects),
-        "-o", str(library),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr + done.stdout).strip()[-1500:]
-        raise Failure(f"the launchers could not be linked: {said}")
-    return library
-
-
-def kernels(rig: Rig) -> Any:
-    """What :class:`host_cuda.harness.Call` calls, on the rig's device."""
     if rig.dry:
         return harness.load(harness.build())
-    with tempfile.TemporaryDirectory() as name:
-        return Kernels(build(Path(name)), rig.device)  # loaded, it needs its file no longer
+    if not LIBRARY.exists():
+        raise RuntimeError(f"{LIBRARY.relative_to(ROOT)} is missing: `make gpu-build` makes it")
+    return Kernels(LIBRARY, rig.device)

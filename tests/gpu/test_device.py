@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpucheck.rig import BACKENDS
 
 from .conftest import HAS_RIG
+from .rig import BACKENDS
 
 NO_GPU = "no GPU; `make gpu-check DRY=1` runs these tests on the CPU"
 

@@ -73,7 +73,8 @@ def test_slices_of_larger_tensors(rig, backend, name):
 def test_expanded_gradient(rig, backend):
     """The gradient of a mean is one number seen everywhere."""
     call = make(rig, case_named("batch-2d"), noise_train=0.5)
-    call.grad = torch.ones((), device=rig.device).expand_as(call.input) / call.input.numel()
+    call.grad = (torch.ones((), device=rig.device) / call.input.numel()).expand_as(call.input)
+    assert set(call.grad.stride()) == {0}
     check(call)
 
 

@@ -98,10 +98,10 @@ AUTOMATIC = (
     Case("row-shared", "layer", (300, 40_000), (2, 700), trailing=1),
     Case("row-cluster", "layer", (20, 300_000), (1, 900), trailing=1),
     Case("row-grid", "layer", (2, 6_000_000), (1, 1100), trailing=1),
-    Case("row-streaming", "layer", (1, 60_000_000), (1, 1300), trailing=1),
+    Case("row-streaming", "layer", (1, 16_000_000), (1, 1300), trailing=1),
     Case("channel-tile", "batch", (64, 64, 14, 14), (3, 4, 4, 4)),
     Case("channel-grid", "batch", (256, 8, 56, 56), (3, 2, 5, 5)),
-    Case("channel-streaming", "batch", (256, 3, 224, 224), (3, 2, 6, 6)),
+    Case("channel-streaming", "batch", (256, 1, 224, 224), (3, 2, 6, 6)),
 )
 
 

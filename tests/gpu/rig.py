@@ -1,33 +1,33 @@
-"""The one place that knows whether there is a GPU.
+"""The device that the tests run on.
 
-:class:`Rig` is what the stages and ``tests/gpu`` run on: a CUDA device, or in a dry run the CPU
-with the CUDA kernels' own source compiled for it (``tests/host_cuda``) in the place of backend
-"cuda". Everything else is written once for both.
+:class:`Rig` is a CUDA device or, where the environment's :data:`VARIABLE` says so, the CPU in its
+place: "dry" runs the CUDA kernels' own source compiled for the CPU (``tests/host_cuda``) on small
+tensors; "compile sm_90" compiles the Triton kernels that the tests would launch on a GPU of that
+architecture, with the tensors of full size on the CPU, and runs none.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 import normnorm
-from gpucheck.stage import ROOT, Failure
 from normnorm import backends
 
-__all__ = ["BACKENDS", "VARIABLE", "NoGpu", "Rig", "why_no_gpu", "work_in"]
+__all__ = ["BACKENDS", "VARIABLE", "Hang", "NoGpu", "Rig", "mode", "wait", "work_in"]
 
 T = TypeVar("T")
 
-# "dry" asks for the CPU; anything else for a GPU.
 VARIABLE = "NORMNORM_GPU_CHECK"
 # Those that serve a GPU's tensors.
 BACKENDS = ("cuda", "triton")
@@ -36,19 +36,33 @@ _DEVICE_WORK = {"kernel", "gpu_memset", "gpu_memcpy"}
 _HOST_WORK = ("normnorm", "aten::random_")
 
 
-class NoGpu(Failure):
+class NoGpu(RuntimeError):
     """There is no GPU to run on, and no dry run was asked for."""
 
 
-def why_no_gpu() -> str | None:
-    """None where torch sees a GPU, else a sentence."""
-    if torch.cuda.is_available():
-        return None
-    built = torch.version.cuda or torch.version.hip
-    reason = f"torch {torch.__version__} finds none" if built else (
-        f"torch {torch.__version__} was built without CUDA"
-    )  # fmt: skip
-    return f"no GPU: {reason}. `make gpu-check DRY=1` runs everything else without one"
+class Hang(RuntimeError):
+    """A kernel has not ended in its time."""
+
+
+def mode() -> str:
+    """One of "gpu", "dry" and "compile"."""
+    return os.environ.get(VARIABLE, "gpu").split()[0]
+
+
+def wait(device: torch.device, seconds: float = 10.0) -> None:
+    """Waits for the device's work by asking for it, since a wait in the driver cannot be ended.
+
+    Raises:
+        Hang: it has not ended in so many seconds.
+        RuntimeError: the work failed.
+    """
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    until = time.monotonic() + seconds
+    while not event.query():
+        if time.monotonic() > until:
+            raise Hang(f"the device has not ended its work within {seconds:.0f} s")
+        time.sleep(0.001)
 
 
 @dataclass(frozen=True)
@@ -56,34 +70,38 @@ class Rig:
     """What to run on.
 
     Attributes:
-        dry: whether the CPU stands in for a GPU.
         device: where tensors go.
+        small: whether tensors are as small as the CUDA kernels' run on the CPU wants them.
     """
 
-    dry: bool
     device: torch.device
+    small: bool = False
 
     @classmethod
-    def find(cls, dry: bool | None = None) -> Rig:
-        """The rig that ``dry`` (None: the environment's :data:`VARIABLE`) asks for.
+    def find(cls) -> Rig:
+        """The rig that the environment asks for.
 
         Raises:
             NoGpu: there is no CUDA device.
-            Failure: the CPU build of the kernels that a dry run needs is not possible here.
         """
-        if dry is None:
-            dry = os.environ.get(VARIABLE) == "dry"
-        if dry:
+        if mode() == "dry":
             _register_host_build()
-            return cls(True, torch.device("cpu"))
-        reason = why_no_gpu()
-        if reason is not None:
-            raise NoGpu(reason)
-        return cls(False, torch.device("cuda", torch.cuda.current_device()))
+            return cls(torch.device("cpu"), small=True)
+        if mode() == "compile":
+            _register_compilation(os.environ[VARIABLE].split()[1])
+            return cls(torch.device("cpu"))
+        if not torch.cuda.is_available():
+            raise NoGpu("no GPU; `make gpu-check DRY=1` runs these tests on the CPU")
+        return cls(torch.device("cuda", torch.cuda.current_device()))
+
+    @property
+    def dry(self) -> bool:
+        """Whether the CPU is in the GPU's place."""
+        return self.device.type == "cpu"
 
     def pick(self, gpu: T, dry: T) -> T:
-        """A size for a GPU, or the one that a CPU can do in its place."""
-        return dry if self.dry else gpu
+        """A size for a GPU, or the one for the CUDA kernels' run on the CPU."""
+        return dry if self.small else gpu
 
     def serving(self) -> list[str]:
         """The backends under test that can run here."""
@@ -105,12 +123,19 @@ class Rig:
         2^-22, a C library's functions by little more than float32 itself."""
         return 2.0**-24 if self.dry else 2.0**-22
 
-    # --- the device's own ways ---
-
     def synchronize(self) -> None:
         """Waits for the device; raises what went wrong on it."""
         if not self.dry:
             torch.cuda.synchronize(self.device)
+
+    def serves(self) -> bool:
+        """Whether the device still works for this process."""
+        try:
+            if not self.dry:
+                wait(self.device)
+        except RuntimeError:
+            return False
+        return True
 
     def capture(self, step: Callable[[], T]) -> Callable[[], T]:
         """``step`` as a CUDA graph: each call of the result replays it into the same tensors."""
@@ -167,12 +192,6 @@ class Rig:
         if not self.dry:
             torch.cuda.empty_cache()
 
-    @contextmanager
-    def backend(self, name: str) -> Iterator[None]:
-        """That backend for every layer in the block."""
-        with normnorm.use_backend(name):
-            yield
-
 
 def work_in(trace: dict[str, Any], dry: bool) -> list[str]:
     """What a device did by a profile in Chrome's format; in a dry run, the ops that ask for it."""
@@ -183,23 +202,28 @@ def work_in(trace: dict[str, Any], dry: bool) -> list[str]:
     return [e["name"] for e in events if e.get("cat") in _DEVICE_WORK]
 
 
-# The registration that stands for a GPU's, kept for the rest of the process.
-_host_build: AbstractContextManager[None] | None = None
-
-
+@cache
 def _register_host_build() -> None:
     """Backend "cuda" for CPU tensors: the kernels' source, compiled by the host's compiler."""
-    global _host_build
-    if _host_build is not None:
-        return
-    tests = str(ROOT / "tests")
-    if tests not in sys.path:
-        sys.path.insert(0, tests)
     from host_cuda import torch_library
 
     reason = torch_library.missing()
     if reason is not None:
-        raise Failure(f"the CUDA kernels cannot be compiled for the CPU here: it {reason}")
-    build = torch_library.served_by_host_run()
-    build.__enter__()
-    _host_build = build
+        raise NoGpu(f"the CUDA kernels cannot be compiled for the CPU here: it {reason}")
+    torch_library.register()
+
+
+@cache
+def _register_compilation(target: str) -> AbstractContextManager[Any]:
+    """Backend "triton" for CPU tensors: each launch compiles its kernel into Triton's cache, under
+    the key that a launch on a GPU of that architecture looks for, and ends there."""
+    from triton_tools import ahead
+
+    from normnorm.backends import triton
+
+    compiling = ahead.compiling(target)
+    compiling.__enter__()
+    triton.device_type = lambda: "cpu"
+    backends._late.pop("triton", None)
+    triton.register()
+    return compiling  # in the cache: collected, it would undo itself
