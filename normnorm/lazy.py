@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from normnorm import modules
-from normnorm.checks import check_is_tensor
+from normnorm.checkpoints import INITIAL
+from normnorm.checks import check_is_tensor, check_noise_train
 from normnorm.modules import _InstanceNormalNorm, _RunningNorm
 
 __all__ = [
@@ -65,22 +66,47 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
             _RunningNorm.reset_parameters(self)
 
     def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]
-        """Takes ``num_features``, and the size of what has none yet, from the first input."""
+        """Takes ``num_features``, and the size of what has none yet, from the first input.
+
+        An input that the layer would refuse raises here, and leaves it as it was.
+        """
         check_is_tensor(input)
         becomes = self.cls_to_become
         assert becomes is not None  # every class below names its own
         # An instance layer's input may come without the batch dimension.
-        instance = issubclass(becomes, _InstanceNormalNorm)
-        self.num_features = input.size(1 - becomes._rank if instance else 1)
-        missing = [
-            tensor
-            for tensor in (*self._parameters.values(), *self._buffers.values())
-            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
-        ]
-        for tensor in missing:
-            tensor.materialize((self.num_features,))
-        if missing:  # and not loaded from a checkpoint
-            self.reset_parameters()
+        axis = 1 - becomes._rank if issubclass(becomes, _InstanceNormalNorm) else 1
+        channels = int(input.size(axis)) if -input.dim() <= axis < input.dim() else 0
+        self._try(becomes, input, channels)
+        self.num_features = channels
+        for name, value in INITIAL.items():
+            tensor: Any = self._parameters.get(name, self._buffers.get(name))
+            if is_lazy(tensor):  # and was not loaded from a checkpoint
+                with torch.no_grad():
+                    tensor.materialize((channels,))
+                    tensor.fill_(value)
+
+    def _try(self, becomes: type[_RunningNorm], input: Tensor, channels: int) -> None:
+        """The forward pass of the layer that this would become, on tensors of its own."""
+        check_noise_train(self.noise_train)
+        trial = becomes.__new__(becomes)
+        tensors = {
+            kind: {
+                name: tensor
+                if tensor is None
+                # From the input, which is a fake tensor where a compiler initializes the layer.
+                else input.new_ones(
+                    (channels,) if is_lazy(tensor) else tuple(tensor.shape),
+                    dtype=tensor.dtype,
+                    device=tensor.device,
+                )
+                for name, tensor in getattr(self, kind).items()
+            }
+            for kind in ("_parameters", "_buffers")
+        }
+        # Without noise: it would take a seed from the generator.
+        vars(trial).update(vars(self) | tensors, num_features=channels, noise_train=0.0)
+        with torch.no_grad():
+            becomes.forward(trial, input)
 
 
 class LazyBatchNormalNorm1d(_Lazy, modules.BatchNormalNorm1d):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn.modules.batchnorm import _NormBase
 
 from normnorm import functional as F
+from normnorm.checkpoints import Loading
 from normnorm.checks import (
     check_integer,
     check_is_tensor,
@@ -111,7 +111,7 @@ def inherited_forward(layer: nn.Module, owner: str, *inputs: Any) -> Any:
     return base.forward(layer, *inputs)
 
 
-class _RunningNorm(_Transform, _NormBase):
+class _RunningNorm(_Transform, Loading):
     """Base of the layers that may keep running statistics.
 
     Derived from the common base of torch's batch and instance layers, never from
@@ -119,10 +119,6 @@ class _RunningNorm(_Transform, _NormBase):
     subclass by a plain BatchNorm without a word.
     """
 
-    # 3: running_lmbda, absent from torch's own checkpoints, is filled in with 1.
-    _version = 3
-
-    running_lmbda: Tensor | None
     # While the statistics are frozen, the mode that train() has asked for; None otherwise.
     _frozen_mode: bool | None = None
 
@@ -201,29 +197,6 @@ class _RunningNorm(_Transform, _NormBase):
             f"affine={self.affine}, bias={self.bias is not None}, "
             f"track_running_stats={self.track_running_stats}, {self._transform_repr()}"
             f"{'' if self._frozen_mode is None else ', frozen statistics'}"
-        )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        version = local_metadata.get("version")
-        if version is None or version < 3:
-            # A checkpoint of torch's layer has no lambda: 1 is the identity. One of the authors'
-            # layer carries a running_norm that no formula reads.
-            state_dict.pop(prefix + "running_norm", None)
-            running_lmbda = self._buffers.get("running_lmbda")
-            if running_lmbda is not None:
-                like = state_dict.get(prefix + "running_mean", running_lmbda)
-                state_dict.setdefault(prefix + "running_lmbda", torch.ones_like(like))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
 

@@ -420,6 +420,59 @@ def test_lazy_layers_load_checkpoints_before_their_first_input(name):
     third(input)
 
 
+@pytest.mark.parametrize("name", lazy.__all__)
+def test_a_refused_first_input_leaves_a_lazy_layer_as_it_was(name):
+    layer = getattr(normnorm, name)()
+    parameters = list(layer.parameters())
+    rank = lazy_input(name).dim()
+    refused = [
+        torch.randn(3),
+        torch.randn((2,) * (rank + 2)),
+        torch.ones(2, 3, *(4,) * (rank - 2), dtype=torch.long),
+        torch.randn(1, 3, *(1,) * (rank - 2)),
+        lazy_input(name).double(),
+        lazy_input(name).to("meta"),
+        lazy_input(name).to_sparse(),
+        [1.0],
+    ]
+    for input in refused:
+        with pytest.raises((TypeError, ValueError)):
+            layer(input)
+        assert type(layer).__name__ == name
+        assert all(map(nn.parameter.is_lazy, (*parameters, layer.running_lmbda)))
+    layer.noise_train = -1.0
+    with pytest.raises(ValueError, match="noise_train"):
+        layer(lazy_input(name))
+    layer.noise_train = 0.4
+    torch.manual_seed(1)
+    output = layer(lazy_input(name))
+    assert layer.num_features == 4
+    assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
+    # What was tried took nothing from the generator, and no step of the running statistics.
+    torch.manual_seed(1)
+    made = type(layer)(4, affine=True, track_running_stats=True)
+    assert torch.equal(output, made(lazy_input(name)))
+    assert_close(layer.state_dict(), made.state_dict())
+
+
+@pytest.mark.parametrize("name", lazy.__all__)
+def test_a_lazy_layer_keeps_what_a_partial_checkpoint_had_and_fills_in_the_rest(name):
+    layer = getattr(normnorm, name)()
+    keys = layer.load_state_dict({}, strict=False)
+    assert "running_lmbda" in keys.missing_keys
+    # The state of torch's lazy layer, without sizes and without lambda.
+    theirs = getattr(nn, name.replace("Normal", ""))()
+    layer.load_state_dict(theirs.state_dict(), strict=True)
+    assert layer.has_uninitialized_params()
+    layer.load_state_dict({"weight": torch.full((4,), 3.0)}, strict=False)
+    with pytest.raises(ValueError, match=r"shape \(7,\)"):
+        layer(lazy_input(name, channels=7))
+    layer.eval()(lazy_input(name))
+    assert torch.equal(layer.weight, torch.full((4,), 3.0))
+    for tensor, value in ((layer.bias, 0), (layer.running_var, 1), (layer.running_lmbda, 1)):
+        assert torch.equal(tensor, torch.full((4,), float(value)))
+
+
 def test_a_lazy_model_is_initialized_by_its_first_batch_and_trained():
     model = nn.Sequential(
         nn.LazyConv2d(6, 3), normnorm.LazyBatchNormalNorm2d(), nn.Flatten(), nn.LazyLinear(2)
