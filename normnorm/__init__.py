@@ -34,6 +34,7 @@ from normnorm.modules import (
 from normnorm.monitoring import Monitor, monitor
 from normnorm.per import PER, per_loss
 from normnorm.recalibration import update_stats
+from normnorm.registry import register_norm
 from normnorm.sync import SyncBatchNormalNorm, convert_sync
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
     "functional",
     "monitor",
     "per_loss",
+    "register_norm",
     "replace_norms",
     "restore_norms",
     "unfreeze_statistics",

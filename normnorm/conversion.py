@@ -6,7 +6,7 @@ import fnmatch
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as torch_functional
 
 from normnorm import counterparts
 from normnorm.checks import check_noise_train, check_transform
+from normnorm.counterparts import Target
 from normnorm.modules import _Transform
 
 __all__ = ["NormSwap", "Replacement", "replace_norms", "restore_norms"]
@@ -32,7 +33,7 @@ class NormSwap(NamedTuple):
         name: its name in the model; the first one of a layer that stands in several places.
         before: the name of the class that it had.
         after: the name of the class that it has now; None for a layer that was left.
-        reason: why it was left; "" for one that was replaced.
+        reason: why it was left; the new settings of one of ours; "" for one that was replaced.
     """
 
     name: str
@@ -47,17 +48,20 @@ class Replacement:
 
     Attributes:
         replaced, left: a :class:`NormSwap` a layer, in the model's order.
+        changed: the layers that were ours already and have other settings now.
     """
 
     replaced: tuple[NormSwap, ...]
     left: tuple[NormSwap, ...]
+    changed: tuple[NormSwap, ...] = ()
 
     def __repr__(self) -> str:
-        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left"]
-        for title, swaps in (("replaced", self.replaced), ("left", self.left)):
+        changed = f"{len(self.changed)} changed, " if self.changed else ""
+        lines = [f"{len(self.replaced)} replaced, {changed}{len(self.left)} left"]
+        for title in ("replaced", "changed", "left"):
             kinds: dict[tuple[str, str], list[str]] = {}
-            for swap in swaps:
-                to = f"-> {swap.after}" if swap.after else f": {swap.reason}"
+            for swap in getattr(self, title):
+                to = f": {swap.reason}" if swap.reason else f"-> {swap.after}"
                 kinds.setdefault((swap.before, to), []).append(swap.name)
             for (before, to), names in kinds.items():
                 space = "" if to.startswith(":") else " "
@@ -127,8 +131,8 @@ def _check_model(model: nn.Module, what: str) -> None:
 def _plan(
     model: nn.Module,
     where: Where,
-    decide: Callable[[nn.Module], tuple[type[nn.Module] | None, str | None]],
-    make: Callable[[nn.Module, type[nn.Module]], nn.Module],
+    decide: Callable[[nn.Module], tuple[Target | None, str | None]],
+    make: Callable[[nn.Module, Target], nn.Module],
 ) -> tuple[list[tuple[list[_Slot], nn.Module]], Replacement]:
     """What is to be put where; nothing has changed yet."""
     chosen = _predicate(where)
@@ -142,9 +146,13 @@ def _plan(
             left.append(NormSwap(name, before, None, "not chosen by where"))
         elif cls is None or reason is not None:
             left.append(NormSwap(name, before, None, reason or ""))
+        elif any(type(slot.parent).__name__ == "OptimizedModule" for slot in slots):
+            # torch.compile(layer), which goes on calling the object that it was given.
+            left.append(NormSwap(name, before, None, "it is compiled by itself: exchange it first"))
         else:
-            changes.append((slots, make(module, cls)))
-            replaced.append(NormSwap(name, before, cls.__name__, ""))
+            new = make(module, cls)
+            changes.append((slots, new))
+            replaced.append(NormSwap(name, before, type(new).__name__, ""))
     return changes, Replacement(tuple(replaced), tuple(left))
 
 
@@ -186,7 +194,7 @@ def _known_activation(activation: Any) -> int:
     return 2 if activation is torch_functional.gelu or isinstance(activation, nn.GELU) else 0
 
 
-def _refuse_bare_norm(model: nn.Module, cls: type[nn.Module] | None) -> None:
+def _refuse_bare_norm(model: nn.Module, cls: Target | None) -> None:
     if cls is not None:
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which cannot be exchanged in place; "
@@ -194,24 +202,41 @@ def _refuse_bare_norm(model: nn.Module, cls: type[nn.Module] | None) -> None:
         )
 
 
-def _decide_to_replace(
-    module: nn.Module,
-) -> tuple[type[nn.Module] | None, str | None]:
-    cls = counterparts.counterpart(module)
-    if cls is None:
+def _decide_to_replace(module: nn.Module) -> tuple[Target | None, str | None]:
+    target = counterparts.counterpart(module)
+    if target is None:
         return None, counterparts.why_unknown(module)
-    return cls, counterparts.obstacle(module)
+    return target, counterparts.obstacle(module, target)
 
 
-def _decide_to_restore(
-    module: nn.Module,
-) -> tuple[type[nn.Module] | None, str | None]:
+def _decide_to_restore(module: nn.Module) -> tuple[Target | None, str | None]:
     if not isinstance(module, _Transform):
         return None, None
-    cls = counterparts.original(module)
-    if cls is None:
-        return None, "torch has no counterpart of it"
-    return cls, counterparts.obstacle(module)
+    target = counterparts.original(module)
+    if target is None:
+        return None, counterparts.why_not_restored(module)
+    return target, counterparts.obstacle(module, target)
+
+
+def _plan_settings(
+    model: nn.Module, where: Where, settings: dict[str, Any]
+) -> tuple[list[tuple[_Transform, dict[str, Any]]], tuple[NormSwap, ...]]:
+    """What is to be changed of the layers that are ours already; nothing has changed yet."""
+    names: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _Transform):
+            names.setdefault(module, []).append(name)
+    chosen = _predicate(where)
+    changes, changed = [], []
+    for module, called in names.items():
+        now = module._transform()
+        new = {key: value for key, value in settings.items() if value != now[key]}
+        if new and any(chosen(name, module) for name in called):
+            changes.append((module, new))
+            cls = type(module).__name__
+            words = ", ".join(f"{key}={value}" for key, value in new.items())
+            changed.append(NormSwap(called[0], cls, cls, words))
+    return changes, tuple(changed)
 
 
 def _teach_libraries() -> None:
@@ -227,23 +252,27 @@ def replace_norms(
     where: Where = None,
     *,
     noise_train: float | None = None,
-    alpha: float = 1.0,
-    order: int = 2,
-    transform_eps: float = 0.0,
+    alpha: float | None = None,
+    order: int | None = None,
+    transform_eps: float | None = None,
 ) -> Replacement:
     """Swaps a model's normalization layers for their normality counterparts, in place.
 
     Knows torch's BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm and InstanceNorm with their lazy
     variants, timm's norm and norm+activation layers, the channels-first LayerNorms of torchvision
-    and transformers. Everything else that looks like a norm is left, and the summary says why:
-    RMS norms and frozen statistics, subclasses that nobody here knows, layers whose weight is
-    parametrized.
+    and transformers, and what :func:`register_norm` has named. Everything else that looks like a
+    norm is left, and the summary says why: RMS norms and frozen statistics, subclasses that nobody
+    here knows, layers that are parametrized, compiled by themselves, or carry something else that
+    is bound to the object.
 
     A new layer holds the old one's parameters, buffers and forward and backward hooks themselves,
     with its device, dtype, training flag and attributes; an optimizer made before stays valid.
     Lambda starts at 1. A module that stands in several places is replaced once, in all of them.
     ``nn.TransformerEncoderLayer``'s fast path, which would pass over the new layers in
     evaluation, is switched off in the layers that have them.
+
+    Layers that are ours already take over the settings that are given and keep the others; the
+    summary's ``changed`` has those whose settings were different.
 
     With ``alpha=0, noise_train=0`` the model computes what it did before. With the defaults a
     batch layer's evaluation does so too, until training moves its lambda; the other layers
@@ -253,23 +282,30 @@ def replace_norms(
         model: changed in place, before it is wrapped for data parallelism or compiled.
         where: which layers: a pattern of names as the shell has them ('layer1.*'), a class or a
             tuple of classes, or a function of (name, module); None for all.
-        noise_train: as in the layers; None for each class's default.
-        alpha, order, transform_eps: as in the layers.
+        noise_train, alpha, order, transform_eps: as in the layers; None for each class's default,
+            and for what a layer of ours has.
 
     Returns:
         What was replaced, what was left, and why; prints as a table.
 
     Raises:
         TypeError: a model, ``where`` or settings of another type, a scripted or already wrapped
-            model.
+            model, a registered function that returns no layer of ours.
         ValueError: settings that the layers would refuse, or a model that is itself a norm.
             The model is unchanged after any error.
     """
-    settings: dict[str, Any] = {"alpha": alpha, "order": order, "transform_eps": transform_eps}
+    given = {
+        "noise_train": noise_train, "alpha": alpha, "order": order, "transform_eps": transform_eps,
+    }  # fmt: skip
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if noise_train is not None:
         check_noise_train(noise_train)
-        settings["noise_train"] = noise_train
-    check_transform(1.0, alpha, order, transform_eps)
+    check_transform(
+        1.0,
+        1.0 if alpha is None else alpha,
+        2 if order is None else order,
+        0.0 if transform_eps is None else transform_eps,
+    )
     _check_model(model, "replace")
     _teach_libraries()
     _refuse_bare_norm(model, counterparts.counterpart(model))
@@ -277,10 +313,14 @@ def replace_norms(
         model,
         where,
         _decide_to_replace,
-        lambda module, cls: counterparts.recast(module, cls, settings),
+        lambda module, target: counterparts.recast(module, target, settings),
     )
+    ours, changed = _plan_settings(model, where, settings)
+    for layer, new in ours:
+        for name, value in new.items():
+            setattr(layer, name, value)
     _carry_out(model, changes)
-    return summary
+    return replace(summary, changed=changed)
 
 
 def restore_norms(model: nn.Module, where: Where = None) -> Replacement:

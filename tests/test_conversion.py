@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import types
 from collections import Counter
 
 import pytest
@@ -329,6 +331,38 @@ def test_a_second_call_finds_nothing_to_do():
     assert fingerprint(model) == before
 
 
+def test_a_second_call_changes_of_our_layers_the_settings_that_are_given():
+    model = model_of_all()
+    normnorm.replace_norms(model, alpha=0.5)
+    modules = list(model.modules())
+    summary = normnorm.replace_norms(model, "batch.*", noise_train=0.1, alpha=0.5)
+    assert [swap.name for swap in summary.changed] == ["batch.0", "batch.1", "batch.2"]
+    assert {swap.reason for swap in summary.changed} == {"noise_train=0.1"}
+    assert str(summary).startswith("0 replaced, 3 changed, 0 left\n")
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    for layer in model["batch"]:
+        assert (layer.noise_train, layer.alpha, layer.order) == (0.1, 0.5, 2)
+    assert model["others"][0].noise_train == 1.0
+    # What is so already is not counted; a layer of ours alone is changed in place.
+    summary = normnorm.replace_norms(model, noise_train=0.1, order=1)
+    assert [swap.reason for swap in summary.changed].count("order=1") == 3
+    assert len(summary.changed) == 8
+    single = normnorm.LayerNormalNorm(3)
+    assert len(normnorm.replace_norms(single, transform_eps=0.01).changed) == 1
+    assert single.transform_eps == 0.01
+
+
+def test_a_second_call_that_fails_changes_no_setting():
+    model = nn.Sequential(normnorm.BatchNormalNorm1d(3), nn.BatchNorm1d(3))
+    with pytest.raises(ZeroDivisionError):
+        normnorm.replace_norms(model, lambda name, module: 1 / (name != "1"), noise_train=0.1)
+    assert model[0].noise_train == 0.4
+    with pytest.raises(ValueError, match="alpha"):
+        normnorm.replace_norms(model, noise_train=0.1, alpha=float("inf"))
+    assert model[0].noise_train == 0.4
+    assert type(model[1]) is nn.BatchNorm1d
+
+
 # What is left, and why
 
 
@@ -364,6 +398,28 @@ def with_state_hook():
     return layer
 
 
+def compiled_in_place():
+    layer = nn.LayerNorm(3)
+    layer.compile(backend="eager")
+    return layer
+
+
+def with_bound_hook(name):
+    layer = nn.LayerNorm(3)
+    if name == "method":
+        layer.record = types.MethodType(lambda *arguments: None, layer)
+        layer.register_forward_hook(vars(layer).pop("record"))
+    else:
+        layer.register_forward_pre_hook(functools.partial(lambda *arguments: None, layer))
+    return layer
+
+
+def with_bound_attribute():
+    layer = nn.LayerNorm(3)
+    layer.scale = types.MethodType(lambda self: self.weight, layer)
+    return layer
+
+
 def lazy_with_hook():
     layer = nn.LazyBatchNorm2d()
     layer.register_forward_hook(lambda *arguments: None)
@@ -381,6 +437,11 @@ def lazy_with_hook():
         (parametrized, "parametrized"),
         (with_own_forward, "forward was replaced"),
         (with_state_hook, "state_dict hooks"),
+        (compiled_in_place, "compiled by itself"),
+        (lambda: torch.compile(nn.LayerNorm(3), backend="eager"), "compiled by itself"),
+        (lambda: with_bound_hook("method"), "hooks is bound"),
+        (lambda: with_bound_hook("partial"), "hooks is bound"),
+        (with_bound_attribute, "'scale' is bound"),
         (lazy_with_hook, "not initialized"),
         (lambda: nn.LayerNorm(3, eps=0.0), "eps must be positive"),
         (lambda: nn.LayerNorm(3).to(torch.complex64), "weight is torch.complex64"),
@@ -393,8 +454,8 @@ def test_a_layer_that_cannot_be_swapped_is_left_with_its_reason(make, reason):
     summary = normnorm.replace_norms(model)
     assert model[0] is kept
     (left,) = summary.left
-    assert left.name == "0"
-    assert left.before == type(kept).__name__
+    assert left.name in ("0", "0._orig_mod")
+    assert left.before == type(model.get_submodule(left.name)).__name__
     assert left.after is None
     assert reason in left.reason
     assert reason in str(summary)
@@ -554,6 +615,165 @@ def test_synchronised_layers_are_swapped_both_ways():
         assert type(layer) is nn.SyncBatchNorm
         assert layer.process_group is group
         assert vars(layer).keys() == plain.keys()
+
+
+@pytest.mark.parametrize("change", ["parametrized", "compiled", "forward"])
+def test_a_layer_of_ours_that_cannot_be_restored_is_left_with_its_reason(change):
+    model = nn.Sequential(nn.LayerNorm(3))
+    normnorm.replace_norms(model)
+    layer = model[0]
+    if change == "parametrized":
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    elif change == "compiled":
+        layer.compile(backend="eager")
+    else:
+        layer.forward = lambda input: input
+    (left,) = normnorm.restore_norms(model).left
+    assert change in left.reason
+    assert model[0] is layer
+    model(torch.randn(2, 3))
+
+
+# Classes that a user names
+
+
+class ShiftedNorm(nn.Module):
+    """A LayerNorm as a library of models might write its own."""
+
+    def __init__(self, size, epsilon=1e-3):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, input):
+        return nn.functional.layer_norm(input, self.gain.shape, self.gain, None, self.epsilon)
+
+
+def to_ours(norm):
+    new = normnorm.LayerNormalNorm(norm.gain.shape, norm.epsilon, bias=False, alpha=0.5)
+    new.weight = norm.gain
+    return new
+
+
+def to_theirs(layer):
+    old = ShiftedNorm(layer.normalized_shape, layer.eps)
+    old.gain = layer.weight
+    return old
+
+
+@pytest.fixture
+def shifted():
+    with normnorm.register_norm(ShiftedNorm, to_ours, to_theirs) as handle:
+        yield handle
+
+
+@pytest.mark.usefixtures("shifted")
+def test_a_registered_class_is_replaced_and_restored_by_its_functions():
+    calls = []
+    norm = ShiftedNorm(4).eval()
+    handle = norm.register_forward_hook(lambda module, *rest: calls.append(type(module).__name__))
+    gain = norm.gain
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), norm), "b": norm})
+    input = torch.randn(5, 4).exp()
+    expected = model["a"](input)
+    summary = normnorm.replace_norms(model, **OFF)
+    assert [swap.after for swap in summary.replaced] == ["LayerNormalNorm"]
+    assert model["b"] is model["a"][1]
+    assert model["b"].weight is gain
+    assert not model["b"].training
+    assert (model["b"].alpha, model["b"].noise_train) == (0.0, 0.0)
+    assert_close(model["a"](input), expected, rtol=1e-4, atol=1e-5)
+    for layer in (model, nn.Sequential(copy.deepcopy(model["b"]))):
+        assert [swap.after for swap in normnorm.restore_norms(layer).replaced] == ["ShiftedNorm"]
+    assert type(model["b"]) is ShiftedNorm
+    assert model["b"] is model["a"][1]
+    assert model["b"].gain is gain
+    assert torch.equal(model["a"](input), expected)
+    assert calls == ["ShiftedNorm", "LayerNormalNorm", "ShiftedNorm"]
+    handle.remove()
+    model["a"](input)
+    assert len(calls) == 3
+
+
+@pytest.mark.usefixtures("shifted")
+def test_settings_that_are_not_given_stay_as_the_registered_function_set_them():
+    model = nn.Sequential(ShiftedNorm(4))
+    normnorm.replace_norms(model, noise_train=0.2)
+    assert (model[0].alpha, model[0].noise_train, model[0].order) == (0.5, 0.2, 2)
+    copied = pickle.loads(pickle.dumps(model))
+    normnorm.restore_norms(copied)
+    assert type(copied[0]) is ShiftedNorm
+
+
+def test_a_registration_ends_with_its_handle_and_a_later_one_comes_first(shifted):
+    def make():
+        return nn.Sequential(ShiftedNorm(4))
+
+    with normnorm.register_norm(ShiftedNorm, lambda norm: normnorm.GroupNormalNorm(2, 4)):
+        model = make()
+        normnorm.replace_norms(model)
+        assert type(model[0]) is normnorm.GroupNormalNorm
+        assert "without a way back" in normnorm.restore_norms(model).left[0].reason
+    model = make()
+    normnorm.replace_norms(model)
+    assert type(model[0]) is normnorm.LayerNormalNorm
+    shifted.remove()
+    (left,) = normnorm.restore_norms(model).left
+    assert "was a ShiftedNorm, which is not registered" in left.reason
+    assert type(model[0]) is normnorm.LayerNormalNorm
+    (left,) = normnorm.replace_norms(make()).left
+    assert "register_norm can name one" in left.reason
+
+
+@pytest.mark.usefixtures("shifted")
+def test_only_the_registered_class_itself_is_replaced():
+    class Derived(ShiftedNorm):
+        pass
+
+    model = nn.Sequential(Derived(4), nn.utils.parametrizations.weight_norm(ShiftedNorm(4), "gain"))
+    reasons = [swap.reason for swap in normnorm.replace_norms(model).left]
+    assert reasons[0] == "a class of its own, derived from ShiftedNorm: register it as well"
+    assert "parametrized" in reasons[1]
+    with pytest.raises(ValueError, match="is itself a ShiftedNorm"):
+        normnorm.replace_norms(ShiftedNorm(4))
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [(None, "a NoneType"), (nn.LayerNorm(4), "a LayerNorm"), ("itself", "the layer itself")],
+)
+def test_a_registered_function_that_returns_anything_else_is_refused(returned, got):
+    model = nn.Sequential(nn.BatchNorm1d(4), ShiftedNorm(4))
+    before = fingerprint(model)
+    convert = (lambda norm: norm) if returned == "itself" else lambda norm: returned
+    with (
+        normnorm.register_norm(ShiftedNorm, convert, to_theirs),
+        pytest.raises(TypeError, match=f"must return a layer of normnorm; it returned {got}"),
+    ):
+        normnorm.replace_norms(model)
+    assert fingerprint(model) == before
+    with normnorm.register_norm(ShiftedNorm, to_ours, lambda layer: nn.LayerNorm(4)):
+        normnorm.replace_norms(model)
+        before = fingerprint(model)
+        with pytest.raises(TypeError, match="must return a ShiftedNorm; it returned a LayerNorm"):
+            normnorm.restore_norms(model)
+        assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("LayerNorm", to_ours, to_theirs), TypeError, "cls must be a class"),
+        ((dict, to_ours, to_theirs), TypeError, "cls must be a class"),
+        ((normnorm.LayerNormalNorm, to_ours, None), ValueError, "is a layer of normnorm"),
+        ((ShiftedNorm, None, None), TypeError, "convert must be a function"),
+        ((ShiftedNorm, to_ours, "back"), TypeError, "restore must be a function"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused_in_a_sentence(arguments, error, words):
+    with pytest.raises(error, match=words):
+        normnorm.register_norm(*arguments)
+    assert "can name one" in normnorm.replace_norms(nn.Sequential(ShiftedNorm(4))).left[0].reason
 
 
 # Lazy layers

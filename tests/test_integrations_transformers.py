@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 import transformers
 from model_zoo import first_tensor, speak
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 import normnorm
+from normnorm.integrations import transformers as normnorm_transformers
 
 OFF = {"alpha": 0.0, "noise_train": 0.0}
 SMALL = {
@@ -122,29 +127,184 @@ def test_layer_norms_of_either_data_format_are_replaced_and_restored(data_format
     assert vars(model[0]).keys() == vars(theirs).keys()
 
 
-def test_saved_weights_load_into_a_model_that_is_replaced_again(tmp_path):
+def fill_free_memory():
+    """So that memory that is handed out and not written does not hold ones by chance."""
+    del [torch.full((size,), 7.5) for size in (4, 8, 16, 32, 64) * 64][:]
+
+
+def all_lmbda(model):
+    return {name: t for name, t in model.state_dict().items() if name.endswith("running_lmbda")}
+
+
+class ReplacedResNet(transformers.ResNetModel):
+    """A model that is born with norms of ours."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        normnorm.replace_norms(self)
+
+
+def trained_resnet():
     model, input, _, _ = build("resnet")
     normnorm.replace_norms(model, noise_train=0.0)
     model.train()
     for _ in range(3):
-        model(input)
-    model.eval()
-    model.save_pretrained(tmp_path)
-    state = model.state_dict()
-    torch.save(state, tmp_path / "state.pt")
+        model(input.exp())
+    return model.eval(), input
 
-    # The library's own file knows no lambda when it builds its own layers from it ...
-    loaded = type(model).from_pretrained(tmp_path)
-    normnorm.replace_norms(loaded, noise_train=0.0)
-    for name, tensor in loaded.state_dict().items():
-        if name.endswith("running_lmbda"):
-            assert (tensor == 1).all()
-        else:
-            assert torch.equal(tensor, state[name]), name
-    # ... so it comes from the state dict.
-    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
+
+@pytest.mark.parametrize("layer_left_out", [False, True])
+def test_what_a_checkpoint_lacks_gets_its_initial_value(layer_left_out, tmp_path):
+    plain, input, _, _ = build("resnet")
+    plain.save_pretrained(tmp_path)
+    missing = "embedder.embedder.normalization."
+    if layer_left_out:
+        state = load_file(tmp_path / "model.safetensors")
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(missing)}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fill_free_memory()
+    model = ReplacedResNet.from_pretrained(tmp_path)
+    lmbda = all_lmbda(model)
+    assert len(lmbda) == 6
+    assert all((tensor == 1).all() for tensor in lmbda.values())
+    if layer_left_out:
+        made = normnorm.BatchNormalNorm2d(8).state_dict()
+        assert_close(model.get_submodule(missing[:-1]).state_dict(), made, rtol=0.0, atol=0.0)
+    else:
+        expected = first_tensor(plain(input))
+        assert_close(first_tensor(model.eval()(input)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_asking_for_its_mark_moves_nothing_but_while_it_loads():
+    class Holder(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config, body):
+            super().__init__(config)
+            self.body = body
+            self.post_init()
+
+    body = nn.Sequential(normnorm.BatchNormalNorm2d(3, noise_train=0.0))
+    body(torch.empty(4, 3, 5, 5).exponential_())
+    before = copy.deepcopy(body.state_dict())
+    inspect.getmembers(body[0])
+    model = Holder(transformers.PretrainedConfig(), body)
+    model.init_weights()
+    assert_close(body.state_dict(), before, rtol=0.0, atol=0.0)
+    assert body[0]._is_hf_initialized is True
+    assert normnorm.BatchNormalNorm2d(3)._is_hf_initialized is False
+
+
+@pytest.mark.parametrize(
+    ("cls", "saving", "loading"),
+    [
+        (transformers.ResNetModel, {}, {}),
+        (transformers.AutoModel, {}, {"low_cpu_mem_usage": True}),
+        (transformers.ResNetModel, {"max_shard_size": "2KB"}, {"device_map": "cpu"}),
+    ],
+    ids=["class", "Auto", "shards"],
+)
+def test_saved_lambda_comes_back(cls, saving, loading, tmp_path):
+    model, input = trained_resnet()
+    model.save_pretrained(tmp_path, **saving)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == bool(saving)
+    fill_free_memory()
+    loaded, info = normnorm_transformers.from_pretrained(
+        cls, tmp_path, noise_train=0.2, output_loading_info=True, **loading
+    )
+    assert type(loaded) is transformers.ResNetModel
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_close(loaded.state_dict(), model.state_dict(), rtol=0.0, atol=0.0)
+    assert {m.noise_train for m in loaded.modules() if hasattr(m, "noise_train")} == {0.2}
     with torch.no_grad():
         assert torch.equal(first_tensor(loaded.eval()(input)), first_tensor(model(input)))
+    # A model for a task, on the same body.
+    task = normnorm_transformers.from_pretrained(
+        transformers.ResNetForImageClassification, tmp_path
+    )
+    assert_close(all_lmbda(task.resnet), all_lmbda(model), rtol=0.0, atol=0.0)
+
+
+def test_loading_chooses_as_replacing_does_and_lambda_is_one_where_it_is_not_saved(tmp_path):
+    plain, input, _, _ = build("resnet")
+    plain.save_pretrained(tmp_path)
+    fill_free_memory()
+    model = normnorm_transformers.from_pretrained(
+        transformers.ResNetModel, tmp_path, where="encoder.*"
+    )
+    assert len(all_lmbda(model)) == 5
+    assert all((tensor == 1).all() for tensor in all_lmbda(model).values())
+    expected = first_tensor(plain(input))
+    assert_close(first_tensor(model.eval()(input)), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="noise_train"):
+        normnorm_transformers.from_pretrained(transformers.ResNetModel, tmp_path, noise_train=-1)
+    with pytest.raises(TypeError, match="a class of transformers' models"):
+        normnorm_transformers.from_pretrained(nn.Linear, tmp_path)
+    with pytest.raises(OSError, match="missing"):
+        normnorm_transformers.from_pretrained(transformers.ResNetModel, tmp_path / "missing")
+
+
+# Norm classes of its own, named by the user
+
+
+def cohere():
+    config = transformers.CohereConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.CohereModel(config)
+
+
+def olmo():
+    config = transformers.OlmoConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.OlmoModel(config)
+
+
+def cohere_to_ours(norm):
+    new = normnorm.LayerNormalNorm(norm.weight.shape, norm.variance_epsilon, bias=False)
+    new.weight = norm.weight
+    return new
+
+
+def cohere_back(layer):
+    old = CohereLayerNorm(layer.normalized_shape, layer.eps)
+    old.weight = layer.weight
+    return old
+
+
+def olmo_to_ours(norm):
+    return normnorm.LayerNormalNorm(norm.normalized_shape, 1e-5, elementwise_affine=False)
+
+
+def olmo_back(layer):
+    return OlmoLayerNorm(*layer.normalized_shape)
+
+
+@pytest.mark.parametrize(
+    ("make", "cls", "convert", "restore"),
+    [
+        (cohere, CohereLayerNorm, cohere_to_ours, cohere_back),
+        (olmo, OlmoLayerNorm, olmo_to_ours, olmo_back),
+    ],
+    ids=["cohere", "olmo"],
+)
+def test_layer_norms_of_its_language_models_are_replaced_once_they_are_registered(
+    make, cls, convert, restore
+):
+    model = speak(make()).eval()
+    with torch.no_grad():
+        expected = first_tensor(model(TOKENS))
+        left = normnorm.replace_norms(model, **OFF).left
+        assert len(left) == sum(isinstance(module, cls) for module in model.modules()) > 0
+        with normnorm.register_norm(cls, convert, restore):
+            assert len(normnorm.replace_norms(model, **OFF).replaced) == len(left)
+            assert_close(first_tensor(model(TOKENS)), expected, rtol=1e-4, atol=1e-4)
+            assert len(normnorm.restore_norms(model).replaced) == len(left)
+        assert torch.equal(first_tensor(model(TOKENS)), expected)
 
 
 class Copying(torch.utils.data.Dataset):

@@ -1,16 +1,34 @@
-"""transformers: LayerNorms over channels that its vision models define for themselves.
+"""transformers: models loaded with norms of ours, and the LayerNorms that it defines for itself.
 
-Recognized by what they have, since each model file of that library has its own copy. Its other
-models use torch's layers, or RMS norms, which have no counterpart.
+::
+
+    from normnorm.integrations import transformers as normnorm_transformers
+
+    model = transformers.ResNetForImageClassification.from_pretrained("microsoft/resnet-50")
+    normnorm.replace_norms(model, noise_train=0.1)
+    ...  # training
+    model.save_pretrained("mine")
+    model = normnorm_transformers.from_pretrained(
+        transformers.ResNetForImageClassification, "mine", noise_train=0.1
+    )
+
+The LayerNorms over channels of its vision models are recognized by what they have, since each model
+file of that library has its own copy. Its other models use torch's layers, or norms of their own:
+what :func:`normnorm.register_norm` does not name is left.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 from torch import nn
 
+from normnorm.conversion import Where, replace_norms
 from normnorm.modules import LayerNormalNorm, LayerNormalNorm2d
 
-__all__ = ["counterpart"]
+__all__ = ["counterpart", "from_pretrained"]
 
 # Copies that know one layout alone, (N, C, H, W).
 _CHANNELS_FIRST = ("EomtLayerNorm2d", "EomtDinov3LayerNorm2d", "VideomtLayerNorm2d")
@@ -28,3 +46,91 @@ def counterpart(module: nn.Module) -> type[nn.Module] | None:
             str(module.data_format)
         )
     return None
+
+
+def from_pretrained(
+    cls: Any,
+    path: Any,
+    *arguments: Any,
+    where: Where = None,
+    noise_train: float | None = None,
+    alpha: float | None = None,
+    order: int | None = None,
+    transform_eps: float | None = None,
+    **keywords: Any,
+) -> Any:
+    """``cls.from_pretrained(path, ...)`` with the model's norms replaced before weights are loaded.
+
+    The lambda of a model that was saved with norms of ours comes back, by transformers' own
+    loading: shards, safetensors and older files, renamed keys, the hub. In the checkpoint of a
+    model with torch's norms it is missing, and 1. A file has no settings: ``where``,
+    ``noise_train`` and the others are to be given as to :func:`normnorm.replace_norms` before.
+
+    Args:
+        cls: a class of transformers' models, or one of its Auto classes.
+        path: a folder, or a model's name on the hub.
+        arguments, keywords: for ``cls.from_pretrained``.
+        where, noise_train, alpha, order, transform_eps: see :func:`normnorm.replace_norms`.
+
+    Returns:
+        What ``cls.from_pretrained`` returns: the model, of the class that transformers gives it.
+
+    Raises:
+        TypeError: ``cls`` is none of the two.
+        TypeError, ValueError: as :func:`normnorm.replace_norms`, before weights are loaded.
+        OSError: from transformers, where there is no such folder or model.
+    """
+    concrete = _concrete(cls, path, keywords)
+
+    @functools.wraps(concrete.__init__)
+    def __init__(self: Any, *given: Any, **named: Any) -> None:
+        concrete.__init__(self, *given, **named)
+        replace_norms(
+            self,
+            where,
+            noise_train=noise_train,
+            alpha=alpha,
+            order=order,
+            transform_eps=transform_eps,
+        )
+
+    # Of the same name: transformers finds what belongs to a class by it.
+    names = {name: getattr(concrete, name) for name in ("__module__", "__qualname__", "__doc__")}
+    replaced: Any = type(concrete.__name__, (concrete,), {**names, "__init__": __init__})
+    loaded = replaced.from_pretrained(path, *arguments, **keywords)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.__class__ = concrete
+    return loaded
+
+
+def _concrete(cls: Any, path: Any, keywords: dict[str, Any]) -> Any:
+    """The class of models that a class loads: an Auto class looks it up in the configuration."""
+    import transformers
+
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls
+    if not (hasattr(cls, "from_pretrained") and hasattr(cls, "from_config")):
+        raise TypeError(
+            "cls must be a class of transformers' models, such as ResNetModel or AutoModel; "
+            f"got {cls!r}"
+        )
+    hub = {name: keywords[name] for name in _OF_THE_HUB if name in keywords}
+    config = keywords.get("config")
+    if not isinstance(config, transformers.PretrainedConfig):
+        config = transformers.AutoConfig.from_pretrained(path if config is None else config, **hub)
+    trust = {name: keywords[name] for name in ("trust_remote_code",) if name in keywords}
+    with torch.device("meta"):
+        return type(cls.from_config(config, **trust))
+
+
+_OF_THE_HUB = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
