@@ -176,6 +176,65 @@ def test_blocks_that_would_not_run_at_once_are_never_launched(kernels, case):
         assert serve(refuse_cooperative=True) == 3  # planned, refused at the launch, and streamed
 
 
+def _run(kernels: ModuleType, call: Call, g: Tensor) -> list[list[int]]:
+    """Checks both passes; the blocks of each launch, forward and backward."""
+    kernels.grids()
+    found = []
+    output, stats = call.forward(kernels)
+    found.append(kernels.grids())
+    du, *_ = call.backward(kernels, g, stats)
+    found.append(kernels.grids())
+    want = call.expected(g)
+    assert_close(output, want[0], call.input.dtype, "output")
+    assert_close(du, want[2], call.input.dtype, "gradient of the input", 4)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (100, 40)], ids=str)
+def test_a_team_has_no_blocks_without_rows(kernels, shape):
+    """On a device of 132 multiprocessors, 258 blocks of which could run at once: a block takes 16
+    rows at a time of a tile of 32 columns."""
+    kernels.device(132, 232448, True)
+    blocks = -(-shape[0] // 16) * -(-shape[1] // 32)
+    forward, backward = _run(kernels, *make(("batch", shape, {}), torch.float32, True))
+    assert forward == [blocks]
+    assert backward[0] == blocks
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_evaluation_is_one_launch(kernels, columns):
+    """Of all groups, also where they are more than the L2 cache holds."""
+    kernels.device(132, 232448, True)
+    large = Call("batch", torch.empty(256, 256, 56, 56), frozen=torch.empty(len(Row), 256))
+    _, threads, blocks, groups, _ = kernels.plan(large._problem(large.input, None), False)
+    assert groups == 256
+    assert blocks == -(-256 * 56 * 56 // (threads * 16 * 4))  # a thread takes 16 chunks of 4
+
+    call, _ = make(("batch", (3, 8, 40, 40), {}), torch.float32, columns)
+    call.frozen = torch.zeros(len(Row), 8)
+    call.frozen[Row.RSTD], call.frozen[Row.LMBDA] = 0.7, torch.linspace(0.5, 1.5, 8)
+    kernels.grids()
+    output, _ = call.forward(kernels)
+    assert len(kernels.grids()) == 1
+    assert_close(output, call.expected()[0], torch.float32, "output")
+
+
+@pytest.mark.parametrize("shared", [48_192, 56_384])
+def test_a_team_of_doubles_has_room_for_its_totals(kernels, shared):
+    """A block of a cluster keeps 16 KB of totals of its warps beside the chunks of its group."""
+    kernels.device(132, shared, True)
+    clusters = 0
+    for length in range(4000, 80_000, 1000):
+        call, _ = make(("layer", (1, length), {"normalized_ndim": 1}), torch.float64)
+        call.weight = call.bias = None
+        for backward, planes in ((False, 1), (True, 3)):
+            problem = call._problem(call.input, None) | {"grad_output": call._operand(call.input)}
+            rung, threads, _, _, chunks = kernels.plan(problem, backward)
+            clusters += rung == RUNG_OF["cluster"]
+            assert chunks * threads * 4 * 8 * planes + 16_384 <= shared
+    assert clusters > 10
+
+
 @pytest.mark.parametrize("order", ORDERS[1:])
 @pytest.mark.parametrize("rung", ROW_RUNGS)
 def test_thread_orders_agree_bitwise(kernels, rung, order):

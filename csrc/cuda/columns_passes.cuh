@@ -29,7 +29,7 @@ class ColumnsPass {
     d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
     d.team_register_chunks = backward ? kColumnBackwardRegister<T> : kForwardRegister<T>;
     d.largest_block = kColumnThreads;
-    d.static_shared = 24576;
+    d.static_shared = int(sizeof(TileShared<T>)) + kColumnWarps * kGradientSums * kTileColumns<T> * int(sizeof(Real));
     chunk_bytes_ = size_t(d.chunk_bytes);
     const bool resident = a_.width == 1 && !(p.frozen && !backward);
     plan_ = resident ? choose_tile_plan(d, device, kColumnThreads, p.force) : Plan();

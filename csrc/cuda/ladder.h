@@ -32,7 +32,7 @@ struct Demand {
   int register_chunks = 0;         // of a thread
   int team_register_chunks = 0;    // the same where blocks work together: their groups live mostly in shared memory
   int largest_block = 0;           // threads for which there are registers: of the kernel that will run
-  int static_shared = 10240;       // bytes that the kernel's own buffers take, with room
+  int static_shared = 0;           // bytes of the kernel's own buffers
   bool sums_elements = false;      // in registers alone, the gradients of a weight an element can be summed as well
 };
 
@@ -79,8 +79,8 @@ inline int fitting_blocks(const Demand& d, const Device& device, int threads, in
   return 0;
 }
 
-// Blocks of a cooperative launch, and the same dealt out to teams of at least `blocks`: as many teams as there is work
-// for, and all blocks in use.
+// Blocks of a cooperative launch, and the same dealt out to teams of at least `blocks`: as few teams as take no more turns,
+// and all blocks in use that have a chunk for each thread, for every block's sums are read by all others.
 inline int grid_blocks(const Device& device) {
   const int multiprocessors = device.multiprocessors - kGridMargin;
   return device.cooperative && multiprocessors > 0 ? multiprocessors * kBlocksAtOnce : 0;
@@ -89,8 +89,9 @@ inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
   const int all = grid_blocks(device);
   for (int blocks = 1; blocks <= all; ++blocks) {
     if (!fits(d, device, Rung::kGrid, threads, blocks, kBlocksAtOnce)) continue;
-    const int64_t teams = d.groups < all / blocks ? d.groups : all / blocks;
-    Plan p = with_blocks(d, Rung::kGrid, threads, int(all / teams));
+    const int64_t turns = divide_up(d.groups, all / blocks), teams = divide_up(d.groups, turns);
+    const int64_t busy = divide_up(d.chunks, threads);
+    Plan p = with_blocks(d, Rung::kGrid, threads, int(all / teams < busy ? all / teams : busy));
     p.teams = int(teams);
     return p;
   }

@@ -1,6 +1,8 @@
 // The forward and the backward pass of the rows walk for one storage type: which kernels run, and on what workspace.
 #pragma once
 
+#include <algorithm>
+
 #include "rows_launch.cuh"
 #include "rows_parameters.cuh"
 #include "rows_stream.cuh"
@@ -10,6 +12,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kWaveBytes = 32 << 20;  // of tensors that the rounds of one wave read again: they are to stay in L2
+constexpr int kOutputChunks = 16;         // of a thread where one round alone runs: enough to cover the start of a block
 
 template <class T>
 class RowsPass {
@@ -28,6 +31,7 @@ class RowsPass {
     // A thread can sum the gradients of its chunks' weights itself where its chunks are the same columns of every row.
     const bool element_gradients = backward && p.affine == Affine::kPerElement && wants_parameters();
     d.sums_elements = element_gradients && !mode_.ragged;
+    d.static_shared = kTeamNumbers * int(sizeof(Real));
     d.largest_block = !backward ? kForwardBlock : joins(p, true) ? kJoinedBackwardBlock : kBackwardBlock;
     chunk_bytes_ = size_t(d.chunk_bytes);
     choose(d, device);
@@ -95,16 +99,19 @@ class RowsPass {
   void place_stream(Carver& carver, const Device& device) {
     stream_args_.rows = args_;
     const int64_t groups = p_.geometry.groups();
+    const bool once = p_.frozen && !backward_;            // nothing is read again
     const int again = backward_ ? (p_.relu ? 3 : 2) : 1;  // tensors
     const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
-    wave_ = kWaveBytes / bytes;
+    wave_ = once ? groups : kWaveBytes / bytes;
     wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;
     const int64_t most = divide_up(args_.chunks, kStreamThreads);
     int64_t splits = divide_up(int64_t(device.multiprocessors) * (2048 / kStreamThreads), wave_);
+    if (once) splits = std::max(splits, divide_up(most, kOutputChunks));
     splits = splits > most ? most : splits;
     stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
     if (p_.force.teams) wave_ = p_.force.teams;
     if (plan_.rung == Rung::kStreaming) plan_ = {Rung::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
+    if (once) return;  // nothing is summed
     stream_args_.part = carver.take<Real>(wave_ * stream_args_.splits * kMaxSums);
     stream_args_.mean = carver.take<Real>(wave_);
     stream_args_.sums = carver.take<Real>(wave_ * kMaxSums);

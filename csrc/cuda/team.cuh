@@ -15,6 +15,8 @@ namespace {
 constexpr int kMaxWarps = kLargestBlock / 32;  // of a block
 constexpr int kMaxSums = 8;    // of one reduction; half as many where they are doubles and Real is float
 constexpr int kMaxCluster = kLargestCluster;
+// Numbers in the static shared memory of a cluster's block; a block alone needs fewer.
+constexpr int kTeamNumbers = 2 * kMaxSums * kMaxCluster * kMaxWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class V>
@@ -69,7 +71,7 @@ class ClusterTeam {
   struct Sync {};
 
   __device__ explicit ClusterTeam(Sync) {
-    alignas(16) __shared__ Real partial[2 * kMaxSums * kMaxCluster * kMaxWarps];
+    alignas(16) __shared__ Real partial[kTeamNumbers];
     partial_ = partial;
     cluster_sync();  // no block's shared memory may be written before that block runs
   }

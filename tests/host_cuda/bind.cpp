@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <utility>
+
 #include "../../csrc/cuda/columns.cuh"
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/rows_launch.cuh"
@@ -173,6 +175,7 @@ PYBIND11_MODULE(NN_MODULE, m) {
   m.def("run_faulty", run_faulty);
   m.def("offsets", offsets_of);
   m.def("refusal", refusal_of);
+  m.def("grids", [] { return std::exchange(host_cuda::settings().grids, {}); });
   m.def("sites", [] { return host_cuda::settings().sites; });
   m.def(
       "device",

@@ -37,6 +37,7 @@ struct Settings {
   normnorm::cuda::Device device;  // what the ladder is told
   int at_once = 1 << 30;          // blocks that wait for one another and are said to run at the same time
   bool refuse_cooperative = false;  // launches, although they were said to run
+  std::vector<unsigned> grids;      // blocks of each launch
 };
 inline Settings& settings() {
   static Settings s;
@@ -245,6 +246,7 @@ inline void run_company_member(Company& c, int rank, unsigned companies, Block b
 inline void run_grid(dim3 grid, dim3 block_dim, int company, const std::function<void()>& body) {
   if (grid.x % unsigned(company)) throw std::invalid_argument("the grid is not a multiple of the cluster's size");
   if (block_dim.x % kWarp) throw std::invalid_argument("blocks must have whole warps");
+  settings().grids.push_back(grid.x);
   Company c(company);
   Block prototype;
   prototype.block_dim = block_dim;
