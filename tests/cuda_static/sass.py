@@ -7,12 +7,14 @@ them as the budgets that ``test_cuda_static.py`` holds the kernels to.
 from __future__ import annotations
 
 import collections
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROBES = Path(__file__).with_name("probes.cu")
 BUDGETS = ROOT / "tests/data/sass_budgets.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-FLAGS = ("-std=c++20", "-O3", "-cubin")
+FLAGS = ("-std=c++20", "-O3")
+# Compiled with its host code, which is the same for all architectures.
+HOST = "sm_90"
 # the elements of a thread by which a probe "many" exceeds the probe "few"
 PROBE_ELEMENTS = {"forward": 32, "backward": 16}
 
@@ -87,14 +91,17 @@ def compile_cubin(source: Path, architecture: str) -> Path:
         return built
     folder = Path(tempfile.gettempdir()) / f"normnorm-cubins-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    target = folder / f"{source.stem}-{architecture}-{_digest(source, architecture)}.cubin"
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}")
-        command = [tool("nvcc"), *FLAGS, f"-arch={architecture}", str(source), "-o", str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr, done.stderr
-        partial.rename(target)
+    target = folder / f"{source.stem}-{architecture}-{_digest(source, architecture)}.o"
+    what = ["-c", "-Xcompiler", "-fPIC"] if architecture == HOST else ["-cubin"]
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            command = [tool("nvcc"), *FLAGS, *what, f"-arch={architecture}", str(source)]
+            done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "warning" not in done.stderr, done.stderr
+            partial.rename(target)
     return target
 
 
@@ -108,9 +115,10 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 
 def demangled(names: list[str]) -> list[str]:
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
-    # twice: what the first pass uncovers may be noise itself
-    noise = re.compile(r"normnorm::cuda::|\(anonymous namespace\)::|^void |\(Finish\)|\(.*$")
-    return [noise.sub("", noise.sub("", line)) for line in done.stdout.splitlines()]
+    # in this order: what is left of an enumerator is its number
+    noise = re.compile(r"normnorm::cuda::|\(anonymous namespace\)::|^void ")
+    plain = (noise.sub("", line).replace("(Finish)", "") for line in done.stdout.splitlines())
+    return [line.partition("(")[0] for line in plain]
 
 
 def instructions(cubin: Path) -> dict[str, list[str]]:
@@ -133,6 +141,29 @@ def resources(cubin: Path) -> dict[str, dict[str, int]]:
     found = re.findall(r"Function (\S+?):\s*\n\s*(.*)", text)
     usage = [{k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for _, line in found]
     return dict(zip(demangled([name for name, _ in found]), usage, strict=True))
+
+
+def launch_bounds(cubin: Path) -> dict[str, int]:
+    """The most threads that a block of each kernel may have."""
+    found: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "-xelf", "all", str(cubin.resolve())]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        (extracted,) = Path(folder).iterdir()
+        elf = extracted.read_bytes()
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    sections = [struct.unpack_from("<2I4Q", elf, table + i * size) for i in range(count)]
+    for name, *_, at, length in sections:
+        start = sections[names][4] + name
+        kernel = elf[start : elf.index(b"\0", start)].decode().partition(".nv.info.")[2]
+        end = at + length
+        while kernel and at < end:  # attributes: a format, a number, a value or the value's size
+            kind, attribute, size = struct.unpack_from("<2BH", elf, at)
+            if attribute == 5:  # EIATTR_MAX_THREADS
+                (found[kernel],) = struct.unpack_from("<I", elf, at + 4)
+            at += 4 + (size if kind == 4 else 0)
+    return dict(zip(demangled(list(found)), found.values(), strict=True))
 
 
 def per_element(cubin: Path) -> dict[str, dict[str, float]]:
