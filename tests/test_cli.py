@@ -50,6 +50,15 @@ def test_doctor_reports_versions_backends_and_passing_checks(capsys):
     assert checked == {(case.layer, name) for case in selfcheck.CASES for name in available}
 
 
+def test_doctor_without_checks_runs_no_layer(wrong_kernel, capsys):
+    assert cli.main(["doctor", "--json", "--no-checks"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["checks"] == []
+    assert found["environment"]["torch"] == torch.__version__
+    assert cli.main(["doctor", "--no-checks"]) == 0
+    assert "missed" not in capsys.readouterr().out
+
+
 def test_doctor_in_words_names_every_backend(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out

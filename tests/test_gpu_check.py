@@ -239,6 +239,31 @@ def test_a_sanitizer_fails_where_it_found_something(said, code, status):
     assert gpu_check.sanitizers_verdict(ended)[0] == status
 
 
+def test_each_tool_watches_the_program(check, tmp_path, monkeypatch):
+    """With a stand-in for compute-sanitizer that runs what it is given, and finds a race."""
+    said = f"#!{sys.executable}\nimport sys, subprocess\n"
+    tool = """
+    name = sys.argv[sys.argv.index("--tool") + 1]
+    code = subprocess.run(sys.argv[sys.argv.index("20") + 1:]).returncode
+    print(f"========= ERROR SUMMARY: {int(name == 'racecheck')} errors")
+    sys.exit(code or 86 * (name == "racecheck"))
+    """
+    program = "sys.exit(not sys.argv[1].endswith('problems.txt'))"
+    for path, text in (("compute-sanitizer", tool), ("build/gpu/sanitized", program)):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(said + textwrap.dedent(text))
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    check.dry = False
+    gpu_check.sanitizers(check)
+    states = {step["step"]: step["status"] for step in check.record["steps"]}
+    assert states.pop("sanitizers: racecheck") == "failed"
+    assert set(states.values()) == {"passed"}
+    assert len(states) == len(gpu_check.TOOLS)
+
+
 # --- what is measured -------------------------------------------------------------------------
 
 
