@@ -58,14 +58,8 @@ class Ended(NamedTuple):
 
 
 class Check:
-    """One run: its deadline, its results, and the children at work.
-
-    Attributes:
-        folder: where results go.
-        scratch: where children's output goes until they have ended.
-        record: of ``gpu_check.json``.
-        tests: what is known of each test, by its pytest id.
-    """
+    """One run: its deadline, its children (whose output lies in ``scratch`` until they have ended),
+    the record of ``gpu_check.json``, and what is known of each test by its pytest id."""
 
     def __init__(self, scratch: Path, dry: bool, deadline: float) -> None:
         self.folder = self.scratch = scratch
@@ -83,11 +77,7 @@ class Check:
         }  # fmt: skip
 
     def keep_in(self, folder: Path) -> None:
-        """From here on results go into that folder.
-
-        Raises:
-            OSError: that is not possible.
-        """
+        """From here on results go into that folder; OSError where that is not possible."""
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("gpu_check*"):
             old.unlink()
@@ -98,8 +88,6 @@ class Check:
     @property
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
-
-    # --- children -------------------------------------------------------------------------------
 
     def start(self, command: Sequence[str], output: Path, **variables: str) -> subprocess.Popen:
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -160,8 +148,6 @@ class Check:
             if log.tell() < LARGEST_BYTES - LOG_BYTES:
                 log.write(f"\n== {name}: {' '.join(map(str, command))}\n{said}\n-- {took} s\n")
         return Ended(None if killed else code, killed, took, said)
-
-    # --- the record -----------------------------------------------------------------------------
 
     def note(self, name: str, status: str, seconds: float, message: str = "", **more: Any) -> None:
         """Adds a step to the record, which is on disk afterwards."""
@@ -231,9 +217,6 @@ def junit(tests: dict[str, dict[str, Any]]) -> str:
             said = ElementTree.SubElement(case, tag, message=text.strip().rpartition("\n")[2][:500])
             said.text = text[:most]
     return ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
-# --- the steps ------------------------------------------------------------------------------
 
 
 def stop(sentence: str) -> NoReturn:
@@ -325,16 +308,16 @@ def run_file(check: Check, file: Path, select: str, seconds: float) -> None:
         if test["outcome"] == "planned":
             test.update(outcome="not run", said="no time was left")
     counts = Counter(test["outcome"] for test in tests.values())
+    said = [", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())), message]
     if counts["failed"]:
         first = next(t for t in tests.values() if t["outcome"] == "failed")
-        words = first["said"].strip().splitlines() or [""]
-        words = f"{first['test'].rpartition('::')[2]}: {words[-1]}"
-        status, message = "failed", "; ".join(filter(None, [words, message]))
-    said = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
+        last = first["said"].strip().rpartition("\n")[2]
+        status = "failed"
+        said.insert(1, f"{first['test'].rpartition('::')[2]}: {last}")
     with check.lock:
         check.tests.update(tests)
     took = round(time.monotonic() - began, 1)
-    check.note(name, status, took, "; ".join(filter(None, [said, message])))
+    check.note(name, status, took, "; ".join(filter(None, said)))
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:
@@ -363,9 +346,7 @@ def compile_triton(check: Check, capability: Sequence[int]) -> list[subprocess.P
     after the other where they are launched, these would take most of the time. They see no GPU and
     yield to whatever else wants the processors."""
     many = 1 if check.dry else max(1, len(os.sched_getaffinity(0)) - 4)
-    select = (
-        "triton and repeat and float32" if check.dry else "triton and not large and not compile"
-    )
+    select = "triton and " + ("repeat and float32" if check.dry else "not large and not compile")
     command = [
         "nice", "-n", "19", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
         "--tb=no", "--confcutdir", str(GPU), "-k", select, str(GPU),

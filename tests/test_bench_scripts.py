@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,18 @@ def test_a_file_that_cannot_be_written_gets_a_sentence(script, monkeypatch, tmp_
     status, stored = run(monkeypatch, script, tmp_path / "no/p.json", "--budget", "0.001")
     assert (status, stored) == (2, None)
     assert "no/p.json" in capsys.readouterr().err
+
+
+def test_measuring_and_writing_need_no_msgspec(tmp_path):
+    program = f"""
+        import sys
+        sys.modules.update(dict.fromkeys(("msgspec", "tabulate", "tqdm", "jinja2")))
+        sys.path[:0] = [{str(SCRIPTS)!r}, {str(SCRIPTS.parent)!r}]
+        import fused, gpu_bench
+        from normnorm.bench import environment, results
+        device = gpu_bench.torch.device("cpu")
+        found = results.Results(environment=environment.before(device, 0))
+        results.save(found, {str(tmp_path / "found.json")!r})
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+    assert json.loads((tmp_path / "found.json").read_text())["format"] == "normnorm-bench"

@@ -310,18 +310,3 @@ def test_predictions_follow_the_device():
     gpu["name"] = "NVIDIA H100 80GB HBM3"
     assert gpu_summary.predicted_ms(row, gpu, []) == pytest.approx(0.0852, abs=1e-4)
     assert gpu_summary.predicted_ms(row, {**gpu, "name": "another"}, []) is None
-
-
-def test_measuring_and_writing_need_no_msgspec(tmp_path):
-    program = f"""
-        import sys
-        sys.modules.update(dict.fromkeys(("msgspec", "tabulate", "tqdm", "jinja2")))
-        sys.path[:0] = [{str(BENCHMARKS)!r}, {str(ROOT)!r}]
-        import gpu_bench, fused
-        from normnorm.bench import environment, results
-        device = gpu_bench.torch.device("cpu")
-        found = results.Results(environment=environment.before(device, 0))
-        results.save(found, {str(tmp_path / "found.json")!r})
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
-    assert json.loads((tmp_path / "found.json").read_text())["format"] == "normnorm-bench"
