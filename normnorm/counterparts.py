@@ -18,6 +18,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from normnorm import lazy, modules
+from normnorm.checks import check_transform
+from normnorm.eps import plain
 from normnorm.modules import _RunningNorm, _Transform
 from normnorm.registry import Registered, registered, registered_base
 from normnorm.sync import SyncBatchNormalNorm
@@ -211,8 +213,10 @@ def _holds(function: Any, module: nn.Module) -> bool:
 def _unfit(module: nn.Module) -> str | None:
     """What of a layer's numbers and tensors ours would refuse."""
     eps: Any = module.eps
-    if not eps > 0:
-        return f"eps must be positive; it is {eps}"
+    try:
+        check_transform(eps, 1.0, 2, 0.0)
+    except ValueError as error:
+        return str(error)
     for name in ("weight", "bias", "running_mean"):
         tensor = getattr(module, name, None)
         if tensor is not None and tensor.dtype not in _FLOATING:
@@ -226,7 +230,10 @@ def _shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     state = {k: value for k, value in vars(module).items() if not _is_own_method(k, module)}
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         state[name] = state[name].copy()
+    for name in ("eps", "_eps"):  # where a layer keeps it depends on its class
+        state.pop(name, None)
     vars(new).update(state)
+    new.eps = plain(module.eps)
     return new
 
 

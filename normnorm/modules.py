@@ -119,6 +119,7 @@ class _RunningNorm(_Transform, Loading):
     subclass by a plain BatchNorm without a word.
     """
 
+    _eps: float
     # While the statistics are frozen, the mode that train() has asked for; None otherwise.
     _frozen_mode: bool | None = None
 
@@ -155,13 +156,20 @@ class _RunningNorm(_Transform, Loading):
     @property
     def eps(self) -> float:  # type: ignore[override]
         """Added to the variance. A float that refuses to be added to a tensor
-        (:class:`normnorm.eps.Eps`); this package reads the plain one, ``self.__dict__["eps"]``."""
-        eps: Any = self.__dict__["eps"]
-        return Eps(eps, type(self).__name__) if isinstance(eps, float) else eps
+        (:class:`normnorm.eps.Eps`); the code of this package reads the plain ``_eps``."""
+        eps: Any = self._eps
+        return Eps(eps, type(self).__name__) if isinstance(eps, (int, float)) else eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self.__dict__["eps"] = plain(value)
+        self._eps = plain(value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module, but for an eps that is one: the next call refuses it, as any tensor."""
+        if name == "eps":
+            self.__dict__["_eps"] = param
+        else:
+            super().register_parameter(name, param)
 
     def train(self, mode: bool = True) -> Any:
         """As of any module; a layer with frozen statistics itself stays in evaluation mode."""
@@ -244,7 +252,7 @@ class _BatchNormalNorm(_RunningNorm):
             self.bias,
             own_statistics,
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             noise_train=self.noise_train if training else 0.0,
             alpha=self.alpha,
             order=self.order,
@@ -360,7 +368,7 @@ class _InstanceNormalNorm(_RunningNorm):
             self.bias,
             self.training or not self.track_running_stats,
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             training=self.training,
             **self._transform(),
             num_batches_tracked=self.num_batches_tracked,

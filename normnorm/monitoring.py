@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normnorm import annealing, reference, watched
 from normnorm.backends.reference import transforms_active
+from normnorm.checks import check_integer
 from normnorm.fused import AddLayerNormalNorm
 from normnorm.modules import (
     GroupNormalNorm,
@@ -224,11 +225,13 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
         elements: how many elements of a group to keep.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or a size no int.
         ValueError: no normality layer in the model, or a part that is too small to measure.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_integer("groups", groups)
+    check_integer("elements", elements)
     if groups < 1 or elements < 8:
         raise ValueError(
             "groups must be at least 1 and elements at least 8; "

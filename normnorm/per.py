@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from normnorm import watched
 from normnorm.autograd import forward_mode
 from normnorm.backends.reference import transforms_active
+from normnorm.checks import check_integer, check_number
 from normnorm.per_ops import ROOT_HALF, ROOT_TWO_OVER_PI, projected_error_of
 
 __all__ = ["PER", "per_loss"]
@@ -28,6 +29,16 @@ _BLOCK = 1 << 17
 _BLOCK_ON_GPU = 1 << 22
 # Sums that the programs of a GPU keep side by side; a processor's threads are added up as they end.
 _SUMS_ON_GPU = 1024
+
+
+def _check_directions(num_slices: int, generator: torch.Generator | None) -> None:
+    check_integer("num_slices", num_slices)
+    if num_slices < 1:
+        raise ValueError(f"num_slices must be positive; got {num_slices}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None; got {type(generator).__name__}"
+        )
 
 
 def per_loss(
@@ -56,19 +67,20 @@ def per_loss(
         a scalar, float32 or, of float64 activations, float64; of meta tensors a meta scalar.
 
     Raises:
-        TypeError: the activations are not floating point.
+        TypeError: the activations are no floating tensor, or another argument is of the wrong type.
         ValueError: there are no activations, or num_slices is not positive.
         RuntimeError: in the backward pass, if activation checkpointing drew other directions than
             the forward pass, as it does with a generator of one's own.
     """
+    if not isinstance(activations, Tensor):
+        raise TypeError(f"activations must be a tensor; got {type(activations).__name__}")
     if not activations.is_floating_point():
         raise TypeError(f"activations must be floating point; got {activations.dtype}")
     if activations.dim() == 0 or activations.numel() == 0:
         raise ValueError(
             f"activations must be (..., features), not empty; got {tuple(activations.shape)}"
         )
-    if num_slices < 1:
-        raise ValueError(f"num_slices must be positive; got {num_slices}")
+    _check_directions(num_slices, generator)
     vectors = activations.flatten(0, -2) if activations.dim() > 1 else activations.unsqueeze(0)
     dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
     if vectors.is_meta:  # no generator is on that device, nor is autocast
@@ -223,6 +235,8 @@ class PER:
         num_slices: int = 256,
         generator: torch.Generator | None = None,
     ) -> None:
+        check_number("weight", weight)
+        _check_directions(num_slices, generator)
         if not 0 <= weight < math.inf:
             raise ValueError(f"weight must be finite and not negative; got {weight}")
         chosen = watched.named_layers(model, layers)

@@ -204,7 +204,7 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
             self.weight,
             self.bias,
             self.momentum,
-            self.__dict__["eps"],
+            self._eps,
             **self._transform(),
             num_batches_tracked=buffers.get("num_batches_tracked"),
             process_group=self.process_group,

@@ -149,7 +149,7 @@ def test_eps_is_a_number_everywhere_else():
     exported = torch.export.export(layer, (X,)).module()
     assert torch.equal(exported(X), layer(X))
     with_it = normnorm.BatchNormalNorm2d(3, eps=layer.eps)
-    assert type(vars(with_it)["eps"]) is float
+    assert type(vars(with_it)["_eps"]) is float
     restored = nn.Sequential(layer)
     normnorm.restore_norms(restored)
     assert type(restored[0].eps) is float

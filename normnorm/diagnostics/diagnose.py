@@ -160,6 +160,7 @@ def diagnose(
         check_integer(name, value)
         if value < 1:
             raise ValueError(f"{name} must be positive; got {value}")
+    check_integer("seed", seed)
     chosen = capture.choose_layers(model, layers)
     watched = {
         name: _Watched(module, sample_size, channels, seed) for name, module in chosen.items()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normnorm.checks import check_integer, check_number
 from normnorm.diagnostics import capture
 
 __all__ = ["noise_robustness"]
@@ -43,8 +44,12 @@ def noise_robustness(
         finite, and a model whose output is not one tensor.
     """
     for scale in scales:
+        check_number("scales", scale)
         if not 0 <= scale < float("inf"):
             raise ValueError(f"scales must be finite and not negative; got {scale}")
+    check_integer("seed", seed)
+    if batches is not None:
+        check_integer("batches", batches)
     chosen = capture.choose_layers(model, layers)
     changes: dict[str, dict[float, list[float]]] = {
         name: {scale: [] for scale in scales} for name in chosen

@@ -34,15 +34,14 @@ class IteratedBatchNormalNorm2d(BatchNormalNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        eps: float = self.__dict__["eps"]
-        h, *_ = reference.standardize(input.float(), _DIMS, eps)
-        lmbda = estimate_lmbda(h, _DIMS, eps=eps, iterations=self.iterations)
+        h, *_ = reference.standardize(input.float(), _DIMS, self._eps)
+        lmbda = estimate_lmbda(h, _DIMS, eps=self._eps, iterations=self.iterations)
         output, statistics = reference.normal_norm(
             input,
             self.weight,
             self.bias,
             kind="batch",
-            eps=eps,
+            eps=self._eps,
             noise_train=self.noise_train,
             seed=draw_seed(input.device) if self.noise_train > 0 else None,
             lmbda=lmbda,
@@ -54,7 +53,7 @@ class IteratedBatchNormalNorm2d(BatchNormalNorm2d):
         count = input.numel() // input.size(1)
         fold_running_(
             statistics, mean, var, running_lmbda, self.num_batches_tracked, self.momentum, count,
-            eps, "reference",
+            self._eps, "reference",
         )  # fmt: skip
         return output
 
