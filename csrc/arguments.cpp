@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -78,6 +79,9 @@ void check_geometry(const TensorView& input, Config& c) {
 void check_numbers(const Config& c) {
   require(std::isfinite(c.eps) && c.eps > 0,
           [&] { return "eps must be positive and finite; got " + text(c.eps); });
+  require(c.eps >= FLT_MIN && c.eps <= FLT_MAX, [&] {
+    return "eps must lie between 1.1755e-38 and 3.4028e+38, what float32 holds in full; got " + text(c.eps);
+  });
   require(std::isfinite(c.alpha), [&] { return "alpha must be finite; got " + text(c.alpha); });
   require(c.order == 1 || c.order == 2,
           [&] { return "order must be 1 or 2; got " + std::to_string(c.order); });

@@ -39,6 +39,7 @@ __all__ = [
 KINDS = ("batch", "layer", "group", "instance")
 ACTIVATIONS = ("", "relu")
 _STRIDED = torch.strided
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -150,6 +151,10 @@ def check_transform(eps: float, alpha: float, order: int, transform_eps: float) 
     check_number("transform_eps", transform_eps)
     if not 0.0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite; got {eps}")
+    if not _LEAST <= eps <= _MOST:
+        raise ValueError(
+            f"eps must lie between 1.1755e-38 and 3.4028e+38, what float32 holds in full; got {eps}"
+        )
     if not -math.inf < alpha < math.inf:
         raise ValueError(f"alpha must be finite; got {alpha}")
     if order not in (1, 2):

@@ -150,7 +150,8 @@ def _merge(gathered: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Te
     variance = (squares + counts * (distance - shift).square()).sum(0) * share
     rest = pilot_low + shift
     rounded = (pilot_mean + rest).to(dtype).double()
-    merged = torch.stack([rounded, (pilot_mean - rounded) + rest, torch.rsqrt(variance + eps)])
+    rstd = reference.rstd_of(variance, eps, dtype)
+    merged = torch.stack([rounded, (pilot_mean - rounded) + rest, rstd])
     return count, merged.to(dtype)
 
 
@@ -313,7 +314,7 @@ def _differentiable(tensors: tuple[Any, ...], saved: _Saved, setup: _Setup) -> T
     u = input.to(stats.dtype)
     u = u - _spread(stats[Row.MEAN], u)
     u = u - mean(u)[0]
-    h = u * torch.rsqrt(mean(u.square())[0] + config.eps)
+    h = u * reference.rstd_of(mean(u.square())[0], config.eps, u.dtype)
     lmbda, _ = reference.newton_step(
         mean(*reference.newton_terms(h)), config.eps, config.alpha, config.order
     )

@@ -43,6 +43,15 @@ def _split_sign(h: Tensor) -> tuple[Tensor, Tensor]:
     return sign, h * sign
 
 
+def rstd_of(variance: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """``(variance + eps) ** -0.5``, NaN where ``dtype`` holds the variance as infinite.
+
+    The root's reciprocal is 0 there: values beyond the range would come out as zeros.
+    """
+    too_large = variance > torch.finfo(dtype).max
+    return torch.where(too_large, math.nan, torch.rsqrt(variance + eps))
+
+
 def standardize(
     u: Tensor, dim: tuple[int, ...], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,7 +68,7 @@ def standardize(
     centred = u - mean
     mean_low = centred.mean(dim, keepdim=True)
     centred = centred - mean_low
-    rstd = torch.rsqrt(centred.square().mean(dim, keepdim=True) + eps)
+    rstd = rstd_of(centred.square().mean(dim, keepdim=True), eps, u.dtype)
     return centred * rstd, mean, mean_low, rstd
 
 
@@ -154,7 +163,7 @@ def pack_running(
     """Running statistics of shape (C,) as a statistics tensor of shape (8, C)."""
     mean, var, lmbda = (s.to(dtype) for s in (running_mean, running_var, running_lmbda))
     zero = torch.zeros_like(mean)
-    return torch.stack([mean, zero, torch.rsqrt(var + eps), lmbda, zero, zero, zero, zero])
+    return torch.stack([mean, zero, rstd_of(var, eps, dtype), lmbda, zero, zero, zero, zero])
 
 
 def normal_norm(

@@ -923,3 +923,32 @@ def test_a_bad_value_spoils_its_own_group_alone(row, value, noise, backend):
     assert gradients[1][member].isnan().all()
     assert torch.equal(outputs[1][~member], outputs[0][~member])
     assert torch.equal(gradients[1][~member], gradients[0][~member])
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: normnorm.per_loss([1.0]), "activations must be a tensor; got list"),
+        (lambda: normnorm.per_loss(X, "2"), "num_slices must be a number; got '2'"),
+        (lambda: normnorm.per_loss(X, 2.0), "num_slices must be an int; got 2.0"),
+        (lambda: normnorm.per_loss(X, True), "num_slices must be an int; got True"),
+        (lambda: normnorm.per_loss(X, 2, 7), r"generator must be a torch\.Generator or None"),
+        (lambda: normnorm.PER(nn.Linear(2, 2), "", "1"), "weight must be a number; got '1'"),
+        (lambda: normnorm.PER(nn.Linear(2, 2), "", 1.0, 2.5), "num_slices must be an int; got 2.5"),
+        (
+            lambda: normnorm.monitor(normnorm.BatchNormalNorm1d(3), groups="8"),
+            "groups must be a number; got '8'",
+        ),
+        (
+            lambda: normnorm.monitor(normnorm.BatchNormalNorm1d(3), elements=8.5),
+            "elements must be an int; got 8.5",
+        ),
+        (lambda: F.yeo_johnson(X, "1"), "lmbda must be a number; got '1'"),
+        (lambda: F.yeo_johnson(X, torch.tensor(1j)), "lmbda must be real; got"),
+        (lambda: batch(eps=1e-60), "eps must lie between 1"),
+        (lambda: F.layer_normal_norm(X, X.shape[-1:], eps=1e39), "eps must lie between"),
+    ],
+)
+def test_arguments_beside_the_tensors_are_refused_in_sentences(call, sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence), call():
+        pass

@@ -623,16 +623,26 @@ def test_constant_and_broken_groups(kernels, rung):
     x[1] = 3.3
     x[2, 7] = float("nan")
     x[3, 8] = float("inf")
+    x[4] *= 1e20  # finite, and not its squares
     output, stats = call.forward(kernels)
     assert torch.equal(output[1], call.bias)
     assert stats[Row.LMBDA, 1] == 1
-    assert output[2].isnan().all()
-    assert output[3].isnan().all()
+    assert output[2:].isnan().all()
     assert output[0].isfinite().all()
-    assert output[4].isfinite().all()
     du, _, _ = call.backward(kernels, g, stats)
-    assert du[[0, 1, 4]].isfinite().all()
-    assert du[2].isnan().all()
+    assert du[:2].isfinite().all()
+    assert du[[2, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("rung", COLUMN_RUNGS)
+def test_a_column_beyond_the_range_is_nan(kernels, rung):
+    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_RUNGS[rung])
+    call.input[:, 1] *= 1e20
+    output, stats = call.forward(kernels)
+    du, _, _ = call.backward(kernels, g, stats)
+    for tensor in (output, du):
+        assert tensor[:, 1].isnan().all()
+        assert tensor[:, [0, *range(2, 16)]].isfinite().all()
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e6])
@@ -791,6 +801,9 @@ def test_running_statistics(kernels, dtype, momentum):
     assert torch.equal(packed[Row.MEAN], mean.to(packed.dtype))
     assert torch.equal(packed[Row.LMBDA], lmbda.to(packed.dtype))
     torch.testing.assert_close(packed[Row.RSTD], (var.to(packed.dtype) + eps).rsqrt())
+    var[0] = float("inf")
+    kernels.pack_running(arguments | {"stats": packed.data_ptr(), "groups": channels})
+    assert packed[Row.RSTD].isnan().tolist() == [True] + [False] * (channels - 1)
     assert not packed[[Row.MEAN_LOW, Row.NOISE_SCALE, Row.A, Row.D, Row.CURVATURE]].any()
 
 

@@ -351,6 +351,43 @@ def test_a_nan_or_infinity_stays_in_its_group(case, dtype, bad, backend, device)
             assert torch.equal(got[~inside], good[~inside]), f"{what} of another group"
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=_name)
+@pytest.mark.parametrize("case", NAN_CASES, ids=str)
+def test_values_whose_squares_overflow_are_nan_and_never_zeros(case, dtype, last, backend, device):
+    large = 1e160 if dtype == torch.float64 else 1e20
+    x = draw(case, "normal", 1, dtype, device) * large
+    if last and len(case.shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    weight, bias = draw_parameters(case, 1, dtype, device)
+    for noise in (0.0, 0.5):
+        x.requires_grad_()
+        y = case.apply(x, weight, bias, noise_train=noise, seed=2)
+        assert y.isnan().all()
+        assert torch.autograd.grad(y.sum(), x)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+def test_a_channel_beyond_the_range_is_nan_in_training_and_evaluation(dtype, backend, device):
+    layer = normnorm.BatchNormalNorm1d(3, noise_train=0.0).to(device)
+    x = torch.randn(64, 3, device=device) * torch.tensor([1.0, 1e20, 1e-20], device=device)
+    y = layer(x.to(dtype)).float()
+    assert y.isnan().all(0).tolist() == [False, True, False]
+    assert layer.running_var.isfinite().tolist() == [True, False, True]
+    layer.eval()
+    for variance in (math.inf, 1e39, 3e38):
+        layer.running_mean.zero_()
+        layer.running_lmbda.fill_(1.0)
+        layer.running_var = torch.tensor([1.0, variance, 1.0], dtype=torch.float64, device=device)
+        y = layer(x.to(dtype)).float()
+        if variance > torch.finfo(torch.float32).max:
+            assert y[:, 1].isnan().all()
+        else:
+            want = x.to(dtype).double()[:, 1] / variance**0.5
+            torch.testing.assert_close(y[:, 1].double(), want, rtol=1e-2, atol=1e-4)
+        assert y[:, [0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_nan_reaches_only_its_channels_running_statistics_and_gradients(bad, backend, device):
     for build, shape in (

@@ -305,6 +305,9 @@ def test_frozen_layers_and_inference(dtype, last):
         kept += [y, stats, *gradients, ops.infer(tensors[0], *NONE, *tensors[1:3], None, *infer)]
         again = ops.infer(tensors[0], *given, *tensors[1:3], None, *infer)
         assert torch.equal(again, y)
+    infinite = torch.full((5,), math.inf)
+    ops = backends.get("triton")
+    assert ops.infer(x, running[0], infinite, running[2], weight, bias, None, *infer).isnan().all()
     unit = torch.finfo(dtype).eps
     for got, want in zip(found, wanted, strict=True):
         scale = want.abs().max()
@@ -669,7 +672,7 @@ def test_offsets_beyond_31_bits_take_another_kernel_with_equal_results():
 @interpreted
 def test_a_bad_value_spoils_its_group_alone(how):
     case = Case("batch", (6, 4, 4, 4))
-    for bad in (float("nan"), float("inf")):
+    for bad in (float("nan"), float("inf"), 1e20):  # of the last the square is infinite
         for last in (False, True):
             x = draw(case, "normal", 3, torch.float32)
             x[2, 1, 0, 0] = bad

@@ -40,8 +40,15 @@ def finish_moments(mean, total, squares, inverse_count, eps, FAST: tl.constexpr)
     """(mean_low, rstd) from the sums of c and c^2 around the rounded mean."""
     low = total * inverse_count
     variance = squares * inverse_count - low * low
+    return low, rstd_of(variance, eps, FAST)
+
+
+@triton.jit
+def rstd_of(variance, eps, FAST: tl.constexpr):
+    """NaN of an infinite variance, whose root's reciprocal would make zeros of the group."""
     # no maximum: a NaN group must stay NaN
-    return low, fast_rsqrt(tl.where(variance < 0, 0.0, variance) + eps, FAST)
+    rstd = fast_rsqrt(tl.where(variance < 0, 0.0, variance) + eps, FAST)
+    return rstd + (variance - variance)
 
 
 @triton.jit

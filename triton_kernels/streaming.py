@@ -10,7 +10,7 @@ them up in between, and ``parts_given`` is 1.
 import triton
 import triton.language as tl
 
-from .core import absolute, fast_rsqrt, make_exponents, needs_care
+from .core import absolute, make_exponents, needs_care
 from .joined import activated, read_gradient, stored_sum, with_residual
 from .resident import load_constants, row
 from .rounds import (
@@ -27,6 +27,7 @@ from .rounds import (
     gradient_round,
     input_gradient,
     lambda_round,
+    rstd_of,
     transform_round,
 )
 from .walk import (
@@ -179,8 +180,7 @@ def stream_lambda(
     split = tl.program_id(0) % splits
     place = locate_group(tl.program_id(0) // splits, walk, S)
     _, mean, low, squares = merge_moments(moment_part, parts_given, place, walk, S)
-    variance = tl.where(squares < 0, 0.0, squares) * number(inverse_count, S)
-    rstd = fast_rsqrt(variance + number(eps, S), S.FAST)
+    rstd = rstd_of(squares * number(inverse_count, S), number(eps, S), S.FAST)
     note(stats, MEAN, mean, split, place, walk)
     note(stats, MEAN_LOW, low, split, place, walk)
     note(stats, RSTD, rstd, split, place, walk)
@@ -274,7 +274,7 @@ def frozen_constants(
     var = real(tl.load(running_var + place[2], mask=place[4], other=1.0), S)
     lmbda = real(tl.load(running_lmbda + place[2], mask=place[4], other=1.0), S)
     one = tl.full([], 1.0, var.dtype)
-    return mean, one / tl.sqrt(var + eps), lmbda, make_exponents(lmbda, transform_eps)
+    return mean, one / tl.sqrt(var + eps) + (var - var), lmbda, make_exponents(lmbda, transform_eps)
 
 
 @triton.jit

@@ -158,7 +158,7 @@ void prepare_stats(const Tensor& stats, const OptionalTensor& mean, const Option
       for (int64_t i = 0; i < kStatRows * groups; ++i) data[i] = static_cast<T>(0.0);
       for (int64_t i = 0; i < groups; ++i) {
         data[kMean * groups + i] = static_cast<T>(m[size_t(i)]);
-        data[kRstd * groups + i] = static_cast<T>(1.0 / std::sqrt(v[size_t(i)] + eps));
+        data[kRstd * groups + i] = static_cast<T>(1.0 / std::sqrt(v[size_t(i)] + eps)) + in_range(static_cast<T>(v[size_t(i)]));
         data[kLmbda * groups + i] = static_cast<T>(l[size_t(i)]);
       }
     }

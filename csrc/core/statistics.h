@@ -1,6 +1,8 @@
 // The statistics tensor that a forward pass saves and its backward pass reads: shape (kStatRows, groups).
 #pragma once
 
+#include "macros.h"
+
 namespace normnorm {
 
 enum StatRow : int {
@@ -14,5 +16,16 @@ enum StatRow : int {
   kCurvature = 7,   // Q, the denominator of the Newton step
   kStatRows = 8,
 };
+
+namespace {
+
+// 0, and NaN of a variance that Real holds as infinite. Added to kRstd, which would be 0: a group beyond the range comes
+// out as NaN and not as zeros.
+template <class Real>
+NN_HD Real in_range(Real variance) {
+  return variance - variance;
+}
+
+}  // namespace
 
 }  // namespace normnorm

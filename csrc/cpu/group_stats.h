@@ -38,7 +38,8 @@ class GroupStats {
   void set_moments(const Moments& m, double eps) {
     set(kMean, m.mean);
     set(kMeanLow, (m.mean - double(get(kMean))) + m.low);
-    set(kRstd, 1.0 / ::sqrt(m.m2 / m.count + eps));
+    const double variance = m.m2 / m.count;
+    set(kRstd, 1.0 / ::sqrt(variance + eps) + in_range(T(variance)));
   }
 
   // sums: the totals of lambda_terms() in their order

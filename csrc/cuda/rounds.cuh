@@ -23,7 +23,7 @@ __device__ inline Moments1<Real> finish_moments(Real mean, Real sum, Real square
   const Real low = sum * inverse_count;
   const Real variance = squares * inverse_count - low * low;
   // `< 0 ? 0` and not a maximum: a NaN group must stay NaN
-  return {mean, low, fast_rsqrt((variance < Real(0) ? Real(0) : variance) + eps)};
+  return {mean, low, fast_rsqrt((variance < Real(0) ? Real(0) : variance) + eps) + in_range(variance)};
 }
 
 template <class Real>

@@ -193,9 +193,9 @@ class ForwardGroup {
       team_.sum(total);
       const double distance = total[0] * a_.inverse_count_double, mean = first + distance;
       const double variance = total[1] * a_.inverse_count_double - distance * distance;
-      const Real rounded = Real(mean), low = Real(mean - rounded);
+      const Real rounded = Real(mean), low = Real(mean - rounded), nearest = Real(variance);
       pilot_ = pilot - rounded;
-      return {rounded, low, fast_rsqrt((variance < 0 ? Real(0) : Real(variance)) + a_.eps)};
+      return {rounded, low, fast_rsqrt((nearest < 0 ? Real(0) : nearest) + a_.eps) + in_range(nearest)};
     } else {
       Real total[1] = {pilot * count + sum};
       team_.sum(total);

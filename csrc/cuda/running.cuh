@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kRunningThreads) pack_running(const RunningSta
 #pragma unroll
   for (int row = 0; row < kStatRows; ++row) stats[row * r.row_stride] = Real(0);
   stats[kMean * r.row_stride] = Real(load_buffer(r.mean, channel));
-  stats[kRstd * r.row_stride] = Real(1.0 / ::sqrt(load_buffer(r.var, channel) + r.eps));
+  const double var = load_buffer(r.var, channel);
+  stats[kRstd * r.row_stride] = Real(1.0 / ::sqrt(var + r.eps)) + in_range(Real(var));
   stats[kLmbda * r.row_stride] = Real(load_buffer(r.lmbda, channel));
 }
 
