@@ -166,12 +166,20 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	@$(triton)
 	@touch $@
 
-# Beside the torch that is here, never in its place: torchvision 0.(n + 15) belongs to torch 2.n.
+# Beside the torch that is here, never in its place: torchvision 0.(n + 15) belongs to torch 2.n. Its
+# compiled part belongs to the build of torch too: where TORCH names an index, it comes from there.
 $(VENV)/.integrations: pyproject.toml | $(VENV)/.dev
 	$(SAY) 'installing the libraries that normnorm is tested with'
 	@$(PY) -c 'import torch; v = torch.__version__; n = int(v.split(".")[1]) + 15; \
 	    print(f"torch=={v}\ntorchvision==0.{n}.*")' >$(VENV)/constraints.txt
+	@$(if $(word 2,$(TORCH)),$(PIP) --constraint $(VENV)/constraints.txt \
+	    $(wordlist 2,$(words $(TORCH)),$(TORCH)) torchvision)
 	@$(PIP) --constraint $(VENV)/constraints.txt 'normnorm[integrations]'
+	@$(PY) -c 'import torchvision' >/dev/null 2>&1 || printf '%s\n' \
+	    'torchvision, and timm and the models of transformers with it, can be imported here by the' \
+	    'tests alone, which stand in for its compiled part: that is made for' \
+	    "another build of torch than $$($(PY) -c 'import torch; print(torch.__version__)')." \
+	    'README.md, "In models you already have", says where the right one is.'
 	@touch $@
 
 FORCE:

@@ -240,6 +240,8 @@ class _BatchNormalNorm(_RunningNorm):
         buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
         lmbda = buffers["running_lmbda"]
+        if lmbda is not None and lmbda.is_meta:
+            lmbda = self.running_lmbda  # where a checkpoint brought the other statistics, 1
         own_statistics = training or (mean is None and var is None)
         if training and not self.track_running_stats:
             mean = var = lmbda = None

@@ -195,6 +195,7 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
         check_noise_train(self.noise_train)
         if residual is not None:
             with_residual(input, residual)  # for what it refuses, before anything is sent
+        self._complete()
         buffers = self._buffers if self.track_running_stats else {}
         output = sync_batch_normal_norm(
             input,
