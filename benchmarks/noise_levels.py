@@ -1,0 +1,273 @@
+"""Which noise_train lets which kind of network learn: accuracies on handwritten digits.
+
+    python benchmarks/noise_levels.py [--networks NAME ...] [--output FILE]
+
+Every network is trained with its plain norms and with `replace_norms` at several weights of the
+noise, constant, falling to 0 or rising from 0; some are also trained with their plain norms first,
+converted, and trained on. AdamW and one cycle of the learning rate throughout. Needs scikit-learn,
+and torchvision for MobileNetV3 and EfficientNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import mean
+
+import study
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, relu
+
+import normnorm
+from normnorm.demo.data import Split, load_digits
+from normnorm.demo.nets import ConvNet, Transformer
+from normnorm.demo.train import accuracy
+
+BATCH = 64
+TUNING_EPOCHS = 3  # with a tenth of the learning rate
+OF_BATCH, OF_LAYER = (0.4, 0.2, 0.1, 0.05, 0.0), (1.0, 0.5, 0.25, 0.1, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One training run.
+
+    Attributes:
+        norms: how many norm layers the network has.
+        start: "scratch", or "trained": converted after it was trained with its plain norms.
+        noise_train: of all norm layers; None for the plain ones.
+        schedule: "constant", "falling" (linearly to 0) or "rising" (linearly from 0).
+        loss: the mean training loss of the last epoch, noise included.
+        accuracy: of the test images after the last epoch, percent.
+        accuracy_before: of a trained network before it is trained on.
+    """
+
+    network: str
+    norms: int
+    start: str
+    noise_train: float | None
+    schedule: str
+    seed: int
+    epochs: int
+    loss: float
+    accuracy: float
+    accuracy_before: float | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the comparison and how it is trained.
+
+    Attributes:
+        pixels: height and width that the images are scaled to, in three channels; 0 for the
+            digits as they are, (1, 8, 8).
+        levels: weights of the noise, the layers' default first.
+        annealed, tuned: whether schedules and the conversion of a trained network are tried.
+    """
+
+    build: Callable[[], nn.Module]
+    learning_rate: float
+    levels: tuple[float, ...] = OF_BATCH
+    epochs: int = 15
+    seeds: int = 3
+    pixels: int = 0
+    annealed: bool = False
+    tuned: bool = False
+
+
+class Residual(nn.Module):
+    """Two convolutions with batch norms and a skip connection around them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(*convolution(width, width), *convolution(width, width)[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(x + self.branch(x))
+
+
+def convolution(channels: int, width: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+    ]  # fmt: skip
+
+
+def head(width: int) -> list[nn.Module]:
+    return [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * width, 10)]
+
+
+def stack(layers: int, width: int = 16) -> nn.Module:
+    body = [part for _ in range(layers - 1) for part in convolution(width, width)]
+    return nn.Sequential(*convolution(1, width), *body, *head(width))
+
+
+def residual(blocks: int, width: int = 16) -> nn.Module:
+    body = [Residual(width) for _ in range(blocks)]
+    return nn.Sequential(*convolution(1, width), *body, *head(width))
+
+
+def mlp(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for features in (64, width):
+        layers += [nn.Linear(features, width), norm(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def transformer(depth: int) -> nn.Module:
+    return Transformer(nn.LayerNorm, (1, 8, 8), 10, (1, 8), 48, depth)
+
+
+def mobilenet() -> nn.Module:
+    from torchvision.models import mobilenet_v3_small
+
+    return mobilenet_v3_small(width_mult=0.5, num_classes=10)
+
+
+def efficientnet() -> nn.Module:
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+
+    stages = (
+        (1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+        (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1),
+    )  # fmt: skip
+    return EfficientNet([MBConvConfig(*s, width_mult=0.25) for s in stages], 0.2, num_classes=10)
+
+
+NETWORKS = {
+    "MLP, 2 batch norms": Network(lambda: mlp(nn.BatchNorm1d), 0.01),
+    "MLP, 2 layer norms": Network(lambda: mlp(nn.LayerNorm), 0.01, OF_LAYER, annealed=True),
+    "convolutions, 2 norms": Network(
+        lambda: ConvNet(nn.BatchNorm2d, (1, 8, 8), 10, (16, 32)), 0.01, tuned=True
+    ),
+    "convolutions, 16 norms": Network(lambda: stack(16), 0.003, annealed=True),
+    "convolutions, 32 norms": Network(lambda: stack(32), 0.003, seeds=2),
+    "residual convolutions": Network(lambda: residual(15), 0.003, seeds=2),
+    "transformer, 2 blocks": Network(
+        lambda: transformer(2), 0.003, OF_LAYER, annealed=True, tuned=True
+    ),
+    "transformer, 6 blocks": Network(lambda: transformer(6), 0.003, OF_LAYER, seeds=2),
+    "MobileNetV3-small x0.5": Network(
+        mobilenet, 0.002, epochs=10, seeds=2, pixels=32, annealed=True, tuned=True
+    ),
+    "EfficientNet-B0 x0.25": Network(efficientnet, 0.002, epochs=10, seeds=2, pixels=32),
+}
+
+
+def scaled(split: Split, pixels: int) -> Split:
+    def of(images: Tensor) -> Tensor:
+        larger = interpolate(images, size=(pixels, pixels), mode="bilinear")
+        return larger.expand(-1, 3, -1, -1).contiguous()
+
+    return replace(split, train_images=of(split.train_images), test_images=of(split.test_images))
+
+
+def train(
+    network: nn.Module, split: Split, seed: int, epochs: int, rate: float,
+    noise_train: float | None, schedule: str = "constant",
+) -> float:  # fmt: skip
+    """Trains in place; the mean loss of the last epoch."""
+    if noise_train is not None:
+        normnorm.replace_norms(network, noise_train=noise_train)
+    noisy = [module for module in network.modules() if hasattr(module, "noise_train")]
+    torch.manual_seed(seed)
+    order = torch.Generator().manual_seed(seed)
+    count = len(split.train_images) // BATCH * BATCH
+    steps = epochs * count // BATCH
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    network.train()
+    losses: list[float] = []
+    for _ in range(epochs):
+        for batch in torch.randperm(len(split.train_images), generator=order)[:count].split(BATCH):
+            if schedule != "constant":
+                passed = len(losses) / steps
+                share = passed if schedule == "rising" else 1 - passed
+                for module in noisy:
+                    module.noise_train = noise_train * share
+            loss = cross_entropy(network(split.train_images[batch]), split.train_labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            cycle.step()
+            losses.append(loss.item())
+    return mean(losses[-count // BATCH :])
+
+
+def measure(name: str, seed: int) -> list[Row]:
+    kind, rows = NETWORKS[name], []
+    split = load_digits(seed)
+    if kind.pixels:
+        split = scaled(split, kind.pixels)
+    torch.manual_seed(seed)
+    fresh = kind.build()
+    norms = sum("Norm" in type(module).__name__ for module in fresh.modules())
+
+    def run(
+        noise: float | None, schedule: str = "constant", trained: nn.Module | None = None
+    ) -> nn.Module:
+        network = copy.deepcopy(trained or fresh)
+        epochs, rate, before = kind.epochs, kind.learning_rate, None
+        if trained is not None:
+            epochs, rate = TUNING_EPOCHS, rate / 10
+            before = accuracy(network, split.test_images, split.test_labels)
+        began = time.process_time()
+        loss = train(network, split, seed, epochs, rate, noise, schedule)
+        row = Row(
+            network=name, norms=norms, start="trained" if trained else "scratch",
+            noise_train=noise, schedule=schedule, seed=seed, epochs=epochs, loss=loss,
+            accuracy=accuracy(network, split.test_images, split.test_labels),
+            accuracy_before=before,
+        )  # fmt: skip
+        rows.append(row)
+        print(f"{row}, {time.process_time() - began:.1f} s", file=sys.stderr, flush=True)
+        return network
+
+    plain = run(None)
+    for noise in kind.levels:
+        run(noise)
+    if kind.annealed:
+        for schedule in ("falling", "rising"):
+            run(kind.levels[0], schedule)
+    if kind.tuned:
+        for tuning in (None, *kind.levels):
+            run(tuning, trained=plain)
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    runs: dict[tuple[str, str, str], dict[float | None, list[float]]] = {}
+    for r in rows:
+        of = runs.setdefault((r.network, r.start, r.schedule), {})
+        of.setdefault(r.noise_train, []).append(r.accuracy)
+    lines = ["| network | start | noise | accuracy %, mean over seeds, by noise_train |"]
+    lines.append("| --- | --- | --- | --- |")
+    for names, levels in runs.items():
+        cells = (
+            f"{'plain' if noise is None else noise}: {mean(found):.1f}"
+            for noise, found in levels.items()
+        )
+        lines.append(f"| {' | '.join(names)} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    study.add_output(parser)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    def rows() -> list[Row]:
+        runs = [(name, seed) for name in options.networks for seed in range(NETWORKS[name].seeds)]
+        return [row for run in runs for row in measure(*run)]
+
+    return study.run("noise_levels", options, rows, table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
