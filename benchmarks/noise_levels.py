@@ -145,16 +145,18 @@ NETWORKS = {
         lambda: ConvNet(nn.BatchNorm2d, (1, 8, 8), 10, (16, 32)), 0.01, tuned=True
     ),
     "convolutions, 16 norms": Network(lambda: stack(16), 0.003, annealed=True),
-    "convolutions, 32 norms": Network(lambda: stack(32), 0.003, seeds=2),
-    "residual convolutions": Network(lambda: residual(15), 0.003, seeds=2),
+    "convolutions, 32 norms": Network(lambda: stack(32), 0.003, epochs=10, seeds=2),
+    "residual convolutions": Network(lambda: residual(15), 0.003, epochs=10, seeds=2),
     "transformer, 2 blocks": Network(
         lambda: transformer(2), 0.003, OF_LAYER, annealed=True, tuned=True
     ),
     "transformer, 6 blocks": Network(lambda: transformer(6), 0.003, OF_LAYER, seeds=2),
     "MobileNetV3-small x0.5": Network(
-        mobilenet, 0.002, epochs=10, seeds=2, pixels=32, annealed=True, tuned=True
+        mobilenet, 0.002, epochs=8, seeds=2, pixels=32, annealed=True, tuned=True
     ),
-    "EfficientNet-B0 x0.25": Network(efficientnet, 0.002, epochs=10, seeds=2, pixels=32),
+    "EfficientNet-B0 x0.25": Network(
+        efficientnet, 0.002, (0.4, 0.1, 0.05), epochs=8, seeds=2, pixels=32
+    ),
 }
 
 

@@ -191,7 +191,7 @@ def test_without_its_packages_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        'normnorm bench needs msgspec, tqdm: pip install "normnorm[bench]"'
+        'normnorm bench: needs msgspec, tqdm: pip install "normnorm[bench]"'
     )
 
 
@@ -338,7 +338,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_what_stood_there(monkeypatch, 
         "--quick", "--shape", "8x32", "--layers", "LayerNormalNorm", "--providers", "torch",
         "--device", "cpu", "--budget", "0.01", "--json", path,
     )  # fmt: skip
-    assert status == 1
+    assert status == 130
     assert path.read_bytes() == before
     kept = load(tmp_path / "long.json.partial")
     assert not kept.complete

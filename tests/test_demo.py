@@ -291,7 +291,7 @@ def test_a_missing_extra_is_named(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    assert cli.main(["demo", "--quick"]) == 1
+    assert cli.main(["demo", "--quick"]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert module.replace("sklearn", "scikit-learn") in sentence
     assert 'pip install "normnorm[demo]"' in sentence
@@ -326,12 +326,12 @@ def test_bad_arguments(
 
 def test_a_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 1
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
     assert "cannot write to" in capsys.readouterr().err
 
 
 def test_data_dir_without_cifar10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", "--quick", "--data-dir", str(tmp_path)]) == 1
+    assert cli.main(["demo", "--quick", "--data-dir", str(tmp_path)]) == 2
     assert "--data-dir is for --dataset cifar10" in capsys.readouterr().err
 
 
@@ -340,7 +340,7 @@ def test_cifar10_without_torchvision(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    assert cli.main(["demo", "--quick", "--dataset", "cifar10"]) == 1
+    assert cli.main(["demo", "--quick", "--dataset", "cifar10"]) == 2
     assert "pip install torchvision" in capsys.readouterr().err
 
 
@@ -458,7 +458,7 @@ def test_absent_cifar10_names_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["demo", "--quick", "--dataset", "cifar10", "--data-dir", str(tmp_path / "none")]
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     sentence = capsys.readouterr().err
     assert "download=True" in sentence
     assert str(tmp_path / "none") in sentence

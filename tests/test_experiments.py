@@ -314,7 +314,7 @@ def test_a_sweep_trains_every_combination_once(
         files = [path.name.split(".")[0] for path in (tmp_path / name).iterdir()]
         assert sorted(files) == ["checkpoint", "events", "metrics"]
     assert cli.main([*words, *swept]) == 2
-    assert "holds a run already; --resume goes on with it" in capsys.readouterr().err
+    assert "6 of 6 runs are there already; --resume goes on with them" in capsys.readouterr().err
 
 
 def test_the_papers_recipes() -> None:

@@ -16,10 +16,11 @@ Importing this package needs torch alone; what it runs with is looked for in :fu
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from normnorm.commands import CommandError
 
 __all__ = ["add_arguments", "missing_packages", "run"]
 
@@ -134,21 +135,16 @@ def run(args: argparse.Namespace) -> int:
         args: what a parser with :func:`add_arguments` returned.
 
     Returns:
-        0; 1 where a provider failed or gave wrong numbers, or something became slower; 2 for
-        something that cannot be measured or read. A sentence on stderr says which.
+        0; 1 where a provider failed or gave wrong numbers, or something became slower. A sentence
+        on stderr says which.
+
+    Raises:
+        CommandError: something cannot be measured, read or written, or a package is missing.
+        KeyboardInterrupt: with what is kept, and where.
     """
     missing = missing_packages(*_EXTRAS, *(_PLOT_EXTRAS if args.png else ()))
     if missing:
-        print(
-            f'normnorm bench needs {", ".join(missing)}: pip install "normnorm[bench]"',
-            file=sys.stderr,
-        )
-        return 2
-    from normnorm.bench.main import UsageError, bench, compare
-    from normnorm.bench.results import ResultsError
+        raise CommandError(f'needs {", ".join(missing)}: pip install "normnorm[bench]"')
+    from normnorm.bench.main import bench, compare
 
-    try:
-        return compare(args) if args.action == "compare" else bench(args)
-    except (UsageError, ResultsError) as error:
-        print(f"normnorm bench: {error}", file=sys.stderr)
-        return 2
+    return compare(args) if args.action == "compare" else bench(args)

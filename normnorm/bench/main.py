@@ -149,6 +149,7 @@ def bench(args: argparse.Namespace) -> int:
     Raises:
         UsageError: the options make no sense; nothing was measured.
         ResultsError: a file could not be written.
+        KeyboardInterrupt: with the file that holds what was measured, if one was asked for.
     """
     plan = make_plan(args)
     with _threads(args.threads):
@@ -157,18 +158,18 @@ def bench(args: argparse.Namespace) -> int:
             _measure_all(run)
         except KeyboardInterrupt:
             run.finish(complete=False)
-            print(text(run.results), end="")
+            where = ""
             if "json" in plan.outputs:
                 partial = _partial(plan.outputs["json"])
                 save(run.results, partial)
-                where = f"; what was measured is in {partial}"
-            else:
-                where = ""
-            print(f"normnorm bench: interrupted{where}", file=sys.stderr)
-            return 1
+                where = f"what was measured is in {partial}"
+            print(text(run.results), end="")
+            raise KeyboardInterrupt(where) from None
         run.finish(complete=True)
-    print(text(run.results), end="")
-    _write(run.results, plan.outputs)
+    try:  # first the files: nobody may be reading what is printed
+        _write(run.results, plan.outputs)
+    finally:
+        print(text(run.results), end="")
     return 1 if run.results.problems else 0
 
 

@@ -24,6 +24,7 @@ from normnorm.bench.work import (
     named_shapes,
     preset,
 )
+from normnorm.commands import CommandError, check_output, usable_device
 
 __all__ = ["Plan", "UsageError", "make_plan"]
 
@@ -31,7 +32,7 @@ __all__ = ["Plan", "UsageError", "make_plan"]
 _ONLY_FULL = ("normnorm-reference",)
 
 
-class UsageError(ValueError):
+class UsageError(CommandError):
     """Something that cannot be measured, as a sentence for the user."""
 
 
@@ -94,19 +95,9 @@ def _chosen(given: Sequence[str] | None, known: Collection[str], what: str) -> l
 
 
 def _device(text: str | None) -> torch.device:
-    if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if text is not None and text.split(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"--device must be cpu or cuda; got {text!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {text}: torch sees no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {text}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
+    return usable_device(text, backend=False)  # every provider chooses its own
 
 
 def _providers(args: argparse.Namespace, device: torch.device, size: Preset) -> list[str]:
@@ -199,10 +190,10 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
         if name == "png":
             if path.exists() and not path.is_dir():
                 raise UsageError(f"--png {path} is a file; a folder's name is wanted")
-        elif path.is_dir():
-            raise UsageError(f"--{name} {path} is a folder; a file's name is wanted")
-        if not resolved.parent.is_dir():
-            raise UsageError(f"--{name} {path}: there is no folder {resolved.parent}")
+            if not resolved.parent.is_dir():
+                raise UsageError(f"--png {path}: there is no folder {resolved.parent}")
+        else:
+            check_output(f"--{name}", path)
     return outputs
 
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normnorm.bench import missing_packages
+from normnorm.commands import CommandError
 
 if TYPE_CHECKING:
     from normnorm.bench.results import Results
@@ -65,23 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Renders; the exit status: 0, or 2 where something could not be read or written, which a
-    sentence on stderr names."""
+    """Renders; the exit status, 0.
+
+    Raises:
+        CommandError: something cannot be read or written, or a package is missing.
+    """
     missing = missing_packages(*_EXTRAS)
     if missing:
-        print(
-            f'normnorm report needs {", ".join(missing)}: pip install "normnorm[bench]"',
-            file=sys.stderr,
-        )
-        return 2
-    from normnorm.bench.results import ResultsError
-
-    try:
-        for path in _render(args):
-            print(f"wrote {path}")
-    except ResultsError as error:
-        print(f"normnorm report: {error}", file=sys.stderr)
-        return 2
+        raise CommandError(f'needs {", ".join(missing)}: pip install "normnorm[bench]"')
+    for path in _render(args):
+        print(f"wrote {path}")
     return 0
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from normnorm.commands import CommandError
+
 __all__ = [
     "FORMAT",
     "LANES",
@@ -48,7 +50,7 @@ Status = Literal["ok", "wrong", "failed", "unavailable"]
 Method = Literal["wall", "graph", "stream"]
 
 
-class ResultsError(ValueError):
+class ResultsError(CommandError):
     """A result file that cannot be read or written; its text is a sentence for the user."""
 
 

@@ -10,9 +10,10 @@ Importing this package needs torch alone; what it runs with is looked for in :fu
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+from normnorm.commands import CommandError
 
 __all__ = ["add_arguments", "run"]
 
@@ -69,21 +70,15 @@ def run(args: argparse.Namespace) -> int:
         args: what a parser with :func:`add_arguments` returned.
 
     Returns:
-        0; 1 where a package or the data are missing, or an accuracy falls short
-        (:func:`normnorm.demo.results.judge`). A sentence on stderr says which.
+        0; 1 where an accuracy falls short (:func:`normnorm.demo.results.judge`), which a sentence
+        on stderr says.
+
+    Raises:
+        CommandError: a package, the data or the folder for the results cannot be had.
     """
     missing = [name for module, name in _EXTRAS.items() if find_spec(module) is None]
     if missing:
-        print(
-            f'normnorm demo needs {", ".join(missing)}: pip install "normnorm[demo]"',
-            file=sys.stderr,
-        )
-        return 1
-    from normnorm.demo.data import DemoError
+        raise CommandError(f'needs {", ".join(missing)}: pip install "normnorm[demo]"')
     from normnorm.demo.main import compare
 
-    try:
-        return compare(args)
-    except DemoError as error:
-        print(f"normnorm demo: {error}", file=sys.stderr)
-        return 1
+    return compare(args)

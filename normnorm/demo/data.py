@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normnorm.commands import CommandError
+
 __all__ = ["DemoError", "Split", "load_cifar10", "load_digits"]
 
 _TEST_SHARE = 0.25
 
 
-class DemoError(Exception):
+class DemoError(CommandError):
     """A sentence for the user: why the demonstration cannot run."""
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import normnorm
+from normnorm.commands import check_folder, check_output, usable_device
 from normnorm.demo.data import DemoError, Split, load_cifar10, load_digits
 from normnorm.demo.environment import environment
 from normnorm.demo.nets import ConvNet, Norm, Transformer
@@ -26,6 +27,8 @@ from normnorm.demo.results import Comparison, Results, judge, table, to_json
 from normnorm.demo.train import Build, Recipe, step_seconds, train
 
 __all__ = ["compare"]
+
+_NUMBERS, _PLOT = "results.json", "results.png"
 
 
 def _conv_net(*widths: int) -> Build:
@@ -162,10 +165,10 @@ def _torch_settings(threads: int) -> Iterator[None]:
 
 def _make_folder(wanted: Path | None) -> Path:
     folder = wanted or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"cannot write to {folder}: {error.strerror or error}") from None
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (_NUMBERS, _PLOT):
+        check_output("--out", folder / name)
     return folder
 
 
@@ -186,7 +189,7 @@ def _report(
         f"{_counted(len(splits), 'seed')}, {train_count} training and {test_count} test images, "
         f"backend {around['backend']}, {_counted(around['threads'], 'thread')}"
     )
-    (folder / "results.json").write_text(
+    (folder / _NUMBERS).write_text(
         json.dumps(
             {
                 "dataset": args.dataset,
@@ -204,12 +207,12 @@ def _report(
         )
         + "\n"
     )
-    draw(comparisons, f"{dataset.title}: {summary}", folder / "results.png")
+    draw(comparisons, f"{dataset.title}: {summary}", folder / _PLOT)
     print(f"\n{table(comparisons)}\n\n{dataset.title}\n{summary}; {seconds:.0f} s")
     print("accuracy: on the test images after the last epoch, mean and standard error over seeds")
     print("Q-Q R^2: of the last norm layer's groups on test images, before the affine map, against")
     print("the normal; beside it what samples of the normal itself, as large as a group, have")
-    print(f"Plot and numbers: {folder / 'results.png'}, {folder / 'results.json'}")
+    print(f"Plot and numbers: {folder / _PLOT}, {folder / _NUMBERS}")
     for failure in failures:
         print(f"normnorm demo: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -219,8 +222,9 @@ def compare(args: argparse.Namespace) -> int:
     """Trains every pair over every seed and reports; the exit status.
 
     Raises:
-        DemoError: the data or the folder for the results cannot be had.
+        CommandError: the data, the folder for the results or the backend cannot be had.
     """
+    usable_device("cpu")
     dataset = _DATASETS[args.dataset]
     count = args.seeds or (1 if args.quick else dataset.seeds)
     pairs = _pairs(dataset, args.epochs or (1 if args.quick else None))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normnorm.experiments.datasets import DATASETS
+from normnorm.experiments.libraries import ExperimentError
 from normnorm.experiments.nets import MODELS
 from normnorm.experiments.norms import make_norm
 
@@ -59,30 +60,30 @@ class Experiment:
     limit: int | None = None
 
     def check(self) -> None:
-        """Raises ValueError with a sentence for the first choice that means nothing."""
+        """Raises ExperimentError with a sentence for the first choice that means nothing."""
         if self.dataset != "digits" and self.dataset not in DATASETS:
-            raise ValueError(
+            raise ExperimentError(
                 f"dataset must be one of digits, {', '.join(DATASETS)}; got '{self.dataset}'"
             )
         if self.model not in MODELS:
-            raise ValueError(f"model must be one of {', '.join(MODELS)}; got '{self.model}'")
+            raise ExperimentError(f"model must be one of {', '.join(MODELS)}; got '{self.model}'")
         make_norm(
             self.norm, MODELS[self.model].tokens, alpha=self.alpha, noise_train=self.noise_train
         )
         if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"optimizer must be sgd or adamw; got '{self.optimizer}'")
+            raise ExperimentError(f"optimizer must be sgd or adamw; got '{self.optimizer}'")
         if self.amp not in ("none", "bfloat16", "float16"):
-            raise ValueError(f"amp must be none, bfloat16 or float16; got '{self.amp}'")
+            raise ExperimentError(f"amp must be none, bfloat16 or float16; got '{self.amp}'")
         for name in ("epochs", "batch_size", "per_slices", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive; got {value}")
+                raise ExperimentError(f"{name} must be positive; got {value}")
         for name in ("momentum", "weight_decay", "step_epochs", "per_weight", "gamma"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative; got {value}")
+                raise ExperimentError(f"{name} must be finite and not negative; got {value}")
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+            raise ExperimentError(f"learning_rate must be positive; got {self.learning_rate}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

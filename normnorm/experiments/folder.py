@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 import normnorm
+from normnorm.commands import CommandError, check_folder, check_output
 from normnorm.experiments.config import Experiment
 from normnorm.experiments.libraries import ExperimentError
-from normnorm.experiments.trainer import Epoch, Trainer
+from normnorm.experiments.trainer import Epoch, Trainer, read_checkpoint
 from normnorm.experiments.world import World
 
-__all__ = ["Options", "folder_name", "read_epochs", "run"]
+__all__ = ["Options", "check", "folder_name", "read_epochs", "run"]
 
 METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
 
@@ -59,6 +61,50 @@ def folder_name(experiment: Experiment) -> str:
     return "-".join([*words, f"seed{experiment.seed}"])
 
 
+def check(experiments: Sequence[Experiment], options: Options, world: World) -> None:
+    """Refuses a sweep that could not be carried out to its end, before any of it is.
+
+    Raises:
+        ExperimentError: folders hold runs already and ``resume`` was not asked for, or a checkpoint
+            of another experiment; two runs would share a folder; something else is in the way; or
+            TensorBoard is missing.
+    """
+    problem = ""
+    if world.first:  # which decides for all: it is about to make the folders
+        try:
+            _check(experiments, options, world)
+        except CommandError as error:
+            problem = str(error)
+    if any(world.total(bool(problem))):
+        raise ExperimentError(problem or "the first process says what cannot be done")
+
+
+def _check(experiments: Sequence[Experiment], options: Options, world: World) -> None:
+    folders = [options.out / folder_name(experiment) for experiment in experiments]
+    shared = [str(folder) for folder, times in Counter(folders).items() if times > 1]
+    if shared:
+        raise ExperimentError(
+            f"several of these runs would share the folder {', '.join(shared)}, whose name has six "
+            "digits of each number"
+        )
+    if options.tensorboard:
+        _summary_writer()
+    for folder in folders:
+        check_folder(folder)
+        for name in (METRICS, CHECKPOINT):
+            if folder.exists():
+                check_output("--out", folder / name)
+    there = [str(folder) for folder in folders if (folder / METRICS).exists()]
+    if there and not options.resume:
+        raise ExperimentError(
+            f"{len(there)} of {len(folders)} runs are there already; --resume goes on with them, "
+            f"another --out keeps them: {', '.join(there)}"
+        )
+    for folder, experiment in zip(folders, experiments, strict=True):
+        if (folder / CHECKPOINT).exists():
+            read_checkpoint(folder / CHECKPOINT, experiment, world)
+
+
 def run(experiment: Experiment, options: Options, world: World, hidden: bool = False) -> Trainer:
     """Trains one experiment in its folder.
 
@@ -77,21 +123,16 @@ def run(experiment: Experiment, options: Options, world: World, hidden: bool = F
             of another experiment, or data are missing.
         ValueError: the experiment means nothing.
     """
+    check([experiment], options, world)
     trainer = Trainer(experiment, options.data, world, options.workers)
     folder = options.out / folder_name(experiment)
     checkpoint = folder / CHECKPOINT
-    # The first process decides for all: it is about to make the folder.
-    there = world.first and (folder / METRICS).exists() and not options.resume
-    if any(world.total(there)):
-        raise ExperimentError(
-            f"{folder} holds a run already; --resume goes on with it, another --out keeps it"
-        )
     if options.resume and checkpoint.exists():
         trainer.resume(checkpoint)
     if world.first:
         folder.mkdir(parents=True, exist_ok=True)
         _keep_epochs(folder / METRICS, experiment, trainer.epoch)
-    writer = _tensorboard(folder) if options.tensorboard and world.first else None
+    writer = _summary_writer()(str(folder)) if options.tensorboard and world.first else None
     bar = tqdm(
         total=experiment.epochs * trainer.steps,
         initial=trainer.epoch * trainer.steps + trainer.step,
@@ -173,7 +214,7 @@ def _is_kept(line: str, epochs: int) -> bool:
         return False
 
 
-def _tensorboard(folder: Path) -> Any:
+def _summary_writer() -> Callable[[str], Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -181,4 +222,4 @@ def _tensorboard(folder: Path) -> Any:
             "--tensorboard needs TensorBoard, which is not installed: pip install tensorboard"
         ) from None
     writer: Callable[[str], Any] = SummaryWriter
-    return writer(str(folder))
+    return writer

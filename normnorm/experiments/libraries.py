@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from normnorm.commands import CommandError
+
 __all__ = ["ExperimentError", "torchvision_datasets", "torchvision_models"]
 
 
-class ExperimentError(Exception):
+class ExperimentError(CommandError):
     """A sentence for the user: why an experiment cannot run."""
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
-
-from normnorm.demo.data import DemoError
 
 __all__ = ["add_arguments", "run"]
 
@@ -56,23 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains; 0, or 2 with a sentence for what cannot be done."""
-    from normnorm.experiments.libraries import ExperimentError
+    """Trains; 0.
 
-    try:
-        _train(arguments)
-    except ModuleNotFoundError as error:
-        sentence = f"{error.name} is not installed: pip install 'normnorm[experiments]'"
-    except (ExperimentError, DemoError, ValueError) as error:
-        sentence = str(error)
-    else:
-        return 0
-    print(f"normnorm train: {sentence}", file=sys.stderr)
-    return 2
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    from normnorm.experiments.folder import Options, run
+    Raises:
+        CommandError: something cannot be done, which is said before anything is trained.
+        KeyboardInterrupt: with what goes on from there.
+    """
+    from normnorm.experiments.folder import Options, check, run
     from normnorm.experiments.world import joined
 
     experiments = list(_experiments(arguments))
@@ -87,10 +74,17 @@ def _train(arguments: argparse.Namespace) -> None:
         tensorboard=arguments.tensorboard,
     )
     with joined(arguments.device) as world:
-        for experiment in experiments:
-            run(experiment, options, world)
-            if world.first:
-                print(_line(experiment, options))
+        check(experiments, options, world)
+        try:
+            for experiment in experiments:
+                run(experiment, options, world)
+                if world.first:
+                    print(_line(experiment, options))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"the same command with --resume goes on from the checkpoints in {options.out}"
+            ) from None
+    return 0
 
 
 def _experiments(arguments: argparse.Namespace) -> Any:

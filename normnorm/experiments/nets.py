@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from normnorm.demo.nets import ConvNet, Transformer
-from normnorm.experiments.libraries import torchvision_models
+from normnorm.experiments.libraries import ExperimentError, torchvision_models
 from normnorm.experiments.wide_resnet import WideResNet
 
 __all__ = ["MODELS", "Net", "Norm"]
@@ -60,7 +60,7 @@ def _vit(layers: int, width: int, heads: int) -> Callable[..., nn.Module]:
     def build(norm: Norm, image: tuple[int, int, int], classes: int) -> nn.Module:
         channels, height, width_ = image
         if height != width_:
-            raise ValueError(f"the vision transformer takes square images; got {image}")
+            raise ExperimentError(f"the vision transformer takes square images; got {image}")
         patch = 4 if height <= _SMALL else 16
         network = torchvision_models().VisionTransformer(
             image_size=height, patch_size=patch, num_layers=layers, num_heads=heads,

@@ -11,6 +11,7 @@ from torch import nn
 from normnorm import modules
 from normnorm.experiments.decorrelated import DecorrelatedBatchNorm2d
 from normnorm.experiments.iterated import IteratedBatchNormalNorm2d
+from normnorm.experiments.libraries import ExperimentError
 
 __all__ = ["CONVOLUTIONAL", "NORMS", "TOKENS", "make_norm", "noise_and_alpha_apply"]
 
@@ -85,22 +86,22 @@ def make_norm(
         alpha, noise_train: for the normality layers; None for the layer's own default.
 
     Raises:
-        ValueError: no norm has that name, the network cannot use it, or a plain layer was given
-            an alpha or a noise_train.
+        ExperimentError: no norm has that name, the network cannot use it, or a plain layer was
+            given an alpha or a noise_train.
     """
     if name not in NORMS:
-        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got '{name}'")
+        raise ExperimentError(f"norm must be one of {', '.join(NORMS)}; got '{name}'")
     table = TOKENS if tokens else CONVOLUTIONAL
     if name not in table:
         kind = "tokens" if tokens else "images"
-        raise ValueError(
+        raise ExperimentError(
             f"norm '{name}' does not normalize {kind}; this model takes {', '.join(table)}"
         )
     if alpha is not None and name.startswith("batchnormal-"):
-        raise ValueError(f"norm '{name}' has no alpha: it takes whole Newton steps")
+        raise ExperimentError(f"norm '{name}' has no alpha: it takes whole Newton steps")
     given = {"alpha": alpha, "noise_train": noise_train}
     options = {key: value for key, value in given.items() if value is not None}
     if options and not noise_and_alpha_apply(name):
-        raise ValueError(f"norm '{name}' has no {' and no '.join(options)}")
+        raise ExperimentError(f"norm '{name}' has no {' and no '.join(options)}")
     make = table[name]
     return lambda num_features: make(num_features, **options)

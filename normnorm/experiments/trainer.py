@@ -25,7 +25,7 @@ from normnorm.experiments.norms import make_norm
 from normnorm.experiments.world import World
 from normnorm.per import PER
 
-__all__ = ["Epoch", "Trainer"]
+__all__ = ["Epoch", "Trainer", "read_checkpoint"]
 
 _EVALUATION_BATCH = 500
 _NO_MIRROR = ("digits", "mnist", "svhn")
@@ -64,7 +64,7 @@ class Trainer:
         workers: processes that load images.
 
     Raises:
-        ValueError: the experiment means nothing, or its batch does not divide among the
+        ExperimentError: the experiment means nothing, or its batch does not divide among the
             processes.
         ExperimentError: data or torchvision are missing.
     """
@@ -74,7 +74,7 @@ class Trainer:
     ) -> None:
         experiment.check()
         if experiment.batch_size % world.size:
-            raise ValueError(
+            raise ExperimentError(
                 f"batch_size {experiment.batch_size} does not divide among {world.size} processes"
             )
         self.experiment, self.world = experiment, world
@@ -84,7 +84,7 @@ class Trainer:
         )
         self.steps = len(self._train) // experiment.batch_size  # type: ignore[arg-type]
         if self.steps == 0:
-            raise ValueError(
+            raise ExperimentError(
                 f"batch_size {experiment.batch_size} is more than the "
                 f"{len(self._train)} training images"  # type: ignore[arg-type]
             )
@@ -266,22 +266,30 @@ class Trainer:
         Raises:
             ExperimentError: it cannot be read, or is of another experiment.
         """
-        try:
-            saved = torch.load(path, map_location=self.world.device, weights_only=True)
-            experiment, processes = saved["experiment"], saved["processes"]
-        except Exception as error:
-            raise ExperimentError(f"{path} is not a checkpoint: {error}") from None
-        mine = self.experiment.to_dict()
-        differing = [key for key in mine if experiment.get(key) != mine[key]]
-        if differing or processes != self.world.size:
-            changes = ", ".join(
-                f"{key} {experiment.get(key)} (now {mine[key]})" for key in differing
-            )
-            raise ExperimentError(
-                f"{path} is of another experiment: "
-                f"{changes or f'{processes} processes (now {self.world.size})'}"
-            )
+        saved = read_checkpoint(path, self.experiment, self.world)
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self._scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self._losses = saved["epoch"], saved["step"], saved["losses"]
+
+
+def read_checkpoint(path: Path, wanted: Experiment, world: World) -> dict[str, Any]:
+    """What :meth:`Trainer.save` wrote.
+
+    Raises:
+        ExperimentError: it cannot be read, or is of another experiment.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=world.device, weights_only=True)
+        experiment, processes = saved["experiment"], saved["processes"]
+    except Exception as error:
+        raise ExperimentError(f"{path} is not a checkpoint: {error}") from None
+    mine = wanted.to_dict()
+    differing = [key for key in mine if experiment.get(key) != mine[key]]
+    if differing or processes != world.size:
+        changes = ", ".join(f"{key} {experiment.get(key)} (now {mine[key]})" for key in differing)
+        raise ExperimentError(
+            f"{path} is of another experiment: "
+            f"{changes or f'{processes} processes (now {world.size})'}"
+        )
+    return saved

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from normnorm.commands import usable_device
+
 __all__ = ["World", "joined"]
 
 
@@ -41,16 +43,20 @@ def joined(device: str | None) -> Iterator[World]:
     Args:
         device: "cpu", "cuda", "cuda:1", ...; None for a GPU where there is one. Under torchrun a
             process takes the GPU of its local rank.
+
+    Raises:
+        CommandError: the device cannot be used.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" not in os.environ:
-        yield World(0, 1, torch.device(kind))
+        yield World(0, 1, usable_device(device))
         return
-    if kind.startswith("cuda"):
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(kind)
-    dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    found = usable_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), torch.device(kind))
+        yield World(dist.get_rank(), dist.get_world_size(), found)
     finally:
         dist.destroy_process_group()
