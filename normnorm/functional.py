@@ -51,6 +51,7 @@ from normnorm.checks import (
 )
 from normnorm.config import Config
 from normnorm.noise import as_seed
+from normnorm.sharding import check_plain, is_dtensor, shards_of, to_local
 from normnorm.statistics import statistics_dtype
 
 __all__ = [
@@ -131,24 +132,43 @@ def _apply(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The op, its seed drawn where there is noise: (output, statistics)."""
-    _check_parameters(weight, bias)
+    _check_parameters(input, weight, bias)
     if residual is not None:
+        check_plain(input, residual=residual)
         narrow = input.dtype
         input, residual = with_residual(input, residual)  # checked before a seed is drawn
         if input.dtype is not narrow:
             weight, bias = _promoted(weight, narrow, input), _promoted(bias, narrow, input)
+    seed = _seed(seed, input, config)
+    if type(input) is not Tensor and is_dtensor(input):
+        shards, input, config = shards_of(input, config, running[0] is None, keep_statistics)
+        mean, var, lmbda = running
+        output, statistics = normal_norm(
+            input,
+            (
+                shards.statistic("running_mean", mean),
+                shards.statistic("running_var", var),
+                shards.statistic("running_lmbda", lmbda),
+            ),
+            shards.parameter("weight", weight),
+            shards.parameter("bias", bias),
+            shards.residual(residual),
+            shards.seed(seed),
+            None, config, keep_statistics,
+        )  # fmt: skip
+        return shards.whole(output), statistics
     return normal_norm(
-        input, running, weight, bias, residual, _seed(seed, input, config), None, config,
-        keep_statistics,
+        input, running, weight, bias, residual, seed, None, config, keep_statistics
     )  # fmt: skip
 
 
-def _check_parameters(weight: Tensor | None, bias: Tensor | None) -> None:
+def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Parameters that are tensors; nn.Parameter itself is told at once."""
     if (weight is not None and type(weight) is not Parameter) or (
         bias is not None and type(bias) is not Parameter
     ):
         check_tensors(weight=weight, bias=bias)
+        check_plain(input, weight=weight, bias=bias)
 
 
 def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:
@@ -171,6 +191,9 @@ def _fold(
     config: Config,
 ) -> None:
     """Moves the running statistics towards the batch's, by one op."""
+    if is_dtensor(running[0]):  # replicated: shards_of() refuses what would make them differ
+        running = tuple(map(to_local, running))
+        num_batches_tracked = to_local(num_batches_tracked)
     fold: Any  # one of three with the same arguments
     if transforms_active():
         fold = ops.fold_running_
@@ -364,13 +387,26 @@ def add_layer_normal_norm(
             sum's dtype nor float32.
     """
     _check_normalized_shape(input, normalized_shape)
-    _check_parameters(weight, bias)
+    _check_parameters(input, weight, bias)
+    check_plain(input, residual=residual)
     input, residual = with_residual(input, residual)
     config = _configure(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
         transform_eps,
     )  # fmt: skip
-    return add_normal_norm(input, residual, weight, bias, _seed(seed, input, config), config)
+    seed = _seed(seed, input, config)
+    if type(input) is not Tensor and is_dtensor(input):
+        shards, input, config = shards_of(input, config, True, False)
+        output, total = add_normal_norm(
+            input,
+            shards.residual(residual),
+            shards.parameter("weight", weight),
+            shards.parameter("bias", bias),
+            shards.seed(seed),
+            config,
+        )  # fmt: skip
+        return shards.whole(output), shards.whole(total)
+    return add_normal_norm(input, residual, weight, bias, seed, config)
 
 
 def group_normal_norm(

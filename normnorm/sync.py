@@ -32,6 +32,7 @@ from normnorm.modules import (
 )
 from normnorm.noise import as_seed
 from normnorm.ranks import Synchronised
+from normnorm.sharding import check_plain, is_dtensor, shards_of_batch, to_local
 
 __all__ = [
     "SYNCHRONISED",
@@ -97,6 +98,14 @@ def sync_batch_normal_norm(
     if torch.compiler.is_compiling():
         config = config._replace(backend="reference")
     seed_tensor = as_seed(seed, input.device) if config.noise_train > 0.0 else None
+    check_plain(input, weight=weight, bias=bias)
+    shards = None
+    if type(input) is not Tensor and is_dtensor(input):
+        shards = shards_of_batch(input, process_group)
+        input, seed_tensor = to_local(input), to_local(seed_tensor)
+        weight, bias = shards.parameter("weight", weight), shards.parameter("bias", bias)
+        running = tuple(map(to_local, running))
+        num_batches_tracked = to_local(num_batches_tracked)
     check_forward(input, running, weight, bias, None, seed_tensor, None, config, shard=True)
     output, stats, count = Synchronised.apply(
         input, weight, bias, seed_tensor, config, process_group
@@ -116,7 +125,7 @@ def sync_batch_normal_norm(
         # A batch without elements moves nothing. Known to the device alone, it is no branch.
         factor = (count > 0).double() * factor
         move_running(stats, running, factor, count.clamp_min(2.0), eps)  # type: ignore[arg-type]
-    return output
+    return output if shards is None else shards.whole(output)
 
 
 # What revert_sync() turns a layer into: its class, and the "original_class" that replace_norms()
