@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -344,6 +345,16 @@ def test_an_interrupted_run_keeps_what_it_has_and_what_stood_there(monkeypatch, 
     assert not kept.complete
     assert {m.mode for m in kept.measurements} == {"noise"}
     assert "long.json.partial" in capsys.readouterr().err
+
+
+def test_files_are_written_though_nobody_reads_the_table(monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert run_tiny(tmp_path / "kept.json", "torch") == 141
+    assert load(tmp_path / "kept.json").complete
 
 
 # Environment and counts

@@ -1,10 +1,15 @@
-"""The command line: doctor and gradcheck say what is true, and fail when a kernel is wrong."""
+"""The command line: doctor and gradcheck say what is true, and fail when a kernel is wrong; no
+command ends in a traceback for a closed pipe, Ctrl-C, a wrong device or a file in the way."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,3 +322,71 @@ def test_python_m_normnorm_is_the_same_program():
         [sys.executable, "-m", "normnorm", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == normnorm.__version__
+
+
+# --- a program among others ---
+
+STORED = Path(__file__).parent.parent / "benchmarks/results/cpu_layers_2_threads.json"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["bench", "compare", str(STORED), str(STORED)]])
+def test_a_reader_that_has_enough_ends_the_command_quietly(words, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "normnorm", *words], stdout=write, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(write)
+    assert done.stderr == ""
+    # argparse itself passes over a help page that nobody reads.
+    assert done.returncode == (0 if unbuffered and words == ["--help"] else 141)
+
+
+def test_a_full_disk_gets_a_sentence(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert cli.main(["doctor", "--plan", "64,3", "--sms", "0"]) == 2
+    assert capsys.readouterr().err.endswith("normnorm doctor: No space left on device\n")
+
+
+@pytest.mark.usefixtures("no_checks")
+def test_ctrl_c_gets_a_sentence(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normnorm.doctor.report", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "normnorm doctor: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [
+        ("foo", "--device must be cpu, cuda, cuda:1, ...; got 'foo'"),
+        ("meta", "--device meta: "),
+        pytest.param(
+            "cuda", "--device cuda: torch sees no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_device_gets_a_sentence(device, sentence, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["train", "--device", device, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"normnorm train: {sentence}")
+    assert not out.exists()
+
+
+def test_a_backend_that_cannot_run_gets_a_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "normnorm", "train", "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "NORMNORM_BACKEND": "foo"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("normnorm train: NORMNORM_BACKEND must be")

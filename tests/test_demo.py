@@ -328,6 +328,9 @@ def test_a_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file")]) == 2
     assert "cannot write to" in capsys.readouterr().err
+    (tmp_path / "out/results.json").mkdir(parents=True)
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 2
+    assert "results.json is a folder" in capsys.readouterr().err
 
 
 def test_data_dir_without_cifar10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -317,6 +317,50 @@ def test_a_sweep_trains_every_combination_once(
     assert "6 of 6 runs are there already; --resume goes on with them" in capsys.readouterr().err
 
 
+def test_a_sweep_is_checked_whole_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["train", "--epochs", "1", "--limit", "128", "--seed", "2", "3"]
+    swept = [*words, "--out", str(out)]
+    last = out / "digits-convnet-batchnormal-lr0.1-seed3"
+
+    def refused(sentence: str, *more: str) -> None:
+        assert cli.main([*swept, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert sentence in line
+        assert not out.is_dir() or list(out.iterdir()) == [last]
+
+    out.touch()
+    refused(f"cannot write to {out}")
+    out.unlink()
+    refused("would share the folder", "--alpha", "0.50000001", "0.50000002")
+    assert cli.main([*words[:-2], "3", "--out", str(out)]) == 0
+    capsys.readouterr()
+    refused("1 of 2 runs are there already; --resume goes on with them")
+    refused("is of another experiment: weight_decay", "--resume", "--weight-decay", "0.1")
+    (last / "checkpoint.pt").write_bytes(b"half")
+    refused("is not a checkpoint", "--resume")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--epochs", "1", "--limit", "128", "--out", str(tmp_path / "out")]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(Trainer, "_train_step", interrupted)
+        assert cli.main(words) == 130
+        assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+        study = ["study", "--results", str(tmp_path / "study.json"), "--arms", "batch"]
+        assert cli.main(study) == 130
+        assert "interrupted; the same command goes on with the runs" in capsys.readouterr().err
+    assert cli.main([*words, "--resume"]) == 0
+
+
 def test_the_papers_recipes() -> None:
     resnet = Experiment(**recipe("cifar10", "resnet18"))
     assert (resnet.optimizer, resnet.learning_rate, resnet.momentum) == ("sgd", 0.1, 0.9)
