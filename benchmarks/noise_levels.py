@@ -152,13 +152,11 @@ NETWORKS = {
     "convolutions, 32 norms": Network(lambda: stack(32), 0.003, (0.4, 0.1), epochs=10, seeds=2),
     "residual convolutions": Network(lambda: residual(15), 0.003, (0.4, 0.1), epochs=10, seeds=2),
     "transformer, 2 blocks": Network(
-        lambda: transformer(2), 0.003, OF_LAYER[:3], seeds=2, annealed=True, tuned=True
+        lambda: transformer(2), 0.003, OF_LAYER[:3], seeds=2, tuned=True
     ),
     "transformer, 6 blocks": Network(lambda: transformer(6), 0.003, OF_LAYER[:3], seeds=2),
-    "MobileNetV3-small x0.5": Network(
-        mobilenet, 0.002, (0.4, 0.1), epochs=6, seeds=2, pixels=32, annealed=True, tuned=True
-    ),
-    "EfficientNet-B0 x0.25": Network(efficientnet, 0.002, (0.4, 0.1), epochs=6, seeds=2, pixels=32),
+    "MobileNetV3-small x0.5": Network(mobilenet, 0.002, (0.4, 0.1), epochs=4, seeds=2, pixels=32),
+    "EfficientNet-B0 x0.25": Network(efficientnet, 0.002, (0.4, 0.1), epochs=4, seeds=2, pixels=32),
 }
 
 
