@@ -120,6 +120,12 @@ def test_the_words_of_the_page_follow_the_numbers(tmp_path: Path) -> None:
     assert re.search(r"the better in 1: batch \+ both \(\+[12]\.\d\d points\)", text)
     assert re.search(r"for the worse in 1: layer \+ both \(-[12]\.\d\d points\)", text)
     assert "In 1 no difference can be told" in text
+    assert re.search(r"It ran 10 seeds an arm: .* ±0\.\d\d points", text.replace("\n", " "))
+    for arm in study.arms.values():
+        del arm["runs"][1:]
+    page.write(study, tmp_path / "page.md", tmp_path / "images/page.png")
+    text = (tmp_path / "page.md").read_text()
+    assert "It ran 1 seed an arm, too few to tell any difference from chance." in text
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": "normnorm study 1"}', "[1]"])

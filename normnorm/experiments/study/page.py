@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tabulate import tabulate
@@ -21,9 +22,9 @@ This page is generated from stored results by `normnorm study --page`; its numbe
 Eftekhari and Papyan report that networks with normality normalization generalize better and are
 more robust than with the plain layers. Their experiments take GPUs and days
 ([`normnorm train`](experiments.md) runs them). This study asks the same of small networks on
-scikit-learn's 1797 handwritten digits (8 x 8), with enough seeds to tell a difference from chance,
-and reports what came out. Small digits are an easy task: what is found or not found here says
-little about larger ones.
+scikit-learn's 1797 handwritten digits (8 x 8), and reports what came out.
+{power}
+Small digits are an easy task: what is found or not found here says little about larger ones.
 """
 
 _METHOD = """\
@@ -77,7 +78,11 @@ def write(study: Study, page: Path, image: Path) -> None:
     picture(study, image)
     relative = image.relative_to(page.parent).as_posix()
     found = _differences(study)
-    parts = [_INTRODUCTION, _verdict(found), f"![Differences in accuracy]({relative})\n"]
+    parts = [
+        _INTRODUCTION.format(power=_power(study, found)),
+        _verdict(found),
+        f"![Differences in accuracy]({relative})\n",
+    ]
     parts += [_compared(study, found), _arms(study), _method(study), _provenance(study)]
     page.write_text("\n".join(parts))
 
@@ -87,6 +92,21 @@ def _differences(study: Study) -> list[tuple[Comparison, Difference, float]]:
     pairs = [(c, difference(study, c.arm, c.against, "accuracy")) for c in comparisons()]
     known = [(c, d) for c, d in pairs if d is not None]
     return [(c, d, p) for (c, d), p in zip(known, adjusted([d.p for _, d in known]), strict=True)]
+
+
+def _power(study: Study, found: list[tuple[Comparison, Difference, float]]) -> str:
+    """How large a difference the seeds can tell from chance."""
+    counts = sorted(len(arm["runs"]) for arm in study.arms.values())
+    seeds = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    noun = "seed" if counts[-1] == 1 else "seeds"
+    if not found:
+        return f"It ran {seeds} {noun} an arm, too few to tell any difference from chance."
+    halves = [(d.high - d.low) / 2 for _, d, _ in found]
+    return (
+        f"It ran {seeds} {noun} an arm: differences in accuracy are known to about\n"
+        f"±{median(halves):.2f} points (half of a 95 % interval, the median over comparisons), and "
+        "smaller ones\ncannot be told from chance."
+    )
 
 
 def _names(found: list[tuple[Comparison, Difference, float]]) -> str:
