@@ -68,7 +68,6 @@ class Shards(NamedTuple):
     stride: tuple[int, ...]
     kind: str
 
-    @property
     def stream(self) -> int:
         """This rank's index among the shards; copies of a shard have the same."""
         index = 0
@@ -216,7 +215,7 @@ def shards_of(
     if config.kind == "group" and cuts[_CHANNELS]:
         # A shard without channels has no elements either, and then any number of groups will do.
         groups = max(1, groups * local.size(_CHANNELS) // input.size(_CHANNELS))
-    stream = shards.stream if config.noise_train > 0.0 else 0
+    stream = shards.stream() if config.noise_train > 0.0 else 0
     return shards, local, config._replace(num_groups=groups, stream=stream)
 
 
