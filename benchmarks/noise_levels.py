@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-import msgspec
 import study
 import torch
 from torch import Tensor, nn
@@ -246,7 +245,7 @@ def kept(output: Path, networks: list[str]) -> list[Row]:
     """What the file holds of other networks."""
     if not output.exists():
         return []
-    rows = msgspec.convert(json.loads(output.read_text())["rows"], list[Row])
+    rows = [Row(**row) for row in json.loads(output.read_text())["rows"]]
     return [row for row in rows if row.network not in networks]
 
 
