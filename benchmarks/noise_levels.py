@@ -207,7 +207,8 @@ def measure(name: str, seed: int) -> list[Row]:
         split = scaled(split, kind.pixels)
     torch.manual_seed(seed)
     fresh = kind.build()
-    norms = sum("Norm" in type(module).__name__ for module in fresh.modules())
+    classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+    norms = sum(isinstance(module, classes) for module in fresh.modules())
 
     def run(
         noise: float | None, schedule: str = "constant", trained: nn.Module | None = None

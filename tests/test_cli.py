@@ -356,7 +356,7 @@ def test_a_full_disk_gets_a_sentence(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("no_checks")
 def test_ctrl_c_gets_a_sentence(monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("normnorm.doctor.report", interrupted)
