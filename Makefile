@@ -28,12 +28,13 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report test test-all lint wheel install gpu-build gpu-check clean distclean FORCE
+.PHONY: help demo report test test-all test-floor lint wheel install gpu-build gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (about five minutes)'
 	@echo 'make test      set up what is missing, then lint and run the tests'
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
+	@echo 'make test-floor the tests that tell whether the oldest supported torch still serves'
 	@echo 'make lint      ruff and mypy alone'
 	@echo 'make report    the README section and runs/plots from the stored benchmark results'
 	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
@@ -58,6 +59,20 @@ test: lint
 
 test-all: install
 	$(call pytest,slow)
+
+# The oldest supported torch, in a copy of the tree with an environment of its own: an in-place build would
+# replace this tree's extension. Of the CUDA kernels their binding alone is compiled.
+FLOOR := .venv-floor
+test-floor:
+	@mkdir -p $(FLOOR)
+	@find $(FLOOR) -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -rf {} +
+	@git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --create | \
+	    tar --extract --directory=$(FLOOR)
+	@rm -f $(FLOOR)/.venv/.native
+	NORMNORM_CUDA=0 $(MAKE) --directory=$(FLOOR) VENV=.venv TORCH=torch==2.10.0 .venv/.native .venv/.test
+	cd $(FLOOR) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) -m 'not slow and not serial' $(ARGS) \
+	    tests/test_ops.py tests/test_modules.py tests/test_compile.py tests/test_export.py \
+	    tests/test_packaging.py::test_the_cuda_binding_compiles_against_this_torch
 
 lint: install
 	$(BIN)/ruff check .
@@ -100,11 +115,11 @@ wheel: $(VENV)/.torch
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f normnorm/*.so $(VENV)/.native
+	rm -f normnorm/_C.* $(VENV)/.native
 	find normnorm tests benchmarks triton_kernels -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(FLOOR)
 
 # --- the environment, one stamp a step ------------------------------------------------------------
 
@@ -127,8 +142,8 @@ $(VENV)/.torch-wanted: $(VENV)/.python FORCE
 $(VENV)/.torch: $(VENV)/.torch-wanted
 	$(SAY) "installing $$TORCH (the largest download)"
 	@$(PIP) $$TORCH
-	@$(PIP) 'setuptools>=77' ninja
-	@rm -rf build normnorm/*.so  # compiled against another torch
+	@$(PIP) torch 'setuptools>=77' ninja  # torch as it is: it may bound setuptools
+	@rm -rf build normnorm/_C.*  # compiled against another torch
 	@touch $@
 
 # Of a build's output the lines that setup.py marks as meant for the reader, each once.
@@ -147,13 +162,18 @@ $(VENV)/.native: $(VENV)/.installed $(SOURCES)
 	$(SAY) 'building the extension'
 	@NORMNORM_CUDA=$(cuda) $(PY) setup.py build_ext --inplace >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@$(call build_words,$(VENV)/build.log)
-	@! grep -q 'the compiler failed' $(VENV)/build.log || echo 'its words are in $(VENV)/build.log'
 	@touch $@
 
 # normnorm is installed by now, so that only the extras' packages are fetched.
 $(VENV)/.demo: pyproject.toml | $(VENV)/.installed
 	$(SAY) "installing the demonstration's packages"
 	@$(PIP) 'normnorm[demo]'
+	@touch $@
+
+# What test-floor needs of it.
+$(VENV)/.test: pyproject.toml | $(VENV)/.installed
+	$(SAY) 'installing the packages for tests'
+	@$(PIP) 'normnorm[export,test]'
 	@touch $@
 
 # A torch built for GPUs brings its own Triton. Any other does without, but the tests interpret and
@@ -170,7 +190,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 # compiled part belongs to the build of torch too: where TORCH names an index, it comes from there.
 $(VENV)/.integrations: pyproject.toml | $(VENV)/.dev
 	$(SAY) 'installing the libraries that normnorm is tested with'
-	@$(PY) -c 'import torch; v = torch.__version__; n = int(v.split(".")[1]) + 15; \
+	@$(PY) -c 'from importlib.metadata import version; v = version("torch"); n = int(v.split(".")[1]) + 15; \
 	    print(f"torch=={v}\ntorchvision==0.{n}.*")' >$(VENV)/constraints.txt
 	@$(if $(word 2,$(TORCH)),$(PIP) --constraint $(VENV)/constraints.txt \
 	    $(wordlist 2,$(words $(TORCH)),$(TORCH)) torchvision)
