@@ -225,13 +225,15 @@ class Cuda(NamedTuple):
             code.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if word.endswith("+PTX"):
                 code.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        compressed = ["--compress-mode=size"] if self.version_number() >= (12, 8) else []
+        threads = os.environ.get("MAX_JOBS") or "0"  # in each file, of which few are long; 0: all
+        recent = self.version_number() >= (12, 8)
+        options = ["--compress-mode=size", f"--split-compile={threads}"] if recent else []
         words = shlex.split(os.environ.get("CXX", ""))
         host = [w for w in words if not w.startswith("-")][-1:]  # without flags and ccache
         return [
             *("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
             *code,
-            *compressed,
+            *options,
             *(f"-ccbin={name}" for name in host),
         ]
 
