@@ -192,8 +192,7 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.dev
 	$(SAY) 'installing the libraries that normnorm is tested with'
 	@$(PY) -c 'from importlib.metadata import version; v = version("torch"); n = int(v.split(".")[1]) + 15; \
 	    print(f"torch=={v}\ntorchvision==0.{n}.*")' >$(VENV)/constraints.txt
-	@$(if $(word 2,$(TORCH)),$(PIP) --constraint $(VENV)/constraints.txt \
-	    $(wordlist 2,$(words $(TORCH)),$(TORCH)) torchvision)
+	@set -- $$TORCH; shift; [ $$# = 0 ] || $(PIP) --constraint $(VENV)/constraints.txt "$$@" torchvision
 	@$(PIP) --constraint $(VENV)/constraints.txt 'normnorm[integrations]'
 	@$(PY) -c 'import torchvision' >/dev/null 2>&1 || printf '%s\n' \
 	    'torchvision, and timm and the models of transformers with it, can be imported here by the' \
