@@ -24,7 +24,7 @@ from statistics import mean
 import study
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, relu
+from torch.nn.functional import cross_entropy, interpolate
 
 import normnorm
 from normnorm.demo.data import Split, load_digits
@@ -83,17 +83,6 @@ class Network:
     tuned: bool = False
 
 
-class Residual(nn.Module):
-    """Two convolutions with batch norms and a skip connection around them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(*convolution(width, width), *convolution(width, width)[:2])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return relu(x + self.branch(x))
-
-
 def convolution(channels: int, width: int) -> list[nn.Module]:
     return [
         nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -106,11 +95,6 @@ def head(width: int) -> list[nn.Module]:
 
 def stack(layers: int, width: int = 16) -> nn.Module:
     body = [part for _ in range(layers - 1) for part in convolution(width, width)]
-    return nn.Sequential(*convolution(1, width), *body, *head(width))
-
-
-def residual(blocks: int, width: int = 16) -> nn.Module:
-    body = [Residual(width) for _ in range(blocks)]
     return nn.Sequential(*convolution(1, width), *body, *head(width))
 
 
@@ -149,12 +133,9 @@ NETWORKS = {
         lambda: ConvNet(nn.BatchNorm2d, (1, 8, 8), 10, (16, 32)), 0.01, tuned=True
     ),
     "convolutions, 16 norms": Network(lambda: stack(16), 0.003, annealed=True),
-    "convolutions, 32 norms": Network(lambda: stack(32), 0.003, (0.4, 0.1), epochs=10, seeds=2),
-    "residual convolutions": Network(lambda: residual(15), 0.003, (0.4, 0.1), epochs=10, seeds=2),
     "transformer, 2 blocks": Network(
         lambda: transformer(2), 0.003, OF_LAYER[:3], seeds=2, tuned=True
     ),
-    "transformer, 6 blocks": Network(lambda: transformer(6), 0.003, OF_LAYER[:3], seeds=2),
     "MobileNetV3-small x0.5": Network(mobilenet, 0.002, (0.4, 0.1), epochs=4, seeds=2, pixels=32),
     "EfficientNet-B0 x0.25": Network(efficientnet, 0.002, (0.4, 0.1), epochs=4, seeds=2, pixels=32),
 }
