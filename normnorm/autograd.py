@@ -187,6 +187,17 @@ def _save(ctx: Any, arguments: tuple[Any, ...], stats: Tensor, activated: Tensor
     ctx.set_materialize_grads(False)
     ctx.frozen = running_mean is not None
     ctx.config = config
+    ctx.seed = seed
+
+
+def _check_same_seed(saved: Tensor, drawn: Tensor) -> None:
+    """That activation checkpointing, which gives back what its second run of the forward pass has
+    saved, drew in it the seed of the first; without waiting for a device."""
+    torch._assert_async(
+        saved == drawn,
+        "activation checkpointing ran a normality layer again with other noise: leave "
+        "preserve_rng_state True, or set the layer's noise_train to 0",
+    )
 
 
 class _Eager(torch.autograd.Function):
@@ -207,6 +218,8 @@ class _Eager(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None
         tensors = (grad_output, *ctx.saved_tensors)
+        if tensors[-1] is not ctx.seed:
+            _check_same_seed(tensors[-1], ctx.seed)
         return *_gradients(ctx, tensors, ctx.needs_input_grad[:3], ctx.config), None
 
 
@@ -230,6 +243,8 @@ class _EagerActivated(torch.autograd.Function):
         if grad_output is None:
             return None, None, None, None, None
         *saved, activated, seed = ctx.saved_tensors
+        if seed is not ctx.seed:
+            _check_same_seed(seed, ctx.seed)
         config, grad_residual = ctx.config, None
         if ctx.needs_input_grad[3]:  # and then nothing is left of the activation for the kernel
             grad_output = reference.through_activation(grad_output, activated, config)
@@ -255,6 +270,7 @@ class _EagerAdd(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.frozen = False
         ctx.config = config
+        ctx.seed = arguments[4]
         return output, total
 
     @staticmethod
@@ -266,6 +282,8 @@ class _EagerAdd(torch.autograd.Function):
             return grad_sum, grad_sum, None, None, None
         needs = (of_input or of_residual, *of_parameters)
         config, tensors = ctx.config, (grad_output, *ctx.saved_tensors)
+        if tensors[-1] is not ctx.seed:
+            _check_same_seed(tensors[-1], ctx.seed)
         nested = torch.is_grad_enabled() or transforms_active() or forward_mode()
         if grad_sum is None or nested or not needs[0]:
             grad, grad_weight, grad_bias = _gradients(ctx, tensors, needs, config)

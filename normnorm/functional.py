@@ -50,7 +50,7 @@ from normnorm.checks import (
     with_residual,
 )
 from normnorm.config import Config
-from normnorm.noise import as_seed
+from normnorm.noise import as_seed, draw_seed
 from normnorm.sharding import check_plain, is_dtensor, shards_of, to_local
 from normnorm.statistics import statistics_dtype
 
@@ -179,7 +179,9 @@ def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> T
 
 
 def _seed(seed: Tensor | int | None, input: Tensor, config: Config) -> Tensor | None:
-    return as_seed(seed, input.device) if config.noise_train > 0.0 else None
+    if config.noise_train > 0.0:
+        return draw_seed(input.device) if seed is None else as_seed(seed, input.device)
+    return None
 
 
 def _fold(

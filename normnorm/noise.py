@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._functorch import config
 
 __all__ = ["as_seed", "draw_seed", "philox_words", "standard_normals", "uniforms"]
 
@@ -25,10 +26,70 @@ _ROUNDS = 10
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed, shape (1,), int64, from the device's default generator.
 
-    An ordinary random operation, so CUDA graphs, torch.compile and activation checkpointing
-    treat it as they treat any other.
+    An ordinary random operation, so CUDA graphs and activation checkpointing treat it as they
+    treat any other. In a graph of torch.compile it is ``normnorm::draw_seed``, which draws the
+    same number.
+
+    Raises:
+        RuntimeError: while compiling with a budget of 0 for what the forward pass may save.
     """
+    # An exported program holds torch's own operation: nothing splits it into two passes. (The
+    # function is_exporting() is true under any torch.compile of torch 2.10 to 2.12.)
+    if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
+        if not torch._C._are_functorch_transforms_active():
+            return torch.ops.normnorm.draw_seed.default(device=device)
+        _check_budget(config.activation_memory_budget, 1.0)  # torch.vmap knows randint alone
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+# A compiler that splits a graph into forward and backward may compute again in the backward pass
+# what the forward pass need not save then. A seed drawn again would be another. So ``draw_seed``,
+# which dynamo's graph holds, becomes ``fresh_seed`` where forward and backward are traced, and that
+# node is marked as one that must be saved.
+_library = torch.library.Library("normnorm", "FRAGMENT")
+for _name in ("draw_seed", "fresh_seed"):
+    _library.define(
+        f"{_name}(*, Device device) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+    )
+
+
+def _draw_and_save(*, device: torch.device) -> Tensor:
+    """``normnorm::draw_seed``."""
+    from torch.fx import traceback
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    seed: Tensor = torch.ops.normnorm.fresh_seed.default(device=device)
+    mode = get_proxy_mode()
+    if mode is not None:
+        node = next(iter(reversed(mode.tracer.graph.nodes)))
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        _check_budget(node.meta.get("memory_budget"))
+        if hasattr(traceback, "_get_memory_budget_annotation"):
+            _check_budget(traceback._get_memory_budget_annotation(node))
+    return seed
+
+
+def _fake_seed(*, device: torch.device) -> Tensor:
+    _check_budget(config.activation_memory_budget)
+    return torch.empty(1, dtype=torch.int64, device=device)
+
+
+def _check_budget(budget: float | None, least: float = 0.0) -> None:
+    """Refuses the budget of activation memory at which a partitioner saves the graph's inputs
+    alone, whatever is marked; under a transform, whose seed is not marked, any that is below 1."""
+    if budget is not None and (budget == 0 or budget < least):
+        raise RuntimeError(
+            f"with an activation memory budget of {budget} torch.compile would draw another noise "
+            f"in the backward pass; give a larger budget{' (1 under torch.func)' if least else ''},"
+            " the argument seed, or noise_train=0"
+        )
+
+
+_library.impl("draw_seed", _draw_and_save, "CompositeImplicitAutograd")
+_library.impl("fresh_seed", lambda *, device: draw_seed(device), "BackendSelect")
+torch.library.register_fake("normnorm::fresh_seed", _fake_seed, lib=_library)
 
 
 def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:

@@ -166,6 +166,9 @@ def _require_tensors(names: str, tensors: tuple[Any, ...]) -> None:
     for name, tensor in zip(names.split(), tensors, strict=False):
         if tensor is None:
             raise TypeError(f"{name} must be a tensor; got None")
+
+
+def _refuse_forward_mode() -> None:
     # An op without a forward-mode rule would give zero tangents without a word.
     if forward_ad._current_level >= 0:
         raise RuntimeError(
@@ -175,27 +178,32 @@ def _require_tensors(names: str, tensors: tuple[Any, ...]) -> None:
 
 def _forward(*args: Any) -> Any:
     _require_tensors("input", args)
+    _refuse_forward_mode()
     return backends.resolve(args[0].device, args[-1]).forward(*args)
 
 
 def _backward(*args: Any) -> Any:
     _require_tensors("grad_output input stats", args)
+    _refuse_forward_mode()
     with torch.no_grad():
         return backends.resolve(args[1].device, args[-1]).backward(*args)
 
 
 def _infer(*args: Any) -> Any:
     _require_tensors("input", args)
+    _refuse_forward_mode()
     return backends.resolve(args[0].device, args[-1]).infer(*args)
 
 
 def _add_forward(*args: Any) -> Any:
     _require_tensors("input residual", args)
+    _refuse_forward_mode()
     return backends.resolve(args[0].device, args[-1]).add_forward(*args)
 
 
 def _add_backward(*args: Any) -> Any:
     _require_tensors("grad_output grad_sum sum stats", args)
+    _refuse_forward_mode()
     with torch.no_grad():
         return backends.resolve(args[2].device, args[-1]).add_backward(*args)
 

@@ -803,3 +803,24 @@ def test_use_backend_inside_a_graph_keeps_each_layer_with_its_own(backend):
         found = torch.autograd.grad(loss, arguments)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+FORWARD_MODES = {
+    "jvp": lambda f, x, v: torch.func.jvp(f, (x,), (v,))[1],
+    "jacfwd": lambda f, x, v: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x, v: torch.func.hessian(lambda x: f(x).pow(3).sum())(x),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODES)
+def test_forward_mode_folds_the_running_statistics_once(name, cpu_backend):
+    """And the derivative is that of the layer without any."""
+    x, v = torch.randn(2, 6, 3, dtype=torch.float64)
+    layer, plain, bare = (
+        normnorm.BatchNormalNorm1d(3, noise_train=0.0, track_running_stats=tracks).double()
+        for tracks in (True, True, False)
+    )
+    found, expected = (FORWARD_MODES[name](f, x, v) for f in (layer, bare))
+    torch.testing.assert_close(found, expected)
+    plain(x)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))

@@ -515,6 +515,63 @@ def test_activation_checkpointing_recomputes_the_same_noise(
 
 
 @pytest.mark.parametrize(
+    "build",
+    [normnorm.LayerNormalNorm, normnorm.AddLayerNormalNorm],
+    ids=["layer", "sum"],
+)
+def test_checkpointing_that_restores_no_random_state_is_refused(build):
+    layer, x = build(6), torch.randn(5, 6)
+
+    def run(x):
+        return layer(x) if build is normnorm.LayerNormalNorm else layer(x, x)[0]
+
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    output = torch.utils.checkpoint.checkpoint(run, x, **options)
+    with pytest.raises(RuntimeError, match="ran a normality layer again with other noise"):
+        output.sum().backward()
+    layer.noise_train = 0.0
+    torch.utils.checkpoint.checkpoint(run, x, **options).sum().backward()
+
+
+def _compiled_error(layer, budget, how):
+    """By how much the weight's gradient misses what the output says it is."""
+    before = torch.nn.Linear(8, 8)
+
+    def network(x):
+        return layer(before(torch.tanh(before(x))))
+
+    def run(x):
+        if how == "checkpoint":
+            return torch.utils.checkpoint.checkpoint(network, x, use_reentrant=False)
+        return torch.vmap(network, randomness="same")(x[None])[0] if how == "vmap" else network(x)
+
+    torch.compiler.reset()
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        output = torch.compile(run, backend="aot_eager", fullgraph=True)(torch.randn(32, 8))
+    g = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, layer.weight, g)
+    torch.compiler.reset()
+    return (gradient - (g * (output - layer.bias) / layer.weight).sum(0)).abs().max().item()
+
+
+@pytest.mark.parametrize(("budget", "how"), [(0.5, ""), (0.01, ""), (0.5, "checkpoint")])
+@pytest.mark.parametrize("build", [normnorm.BatchNormalNorm1d, normnorm.LayerNormalNorm])
+def test_a_compiled_backward_pass_that_recomputes_has_the_noise_of_the_forward(build, budget, how):
+    assert _compiled_error(build(8), budget, how) < 1e-3
+
+
+@pytest.mark.parametrize(("budget", "how"), [(0.0, ""), (0.5, "vmap")])
+def test_a_budget_at_which_the_seed_cannot_be_saved_is_refused(budget, how):
+    layer = normnorm.LayerNormalNorm(8)
+    with pytest.raises(
+        Exception, match=f"budget of {budget} torch.compile would draw another noise"
+    ):
+        _compiled_error(layer, budget, how)
+    layer.noise_train = 0.0
+    assert _compiled_error(layer, budget, how) < 1e-3
+
+
+@pytest.mark.parametrize(
     "case",
     [
         Case("batch", (9, 2)),
