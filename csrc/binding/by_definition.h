@@ -1,5 +1,5 @@
-// The definition in Python (normnorm/reference.py) on the tensors' own device, for the odd call that a device's kernels
-// cannot serve.
+// The definition in Python (normnorm/reference.py) on the tensors' own device, for the odd call that a device's
+// kernels cannot serve.
 #pragma once
 
 #include "tensors.h"

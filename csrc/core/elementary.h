@@ -9,8 +9,7 @@
 namespace normnorm {
 namespace {
 
-// p(f) with log(1+f) = f - f^2/2 + f^3 p(f) on [sqrt(1/2)-1, sqrt(2)-1]; relative error of the logarithm
-// 6e-9.
+// p(f) with log(1+f) = f - f^2/2 + f^3 p(f) on [sqrt(1/2)-1, sqrt(2)-1]; relative error of the logarithm 6e-9.
 template <class V>
 NN_HD V log_tail(V f) {
   const V f2 = f * f;
@@ -80,8 +79,7 @@ NN_HD ExpPair<V> exp_pair(V a) {
   }
 }
 
-// sin and cos of 2 pi (w + 1/2) / 2^32 for the 32-bit words w. The reduction to an octant is exact in
-// integers.
+// sin and cos of 2 pi (w + 1/2) / 2^32 for the 32-bit words w. The reduction to an octant is exact in integers.
 template <class V>
 struct SinCos {
   V sin, cos;

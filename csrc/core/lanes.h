@@ -1,5 +1,4 @@
-// What a "lane type" V must offer so that one formula serves a scalar (host, device, tests) and a SIMD
-// vector.
+// What a "lane type" V must offer so that one formula serves a scalar (host, device, tests) and a SIMD vector.
 //
 // Arithmetic, comparisons and `mask ? a : b` are spelled alike for float and for a vector of floats; only bit
 // casts, integer conversions and the way from a constant to V differ. Vector lanes specialise Lanes<> in

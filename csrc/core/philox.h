@@ -1,5 +1,4 @@
-// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw (SC 2011), and how noise uses
-// it.
+// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw (SC 2011), and how noise uses it.
 //
 // The four words of a counter serve the four elements 4k..4k+3 of the canonical order: counter words 0 and 1
 // are k, word 2 is the stream (the rank of a synchronised layer), word 3 is 0; the key is the seed.

@@ -121,8 +121,8 @@ NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, c
   return {psi_h, psi_lambda * side.active};
 }
 
-// Whether a group's exponents ask for kCareful: with both exponents at least this large the direct form loses less than 4 ulp
-// of l.
+// Whether a group's exponents ask for kCareful: with both exponents at least this large the direct form loses
+// less than 4 ulp of l.
 template <class S>
 NN_HD bool has_small_exponent(const Exponents<S>& e) {
   const S bound = S(0.25);

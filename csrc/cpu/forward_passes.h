@@ -27,8 +27,7 @@ struct Active {
   }
 };
 
-// h = (u - mean) rstd, re-centred: `mean` is rounded and shift = -mean(u - mean) rstd puts back what that
-// lost.
+// h = (u - mean) rstd, re-centred: `mean` is rounded and shift = -mean(u - mean) rstd puts back what that lost.
 template <class V>
 struct Standardizer {
   V mean, rstd, shift;

@@ -1,5 +1,4 @@
-// What one call of the CPU kernels is given: plain pointers, strides and numbers, already checked. No torch
-// here.
+// The parameters of one call of the CPU kernels: pointers, strides and numbers, already checked. No torch here.
 #pragma once
 
 #include <stdint.h>
@@ -19,13 +18,17 @@ struct Operand {
   Strides stride;
 };
 
-// Every layer is outer x inner groups of runs x length elements each; the kinds differ in where the axes come
-// from:
-//   batch      outer 1, inner C, runs N,   length spatial        layer     outer 1, inner samples, runs 1,
-//   length n instance   outer N, inner C, runs 1,   length spatial        group     outer N, inner G, runs
-//   C/G, length spatial
-// In a columns walk (channels_last, or no spatial axes) the same names mean: runs are the rows of a matrix
-// and a group is `length` neighbouring columns of it (1 for batch and instance, C/G for group); stride.inner
+// Every layer normalizes outer x inner groups of runs x length elements each. In the rows layout a run is
+// contiguous in memory:
+//
+//   kind      outer   inner     runs   length
+//   batch     1       C         N      spatial
+//   layer     1       samples   1      normalized elements
+//   instance  N       C         1      spatial
+//   group     N       G         C/G    spatial
+//
+// In the columns layout (channels_last, or no spatial dimensions) the tensor is a matrix: runs counts its rows,
+// and a group is `length` neighbouring columns of it, 1 for batch and instance, C/G for group; stride.inner
 // equals length.
 struct Geometry {
   bool columns = false;

@@ -71,8 +71,7 @@ class RowWalk {
   int64_t group_size() const { return g_.group_size(); }
   GroupIndex index(int64_t group) const { return {group / g_.inner, group % g_.inner, group}; }
 
-  // Few large groups are cut up among the threads; many are handed out whole, each staying in one core's
-  // cache.
+  // Few large groups are cut up among the threads; many are handed out whole, each staying in one core's cache.
   bool split_groups() const {
     return g_.groups() < 4 * int64_t(p_.pool.threads) && plan_.blocks() >= 2 * int64_t(p_.pool.threads);
   }
@@ -137,8 +136,7 @@ class RowWalk {
     add_row(out, out, fetch(p_.grad_sum, at, b, buffer), b.size);
   }
 
-  // The block's part of the group's cache: in scratch memory, or in the tensor the walk will write, or
-  // nowhere.
+  // The block's part of the group's cache: in scratch memory, or in the tensor the walk will write, or nowhere.
   T* cache(const cpu::Operand& to, const GroupIndex& at, const Block& b, T* scratch) const {
     if (scratched()) return scratch + b.run * g_.length + b.offset;
     return b.runs == 1 && !half_ && to.data ? static_cast<T*>(to.data) + locate(to, at, b) : nullptr;

@@ -87,8 +87,7 @@ class RowBackward {
     }
   }
 
-  // The reduction over one group: its share of the parameters' gradients, and what the elementwise pass
-  // needs.
+  // The reduction over one group: its share of the parameters' gradients, and what the elementwise pass needs.
   void sums_round(Group& g, const GroupStats<T>& stats, bool split) {
     const auto c = g.constants();
     const bool small = p_.frozen || has_small_exponent(g.transform.exponents);
