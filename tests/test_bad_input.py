@@ -198,17 +198,25 @@ def test_layer_refuses_with_a_sentence_and_changes_no_buffer(row, mistake, backe
             assert_refused(lambda: layer(input.requires_grad_()), *mistake.words)
 
 
+SPOILED = [
+    ("shape", lambda b: b.repeat(2), ("must have shape",)),
+    ("rank", lambda b: b.reshape(1, -1), ("must have shape", "(1, ")),
+    ("dtype", lambda b: b.long(), ("float", "int64")),
+    ("complex", lambda b: b.to(torch.complex64), ("float", "complex64")),
+    ("device", lambda b: b.to("meta"), ("device", "meta")),
+    ("missing", lambda b: None, ("given together",)),
+]
+
+
 @pytest.mark.parametrize("row", few(RUNNING, KINDS))
-@pytest.mark.parametrize("name", ["running_mean", "running_var", "running_lmbda"])
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("name", "spoil", "words"),
     [
-        pytest.param(lambda b: b.repeat(2), ("must have shape",), id="shape"),
-        pytest.param(lambda b: b.reshape(1, -1), ("must have shape", "(1, "), id="rank"),
-        pytest.param(lambda b: b.long(), ("float", "int64"), id="dtype"),
-        pytest.param(lambda b: b.to(torch.complex64), ("float", "complex64"), id="complex"),
-        pytest.param(lambda b: b.to("meta"), ("device", "meta"), id="device"),
-        pytest.param(lambda b: None, ("given together",), id="missing"),
+        pytest.param(name, spoil, words, id=f"{how}-{name}")
+        for name in ("running_mean", "running_var", "running_lmbda")
+        for how, spoil, words in SPOILED
+        # Loaders of BatchNorm checkpoints leave lambda alone on meta: there it becomes 1.
+        if (name, how) != ("running_lmbda", "device")
     ],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -239,7 +239,7 @@ def draw(rng: random.Random, storages: tuple[str, ...], backward: bool) -> tuple
         "parameters": rng.choice([0, 1, 1, 2]),
         "backward": backward,
         "channels_last": output == _dense(shape, last) != _dense(shape, rows),
-        "noise": not frozen and likely(0.5),
+        "noise": likely(0.5),
         "given_scale": likely(0.1),
         "frozen": frozen,
         "relu": likely(0.3),

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import normnorm
-from normnorm import backends, functional, reference
+from normnorm import backends, functional, reference, registry
 from normnorm.noise import standard_normals
 from normnorm.ops import SCHEMAS
 from normnorm.statistics import Row
@@ -61,7 +62,8 @@ def run_page(page: Path, how_many: int | None = None) -> tuple[dict[str, Any], l
     namespace: dict[str, Any] = {"__name__": "__docs__"}
     printed = []
     torch._dynamo.reset()  # what was compiled before changes how often a page compiles
-    with unchanged_choice():
+    # What a page registers or chooses ends with it.
+    with unchanged_choice(), mock.patch.dict(registry._REGISTERED):
         for line, code, _ in itertools.islice(snippets(page), how_many):
             out = io.StringIO()
             # Line numbers in a traceback are those of the page.

@@ -99,7 +99,8 @@ class RowsPass {
   void place_stream(Carver& carver, const Device& device) {
     stream_args_.rows = args_;
     const int64_t groups = p_.geometry.groups();
-    const bool once = p_.frozen && !backward_;            // nothing is read again
+    // One round alone, that of the output: evaluation without noise, or with a given scale of the noise.
+    const bool once = p_.frozen && !backward_ && (!p_.noise.on || p_.noise.given_scale);
     const int again = backward_ ? (p_.relu ? 3 : 2) : 1;  // tensors
     const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
     wave_ = once ? groups : kWaveBytes / bytes;
@@ -111,7 +112,7 @@ class RowsPass {
     stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
     if (p_.force.teams) wave_ = p_.force.teams;
     if (plan_.rung == Rung::kStreaming) plan_ = {Rung::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
-    if (once) return;  // nothing is summed
+    if (once) return;  // no sums
     stream_args_.part = carver.take<Real>(wave_ * stream_args_.splits * kMaxSums);
     stream_args_.mean = carver.take<Real>(wave_);
     stream_args_.sums = carver.take<Real>(wave_ * kMaxSums);
