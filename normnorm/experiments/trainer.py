@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -95,7 +96,7 @@ class Trainer:
         )
         self.network = net.build(norm, shape, classes).to(world.device)
         self.optimizer = self._optimizer()
-        self._scaler = torch.amp.GradScaler(
+        self._scaler = GradScaler(
             world.device.type,
             enabled=experiment.amp == "float16" and world.device.type == "cuda",
         )
