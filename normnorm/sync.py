@@ -43,6 +43,9 @@ __all__ = [
     "sync_batch_normal_norm",
 ]
 
+# Whether torch.compile differentiates the messages: under 2.11 the input's gradient is wrong.
+COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 
 def sync_batch_normal_norm(
     input: Tensor,
@@ -80,10 +83,17 @@ def sync_batch_normal_norm(
     Raises:
         ValueError, TypeError: bad arguments, before anything is sent; a single value per channel
             over all ranks (on the CPU, where the count is known to the host).
-        RuntimeError: under torch.func transforms and in forward mode; and from
+        RuntimeError: under torch.func transforms and in forward mode; inside torch.compile with
+            fullgraph=True before torch 2.13; and from
             torch.distributed, where another rank fails or is late beyond the group's time-out.
     """
     check_is_tensor(input)
+    if torch.compiler.is_compiling() and not COMPILES:
+        raise RuntimeError(
+            f"torch {torch.__version__} compiles the messages of synchronised layers to wrong "
+            "gradients; torch.compile of them needs torch 2.13 (without fullgraph=True they run "
+            "uncompiled)"
+        )
     if not torch.compiler.is_compiling() and (
         transforms_active() or forward_ad._current_level >= 0
     ):

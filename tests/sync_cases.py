@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import normnorm
-from normnorm import backends, reference
+from normnorm import backends, reference, sync
 from normnorm.noise import standard_normals
 from normnorm.sync import sync_batch_normal_norm
 
@@ -544,6 +544,11 @@ def compiled_training_equals_one_process(rank, ranks):
 
     for wrap in (compiled_within, compiled_around):
         model = fresh()
+        if wrap is compiled_within and not sync.COMPILES:
+            local = shards_of(batches, rank, ranks)[0][0]
+            with pytest.raises(Exception, match=r"needs torch 2\.13"):
+                torch.compile(model, backend="aot_eager", fullgraph=True)(local)
+            continue
         train(wrap(model), shards_of(batches, rank, ranks), ranks / sum(SIZES[ranks]))
         for one, other in zip(
             model.state_dict().values(), alone.state_dict().values(), strict=True
@@ -607,6 +612,8 @@ def compiled_layers_send_the_same_messages_from_one_graph(rank, ranks):
         targets.append([name for name in names if "all_reduce" in name or "all_gather" in name])
         return graph.forward
 
+    if not sync.COMPILES:
+        return  # refused, as compiled_training_equals_one_process sees
     layer = normnorm.SyncBatchNormalNorm(3, dtype=torch.float64)
     eager = copy.deepcopy(layer)
     compiler = aot_autograd(

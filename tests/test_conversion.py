@@ -782,7 +782,7 @@ def test_what_cannot_be_registered_is_refused_in_a_sentence(arguments, error, wo
 @pytest.mark.parametrize("name", lazy.__all__)
 @pytest.mark.parametrize("affine", [True, False])
 def test_lazy_layers_are_swapped_both_ways_before_they_know_their_size(name, affine):
-    theirs = getattr(nn, name.replace("Normal", ""))(affine=affine, momentum=0.3, bias=affine)
+    theirs = getattr(nn, name.replace("Normal", ""))(affine=affine, momentum=0.3)
     model = nn.Sequential(theirs.double().eval())
     parameters = list(model.parameters())
     normnorm.replace_norms(model, **OFF)
@@ -791,7 +791,7 @@ def test_lazy_layers_are_swapped_both_ways_before_they_know_their_size(name, aff
     normnorm.restore_norms(model)
     assert type(model[0]) is type(theirs)
     normnorm.replace_norms(model, **OFF)
-    same = type(theirs)(affine=affine, momentum=0.3, bias=affine).double()
+    same = type(theirs)(affine=affine, momentum=0.3).double()
     input = torch.randn(3, 4, *(5,) * int(name[-2]), dtype=torch.float64)
     output = model.train()(input)
     assert type(model[0]).__name__ == name.removeprefix("Lazy")
