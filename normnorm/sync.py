@@ -90,9 +90,8 @@ def sync_batch_normal_norm(
     check_is_tensor(input)
     if torch.compiler.is_compiling() and not COMPILES:
         raise RuntimeError(
-            f"torch {torch.__version__} compiles the messages of synchronised layers to wrong "
-            "gradients; torch.compile of them needs torch 2.13 (without fullgraph=True they run "
-            "uncompiled)"
+            f"torch.compile of synchronised layers needs torch 2.13; got {torch.__version__} "
+            "(compiled gradients were wrong under 2.11; without fullgraph=True they run uncompiled)"
         )
     if not torch.compiler.is_compiling() and (
         transforms_active() or forward_ad._current_level >= 0
