@@ -71,8 +71,8 @@ test-floor:
 	@rm -f $(FLOOR)/.venv/.native
 	NORMNORM_CUDA=0 $(MAKE) --directory=$(FLOOR) VENV=.venv TORCH=torch==2.10.0 .venv/.native .venv/.test
 	cd $(FLOOR) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) -m 'not slow and not serial' $(ARGS) \
-	    tests/test_ops.py tests/test_modules.py tests/test_compile.py tests/test_export.py \
-	    tests/test_packaging.py::test_the_cuda_binding_compiles_against_this_torch
+	    tests/core/test_ops.py tests/core/test_modules.py tests/core/test_compile.py tests/core/test_export.py \
+	    tests/tools/test_packaging.py::test_the_cuda_binding_compiles_against_this_torch
 
 lint: install
 	$(BIN)/ruff check .
@@ -93,7 +93,7 @@ endef
 
 # What a machine with a GPU needs, compiled here for one architecture into build/gpu.
 gpu-build: $(VENV)/.torch
-	$(PY) tests/gpu/build.py --arch $(ARCH)
+	$(PY) tests/cuda/gpu/build.py --arch $(ARCH)
 
 # With the machine's own Python and torch, and no network; only a dry run uses the environment.
 # DRY=1 runs without a GPU; RESULTS=DIR is where results go; no more than so many MINUTES.

@@ -34,7 +34,7 @@ from xml.etree import ElementTree
 import gpu_summary
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU = ROOT / "tests/gpu"
+GPU = ROOT / "tests/cuda/gpu"
 RESERVE_S = 6.0  # for what is written at the end
 SILENT_S = 60.0  # a test process that has reported nothing for so long hangs
 SILENT = "nothing had happened"
@@ -90,7 +90,8 @@ class Check:
         return self.deadline - time.monotonic()
 
     def start(self, command: Sequence[str], output: Path, **variables: str) -> subprocess.Popen:
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        folders = ("", "tests", "tests/core", "tests/cuda", "tests/triton")
+        path = os.pathsep.join([*(str(ROOT / folder) for folder in folders), os.environ.get("PYTHONPATH", "")])
         mine = {"PYTHONPATH": path.rstrip(os.pathsep), "PYTHONUNBUFFERED": "1"}
         if self.dry:
             mine["NORMNORM_GPU_CHECK"] = "dry"
@@ -205,7 +206,7 @@ def last_line(ended: Ended) -> str:
 def junit(tests: dict[str, dict[str, Any]]) -> str:
     """All processes' tests as one JUnit file; tracebacks are whole unless they are too many."""
     most = LARGEST_BYTES // (1 + sum(bool(test["said"]) for test in tests.values()))
-    suite = ElementTree.Element("testsuite", name="tests/gpu", tests=str(len(tests)))
+    suite = ElementTree.Element("testsuite", name="tests/cuda/gpu", tests=str(len(tests)))
     for name, test in tests.items():
         file, _, rest = name.partition("::")
         case = ElementTree.SubElement(

@@ -8,7 +8,7 @@
 #include <cuda_runtime.h>
 #define NN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
-#include "host_cuda.h"  // tests/host_cuda
+#include "host_cuda.h"  // tests/cuda/host_cuda
 #endif
 #include <stdint.h>
 

@@ -1,0 +1,200 @@
+// csrc/core for Python, one function at a time, so that the tests can hold each against mpmath and SciPy.
+//
+// float32 functions run over SIMD lanes of the instruction set this file is compiled for, a partial vector at
+// the end; float64 ones run on scalars, as the definition of the same templates. NN_MODULE names the Python
+// module.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "../../csrc/core/lmbda.h"
+#include "../../csrc/core/moments.h"
+#include "../../csrc/core/projected_error.h"
+#include "../../csrc/core/transform.h"
+#include "../../csrc/cpu/noise.h"
+#include "../../csrc/cpu/storage.h"
+
+namespace py = pybind11;
+using namespace normnorm;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+// f over every element, a vector of lanes at a time for float.
+template <class F>
+py::array_t<float> map(Array<float> in, F f) {
+  py::array_t<float> out(in.size());
+  const float* from = in.data();
+  float* to = out.mutable_data();
+  const int64_t size = in.size();
+  for (int64_t i = 0; i < size; i += kLanes<VFloat>) {
+    const int rest = int(size - i);
+    if (rest >= kLanes<VFloat>)
+      store_dense<VFloat>(to + i, f(load_dense<VFloat>(from + i)));
+    else
+      store_some<VFloat>(to + i, f(load_some<VFloat>(from + i, rest)), rest);
+  }
+  return out;
+}
+template <class F>
+py::array_t<double> map(Array<double> in, F f) {
+  py::array_t<double> out(in.size());
+  for (int64_t i = 0; i < in.size(); ++i) out.mutable_data()[i] = f(in.data()[i]);
+  return out;
+}
+
+template <class V, class T>
+Exponents<V> spread(const Exponents<T>& e) {
+  return {splat<V>(e.eta_pos),     splat<V>(e.eta_neg),    splat<V>(e.inverse_pos),
+          splat<V>(e.inverse_neg), splat<V>(e.active_pos), splat<V>(e.active_neg)};
+}
+
+// The functions that exist for both dtypes, under the same names.
+template <class T>
+void bind_real(py::module_& m) {
+  m.def("log1p", [](Array<T> a) { return map(a, [](auto t) { return log1p_nonneg<decltype(t)>(t); }); });
+  m.def("exp", [](Array<T> a) { return map(a, [](auto t) { return exp_pair<decltype(t)>(t).exp; }); });
+  m.def("expm1", [](Array<T> a) { return map(a, [](auto t) { return exp_pair<decltype(t)>(t).expm1; }); });
+  m.def("projected_error", [](Array<T> a) {
+    return py::make_tuple(map(a, [](auto t) { return projected_error<decltype(t)>(t).value; }),
+                          map(a, [](auto t) { return projected_error<decltype(t)>(t).slope; }));
+  });
+  m.def("psi", [](Array<T> a, T lmbda, T transform_eps) {
+    const auto e = make_exponents<T>(lmbda, transform_eps);
+    return map(a, [&](auto h) {
+      using V = decltype(h);
+      return with_sign_of(psi_magnitude<V>(log1p_nonneg<V>(magnitude(h)), side_of(h, spread<V>(e))), h);
+    });
+  });
+  const auto slope = [](bool by_lambda) {
+    return [by_lambda](Array<T> a, T lmbda, T transform_eps) {
+      const auto e = make_exponents<T>(lmbda, transform_eps);
+      return map(a, [&](auto h) {
+        using V = decltype(h);
+        const V t = magnitude(h), l = log1p_nonneg<V>(t), reciprocal = T(1) / (t + T(1));
+        const auto side = side_of(h, spread<V>(e));
+        const auto power = exp_pair<V>(clamp_exponent<V>(side.eta * l));
+        const V psi = power.expm1 * side.inverse;
+        const auto s = has_small_exponent(e) ? psi_slopes<true, V>(l, reciprocal, power.exp, psi, side)
+                                             : psi_slopes<false, V>(l, reciprocal, power.exp, psi, side);
+        return by_lambda ? s.psi_lambda : s.psi_h;
+      });
+    };
+  };
+  m.def("psi_h", slope(false));
+  m.def("psi_lambda", slope(true));
+  m.def("lambda_terms", [](Array<T> a) {
+    const auto term = [&](int which) {
+      return map(a, [which](auto h) {
+        using V = decltype(h);
+        const V t = magnitude(h);
+        const auto s = lambda_terms<V>(h, t, log1p_nonneg<V>(t));
+        return which == 0 ? s.slope : which == 1 ? s.log : which == 2 ? s.shift : s.curvature;
+      });
+    };
+    return py::make_tuple(term(0), term(1), term(2), term(3));
+  });
+  m.def("lambda_weight", [](Array<T> a, T lmbda, T slope_a, T shift, T curvature, T alpha, int order) {
+    const auto g = lambda_gradient<T>(lmbda, slope_a, shift, curvature, alpha, order);
+    return map(a, [&](auto h) {
+      using V = decltype(h);
+      const V t = magnitude(h);
+      const LambdaGradient<V> c{splat<V>(g.c_e), splat<V>(g.c_r), splat<V>(g.c_o), splat<V>(g.shift)};
+      return lambda_weight<V>(h, t, log1p_nonneg<V>(t), V(T(1) / (t + T(1))), c);
+    });
+  });
+}
+
+py::array_t<uint32_t> lane_words(uint64_t seed, uint32_t stream, uint64_t first_quad, int64_t quads) {
+  py::array_t<uint32_t> out(4 * quads);
+  const LaneKeys keys(seed);
+  constexpr int w = kLanes<VFloat>;
+  for (int64_t q = 0; q < quads; q += kWordBatches * w) {
+    float batches[kWordBatches * kNoiseBatch];
+    word_batches(batches, first_quad + uint64_t(q), keys, stream);
+    for (int64_t i = 0; i < kWordBatches * w && q + i < quads; ++i) {
+      const float* batch = batches + i / w * kNoiseBatch;
+      int lane = 0;
+      while (quad_of_lane(lane) != i % w) ++lane;
+      batch += lane;
+      for (int j = 0; j < 4; ++j) out.mutable_data()[4 * (q + i) + j] = bit_cast<uint32_t>(batch[j * w]);
+    }
+  }
+  return out;
+}
+
+template <class T>
+py::array_t<T> normals_of(uint64_t seed, uint32_t stream, int64_t position, int64_t count, bool transposed,
+                          int64_t rows, int64_t cols) {
+  NoiseSource source;
+  source.seed = seed;
+  source.stream = stream;
+  source.order = {transposed, rows, cols};
+  py::array_t<T> buffer(count + kNoiseSlack), out(count);
+  const T* z = normals(buffer.mutable_data(), position, count, source);
+  for (int64_t i = 0; i < count; ++i) out.mutable_data()[i] = z[i];
+  return out;
+}
+
+template <class Half>
+void bind_half(py::module_& m, const char* widen_name, const char* narrow_name) {
+  m.def(widen_name, [](Array<uint16_t> a) {
+    py::array_t<float> out(a.size());
+    widen_run(reinterpret_cast<const Half*>(a.data()), out.mutable_data(), a.size());
+    return out;
+  });
+  m.def(narrow_name, [](Array<float> a) {
+    py::array_t<uint16_t> out(a.size());
+    narrow_run(a.data(), reinterpret_cast<Half*>(out.mutable_data()), a.size());
+    return out;
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(NN_MODULE, m) {
+  m.attr("lanes") = kLanes<VFloat>;
+  auto single = m.def_submodule("float32"), whole = m.def_submodule("float64");
+  bind_real<float>(single);
+  bind_real<double>(whole);
+  bind_half<BFloat16>(m, "widen_bfloat16", "narrow_bfloat16");
+  bind_half<Float16>(m, "widen_float16", "narrow_float16");
+
+  m.def("sincos_turn", [](Array<uint32_t> words, bool cosine) {
+    py::array_t<float> out(words.size());
+    for (int64_t i = 0; i < words.size(); ++i) {
+      const auto s = sincos_turn<float>(words.data()[i]);
+      out.mutable_data()[i] = cosine ? s.cos : s.sin;
+    }
+    return out;
+  });
+  m.def("minus_two_log_uniform", [](Array<uint32_t> words) {
+    py::array_t<float> out(words.size());
+    for (int64_t i = 0; i < words.size(); ++i)
+      out.mutable_data()[i] = minus_two_log_uniform<float>(words.data()[i]);
+    return out;
+  });
+  m.def("philox", [](Array<uint32_t> counter, uint32_t key0, uint32_t key1) {
+    const auto w = philox({{counter.at(0), counter.at(1), counter.at(2), counter.at(3)}}, key0, key1);
+    return py::make_tuple(w.word[0], w.word[1], w.word[2], w.word[3]);
+  });
+  m.def("lane_words", &lane_words);
+  single.def("normals", &normals_of<float>);
+  whole.def("normals", &normals_of<double>);
+  m.def("estimate_lambda", [](double a, double b, double d, double e, double alpha, int order, double eps) {
+    const auto s = estimate_lambda<double>({a, b, d, e}, alpha, order, eps);
+    return py::make_tuple(s.lmbda, s.curvature);
+  });
+  // moments as (count, mean, low, m2)
+  using Four = std::tuple<double, double, double, double>;
+  m.def("merge", [](const Four& a, const Four& b) {
+    const auto s = merge({std::get<0>(a), std::get<1>(a), std::get<2>(a), std::get<3>(a)},
+                         {std::get<0>(b), std::get<1>(b), std::get<2>(b), std::get<3>(b)});
+    return Four(s.count, s.mean, s.low, s.m2);
+  });
+  m.def("recentred_moments", [](double count, double centre, double sum, double squares) {
+    const auto s = recentred_moments(count, centre, sum, squares);
+    return Four(s.count, s.mean, s.low, s.m2);
+  });
+}

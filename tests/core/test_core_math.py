@@ -1,0 +1,417 @@
+"""Every device function of csrc/core against mpmath and SciPy, on every instruction set here."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from oracle import noise_words, normals
+from scipy.optimize import approx_fprime
+from scipy.stats import yeojohnson, yeojohnson_llf
+
+ROOT = Path(__file__).resolve().parents[2]
+BINDING = ROOT / "tests/core/core_binding.cpp"
+FLAGS = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma", "-mbmi2", "-mf16c"],
+    "avx512": [
+        *("-mavx2", "-mfma", "-mbmi2", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512cd"),
+        *("-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    ],
+}
+CXX = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler on this machine")
+
+
+def runnable() -> list[str]:
+    """The instruction sets of this processor."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["generic"]
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
+    have = ["generic"]
+    if {"avx2", "fma", "bmi2", "f16c"} <= words:
+        have.append("avx2")
+        if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= words:
+            have.append("avx512")
+    return have
+
+
+def build(isa: str, folder: Path) -> ModuleType:
+    pybind11 = pytest.importorskip("pybind11")
+    name = f"core_{isa}"
+    target = folder / f"{name}.so"
+    subprocess.run(
+        [
+            *(CXX, "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"),
+            *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *FLAGS[isa]),
+            *(f"-DNN_MODULE={name}", f"-I{pybind11.get_include()}"),
+            *(f"-I{sysconfig.get_paths()['include']}", str(BINDING), "-o", str(target)),
+        ],
+        check=True,
+    )
+    specification = importlib.util.spec_from_file_location(name, target)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
+    folder = tmp_path_factory.mktemp("core")
+    return {isa: build(isa, folder) for isa in runnable()}
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def core(request: pytest.FixtureRequest, modules: dict[str, ModuleType]) -> ModuleType:
+    if request.param not in modules:
+        pytest.skip(f"this processor has no {request.param}: its functions were not tested")
+    return modules[request.param]
+
+
+def exactly(function, arguments: np.ndarray) -> np.ndarray:
+    """mpmath's function at float arguments, rounded to float64."""
+    with mpmath.workdps(30):
+        return np.array([float(function(mpmath.mpf(float(a)))) for a in arguments])
+
+
+def ulps(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest error in units in the last place of the wanted value, in the dtype of ``got``."""
+    spacing = np.abs(np.spacing(want.astype(got.dtype))).astype(np.float64)
+    return float(np.max(np.abs(got.astype(np.float64) - want) / spacing))
+
+
+def powers(low: float, high: float, count: int = 1501) -> np.ndarray:
+    return np.exp(np.linspace(np.log(low), np.log(high), count)).astype(np.float32)
+
+
+# --- elementary functions: the numbers of ulps are stated in docs/numerics.md's words ------------
+
+
+def test_log1p_is_within_two_ulp(core):
+    t = np.concatenate([powers(1e-30, 1e30), np.linspace(0, 10, 1501, dtype=np.float32)])
+    assert ulps(core.float32.log1p(t), exactly(mpmath.log1p, t)) <= 2.0
+
+
+def test_exp_is_within_two_ulp_and_expm1_within_three(core):
+    a = np.concatenate([-powers(1e-20, 86), powers(1e-20, 80)])
+    assert ulps(core.float32.exp(a), exactly(mpmath.exp, a)) <= 2.0
+    assert ulps(core.float32.expm1(a), exactly(mpmath.expm1, a)) <= 3.0
+
+
+def test_elementary_functions_at_their_limits(core):
+    zero = np.zeros(1, np.float32)
+    assert core.float32.log1p(zero)[0] == 0
+    assert core.float32.exp(zero)[0] == 1
+    assert core.float32.expm1(zero)[0] == 0
+    far = np.array([-1e4], np.float32)
+    assert 0 <= core.float32.exp(far)[0] < 2e-38
+    assert core.float32.expm1(far)[0] == -1
+    nan = np.array([np.nan], np.float32)
+    for name in ("log1p", "exp", "expm1"):
+        assert np.isnan(getattr(core.float32, name)(nan)[0])
+
+
+def test_the_projected_error_function_and_its_slope_are_within_two_ulp(core):
+    t = np.concatenate([powers(1e-30, 30), np.linspace(1.4, 1.6, 801, dtype=np.float32)])
+    t = np.concatenate([t, -t])
+
+    def value(t):
+        return t * slope(t) + mpmath.sqrt(2 / mpmath.pi) * mpmath.exp(-t * t / 2)
+
+    def slope(t):
+        return mpmath.erf(t / mpmath.sqrt(2))
+
+    for module in (core.float32, core.float64):
+        got = module.projected_error(t)
+        assert ulps(got[0], exactly(value, t)) <= 2.0
+        assert ulps(got[1], exactly(slope, t)) <= 2.0
+
+
+def test_the_projected_error_function_at_its_limits(core):
+    far = np.array([0.0, -0.0, 1e38, -1e38, np.inf, -np.inf, np.nan], np.float32)
+    value, slope = core.float32.projected_error(far)
+    assert value[0] == value[1] == np.float32(np.sqrt(2 / np.pi))
+    np.testing.assert_array_equal(value[2:], np.abs(far[2:]))
+    np.testing.assert_array_equal(slope, [0, 0, 1, -1, 1, -1, np.nan])
+    assert list(np.signbit(slope[:2])) == [False, True]
+
+
+def test_sine_and_cosine_of_a_word_are_within_three_ulp_of_one(core):
+    random = np.random.default_rng(0)
+    words = random.integers(0, 2**32, 2000, dtype=np.uint32)
+    edges = (np.arange(8, dtype=np.uint64) << np.uint64(29)).astype(np.uint32)
+    words = np.concatenate([words, edges, edges - np.uint32(1)])
+    angle = (words.astype(np.longdouble) + 0.5) * (2 * np.longdouble(np.pi) / 2**32)
+    for cosine, function in ((False, np.sin), (True, np.cos)):
+        error = np.abs(core.sincos_turn(words, cosine) - function(angle))
+        assert error.max() <= 3 * 2.0**-24
+
+
+def test_logarithm_of_the_uniform_is_within_three_ulp_at_both_ends(core):
+    random = np.random.default_rng(1)
+    small = np.arange(40, dtype=np.uint32)
+    words = np.concatenate(
+        [random.integers(0, 2**32, 2000, dtype=np.uint32), small, np.uint32(2**32 - 1) - small]
+    )
+    with mpmath.workdps(30):
+        half, unit = mpmath.mpf(0.5), mpmath.mpf(2) ** 32
+        want = np.array([float(-2 * mpmath.log((int(w) + half) / unit)) for w in words])
+    assert ulps(core.minus_two_log_uniform(words), want) <= 3.0
+
+
+# --- the transform -------------------------------------------------------------------------------
+
+LAMBDAS = (-5.0, -1.0, -0.01, 0.0, 1e-6, 0.003, 0.3, 0.9, 1.0, 1.25, 1.999, 2.0, 2.003, 3.0, 7.0)
+
+
+@pytest.fixture(scope="module")
+def values() -> np.ndarray:
+    positive = np.concatenate([powers(1e-6, 30, 300), np.zeros(1, np.float32)])
+    return np.concatenate([positive, -positive])
+
+
+def psi_exact(h: float, lmbda: float) -> mpmath.mpf:
+    t, sign = mpmath.mpf(abs(h)), -1 if h < 0 else 1
+    eta = 1 + sign * (mpmath.mpf(lmbda) - 1)
+    logarithm = mpmath.log1p(t)
+    return sign * (logarithm if eta == 0 else mpmath.expm1(eta * logarithm) / eta)
+
+
+def rounded(lmbda: float) -> float:
+    return float(np.float32(lmbda))
+
+
+@pytest.mark.parametrize("lmbda", LAMBDAS)
+def test_psi_is_accurate_for_every_lambda(core, values, lmbda):
+    lmbda = rounded(lmbda)
+    want = np.array([float(psi_exact(float(h), lmbda)) for h in values])
+    got = core.float32.psi(values, lmbda, 0.0)
+    nonzero = want != 0
+    # (1+t)^eta amplifies the logarithm's error by the exponent
+    exponent = np.abs((1 + np.sign(values) * (lmbda - 1)) * np.log1p(np.abs(values)))
+    bound = (6 + 3 * exponent[nonzero]) * 2.0**-23
+    assert np.all(np.abs(got - want)[nonzero] <= bound * np.abs(want[nonzero]))
+    assert np.all(got[~nonzero] == 0)
+
+
+@pytest.mark.parametrize("lmbda", LAMBDAS)
+def test_psi_in_float64_is_scipys(core, values, lmbda):
+    got = core.float64.psi(values.astype(np.float64), lmbda, 0.0)
+    np.testing.assert_allclose(got, yeojohnson(values.astype(np.float64), lmbda), rtol=3e-14)
+
+
+@pytest.mark.parametrize("lmbda", LAMBDAS)
+def test_slopes_of_psi_are_its_derivatives(core, values, lmbda):
+    lmbda = rounded(lmbda)
+    h = values[values != 0][::7]
+    with mpmath.workdps(40):
+        by_h = np.array(
+            [float(mpmath.diff(lambda a: psi_exact(a, lmbda), mpmath.mpf(float(v)))) for v in h]
+        )
+        step = mpmath.mpf(10) ** -12
+        by_lambda = np.array(
+            [
+                float(
+                    (psi_exact(float(v), lmbda + step) - psi_exact(float(v), lmbda - step))
+                    / (2 * step)
+                )
+                for v in h
+            ]
+        )
+    wide = h.astype(np.float64)
+    np.testing.assert_allclose(core.float64.psi_h(wide, lmbda, 0.0), by_h, rtol=2e-13)
+    np.testing.assert_allclose(
+        core.float64.psi_lambda(wide, lmbda, 0.0), by_lambda, rtol=1e-11, atol=2e-14
+    )
+    exponent = np.abs((np.sign(h) * (lmbda - 1)) * np.log1p(np.abs(h)))
+    error = np.abs(core.float32.psi_h(h, lmbda, 0.0) - by_h) / by_h
+    assert np.all(error <= (8 + 4 * exponent) * 2.0**-23)
+    # the derivative in lambda enters sums with its neighbours: accurate beside log(1+t) P
+    power = (1 + np.abs(wide)) ** (1 + np.sign(wide) * (lmbda - 1))
+    scale = np.log1p(np.abs(wide)) * np.maximum(power, 1)
+    error = np.abs(core.float32.psi_lambda(h, lmbda, 0.0) - by_lambda)
+    assert np.all(error <= (24 + 6 * exponent) * 2.0**-23 * scale)
+
+
+def test_true_derivatives_at_zero(core):
+    zero = np.zeros(1)
+    for lmbda in LAMBDAS:
+        assert core.float64.psi_h(zero, lmbda, 0.0)[0] == 1
+        assert core.float64.psi_lambda(zero, lmbda, 0.0)[0] == 0
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.001, -0.003, 2.0, 1.998, 0.5, -1.0])
+def test_shifted_exponent_takes_the_logarithm_near_zero(core, values, lmbda):
+    shift = np.sqrt(1e-5)
+    h = values.astype(np.float64)
+    t, sign = np.abs(h), np.where(h < 0, -1.0, 1.0)
+    eta = 1 + sign * (lmbda - 1)
+    linear = np.abs(eta) <= shift
+    moved = np.where(linear, 1.0, eta + np.where(eta < 0, -shift, shift))
+    power = (1 + t) ** moved
+    want = sign * np.where(linear, np.log1p(t), (power - 1) / moved)
+    np.testing.assert_allclose(core.float64.psi(h, lmbda, shift), want, rtol=1e-9, atol=1e-15)
+    slope = np.where(linear, 1 / (1 + t), power / (1 + t))
+    np.testing.assert_allclose(core.float64.psi_h(h, lmbda, shift), slope, rtol=1e-12)
+    assert np.all(core.float64.psi_lambda(h, lmbda, shift)[linear] == 0)
+
+
+def test_exponents_saturate(core):
+    far = np.array([1e30], np.float32)
+    assert np.isfinite(core.float32.psi(far, 5.0, 0.0)[0])
+    assert np.isfinite(core.float64.psi(np.array([1e300]), 5.0, 0.0)[0])
+
+
+# --- the estimate of lambda ----------------------------------------------------------------------
+
+
+def standardized(n: int = 400) -> np.ndarray:
+    h = np.random.default_rng(2).exponential(size=n)
+    return (h - h.mean()) / h.std()
+
+
+def means(core, h: np.ndarray) -> list[float]:
+    return [float(term.mean()) for term in core.float64.lambda_terms(h)]
+
+
+def test_estimate_is_one_newton_step_on_scipys_likelihood(core):
+    h = standardized()
+    n, step = len(h), 1e-3
+    likelihood = [-yeojohnson_llf(1 + k * step, h) / n for k in (-1, 0, 1)]
+    first = (likelihood[2] - likelihood[0]) / (2 * step)
+    second = (likelihood[2] - 2 * likelihood[1] + likelihood[0]) / step**2
+    lmbda, curvature = core.estimate_lambda(*means(core, h), 1.0, 2, 1e-5)
+    assert curvature == pytest.approx(second + np.sqrt(1e-5), rel=1e-5)
+    assert lmbda == pytest.approx(1 - first / (second + np.sqrt(1e-5)), rel=1e-5)
+    assert core.estimate_lambda(*means(core, h), 0.5, 1, 1e-5)[0] == pytest.approx(
+        1 - 0.5 * first, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("alpha", "order"), [(1.0, 2), (0.5, 2), (1.0, 1), (0.0, 2)])
+def test_weights_are_the_gradient_of_the_estimate(core, alpha, order):
+    h = standardized(40)
+
+    def estimate(values: np.ndarray) -> float:
+        return core.estimate_lambda(*means(core, values), alpha, order, 1e-5)[0]
+
+    a, _, d, _ = means(core, h)
+    lmbda, curvature = core.estimate_lambda(*means(core, h), alpha, order, 1e-5)
+    got = core.float64.lambda_weight(h, lmbda, a, d, curvature, alpha, order) / len(h)
+    want = approx_fprime(h, estimate, 1e-6)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_lambda_terms_in_float32_are_close(core, values):
+    for got, want in zip(
+        core.float32.lambda_terms(values),
+        core.float64.lambda_terms(values.astype(np.float64)),
+        strict=True,
+    ):
+        t = np.abs(values).astype(np.float64)
+        scale = np.abs(want) + ((1 + t) * np.log1p(t)) ** 2 + t * t + t
+        assert np.all(np.abs(got - want) <= 12 * 2.0**-23 * scale)
+
+
+# --- moments -------------------------------------------------------------------------------------
+
+
+def test_merged_parts_are_the_moments_of_the_whole(core):
+    random = np.random.default_rng(3)
+    x = 1e4 + random.normal(size=1000)
+    total = (0.0, 0.0, 0.0, 0.0)
+    for part in np.split(x, [10, 400, 401, 900]):
+        centre = float(np.float32(part.mean()))
+        c = part - centre
+        total = core.merge(total, core.recentred_moments(len(part), centre, c.sum(), (c * c).sum()))
+    assert total[0] == 1000
+    exact = x.astype(np.longdouble).mean()
+    assert abs((np.longdouble(total[1]) - exact) + np.longdouble(total[2])) < 1e-13
+    assert total[3] / 1000 == pytest.approx(x.var(), rel=1e-12)
+
+
+def test_a_constant_part_has_no_deviation(core):
+    assert core.recentred_moments(7, 3.3, 0.0, 0.0) == (7, 3.3, 0, 0)
+
+
+# --- the noise -----------------------------------------------------------------------------------
+
+# Random123's kat_vectors: counter, key, words.
+KNOWN = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([2**32 - 1] * 4, [2**32 - 1] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_philox_gives_the_known_answers(core, counter, key, words):
+    assert list(core.philox(np.array(counter, np.uint32), *key)) == words
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**32 - 3, 2**40 + 1])
+def test_words_over_lanes_are_bitwise_the_same_everywhere(core, first):
+    seed, stream = -123456789012345, 7
+    want = noise_words(4 * 61, seed, stream, first)
+    got = core.lane_words(seed & (2**64 - 1), stream, first, 61)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("position", [0, 1, 6, 4095])
+def test_normals_are_those_of_the_oracle(core, position):
+    count = 333
+    want = normals((position + count,), 99, 3)[position:].astype(np.float64)
+    got = core.float64.normals(99, 3, position, count, False, 1, 1)
+    np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-14)
+    error = np.abs(core.float32.normals(99, 3, position, count, False, 1, 1) - want)
+    assert np.all(error <= 4 * 2.0**-24 * (1 + 2 * np.abs(want)))
+
+
+def test_normals_across_the_grain_of_the_canonical_order(core):
+    want = normals((2, 3, 4), 5, 0, channels_last=True).ravel()
+    got = core.float64.normals(5, 0, 0, 24, True, 3, 4)
+    np.testing.assert_allclose(got, want.astype(np.float64), rtol=1e-13, atol=1e-14)
+
+
+# --- half precision ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_number_widens_exactly(core, dtype):
+    bits = np.arange(2**16, dtype=np.uint16)
+    name = str(dtype).removeprefix("torch.")
+    got = getattr(core, f"widen_{name}")(bits)
+    want = torch.from_numpy(bits.view(np.int16)).view(dtype).float().numpy()
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrowing_rounds_to_nearest_even(core, dtype):
+    random = np.random.default_rng(4)
+    bits = random.integers(0, 2**32, 40_003, dtype=np.uint32)
+    ties = (np.arange(2**16, dtype=np.uint32) << np.uint32(16)) | np.uint32(0x8000)
+    half = (random.integers(0x38000000, 0x47800000, 20_000, dtype=np.uint32) >> 12) << 12
+    x = np.concatenate([bits, ties, half.astype(np.uint32)]).view(np.float32)
+    x = x[~np.isnan(x)]
+    name = str(dtype).removeprefix("torch.")
+    got = getattr(core, f"narrow_{name}")(x)
+    want = torch.from_numpy(x).to(dtype).view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(got, want)
+    nan = getattr(core, f"narrow_{name}")(np.array([np.nan], np.float32)).view(np.int16)
+    assert torch.isnan(torch.from_numpy(nan).view(dtype)).all()

@@ -1,0 +1,145 @@
+"""The authors' released layers, in float64, as recorded vectors.
+
+``data/official_float64.npz`` holds inputs, upstream gradients, outputs, gradients and running
+statistics of their layers over six input laws, noise off. Their transform shifts its exponent by
+sqrt(eps), which is ``transform_eps=math.sqrt(eps)`` here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import normnorm
+
+PATH = Path(__file__).parents[1] / "data" / "official_float64.npz"
+TOLERANCE = 1e-9
+RUNNING = ("running_mean", "running_var", "running_lmbda")
+
+
+@cache
+def _vectors() -> dict[str, np.ndarray]:
+    with np.load(PATH) as stored:
+        return dict(stored)
+
+
+def _cases() -> list[dict]:
+    return json.loads(bytes(_vectors()["index"]))
+
+
+CASES = {case["name"]: case for case in _cases()}
+TRACKED = [name for name in CASES if f"{name}/running_lmbda" in _vectors()]
+IMAGES = [name for name, case in CASES.items() if len(case["shape"]) == 4]
+
+
+class Recorded:
+    """One case: its arrays as tensors, and our layer with its parameters."""
+
+    def __init__(self, name: str, device: str, memory_format=torch.preserve_format) -> None:
+        self.name, self.device, self.memory_format = name, device, memory_format
+        self.case = CASES[name]
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self.name}/{key}" in _vectors()
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        array = torch.from_numpy(_vectors()[f"{self.name}/{key}"].copy())
+        memory_format = self.memory_format if array.dim() == 4 else torch.preserve_format
+        return array.to(self.device, memory_format=memory_format)
+
+    def layer(self) -> torch.nn.Module:
+        kwargs = dict(self.case["kwargs"])
+        if self.case["cls"].startswith("Instance"):
+            kwargs.setdefault("affine", True)  # the authors' default; torch's is False
+        kwargs["transform_eps"] = math.sqrt(kwargs.get("eps", 1e-5))
+        layer = getattr(normnorm, self.case["cls"])(
+            **kwargs, device=self.device, dtype=torch.float64
+        )
+        with torch.no_grad():
+            for parameter in ("weight", "bias"):
+                assert (parameter in self) == (getattr(layer, parameter) is not None)
+                if parameter in self:
+                    getattr(layer, parameter).copy_(self[parameter])
+        return layer
+
+
+def _agree(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(
+        got, want, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def _step(recorded: Recorded, layer: torch.nn.Module, suffix: str) -> dict[str, torch.Tensor]:
+    """One forward and backward pass: the output and every gradient by its recorded name."""
+    x = recorded[f"x{suffix}"].requires_grad_()
+    parameters = [p for p in (layer.weight, layer.bias) if p is not None]
+    y = layer(x)
+    gradients = torch.autograd.grad(y, (x, *parameters), recorded[f"g{suffix}"])
+    names = ("dx", "dweight", "dbias")[: len(gradients)]
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def test_the_recorded_cases_are_all_here():
+    assert len(CASES) == 37
+    assert len(TRACKED) == 18
+    laws = {case["dist"] for case in CASES.values()}
+    assert laws == {
+        "normal", "exponential", "student_t3", "bimodal", "offset", "tiny_variance",
+    }  # fmt: skip
+
+
+def _check_case(recorded: Recorded) -> None:
+    layer = recorded.layer()
+    layer.train()
+    for step in range(recorded.case["steps"]):
+        for name, value in _step(recorded, layer, str(step)).items():
+            _agree(value, recorded[f"{name}{step}"], f"{name}{step}")
+    for name in RUNNING:
+        assert (name in recorded) == (getattr(layer, name, None) is not None)
+        if name in recorded:
+            _agree(getattr(layer, name), recorded[name], name)
+    if "running_mean" in recorded:
+        assert layer.num_batches_tracked.item() == recorded.case["steps"]
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    layer.eval()
+    result = _step(recorded, layer, "_eval")
+    _agree(result["y"], recorded["y_eval"], "y_eval")
+    _agree(result["dx"], recorded["dx_eval"], "dx_eval")
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name]), f"evaluation changed {name}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_gradients_and_running_statistics_are_the_authors(name, backend, device):
+    _check_case(Recorded(name, device))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_channels_last_input_gives_the_authors_results_too(name, backend, device):
+    _check_case(Recorded(name, device, torch.channels_last))
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_an_authors_checkpoint_loads_strictly_and_gives_their_outputs(name, backend, device):
+    recorded = Recorded(name, device)
+    keys = (*RUNNING, "running_norm", "weight", "bias")
+    checkpoint = {key: recorded[key] for key in keys if key in recorded}
+    assert "running_norm" in checkpoint
+    assert "num_batches_tracked" not in checkpoint
+    layer = recorded.layer()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(math.nan)
+    layer.load_state_dict(checkpoint, strict=True)
+    assert set(checkpoint) >= set(RUNNING), "loading emptied the caller's state_dict"
+    layer.eval()
+    result = _step(recorded, layer, "_eval")
+    _agree(result["y"], recorded["y_eval"], "y_eval")
+    _agree(result["dx"], recorded["dx_eval"], "dx_eval")

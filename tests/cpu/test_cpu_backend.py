@@ -1,0 +1,485 @@
+"""The compiled CPU kernels: every walk, instruction set, thread count and bad argument."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import CASES, UNIT, Case, check, draw, draw_parameters
+from test_core_math import runnable
+
+import normnorm
+from normnorm import backends
+from normnorm.backends import cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+)
+OPS = torch.ops.normnorm_cpu
+NONE = (None, None, None)
+
+
+def configuration(kind="batch", num_groups=0, normalized_ndim=0, **options):
+    case = Case(kind, (), num_groups, normalized_ndim)
+    return case.config("cpu", **options)
+
+
+# --- the library ---------------------------------------------------------------------------------
+
+# The C functions of torch 2.10 that the kernels may call. One that is newer would keep the library
+# from loading into an older torch.
+SHIMS_2_10 = {
+    "aoti_torch_abi_version",
+    "aoti_torch_call_dispatcher",
+    "aoti_torch_copy_",
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
+    "aoti_torch_delete_library_object",
+    "aoti_torch_delete_tensor_object",
+    "aoti_torch_device_type_cpu",
+    "aoti_torch_device_type_cuda",
+    "aoti_torch_device_type_meta",
+    "aoti_torch_device_type_mps",
+    "aoti_torch_device_type_privateuse1",
+    "aoti_torch_device_type_xpu",
+    "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_bool",
+    "aoti_torch_dtype_complex128",
+    "aoti_torch_dtype_complex32",
+    "aoti_torch_dtype_complex64",
+    "aoti_torch_dtype_float16",
+    "aoti_torch_dtype_float32",
+    "aoti_torch_dtype_float64",
+    "aoti_torch_dtype_float8_e4m3fn",
+    "aoti_torch_dtype_float8_e4m3fnuz",
+    "aoti_torch_dtype_float8_e5m2",
+    "aoti_torch_dtype_float8_e5m2fnuz",
+    "aoti_torch_dtype_int16",
+    "aoti_torch_dtype_int32",
+    "aoti_torch_dtype_int64",
+    "aoti_torch_dtype_int8",
+    "aoti_torch_dtype_uint16",
+    "aoti_torch_dtype_uint32",
+    "aoti_torch_dtype_uint64",
+    "aoti_torch_dtype_uint8",
+    "aoti_torch_empty_strided",
+    "aoti_torch_get_current_cuda_stream",  # of a torch with CUDA: a weak symbol
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_device_index",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_numel",
+    "aoti_torch_get_size",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_stride",
+    "aoti_torch_get_strides",
+    "aoti_torch_is_contiguous",
+    "aoti_torch_library_init_def",
+    "aoti_torch_library_init_fragment",
+    "aoti_torch_library_init_impl",
+    "aoti_torch_memory_format_contiguous_format",
+    "aoti_torch_new_tensor_handle",
+    "aoti_torch_new_uninitialized_tensor",
+    "aoti_torch_zero_",
+    "torch_call_dispatcher",
+    "torch_delete_string",
+    "torch_get_num_threads",
+    "torch_new_string_handle",
+    "torch_library_impl",
+    "torch_parallel_for",
+    "torch_string_c_str",
+    "torch_string_length",
+}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
+def test_library_needs_only_the_stable_abi_of_torch_2_10():
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(cpu.LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
+    torches = {name for name in names if "torch" in name}
+    assert torches <= SHIMS_2_10
+    assert not {name for name in names if name.startswith(("_ZN2at", "_ZN3c10", "Py", "GOMP"))}
+
+
+def test_loading_the_library_leaves_denormals_alone():
+    assert np.float32(1e-40) * np.float32(1) != 0
+    assert (torch.tensor([1e-40]) * 1).item() != 0
+
+
+def test_info_says_what_runs():
+    info = cpu.info()
+    assert info["isa"] in runnable()
+    assert "fast-math" not in str(info["build"])
+    assert info["threads"] == torch.get_num_threads()
+
+
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_an_unknown_instruction_set_is_refused_with_those_there_are():
+    program = """
+import torch, normnorm
+try:
+    normnorm.BatchNormalNorm1d(3)(torch.randn(4, 3))
+except ValueError as error:
+    print(error)
+"""
+    said = run_python(program, NORMNORM_CPU_ISA="mmx").stdout
+    assert "'mmx'" in said
+    assert all(isa in said for isa in runnable())
+
+
+# --- accuracy on every instruction set -----------------------------------------------------------
+
+# Shapes whose groups fill no vector, several blocks, and a partial vector at the end.
+WALKS = (
+    Case("batch", (3, 5, 13, 13)),
+    Case("batch", (2, 3, 50, 50)),
+    Case("batch", (301, 19)),
+    Case("layer", (5, 333), normalized_ndim=1),
+    Case("layer", (2, 5003), normalized_ndim=1),
+    Case("group", (2, 6, 9, 9), num_groups=2),
+    Case("group", (7, 12), num_groups=3),
+    Case("instance", (2, 3, 47, 47)),
+)
+
+
+def check_everything(dtypes=(torch.float32, torch.bfloat16, torch.float16)) -> str:
+    """Forward and backward pass of all walks within bounds; the instruction set that ran."""
+    with normnorm.use_backend("cpu"):
+        for number, case in enumerate((*CASES, *WALKS)):
+            for dtype in dtypes:
+                for law in ("normal", "exponential"):
+                    x = draw(case, law, number, dtype)
+                    weight, bias = draw_parameters(case, number, dtype)
+                    check(case, x, weight, bias, seed=number, noise_train=0.4, what=law)
+                    if case.kind == "layer" or x.dim() != 4:
+                        continue
+                    x = x.to(memory_format=torch.channels_last)
+                    check(
+                        case, x, weight, bias, seed=number, noise_train=0.4, what=law,
+                        channels_last=True,
+                    )  # fmt: skip
+    return str(cpu.info()["isa"])
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_results_are_within_bounds_on_every_instruction_set(isa):
+    if isa not in runnable():
+        pytest.skip(f"this processor has no {isa}: its kernels were not tested")
+    dtypes = "(torch.float32, torch.bfloat16)"
+    done = run_python(
+        f"import torch, test_cpu_backend as t; print(t.check_everything({dtypes}))",
+        NORMNORM_CPU_ISA=isa,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == isa
+
+
+def test_float64_walks_are_within_bounds():
+    check_everything((torch.float64,))
+
+
+# --- large groups, threads -----------------------------------------------------------------------
+
+# (kind, shape, normalized_ndim): groups beyond the scratch memory, few and many, short runs
+LARGE = (
+    ("batch", (3, 2, 310, 310), 0),
+    ("batch", (700, 2, 20, 20), 0),
+    ("batch", (30000, 10), 0),
+    ("layer", (2, 270_001), 1),
+    ("layer", (400, 100), 1),
+    ("instance", (1, 2, 520, 510), 0),
+    ("group", (1, 4, 260, 260), 0),
+)
+
+
+def forward_and_backward(x, kind, normalized_ndim, noise=0.4, dtype=None, backend="cpu"):
+    serves = backends.get(backend)
+    groups = 2 if kind == "group" else 0
+    last = x.dim() > 2 and not x.is_contiguous()
+    options = {"noise_train": noise, "channels_last": last}
+    config = configuration(kind, groups, normalized_ndim, **options)
+    shape = x.shape[x.dim() - normalized_ndim :] if kind == "layer" else x.shape[1:2]
+    generator = torch.Generator().manual_seed(1)
+    weight = (1 + torch.rand(shape, generator=generator)).to(x.dtype)
+    bias = torch.rand(shape, generator=generator).to(x.dtype)
+    g = torch.randn(x.shape, generator=generator).to(x.dtype)
+    seed = torch.tensor([77])
+    y, stats = serves.forward(x, *NONE, weight, bias, None, seed, None, *config)
+    return (y, stats, *serves.backward(
+        g, x, stats, weight, bias, None, seed, True, True, True, False, *config
+    ))  # fmt: skip
+
+
+def layouts(shape):
+    yield torch.contiguous_format
+    if len(shape) == 4:
+        yield torch.channels_last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "shape", "normalized_ndim"), LARGE)
+def test_large_groups_agree_with_the_definition(kind, shape, normalized_ndim, dtype):
+    x = torch.randn(shape).exp().to(dtype)
+    for layout in layouts(shape):
+        x = x.to(memory_format=layout)
+        got = forward_and_backward(x, kind, normalized_ndim)
+        want = forward_and_backward(x.double(), kind, normalized_ndim, backend="reference")
+        for name, a, b in zip(("y", "stats", "du", "dw", "db"), got, want, strict=True):
+            scale = b.abs().max().item()
+            error = (a.double() - b).abs().max().item() / scale
+            storage = UNIT[dtype] if name != "stats" else 0.0
+            assert error < 4e-5 + 4 * storage, f"{name} off by {error:.2g} of {scale:.2g}"
+
+
+@pytest.mark.parametrize(("kind", "shape", "normalized_ndim"), LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_results_are_bitwise_the_same_for_any_number_of_threads(
+    kind, shape, normalized_ndim, dtype
+):
+    x = torch.randn(shape).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        for layout in layouts(shape):
+            x = x.to(memory_format=layout)
+            torch.set_num_threads(1)
+            alone = forward_and_backward(x, kind, normalized_ndim)
+            for threads in (2, 7):
+                torch.set_num_threads(threads)
+                together = forward_and_backward(x, kind, normalized_ndim)
+                for a, b in zip(alone, together, strict=True):
+                    assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- strides -------------------------------------------------------------------------------------
+
+VIEWS = {
+    "slice": lambda t: t[1::2, :, 1:-1, 2:],
+    "channel slice": lambda t: t[:, 1:4],
+    "permuted": lambda t: t.permute(3, 1, 0, 2),
+    "transposed": lambda t: t.transpose(2, 3),
+    "expanded": lambda t: t[:, :, :1, :1].expand(-1, -1, 3, 4),
+    "expanded samples": lambda t: t[:1].expand(5, -1, -1, -1),
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "channels_last slice": lambda t: t.to(memory_format=torch.channels_last)[:, 1:4, 1:],
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("kind", "ndim"), [("batch", 0), ("layer", 2), ("instance", 0)])
+def test_a_view_gives_what_its_contiguous_copy_gives(view, kind, ndim, dtype):
+    x = VIEWS[view](torch.randn(6, 5, 8, 9).to(dtype))
+    got = forward_and_backward(x, kind, ndim, noise=0.0)
+    want = forward_and_backward(x.contiguous(), kind, ndim, noise=0.0)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * UNIT[dtype], atol=4e-5)
+    assert got[0].stride() == got[2].stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_gradients_may_come_in_any_strides(view):
+    x = torch.randn(6, 5, 8, 9)
+    shape = VIEWS[view](x).shape
+    x = torch.randn(shape)
+    g = VIEWS[view](torch.randn(6, 5, 8, 9))
+    config = configuration()
+    _, stats = OPS.normal_norm_forward(x, *NONE, None, None, None, None, None, *config)
+    both = [
+        OPS.normal_norm_backward(
+            given, x, stats, None, None, None, None, True, False, False, False, *config
+        )[0]
+        for given in (g, g.contiguous())
+    ]
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_outside_the_given_views_is_touched_or_read(case, dtype):
+    """Every tensor lies between NaN sentinels: one read would spoil the result, one write them."""
+    guard, made = 67, []
+
+    def guarded(values: torch.Tensor) -> torch.Tensor:
+        whole = torch.full((values.numel() + 2 * guard,), float("nan"), dtype=values.dtype)
+        inside = whole[guard:-guard].view(values.shape)
+        inside.copy_(values)
+        made.append(whole)
+        return inside
+
+    x, g = guarded(draw(case, "normal", 0, dtype)), guarded(draw(case, "normal", 1, dtype))
+    weight, bias = (guarded(p) for p in draw_parameters(case, 0, dtype))
+    config = case.config("cpu", noise_train=0.4)
+    seed = torch.tensor([5])
+    y, stats = OPS.normal_norm_forward(x, *NONE, weight, bias, None, seed, None, *config)
+    stats = guarded(stats)
+    gradients = OPS.normal_norm_backward(
+        g, x, stats, weight, bias, None, seed, True, True, True, False, *config
+    )
+    for result in (y, *gradients):
+        assert torch.isfinite(result).all()
+    for whole in made:
+        assert whole[:guard].isnan().all()
+        assert whole[-guard:].isnan().all()
+
+
+# --- raw ops given anything ----------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+shapes = st.lists(st.integers(0, 4), min_size=0, max_size=5)
+
+
+@st.composite
+def tensors(draw_value, optional=True):
+    if optional and draw_value(st.booleans()):
+        return None
+    shape = draw_value(shapes)
+    dtype = draw_value(st.sampled_from(DTYPES if draw_value(st.booleans()) else DTYPES[:1]))
+    tensor = torch.ones(shape, dtype=dtype)
+    if tensor.dim() > 1 and draw_value(st.booleans()):
+        tensor = tensor.transpose(0, -1)
+    return tensor[..., ::2] if tensor.dim() and draw_value(st.booleans()) else tensor
+
+
+configurations = st.tuples(
+    st.sampled_from(["batch", "layer", "group", "instance", "other"]),
+    st.integers(-1, 3),
+    st.integers(-1, 3),
+    st.sampled_from([1e-5, 0.0, -1.0, float("nan"), float("inf")]),
+    st.sampled_from([0.0, 0.4, -1.0, float("nan")]),
+    st.sampled_from([1.0, 0.0, float("inf")]),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 0.003, -1.0]),
+    st.integers(-1, 2**40),
+    st.booleans(),
+    st.sampled_from(["", "relu"]),
+    st.just("cpu"),
+)
+REFUSALS = (ValueError, RuntimeError, TypeError, NotImplementedError)
+
+
+def harmless(op, *arguments) -> None:
+    """Calls an op that may refuse, but must neither crash nor change what it then refuses."""
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with contextlib.suppress(*REFUSALS):
+        op(*arguments)
+        return
+    for before, after in zip(copies, arguments, strict=True):
+        if isinstance(after, torch.Tensor):
+            assert torch.equal(before, after)
+
+
+@settings(max_examples=400)
+@given(tensors(optional=False), st.tuples(*[tensors()] * 8), configurations)
+def test_forward_given_anything_refuses_or_computes(x, rest, config):
+    harmless(OPS.normal_norm_forward, x, *rest, *config)
+
+
+@settings(max_examples=400)
+@given(
+    st.tuples(*[tensors(optional=False)] * 3),
+    st.tuples(*[tensors()] * 4),
+    st.tuples(*[st.booleans()] * 4),
+    configurations,
+)
+def test_backward_given_anything_refuses_or_computes(needed, optional, flags, config):
+    harmless(OPS.normal_norm_backward, *needed, *optional, *flags, *config)
+
+
+@settings(max_examples=300)
+@given(
+    st.tuples(*[tensors(optional=False)] * 4),
+    tensors(),
+    st.sampled_from([None, 0.1, float("nan")]),
+    st.integers(-1, 5),
+    st.sampled_from([1e-5, 0.0, -1.0]),
+)
+def test_fold_given_anything_refuses_or_computes(needed, tracked, momentum, count, eps):
+    harmless(OPS.fold_running_, *needed, tracked, momentum, count, eps, "cpu")
+
+
+def test_refusals_are_the_sentences_of_the_python_checks():
+    x = torch.randn(4, 3)
+    mistakes = [
+        ((x, *NONE, torch.ones(4), None, None, None, None), {}),
+        ((x, *NONE, None, None, x[:1], None, None), {}),
+        ((x, *NONE, None, None, x.double(), None, None), {}),
+        ((x, *NONE, None, None, None, None, None), {"activation": "gelu"}),
+        ((x, x[0], None, None, None, None, None, None, None), {}),
+        ((x, *NONE, None, None, None, None, None), {"noise_train": 0.4}),
+        ((x, *NONE, None, None, None, torch.zeros(2, dtype=torch.int64), None), {"noise_train": 1}),
+        ((x, *NONE, None, None, None, None, None), {"order": 3}),
+        ((x.long(), *NONE, None, None, None, None, None), {}),
+        ((x[:1], *NONE, None, None, None, None, None), {}),
+    ]
+    for arguments, options in mistakes:
+        sentences = []
+        for backend in ("cpu", "reference"):
+            with pytest.raises((ValueError, TypeError)) as refusal:
+                backends.get(backend).forward(*arguments, *configuration(**options))
+            sentences.append(re.sub(r"\s+", " ", str(refusal.value)))
+        assert sentences[0] == sentences[1]
+
+
+# --- beyond 32-bit indices -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_more_than_2_to_the_31_elements():
+    """(2^16 + 3) x 2^15 + ... in bfloat16: 4.3 GB in, as much out; needs 12 GiB of memory."""
+    rows, columns = 2**16 + 3, 2**15
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available < 12 * 2**30:
+        pytest.skip(f"needs 12 GiB of free memory, {available / 2**30:.1f} are")
+    x = torch.empty(rows, columns, dtype=torch.bfloat16)
+    piece = torch.randn(1024, columns, dtype=torch.bfloat16)
+    for first in range(0, rows, 1024):
+        x[first : first + 1024] = piece[: min(1024, rows - first)]
+    config = configuration("layer", normalized_ndim=1, noise_train=0.4)
+    seed = torch.tensor([9])
+    y, stats = OPS.normal_norm_forward(x, *NONE, None, None, None, seed, None, *config)
+    for first in (0, 1024, 65536):  # equal rows of input, all beyond each other in noise
+        torch.testing.assert_close(stats[:, first], stats[:, 0])
+    assert not torch.equal(y[65536], y[0])
+    from normnorm.noise import philox_words, uniforms
+
+    start = 65536 * columns // 4  # counters of row 65536, whose elements lie beyond 2^31
+    words = philox_words(torch.arange(start, start + columns // 4), seed, 0)
+    radius = torch.sqrt(-2.0 * torch.log(uniforms(words[0])))
+    z = radius * torch.cos(2.0 * torch.pi * uniforms(words[1]))
+    quiet = OPS.normal_norm_forward(
+        x[65536:65537], *NONE, None, None, None, None, None,
+        *configuration("layer", normalized_ndim=1),
+    )[0]  # fmt: skip
+    scale = 0.4 * stats[4, 65536].item()
+    got = (y[65536].double() - quiet[0].double())[::4] / scale
+    assert (got - z).abs().max() < 0.1

@@ -1,0 +1,197 @@
+"""What nvcc makes of csrc/cuda: cubins, their machine code, and what a chunk of elements costs.
+
+``python .../sass.py`` prints the counts of the probes; with ``--update`` it stores
+them as the budgets that ``test_cuda_static.py`` holds the kernels to.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+PROBES = Path(__file__).with_name("probes.cu")
+BUDGETS = ROOT / "tests/data/sass_budgets.json"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+FLAGS = ("-std=c++20", "-O3")
+# Compiled with its host code, which is the same for all architectures.
+HOST = "sm_90"
+# the elements of a thread by which a probe "many" exceeds the probe "few"
+PROBE_ELEMENTS = {"forward": 32, "backward": 16}
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, beside nvcc, or in a Python package that has it."""
+    folders = []
+    if nvcc := shutil.which("nvcc"):
+        folders.append(Path(nvcc).resolve().parent)
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            folders.append(Path(place) / inside)
+    return shutil.which(name) or next((str(f / name) for f in folders if (f / name).exists()), None)
+
+
+def missing() -> str | None:
+    """Why machine code cannot be looked at here, or None."""
+    absent = [t for t in ("nvcc", "cuobjdump", "nvdisasm", "c++filt") if not tool(t)]
+    return f"not found: {', '.join(absent)}" if absent else None
+
+
+@cache
+def nvcc_version() -> str:
+    text = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True).stdout
+    return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def _sources() -> list[Path]:
+    folders = (ROOT / "csrc/cuda", ROOT / "csrc/core")
+    return [
+        ROOT / "csrc/cpu/problem.h",
+        *sorted(p for f in folders for p in f.iterdir() if p.is_file()),
+    ]
+
+
+def _digest(source: Path, architecture: str) -> str:
+    digest = hashlib.sha256(f"{nvcc_version()} {architecture} {FLAGS} {source.name}".encode())
+    for path in [PROBES, *_sources()]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _built(source: Path, architecture: str) -> Path | None:
+    """What setup.py has compiled of it for that architecture alone, and from these sources."""
+    for built in (ROOT / "build").glob(f"temp*/objects/cuda_{source.stem}.o"):
+        words = built.with_suffix(".cmd").read_text().split()
+        codes = [w.rpartition(",code=")[2] for w in words if w.startswith("-gencode=")]
+        newest = max(path.stat().st_mtime for path in _sources())
+        optimised = "-std=c++20" in words and "-O3" in words
+        if codes == [architecture] and optimised and built.stat().st_mtime > newest:
+            return built
+    return None
+
+
+@cache
+def compile_cubin(source: Path, architecture: str) -> Path:
+    """A file with the machine code: the build's own, or compiled once for each state of the
+    sources."""
+    if built := _built(source, architecture):
+        return built
+    folder = Path(tempfile.gettempdir()) / f"normnorm-cubins-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{source.stem}-{architecture}-{_digest(source, architecture)}.o"
+    what = ["-c", "-Xcompiler", "-fPIC"] if architecture == HOST else ["-cubin"]
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            command = [tool("nvcc"), *FLAGS, *what, f"-arch={architecture}", str(source)]
+            done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "warning" not in done.stderr, done.stderr
+            partial.rename(target)
+    return target
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
+    command = [tool("cuobjdump"), option, str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    # in this order: what is left of an enumerator is its number
+    noise = re.compile(r"normnorm::cuda::|\(anonymous namespace\)::|^void ")
+    plain = (noise.sub("", line).replace("(Finish)", "") for line in done.stdout.splitlines())
+    return [line.partition("(")[0] for line in plain]
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """Each kernel's instructions, without predicates; names as in the source."""
+    functions: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for line in _cuobjdump("-sass", cubin).splitlines():
+        if named := re.search(r"Function : (\S+)", line):
+            current = functions.setdefault(named[1], [])
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(.*?)\s*;", line):
+            instruction = re.sub(r"^@!?U?P\w+\s+", "", found[1])
+            if current is not None and not instruction.startswith("NOP"):
+                current.append(instruction)
+    return dict(zip(demangled(list(functions)), functions.values(), strict=True))
+
+
+def resources(cubin: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel: registers (REG), stack frame (STACK), shared (SHARED), local (LOCAL)."""
+    text = _cuobjdump("-res-usage", cubin)
+    found = re.findall(r"Function (\S+?):\s*\n\s*(.*)", text)
+    usage = [{k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for _, line in found]
+    return dict(zip(demangled([name for name, _ in found]), usage, strict=True))
+
+
+def launch_bounds(cubin: Path) -> dict[str, int]:
+    """The most threads that a block of each kernel may have."""
+    found: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "-xelf", "all", str(cubin.resolve())]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        (extracted,) = Path(folder).iterdir()
+        elf = extracted.read_bytes()
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    sections = [struct.unpack_from("<2I4Q", elf, table + i * size) for i in range(count)]
+    for name, *_, at, length in sections:
+        start = sections[names][4] + name
+        kernel = elf[start : elf.index(b"\0", start)].decode().partition(".nv.info.")[2]
+        end = at + length
+        while kernel and at < end:  # attributes: a format, a number, a value or the value's size
+            kind, attribute, size = struct.unpack_from("<2BH", elf, at)
+            if attribute == 5:  # EIATTR_MAX_THREADS
+                (found[kernel],) = struct.unpack_from("<I", elf, at + 4)
+            at += 4 + (size if kind == 4 else 0)
+    return dict(zip(demangled(list(found)), found.values(), strict=True))
+
+
+def per_element(cubin: Path) -> dict[str, dict[str, float]]:
+    """What an element costs in each probe: instructions, and those of special functions."""
+    functions = instructions(cubin)
+    counts = {}
+    for name, code in functions.items():
+        operations = collections.Counter(i.split(".")[0].split()[0] for i in code)
+        counts[name] = (len(code), operations["MUFU"])
+    result = {}
+    for name in sorted(n.removesuffix("_few") for n in counts if n.endswith("_few")):
+        few, many = counts[f"{name}_few"], counts[f"{name}_many"]
+        elements = PROBE_ELEMENTS[name.split("_")[0]]
+        total, special = ((b - a) / elements for a, b in zip(few, many, strict=True))
+        result[name] = {"instructions": total, "special": special}
+    return result
+
+
+def main() -> None:
+    measured = {a: per_element(compile_cubin(PROBES, a)) for a in ARCHITECTURES}
+    for name in measured[ARCHITECTURES[0]]:
+        row = "  ".join(f"{measured[a][name]['instructions']:6.2f}" for a in ARCHITECTURES)
+        print(f"{name:28} {row}")
+    if "--update" in sys.argv:
+        stored = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+        stored[nvcc_version()] = measured
+        BUDGETS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

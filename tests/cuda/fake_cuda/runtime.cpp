@@ -1,0 +1,485 @@
+// A CUDA runtime that checks launches instead of making them. It is linked with the objects that nvcc makes of csrc/cuda,
+// and is told what a device has and what each kernel uses. Before the launchers stands what csrc/binding/cuda.cpp does
+// between tensors and them, with addresses that are never read.
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/binding/cuda_problem.h"
+#include "../../../csrc/core/statistics.h"
+#include "../../../csrc/cuda/columns_resident.cuh"
+#include "../../../csrc/cuda/launch.h"
+#undef blockDim
+#undef gridDim
+
+using namespace normnorm;
+using namespace normnorm::cuda;
+
+namespace {
+
+struct Model {
+  int id, multiprocessors, block_shared;
+  int shared, threads, blocks;  // of a multiprocessor
+  int major, ptx;
+};
+struct Kernel {
+  std::string symbol, family, team;
+  std::vector<bool> flags;  // of the template arguments
+  int registers = 0, shared = 0, threads = 0, element = 4;
+  long launches = 0;
+};
+struct Region {
+  std::string name;
+  uintptr_t begin, end;
+};
+
+Model model;
+std::map<const void*, Kernel> kernels;
+std::map<std::pair<int, const void*>, int> dynamic_limit;
+std::vector<Region> regions;  // of the pass at hand
+std::vector<std::string> problems;
+std::string mutation;
+
+void report(const Kernel& k, const std::string& what) { problems.push_back(k.symbol + ": " + what); }
+
+// Blocks of a multiprocessor at the same time, as the toolkit's cuda_occupancy.h counts them.
+int occupancy(const Kernel& k, int threads, size_t dynamic) {
+  const int warps = threads / 32, warp_registers = (k.registers * 32 + 255) / 256 * 256;
+  const int by_registers = 16384 / warp_registers * 4 / warps;
+  const int by_shared = int(size_t(model.shared) / ((k.shared + dynamic + 1024 + 127) / 128 * 128));
+  return std::min({by_registers, by_shared, model.threads / threads, model.blocks});
+}
+int active_clusters(const Kernel& k, int threads, size_t dynamic, int size) {
+  int clusters = 0;  // each within 16 multiprocessors
+  for (int left = model.multiprocessors; left > 0; left -= 16)
+    clusters += std::min(left, 16) * occupancy(k, threads, dynamic) / size;
+  return clusters;
+}
+
+// One launch's arguments.
+class Look {
+ public:
+  Look(const Kernel& k, unsigned grid, unsigned threads, unsigned cluster, size_t dynamic)
+      : k_(k), grid_(grid), threads_(threads), cluster_(cluster), dynamic_(dynamic) {}
+
+  template <class T>
+  void arguments(void** given) {
+    using Real = RealOf<T>;
+    const auto starts = [&](const char* with) { return k_.family.rfind(with, 0) == 0; };
+    const bool aligned = k_.flags.size() > 1 && !k_.flags[1] && !starts("stream_finish") && !starts("column_finish");
+    if (starts("rows_")) {
+      const auto& a = *static_cast<const RowsArgs<Real>*>(given[0]);
+      rows<T>(a, aligned, 0);
+      const bool backward = starts("rows_backward"), elementwise = backward && k_.flags[2];
+      unsigned blocks = cluster_;
+      if (k_.team == "GridTeam") {
+        const auto& sync = *static_cast<const typename GridTeam<Real>::Sync*>(given[1]);
+        blocks = team(sync, grid_ / std::max(1u, sync.blocks) * 2 * kMaxSums * sync.blocks);
+      }
+      int in_registers = backward ? kTeamBackwardRegister<T> : kForwardRegister<T>;
+      if (elementwise || (backward && k_.team == "BlockTeam")) in_registers = kBackwardRegister<T>;
+      holds<T>(a.chunks, blocks, in_registers, elementwise ? 0 : backward ? 3 : 1);
+      if (backward) parts(a, elementwise ? grid_ / blocks * a.length : a.affine == Affine::kPerGroup ? a.groups : 0);
+    } else if (starts("stream_")) {
+      const auto& s = *static_cast<const StreamArgs<Real>*>(given[0]);
+      const unsigned splits = starts("stream_finish") ? 1 : s.splits;
+      rows<T>(s.rows, aligned, 0);
+      require(grid_ % splits == 0, "a group lacks blocks");
+      require(s.first_group + grid_ / splits <= s.rows.groups, "blocks without a group");
+      if (starts("stream_output")) return;
+      workspace("parts", s.part, grid_ / splits * size_t(s.splits) * kMaxSums);
+      workspace("means", s.mean, grid_ / splits);
+      workspace("sums", s.sums, grid_ / splits * kMaxSums);
+      if (starts("stream_finish") && s.rows.affine == Affine::kPerGroup) parts(s.rows, s.rows.groups);
+    } else if (starts("column_")) {
+      const auto& a = *static_cast<const ColumnsArgs<Real>*>(given[0]);
+      rows<T>(a.walk, aligned, a.columns);
+      const int64_t outer = a.walk.groups / a.walk.inner.divisor;
+      require(a.tiles * kTileColumns<T> >= a.columns, "columns beyond the tiles");
+      const bool backward = starts("column_backward");
+      if (backward || starts("column_forward")) {
+        const auto& sync = *static_cast<const typename TileTeam<T>::Sync*>(given[1]);
+        const unsigned blocks = team(sync, size_t(grid_) * 2 * kMaxSums * kTileColumns<T>);
+        holds<T>(a.walk.runs * kTileChunks, blocks, backward ? kColumnBackwardRegister<T> : kForwardRegister<T>,
+                 backward ? 3 : 1);
+      } else {
+        const bool finish = starts("column_finish");
+        require(grid_ == (finish ? a.walk.groups : outer * a.tiles * a.splits), "not as many blocks as there is work for");
+        workspace("parts", a.part, size_t(outer) * a.tiles * a.splits * kMaxSums * kTileColumns<T>);
+        workspace("means", a.mean, a.walk.groups);
+        workspace("sums", a.sums, size_t(a.walk.groups) * kMaxSums);
+      }
+      if (backward || starts("column_finish")) parts(a.walk, outer * a.columns);
+    } else if (starts("run_parameters")) {
+      const auto& a = *static_cast<const RowsArgs<Real>*>(given[0]);
+      rows<T>(a, aligned, 0);
+      require(uint64_t(grid_) * threads_ / 32 >= uint64_t(a.groups) * a.runs, "runs without a warp");
+      parts(a, int64_t(a.groups) * a.runs);
+    } else if (starts("element_parameters")) {
+      const auto& a = *static_cast<const RowsArgs<Real>*>(given[0]);
+      const uint32_t slabs = *static_cast<const uint32_t*>(given[1]);
+      rows<T>(a, aligned, 0);
+      require(grid_ % slabs == 0 && uint64_t(grid_ / slabs) * threads_ * kChunkOf<T> >= uint64_t(a.length),
+              "elements without a thread");
+      parts(a, int64_t(slabs) * a.length);
+    } else if (starts("fold_parts")) {
+      const int64_t count = *static_cast<const int64_t*>(given[2]);
+      workspace("parts", *static_cast<const Real* const*>(given[0]), *static_cast<const int64_t*>(given[1]) * count);
+      const void* out = *static_cast<void* const*>(given[3]);
+      const size_t bytes = size_t(count) * (*static_cast<const bool*>(given[4]) ? sizeof(T) : sizeof(Real));
+      require(inside("grad_weight", out, bytes) || inside("grad_bias", out, bytes), "the gradient lies beside its memory");
+      require(int64_t(grid_) * 32 >= count, "elements without a thread");
+    } else {
+      report(k_, "a kernel that is not known here");
+    }
+  }
+
+ private:
+  void require(bool holds, const std::string& what) const {
+    if (!holds) report(k_, what + " [grid " + std::to_string(grid_) + "]");
+  }
+  static bool at_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+  static bool inside(const std::string& name, const void* p, size_t bytes) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+    for (const Region& r : regions)
+      if (r.name == name && begin >= r.begin && begin + bytes <= r.end) return true;
+    return false;
+  }
+  // Within the workspace, and beside all else that this launch has there.
+  template <class V>
+  void workspace(const char* what, const V* p, size_t count) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + count * sizeof(V);
+    require(inside("workspace", p, count * sizeof(V)), std::string(what) + " beyond the workspace");
+    for (const Region& r : claimed_) require(end <= r.begin || begin >= r.end, std::string(what) + " upon " + r.name);
+    claimed_.push_back({what, begin, end});
+  }
+
+  template <class Sync>
+  unsigned team(const Sync& sync, size_t numbers) {
+    require(sync.blocks > 0 && grid_ % std::max(1u, sync.blocks) == 0, "a team lacks blocks");
+    workspace("counters", sync.counters, grid_ / std::max(1u, sync.blocks));
+    workspace("partial sums", sync.partial, numbers);
+    return std::max(1u, sync.blocks);
+  }
+
+  template <class T>
+  void holds(int64_t chunks, unsigned blocks, int in_registers, int planes) const {
+    const int64_t each = divide_up(chunks, int64_t(threads_) * blocks) - in_registers;
+    const size_t bytes = size_t(planes * kChunkOf<T>) * sizeof(RealOf<T>) * threads_;
+    require(each <= 0 || (planes && size_t(each) * bytes <= dynamic_), "a group does not fit on chip");
+  }
+
+  template <class Real>
+  void parts(const RowsArgs<Real>& a, int64_t count) {
+    const auto one = [&](const char* gradient, const Real* p) {
+      if (p && !inside(gradient, p, size_t(count) * sizeof(Real))) workspace(gradient, p, size_t(count));
+    };
+    one("grad_weight", a.weight_part);
+    one("grad_bias", a.bias_part);
+  }
+
+  // columns: of an outer index in a walk by columns, else 0.
+  template <class T>
+  void rows(const RowsArgs<RealOf<T>>& a, bool aligned, int64_t columns) const {
+    constexpr int N = kChunkOf<T>;
+    const int64_t outer = a.groups / a.inner.divisor, inner = columns ? 1 : a.inner.divisor;
+    const int64_t length = columns ? columns : a.length;
+    const auto multiple = [&](const Strides& s, int64_t of) {
+      return (outer == 1 || s.outer % of == 0) && (inner == 1 || s.inner % of == 0) && (a.runs == 1 || s.run % of == 0);
+    };
+    const auto operand = [&](const char* name, const void* p, const Strides& s) {
+      if (!p) return;
+      if (mutation == "address") p = static_cast<const char*>(p) + 8;
+      const int64_t in_group = int64_t(a.runs - 1) * s.run + length;
+      const size_t bytes = size_t((outer - 1) * s.outer + (inner - 1) * s.inner + in_group) * sizeof(T);
+      const bool sum = p == a.joined.sum.data && inside("sum", p, bytes);  // the input of a later round
+      require(sum || inside(name, p, bytes), std::string(name) + " beyond its memory");
+      if (!aligned) return;
+      require(at_boundary(p) && multiple(s, N), std::string(name) + " in chunks that are not aligned");
+      require(columns || in_group / N < int64_t(1) << 32, std::string(name) + " longer than 32 bits count");
+    };
+    operand("input", a.input, a.at_input);
+    operand("grad_output", a.grad, a.at_grad);
+    operand("output", a.output, a.at_output);
+    operand("residual", a.joined.residual.data, a.joined.residual.at);
+    operand("addend", a.joined.addend.data, a.joined.addend.at);
+    operand("sum", a.joined.sum.data, a.joined.sum.at);
+    operand("activated", a.joined.activated.data, a.joined.activated.at);
+    operand("grad_sum", a.joined.grad_sum.data, a.joined.grad_sum.at);
+    const int64_t elements = a.affine == Affine::kPerElement ? length : a.affine == Affine::kPerColumn ? columns
+                             : a.affine == Affine::kPerRun   ? int64_t(a.inner.divisor) * a.runs : a.inner.divisor;
+    const auto parameter = [&](const char* name, const void* p, bool in_storage) {
+      if (!p) return;
+      const size_t bytes = size_t(elements) * (in_storage ? sizeof(T) : sizeof(RealOf<T>));
+      require(inside(name, p, bytes), std::string(name) + " beyond its memory");
+      require(!aligned || a.affine != Affine::kPerElement || at_boundary(p), std::string(name) + " is not aligned");
+    };
+    parameter("weight", a.weight, a.weight_in_storage);
+    parameter("bias", a.bias, a.bias_in_storage);
+    require(inside("stats", a.stats, size_t(kStatRows) * a.groups * sizeof(RealOf<T>)), "statistics beyond their memory");
+    require(!a.noise || inside("seed", a.seed, 8), "noise without a seed");
+    require(!aligned || length % N == 0, "runs of no whole chunks");
+    require(!aligned || !a.noise || multiple(a.at_noise, 4), "noise that begins within a counter");
+  }
+
+  const Kernel& k_;
+  unsigned grid_, threads_, cluster_;
+  size_t dynamic_;
+  std::vector<Region> claimed_;
+};
+
+}  // namespace
+
+// --- the runtime -----------------------------------------------------------------------------------
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle[1];
+  return handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*, dim3*, int*) {
+  kernels[host].symbol = device;
+}
+// What nvcc's stubs of kernels call, which nobody calls here.
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t) { return 1; }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
+
+cudaError_t cudaGetDevice(int* id) {
+  *id = model.id;
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = model.multiprocessors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = model.block_shared; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = model.shared; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = model.major; break;
+    case cudaDevAttrCooperativeLaunch: *value = 1; break;
+    default: return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, const void* entry) {
+  const Kernel& k = kernels.at(entry);
+  *facts = {};
+  facts->sharedSizeBytes = size_t(k.shared), facts->numRegs = k.registers;
+  facts->maxThreadsPerBlock = k.threads, facts->ptxVersion = model.ptx;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* entry, cudaFuncAttribute attribute, int value) {
+  const Kernel& k = kernels.at(entry);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || k.shared + value > model.block_shared) {
+    report(k, "an attribute that the device refuses");
+    return cudaErrorInvalidValue;
+  }
+  dynamic_limit[{model.id, entry}] = value;
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* p, int, size_t bytes, cudaStream_t) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+  for (const Region& r : regions)
+    if (r.name == "workspace" && bytes > 0 && begin >= r.begin && begin + bytes <= r.end) return cudaSuccess;
+  problems.push_back("cudaMemsetAsync beyond the workspace");
+  return cudaSuccess;
+}
+// The ladder counts on two blocks a multiprocessor where blocks wait for one another.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* entry, int threads, size_t dynamic) {
+  *blocks = occupancy(kernels.at(entry), threads, dynamic);
+  if (*blocks < kBlocksAtOnce) report(kernels.at(entry), "two blocks do not share a multiprocessor");
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* entry, const cudaLaunchConfig_t* c) {
+  const Kernel& k = kernels.at(entry);
+  *clusters = active_clusters(k, int(c->blockDim.x), c->dynamicSmemBytes, int(c->attrs[0].val.clusterDim.x));
+  if (c->dynamicSmemBytes > 0 && occupancy(k, int(c->blockDim.x), c->dynamicSmemBytes) < kBlocksAtOnce)
+    report(k, "two blocks do not share a multiprocessor");
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, void** arguments) {
+  Kernel& k = kernels.at(entry);
+  ++k.launches;
+  unsigned grid = c->gridDim.x, threads = c->blockDim.x, cluster = 1;
+  size_t dynamic = c->dynamicSmemBytes;
+  bool cooperative = false;
+  for (unsigned i = 0; i < c->numAttrs; ++i) {
+    if (c->attrs[i].id == cudaLaunchAttributeCooperative) cooperative = c->attrs[i].val.cooperative != 0;
+    else if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
+    else report(k, "an attribute that is not known here");
+  }
+  if (mutation == "grid") grid *= 3;
+  if (mutation == "no blocks") grid = 0;
+  if (mutation == "cluster" && cluster > 1) cluster = 16;
+  if (mutation == "shared") dynamic += 128 << 10;
+  if (mutation == "threads") threads += 16;
+  const auto require = [&](bool holds, const std::string& what) {
+    std::ostringstream s;
+    s << what << " [grid " << grid << ", threads " << threads << ", shared " << k.shared << " + " << dynamic << ", cluster "
+      << cluster << ", registers " << k.registers << "]";
+    if (!holds) report(k, s.str());
+  };
+  require(k.registers > 0, "nothing is known of the kernel's machine code");
+  require(grid > 0 && grid <= 0x7fffffffu, "the grid's size");
+  require(c->gridDim.y * c->gridDim.z * c->blockDim.y * c->blockDim.z == 1, "more than one dimension");
+  require(threads > 0 && threads % 32 == 0 && int(threads) <= k.threads, "more threads than the bound, or no whole warps");
+  const auto limit = dynamic_limit.find({model.id, entry});
+  const int allowed = limit == dynamic_limit.end() ? 49152 - k.shared : limit->second;
+  require(dynamic <= size_t(allowed), "more shared memory than allowed");
+  require(threads >= 32 && occupancy(k, int(threads), dynamic) > 0, "a block does not fit a multiprocessor");
+  if (grid == 0 || threads % 32) return cudaErrorInvalidConfiguration;
+  if (cluster > 1) {
+    require(model.major >= 9 && model.ptx >= 90, "a cluster on a device or of code without");
+    require(cluster <= 8 && grid % cluster == 0, "the cluster's size");
+    require(active_clusters(k, int(threads), dynamic, int(cluster)) > 0, "a cluster does not fit the device");
+  }
+  require(!cooperative || uint64_t(occupancy(k, int(threads), dynamic)) * model.multiprocessors >= grid,
+          "the blocks of a cooperative launch do not fit the device");
+  require(cooperative == (k.team == "GridTeam"), "blocks that wait for one another, not all launched at once");
+  Look look(k, grid, threads, cluster, dynamic);
+  if (k.element == 8) look.arguments<double>(arguments);
+  else if (k.element == 4) look.arguments<float>(arguments);
+  else look.arguments<__half>(arguments);
+  return cudaSuccess;
+}
+
+}  // extern "C"
+
+// --- what the tests call ---------------------------------------------------------------------------
+
+// Mirrored by test_cuda_launches.py.
+struct Tensor {
+  int64_t strides[5], offset;  // elements, from a boundary of 512 bytes
+};
+struct Pass {
+  const char* kind;
+  int64_t num_groups, normalized_ndim, dim, sizes[5];
+  Tensor input, grad_output, output, beside;  // beside: the residual or addend, and the gradient of the sum
+  int32_t storage, parameters;                // 0: none, 1: in the statistics' type, 2: in the input's
+  int32_t backward, channels_last, noise, given_scale, frozen, relu, residual, add;
+  int32_t needs_input, needs_weight, needs_bias, parameter_offset;
+};
+
+extern "C" {
+
+int kernel_count() { return int(kernels.size()); }
+const char* kernel_symbol(int i) { return std::next(kernels.begin(), i)->second.symbol.c_str(); }
+long kernel_launches(int i) { return std::next(kernels.begin(), i)->second.launches; }
+// name: family<type, flags...>
+void set_kernel(int i, const char* name, int registers, int shared, int threads) {
+  Kernel& k = std::next(kernels.begin(), i)->second;
+  k.family.clear(), k.team.clear(), k.flags.clear();
+  std::istringstream words(name);
+  std::getline(words, k.family, '<');
+  for (std::string word; std::getline(words, word, ',');) {
+    k.flags.push_back(word.find("true") != std::string::npos);
+    if (k.flags.size() == 1) k.element = word[0] == 'd' ? 8 : word[0] == 'f' ? 4 : 2;
+    if (word.find("Team<") != std::string::npos) k.team = word.substr(1, word.find('<') - 1);
+  }
+  if (k.family == "column_forward" || k.family == "column_backward") k.team = "GridTeam";
+  k.registers = registers, k.shared = shared, k.threads = threads;
+}
+void set_model(const Model* m) { model = *m; }
+void set_mutation(const char* m) { mutation = m; }
+// The oldest problem that was not told yet, or null.
+const char* problem() {
+  static std::string told;
+  if (problems.empty()) return nullptr;
+  told = problems.front();
+  problems.erase(problems.begin());
+  return told.c_str();
+}
+
+// A CUDA error, 0; -1 where the binding would launch nothing of these kernels, or refuse. plan: as normnorm_cuda_plan().
+int run_pass(const Pass* given, int plan[5]) {
+  const Pass& pass = *given;
+  const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
+  const int64_t element = pass.storage == 1 ? 8 : pass.storage == 0 ? 4 : 2, real = pass.storage == 1 ? 8 : 4;
+  const bool backward = pass.backward != 0;
+  regions.clear();
+  uintptr_t next = uintptr_t(1) << 40;
+  const auto take = [&](const char* name, int64_t bytes, int64_t offset) {
+    const uintptr_t begin = next + uintptr_t(offset);
+    next = (begin + uintptr_t(bytes) + 4095) / 512 * 512;
+    regions.push_back({name, begin, begin + uintptr_t(bytes)});
+    return reinterpret_cast<void*>(begin);
+  };
+  const auto view = [&](const int64_t* strides) {
+    TensorView v;
+    v.given = true, v.dim = pass.dim, v.sizes = pass.sizes, v.strides = strides, v.dtype = dtypes[pass.storage];
+    return v;
+  };
+  const auto bytes_of = [&](const int64_t* strides) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < pass.dim; ++i) last += (pass.sizes[i] - 1) * strides[i];
+    return (last + 1) * element;
+  };
+  Arguments a;
+  a.input = view(pass.input.strides);
+  Config c;
+  c.kind_name = pass.kind, c.num_groups = pass.num_groups, c.normalized_ndim = pass.normalized_ndim;
+  c.channels_last = pass.channels_last != 0;
+  cuda::Problem p;
+  try {
+    check_forward(a, c);
+    const bool noise = pass.noise && (!backward || (pass.needs_weight && pass.parameters));
+    if (noise && noise_order_is_out_of_reach(a.input, c)) return -1;
+    c.noise_train = noise ? 0.4 : 0.0;
+    const TensorView output = view(pass.output.strides);
+    const cpu::Layout layout = cuda_layout(a.input, backward && !pass.needs_input ? a.input : output, c, noise);
+    p = cuda_problem(cpu::Storage(pass.storage), layout, c, noise);
+    // a tensor, or its dense copy where the walk cannot go over it
+    const auto operand = [&](const char* name, const Tensor& t) {
+      if (const auto strides = layout.strides(view(t.strides)))
+        return cpu::Operand{take(name, bytes_of(t.strides), t.offset * element), *strides};
+      std::vector<int64_t> dense(size_t(pass.dim));
+      layout.natural_strides(a.input, dense.data());
+      return cpu::Operand{take(name, bytes_of(dense.data()), 0), *layout.strides(view(dense.data()))};
+    };
+    int64_t elements = c.kind == Kind::kLayer ? 1 : pass.sizes[1];
+    if (c.kind == Kind::kLayer)
+      for (int64_t i = pass.dim - pass.normalized_ndim; i < pass.dim; ++i) elements *= pass.sizes[i];
+    const auto parameter = [&](const char* name, int64_t offset) {
+      const int64_t size = pass.parameters == 2 ? element : real;
+      return cuda::Parameter{take(name, elements * size, offset * size), size == element};
+    };
+    p.input = operand("input", pass.input);
+    p.stats = take("stats", kStatRows * group_count(a.input, c) * real, 0);
+    if (pass.parameters) {
+      p.weight = parameter("weight", pass.parameter_offset);
+      p.bias = parameter("bias", pass.parameter_offset);
+    }
+    if (noise) p.noise.seed = static_cast<const int64_t*>(take("seed", 8, 0));
+    p.relu = pass.relu, p.frozen = pass.frozen;
+    if (!backward) {
+      p.output = operand("output", pass.output);
+      if (pass.add) p.sum = operand("sum", pass.output), p.addend = operand("addend", pass.beside);
+      else if (pass.residual) p.residual = operand("residual", pass.beside);
+      p.noise.given_scale = noise && pass.given_scale;
+    } else {
+      p.grad_output = operand("grad_output", pass.grad_output);
+      if (pass.relu) p.activated = operand("activated", pass.output);
+      if (pass.needs_input) p.output = operand("output", pass.output);
+      if (pass.needs_input && pass.add) p.grad_sum = operand("grad_sum", pass.beside);
+      if (pass.parameters && pass.needs_weight) p.grad_weight = parameter("grad_weight", 0);
+      if (pass.parameters && pass.needs_bias) p.grad_bias = parameter("grad_bias", 0);
+      if (!p.output.data && !p.grad_weight.data && !p.grad_bias.data) return -1;
+    }
+  } catch (const std::invalid_argument&) {
+    return -1;
+  }
+  size_t bytes = 0;
+  int e = normnorm_cuda_workspace(&p, backward, &bytes);
+  if (bytes > 0) p.workspace = take("workspace", int64_t(mutation == "workspace" ? bytes / 2 : bytes), 0);
+  if (e == 0) e = normnorm_cuda_plan(&p, backward, plan);
+  if (e == 0) e = backward ? normnorm_cuda_backward(&p, nullptr) : normnorm_cuda_forward(&p, nullptr);
+  return e;
+}
+
+}  // extern "C"

@@ -1,0 +1,182 @@
+"""Compiles what a check on a GPU needs into ``build/gpu``, on a machine with or without one.
+
+    python tests/cuda/gpu/build.py [--arch 9.0] [--install]
+
+The folder holds the extension (stable ABI: any Python and any torch from 2.10 load it), the
+launchers that take a forced plan (``forced.cpp``), the program for compute-sanitizer
+(``sanitized.cpp``) with its problems, and what they were made of. Nothing is compiled where that
+is still so. ``--install`` copies the extension into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "build/gpu"
+OBJECTS = ROOT / "build/gpu-objects"
+ON_CPU = ROOT / "build/gpu-on-cpu"
+HERE = Path(__file__).resolve().parent
+LIBRARY = "_C.abi3.so"
+PROBLEMS = "problems.txt"
+MADE = (LIBRARY, "forced.so", "sanitized", PROBLEMS)
+
+
+def made_of(arch: str) -> dict[str, Any]:
+    """What decides about the build beside the compiler: sources and the target."""
+    digest = hashlib.sha256()
+    kept = [*(ROOT / "csrc").rglob("*"), ROOT / "setup.py", *HERE.glob("*.cpp"), HERE / "build.py"]
+    kept += [HERE / "forced.py", *(ROOT / "tests/cuda/host_cuda").glob("*.py")]
+    for path in sorted(p for p in kept if p.is_file()):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return {
+        "digest": digest.hexdigest(), "architecture": arch, "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def run(command: list[str], **variables: str) -> str:
+    """What the program printed; ends this one where it fails."""
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    if done.returncode:
+        print(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        sys.exit(f"gpu build: {Path(command[0]).name} failed; its words are above")
+    return done.stdout
+
+
+def build(arch: str) -> dict[str, Any]:
+    """Everything anew; what it was made of, and how."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    library = OBJECTS / "lib"
+    run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(library), "--build-temp",
+         str(OBJECTS)],
+        NORMNORM_NATIVE="1", NORMNORM_CUDA="1", TORCH_CUDA_ARCH_LIST=arch,
+    )  # fmt: skip
+    shutil.copy(library / "normnorm" / LIBRARY, FOLDER)
+    objects = OBJECTS / "objects"
+    kernels = sorted(map(str, objects.glob("cuda_*.o")))
+    nvcc = shlex.split((objects / "cuda_launch.cmd").read_text())[0]
+    # By the compiler of the kernels, which knows where its runtime is.
+    link = [nvcc, "-std=c++20", "-O1", "-cudart", "static", *kernels, str(HERE / "forced.cpp")]
+    hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs,ALL,-s"]
+    run([*link, "-shared", *hidden, "-o", str(FOLDER / "forced.so")])
+    run([*link, str(HERE / "sanitized.cpp"), "-Xlinker", "-s", "-o", str(FOLDER / "sanitized")])
+    said = run([nvcc, "--version"]).splitlines()
+    return {**made_of(arch), "nvcc": next((line for line in said if "release" in line), "")}
+
+
+def build_for_the_cpu() -> None:
+    """What a dry run runs: the kernels compiled for the CPU, their op, the sanitizers' program."""
+    from host_cuda import harness, torch_library
+
+    ON_CPU.mkdir(parents=True, exist_ok=True)
+    harness.build()
+    torch_library.build()
+    program = ON_CPU / "sanitized"
+    words = [*harness.flags(), "-DNN_ON_CPU", str(HERE / "forced.cpp"), str(HERE / "sanitized.cpp")]
+    run(["g++", *words, *map(str, harness.kernel_objects()), "-lpthread", "-o", str(program)])
+
+
+def write_problems(path: Path) -> None:
+    """The launchers' arguments for small layers on every path of a plan, by the code that the tests
+    of forced plans go through: numbers as they are, and buffers in place of tensors."""
+    import torch
+    from host_cuda import cases, harness
+
+    from gpu import forced
+
+    torch.manual_seed(20260105)
+    words: list[object] = []
+    plans = [
+        (cases.ROWS[case], plan, False)
+        for case in ("layer", "layer-ragged", "batch-ragged", "group-ragged")
+        for plan in cases.ROW_RUNGS.values()
+    ]
+    plans += [
+        (cases.COLUMNS[case], plan, True)
+        for case in ("batch-ragged", "instance")
+        for plan in cases.COLUMN_RUNGS.values()
+    ]
+    plans.append((cases.COLUMNS["group"], cases.COLUMN_RUNGS["streaming"], True))
+    for case, plan, columns in plans:
+        for dtype in (torch.float32, torch.bfloat16):
+            call, grad = cases.make(case, dtype, columns, noise_train=0.7, force=plan)
+            call = cases.join(call, cases.JOINS["everywhere"])
+            given = [call.input, call.weight, call.bias, call.residual, call.addend]
+            given += [call.grad_sum, grad]
+            passes: list[dict[str, Any]] = []
+            recorded = {"forward": passes.append, "backward": passes.append}
+            module: Any = type("Recorder", (), recorded)
+            output, stats = call.forward(module)
+            written = [output, call.sum, stats, *call.backward(module, grad, stats)]
+            buffers = {t.data_ptr(): i for i, t in enumerate([*given, *written]) if t is not None}
+            words += ["case", len(buffers)]
+            for i, tensor in enumerate(t for t in [*given, *written] if t is not None):
+                words += [harness.STORAGE[tensor.dtype], tensor.numel(), int(i < len(given))]
+            for backward, problem in enumerate(passes):
+                numbers, reals, pointers = forced.arrays({**problem, "seed": 0})
+                places = [buffers.get(pointer, -1) for pointer in pointers]
+                for part in (numbers, reals, places):
+                    words += [len(part), *part]
+                assert backward in (0, 1)
+    path.write_text(" ".join(map(str, words)) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="9.0", help="as in TORCH_CUDA_ARCH_LIST (default 9.0)")
+    parser.add_argument("--install", action="store_true", help="copy the extension into normnorm/")
+    parser.add_argument("--cpu", action="store_true", help="only what a dry run needs")
+    options = parser.parse_args()
+    manifest = FOLDER / "made_of.json"
+    stored = json.loads(manifest.read_text()) if manifest.exists() else {}
+    if options.cpu:
+        build_for_the_cpu()
+        write_problems(ON_CPU / PROBLEMS)
+        return 0
+    fits = {name: stored.get(name) for name in made_of("")} == made_of(options.arch)
+    fits = fits and all((FOLDER / name).exists() for name in MADE)
+    if fits and options.install:
+        fits = not install()  # compiled on a machine with newer libraries, say
+    if not fits:
+        stored = build(options.arch)
+        write_problems(FOLDER / PROBLEMS)
+        manifest.write_text(json.dumps(stored, indent=1) + "\n")
+    size = sum((FOLDER / name).stat().st_size for name in MADE)
+    was = "built" if not fits else "of these sources"
+    print(f"build/gpu: {was}, sm {options.arch}, {size / 1e6:.1f} MB, {stored['nvcc']}")
+    if options.install and (reason := install()):
+        sys.exit(f"gpu build: the extension does not serve here: {reason}")
+    return 0
+
+
+def install() -> str:
+    """Copies the extension into the package; why it does not load there, or nothing."""
+    partial = ROOT / "normnorm" / f".{LIBRARY}.partial"
+    shutil.copy(FOLDER / LIBRARY, partial)
+    os.replace(
+        partial, ROOT / "normnorm" / LIBRARY
+    )  # a process that has it loaded keeps the old one
+    (ROOT / "normnorm/_C.txt").unlink(missing_ok=True)  # why an earlier build left none
+    program = "import sys; from normnorm.backends import cuda; sys.exit(cuda.missing())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    return done.stderr.strip() if done.returncode else ""
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(HERE.parent)
+    sys.path.insert(1, str(ROOT))
+    sys.exit(main())

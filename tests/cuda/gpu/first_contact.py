@@ -1,0 +1,93 @@
+"""The CUDA kernels' first launches on a device: each way in which a group can live there, forward
+and backward, against the definition in float64.
+
+    python tests/cuda/gpu/first_contact.py [NAME ...]
+
+Prints a JSON line with the names, one as each begins, and one with its error, or null, as it ends.
+A kernel that has not ended within ten seconds ends the process with status 70: the rest wants a new
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (2, 3)]
+
+import torch
+from host_cuda import cases as small
+from host_cuda import harness
+
+from gpu import cases, forced
+from gpu.rig import Hang, Rig
+
+# Case, the forced plan, whether groups lie in columns; what can hang comes last.
+PATHS = {
+    "one block": ("layer", small.ROW_RUNGS["block"], False),
+    "one block, shared memory": ("layer", small.ROW_RUNGS["shared"], False),
+    "streaming": ("layer", small.ROW_RUNGS["streaming"], False),
+    "streaming, columns": ("batch", small.COLUMN_RUNGS["streaming"], True),
+    "cluster": ("layer", small.ROW_RUNGS["cluster"], False),
+    "cooperative grid": ("layer", small.ROW_RUNGS["grid"], False),
+    "cooperative grid, columns": ("batch", small.COLUMN_RUNGS["grid"], True),
+}
+
+
+def check(rig: Rig, kernels: object, name: str) -> str | None:
+    """What is wrong with a path; None where nothing is."""
+    case, plan, columns = PATHS[name]
+    kind, shape, options = (small.COLUMNS if columns else small.ROWS)[case]
+    groups, trailing = options.get("num_groups", 0), options.get("normalized_ndim", 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(20260105)
+        call = cases.make(
+            rig, cases.Case(name, kind, shape, shape, groups, trailing), dtype,
+            channels_last=columns, noise_train=0.7,
+        )  # fmt: skip
+        served = harness.Call(
+            kind, call.input, call.weight, call.bias, num_groups=groups,
+            normalized_ndim=trailing, noise_train=0.7, seed=cases.SEED, columns=columns,
+            force=plan,
+        )  # fmt: skip
+        with rig.device:
+            output, stats = served.forward(kernels)
+            du, dw, db = served.backward(kernels, call.grad, stats)
+        try:
+            cases.compare(call, {"output": output, "input": du, "weight": dw, "bias": db})
+        except AssertionError as error:
+            return f"{str(dtype)[6:]}: {error}"
+    return None
+
+
+def main(names: list[str]) -> int:
+    names = names or list(PATHS)
+    print(json.dumps({"paths": names}), flush=True)
+    rig = Rig.find()
+    kernels = forced.kernels(rig)
+    failed = False
+    for name in names:
+        print(json.dumps({"path": name}), flush=True)
+        began = time.monotonic()
+        try:
+            error = check(rig, kernels, name)
+        except Hang as hang:
+            print(json.dumps({"path": name, "error": f"hangs: {hang}"}), flush=True)
+            os._exit(70)
+        except RuntimeError as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        seconds = round(time.monotonic() - began, 2)
+        print(json.dumps({"path": name, "error": error, "seconds": seconds}), flush=True)
+        if error and not rig.serves():
+            os._exit(70)
+        failed = failed or error is not None
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

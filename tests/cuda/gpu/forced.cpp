@@ -1,0 +1,83 @@
+// The launchers of csrc/cuda, for a test to call with a rung of its choice: three arrays in place of a Problem.
+// The order of their elements is that of forced.py.
+#include <cstdint>
+#include <initializer_list>
+
+#include "../../../csrc/cuda/launch.h"
+
+using namespace normnorm::cuda;
+
+namespace {
+
+// Hands out the elements of an array in turn.
+template <class T>
+class Next {
+ public:
+  explicit Next(const T* values) : values_(values) {}
+  T operator()() { return *values_++; }
+
+ private:
+  const T* values_;
+};
+
+Strides strides(Next<int64_t>& number) {
+  const int64_t outer = number(), inner = number();
+  return {outer, inner, number()};
+}
+
+Problem problem_of(const int64_t* numbers, const double* reals, void* const* pointers) {
+  Next<int64_t> number(numbers);
+  Next<double> real(reals);
+  Next<void*> pointer(pointers);
+  Problem p;
+  p.storage = normnorm::cpu::Storage(number());
+  const bool columns = number() != 0;
+  const int64_t outer = number(), inner = number(), runs = number();
+  p.geometry = {columns, outer, inner, runs, number()};
+  p.affine = Affine(number());
+  p.noise.on = number() != 0;
+  p.noise.given_scale = number() != 0;
+  p.noise.stream = uint32_t(number());
+  p.noise.position = strides(number);
+  p.order = int(number());
+  p.frozen = number() != 0;
+  for (Parameter* each : {&p.weight, &p.bias, &p.grad_weight, &p.grad_bias}) *each = {pointer(), number() != 0};
+  for (Operand* each : {&p.input, &p.output, &p.grad_output, &p.residual, &p.activated, &p.addend, &p.sum, &p.grad_sum}) {
+    void* data = pointer();
+    *each = {data, strides(number)};
+  }
+  p.relu = number() != 0;
+  p.force.rung = Rung(number());
+  p.force.threads = int(number());
+  p.force.blocks = int(number());
+  p.force.teams = int(number());
+  p.noise.train = real();
+  p.eps = real();
+  p.alpha = real();
+  p.transform_eps = real();
+  p.noise.seed = static_cast<const int64_t*>(pointer());
+  p.stats = pointer();
+  p.workspace = pointer();
+  return p;
+}
+
+}  // namespace
+
+#define FORCED extern "C" __attribute__((visibility("default"))) int
+
+FORCED forced_workspace(const int64_t* numbers, const double* reals, void* const* pointers, int backward,
+                        size_t* bytes) {
+  const Problem p = problem_of(numbers, reals, pointers);
+  return normnorm_cuda_workspace(&p, backward, bytes);
+}
+
+FORCED forced_run(const int64_t* numbers, const double* reals, void* const* pointers, int backward, void* stream) {
+  const Problem p = problem_of(numbers, reals, pointers);
+  return backward ? normnorm_cuda_backward(&p, stream) : normnorm_cuda_forward(&p, stream);
+}
+
+// Rung, threads, blocks of a team, teams, chunks a thread keeps in shared memory.
+FORCED forced_plan(const int64_t* numbers, const double* reals, void* const* pointers, int backward, int plan[5]) {
+  const Problem p = problem_of(numbers, reals, pointers);
+  return normnorm_cuda_plan(&p, backward, plan);
+}

@@ -1,0 +1,263 @@
+// Runs the threads of CUDA blocks on the CPU: who may run, who waits for whom, and what is wrong when nobody can.
+//
+// A block is a thread of the operating system, its CUDA threads are fibres that it runs one at a time in a given order,
+// switching only where they wait. Blocks of one cluster, or of a cooperative launch, live at the same time.
+#pragma once
+
+#include <vector_types.h>  // NVIDIA's dim3 and uint3
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../../csrc/cuda/problem.h"
+#include "fibre.h"
+
+namespace host_cuda {
+
+constexpr int kWarp = 32;
+constexpr size_t kDynamicShared = 232448;
+
+// How the next launches run; set by the tests.
+struct Settings {
+  int order = 0;           // of a block's threads: 0 forward, 1 backward, more: shuffles
+  bool watch = false;      // whether barrier sites are noted, and may be left out
+  std::string skip;        // a barrier site to be left out, "file:line"
+  std::set<std::string> sites;
+  std::mutex lock;
+  normnorm::cuda::Device device;  // what the ladder is told
+  int at_once = 1 << 30;          // blocks that wait for one another and are said to run at the same time
+  bool refuse_cooperative = false;  // launches, although they were said to run
+  std::vector<unsigned> grids;      // blocks of each launch
+};
+inline Settings& settings() {
+  static Settings s;
+  return s;
+}
+
+// A barrier among threads of one block. Waiting threads remember the generation that they wait to see end.
+struct Barrier {
+  int members = 0, arrived = 0;
+  unsigned generation = 0;
+  const char* file = nullptr;  // where the first of those waiting waits
+  unsigned line = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t slot[2][kWarp] = {};
+};
+
+struct Fibre {
+  Context context;
+  uint3 thread{};
+  int lane = 0;
+  Warp* warp = nullptr;
+  unsigned shuffles = 0;
+  const Barrier* waits = nullptr;
+  unsigned generation = 0;
+  bool done = false;
+};
+
+// Blocks that live at the same time.
+struct Company {
+  int size = 1;
+  std::atomic<int> arrived{0}, finished{0};
+  std::atomic<unsigned> generation{0}, round{0};
+  std::atomic<bool> failed{false};
+  std::mutex lock;
+  std::string message;
+  std::vector<char*> mark;                 // where each block's thread-local storage lies
+  std::vector<std::atomic<bool>> running;  // whether a block of this round has begun
+  std::vector<std::atomic<bool>> met;      // whether it has come to a barrier, or ended
+  explicit Company(int n) : size(n), mark(size_t(n)), running(size_t(n)), met(size_t(n)) {}
+};
+
+struct Block {
+  dim3 block_index, block_dim, grid_dim;
+  int rank = 0;
+  Company* company = nullptr;
+  Barrier barrier, cluster_barrier;
+  std::vector<Warp> warps;
+  std::vector<Fibre> fibres;
+  Fibre* current = nullptr;
+  int patience = 100000;  // how often to look again for blocks that have ended
+  Context scheduler;
+  const std::function<void()>* body = nullptr;
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local char mark[16];  // same distance to every __shared__ variable in each thread
+alignas(16) inline thread_local unsigned char dynamic_shared[kDynamicShared];
+
+inline void fail(const std::string& message) {
+  Company& c = *block->company;
+  {
+    std::lock_guard<std::mutex> guard(c.lock);
+    if (c.message.empty()) c.message = message;
+  }
+  c.failed = true;
+  // never resumed: the launch ends, and its stacks with it
+  for (;;) switch_context(block->current->context, block->scheduler);
+}
+
+inline void wait_for(Barrier& b) {
+  Fibre& f = *block->current;
+  f.generation = b.generation;
+  if (++b.arrived >= b.members) {
+    b.arrived = 0;
+    ++b.generation;
+    return;
+  }
+  f.waits = &b;
+  switch_context(f.context, block->scheduler);
+  f.waits = nullptr;
+}
+
+inline void leave(Barrier& b) {
+  if (--b.members > 0 && b.arrived >= b.members) {
+    b.arrived = 0;
+    ++b.generation;
+  }
+}
+
+// One look at a barrier among blocks that has not opened. It never will once a block has ended without coming to it; but
+// that is certain only after a while, because a block may end right behind the barrier.
+inline void wait_a_little(const char* hopeless) {
+  const Company& c = *block->company;
+  if (c.failed) fail("");
+  if (c.finished > 0 && --block->patience < 0) fail(hopeless);
+  std::this_thread::yield();
+}
+
+// All blocks of the company, called by one fibre of each.
+inline void wait_for_company() {
+  Company& c = *block->company;
+  c.met[size_t(block->rank)] = true;
+  const unsigned before = c.generation;
+  if (++c.arrived == c.size) {
+    c.arrived = 0;
+    ++c.generation;
+    return;
+  }
+  while (c.generation == before) wait_a_little("a block of the cluster ended while others wait at a cluster barrier");
+}
+
+inline void fibre_entry() {
+  (*block->body)();
+  Fibre& f = *block->current;
+  f.done = true;
+  leave(f.warp->barrier);
+  leave(block->barrier);
+  leave(block->cluster_barrier);
+  for (;;) switch_context(f.context, block->scheduler);
+}
+
+inline std::vector<int> thread_order(int count, int order) {
+  std::vector<int> sequence(static_cast<size_t>(count));
+  std::iota(sequence.begin(), sequence.end(), 0);
+  if (order == 1) std::reverse(sequence.begin(), sequence.end());
+  if (order > 1) std::shuffle(sequence.begin(), sequence.end(), std::mt19937(unsigned(order)));
+  return sequence;
+}
+
+// Runs a block's fibres in turn until all have ended; nobody able to run is a deadlock.
+inline void run_block(Block& b, Stacks& stacks, int order) {
+  const int count = int(b.block_dim.x);
+  b.fibres.assign(size_t(count), Fibre{});
+  b.warps.assign(size_t((count + kWarp - 1) / kWarp), Warp{});
+  b.barrier = Barrier{count};
+  b.cluster_barrier = Barrier{count};
+  stacks.forget();
+  for (int i = 0; i < count; ++i) {
+    Fibre& f = b.fibres[size_t(i)];
+    f.thread = {unsigned(i), 0, 0};
+    f.lane = i % kWarp;
+    f.warp = &b.warps[size_t(i / kWarp)];
+    ++f.warp->barrier.members;
+    make_context(f.context, stacks.of(size_t(i)), Stacks::usable(size_t(i)), fibre_entry);
+  }
+  memset(dynamic_shared, 0xff, sizeof dynamic_shared);  // not-a-numbers: what a block before left is not to be relied on
+  block = &b;
+  const std::vector<int> sequence = thread_order(count, order);
+  for (int alive = count; alive > 0;) {
+    bool progress = false;
+    for (int i : sequence) {
+      Fibre& f = b.fibres[size_t(i)];
+      if (f.done || (f.waits && f.waits->generation == f.generation)) continue;
+      progress = true;
+      b.current = &f;
+      switch_context(b.scheduler, f.context);
+      if (b.company->failed) return;
+      if (f.done) --alive;
+    }
+    if (progress) continue;
+    std::lock_guard<std::mutex> guard(b.company->lock);
+    b.company->message = "deadlock in block " + std::to_string(b.block_index.x) +
+                         ": some threads wait at a barrier that the others never reach";
+    b.company->failed = true;
+    return;
+  }
+}
+
+// A block begins when the one of the rank below has come to a barrier: whoever uses a block's shared memory before it
+// can be there is then always found out.
+inline void await_turn(Company& c, int rank) {
+  while (rank > 0 && !c.met[size_t(rank - 1)] && !c.failed) std::this_thread::yield();
+}
+
+// The blocks of a round end together, so that the next round finds none of the last.
+inline void end_round(Company& c, int rank) {
+  c.met[size_t(rank)] = true;
+  const unsigned round = c.round;
+  if (++c.finished == c.size) {
+    for (auto& m : c.met) m = false;
+    for (auto& r : c.running) r = false;
+    c.finished = 0;
+    ++c.round;
+  }
+  while (c.round == round && !c.failed) std::this_thread::yield();
+}
+
+inline void run_company_member(Company& c, int rank, unsigned companies, Block b, int order) {
+  Stacks stacks(b.block_dim.x);
+  b.rank = rank;
+  b.company = &c;
+  c.mark[size_t(rank)] = mark;
+  for (unsigned k = 0; k < companies && !c.failed; ++k) {
+    b.block_index = dim3(k * unsigned(c.size) + unsigned(rank));
+    await_turn(c, rank);
+    c.running[size_t(rank)] = true;
+    run_block(b, stacks, order);
+    end_round(c, rank);
+  }
+}
+
+// Runs a kernel. company: blocks that must live at the same time (a cluster, or the whole grid of a cooperative launch).
+inline void run_grid(dim3 grid, dim3 block_dim, int company, const std::function<void()>& body) {
+  if (grid.x % unsigned(company)) throw std::invalid_argument("the grid is not a multiple of the cluster's size");
+  if (block_dim.x % kWarp) throw std::invalid_argument("blocks must have whole warps");
+  settings().grids.push_back(grid.x);
+  Company c(company);
+  Block prototype;
+  prototype.block_dim = block_dim;
+  prototype.grid_dim = grid;
+  prototype.body = &body;
+  const int order = settings().order;
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < company; ++rank)
+    threads.emplace_back(run_company_member, std::ref(c), rank, grid.x / unsigned(company), prototype, order);
+  for (auto& t : threads) t.join();
+  if (c.failed) throw std::runtime_error(c.message);
+}
+
+}  // namespace host_cuda

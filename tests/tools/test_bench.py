@@ -1,0 +1,413 @@
+"""The command line of the benchmark: what it measures, what it refuses, what it keeps."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import itertools
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from bench_samples import CPU, EAGER, bench, row, some_results
+
+from normnorm.bench import callgrind, environment, measure
+from normnorm.bench.providers import PROVIDERS, Provider, Unavailable
+from normnorm.bench.results import (
+    load,
+    save,
+)  # fmt: skip
+from normnorm.bench.tables import CSV_COLUMNS
+
+# The command as a whole
+
+
+@pytest.mark.serial
+def test_the_quick_bench_measures_three_layers_and_two_networks_within_a_minute(tmp_path, capsys):
+    files = {name: tmp_path / f"quick.{name}" for name in ("json", "csv", "markdown")}
+    began = time.monotonic(), time.process_time()
+    outputs = [word for name, path in files.items() for word in (f"--{name}", path)]
+    assert bench("--quick", "--device", "cpu", "--threads", 1, *outputs) == 0
+    # On a machine that others keep busy the processor's time stands for the clock's.
+    assert min(time.monotonic() - began[0], time.process_time() - began[1]) < 60
+    output = capsys.readouterr()
+    assert output.err == ""  # no bar, since this is no terminal, and nothing to complain about
+    found = load(files["json"])
+    assert found.complete
+    assert not found.problems
+    assert {m.layer for m in found.measurements} == {
+        "BatchNormalNorm2d", "BatchNormalNorm1d", "LayerNormalNorm"
+    }  # fmt: skip
+    expected = {name for name in EAGER if name != "normnorm-reference"}
+    assert {m.provider for m in found.measurements} == expected
+    assert {(m.mode, m.operation) for m in found.measurements} == {
+        ("noise", "forward"), ("noise", "backward"), ("noise", "full"), ("eval", "forward")
+    }  # fmt: skip
+    for m in found.measurements:
+        assert m.status == "ok"
+        assert m.rounds >= 3
+        assert m.warm_up >= 2
+        assert 0 < m.p20_ms <= m.median_ms <= m.p80_ms
+        assert m.error <= m.bound
+    assert {n.unit for n in found.networks} == {"images", "tokens"}
+    assert all(n.status == "ok" and n.rate > 0 for n in found.networks)
+    assert found.environment.threads == 1
+    assert found.environment.seconds > 0
+    lines = list(csv.reader(files["csv"].read_text().splitlines()))
+    assert tuple(lines[0]) == CSV_COLUMNS
+    assert {line[1] for line in lines[1:]} == expected
+    for name in expected:
+        assert name in files["markdown"].read_text()
+        assert name in output.out
+    assert bench("compare", files["json"], files["json"]) == 0
+
+
+def test_a_selection_is_measured_and_nothing_else(tmp_path, capsys):
+    path = tmp_path / "some.json"
+    assert bench(
+        "--quick", "--shape", "6x8", "5x7", "--layers", "LayerNormalNorm", "--dtype",
+        "float32,bfloat16", "--providers", "torch", "normnorm-cpu", "--modes", "quiet", "noise",
+        "--operations", "full", "--device", "cpu", "--budget", "0.01", "--threads", 2,
+        "--seed", 3, "--json", path,
+    ) == 0  # fmt: skip
+    found = load(path)
+    assert found.environment.threads == 2
+    assert found.environment.seed == 3
+    assert torch.get_num_threads() == 1  # as before
+    fields = ("layer", "shape", "dtype", "provider", "mode", "operation")
+    seen = {tuple(getattr(m, name) for name in fields) for m in found.measurements}
+    assert seen == set(itertools.product(
+        ["LayerNormalNorm"], [(6, 8), (5, 7)], ["float32", "bfloat16"], ["torch", "normnorm-cpu"],
+        ["noise"], ["full"],
+    ))  # fmt: skip
+    assert found.networks == []
+    assert "bfloat16" in capsys.readouterr().out
+
+
+def test_a_terminal_sees_the_progress_and_the_remaining_time():
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "normnorm", "bench", "--quick", "--shape", "4x8", "5x8"]
+    options = ["--layers", "LayerNormalNorm", "--providers", "torch", "--budget", "0.01"]
+    done = subprocess.run(
+        [*command, *options, "--device", "cpu"], stdout=subprocess.PIPE, stderr=theirs, check=True
+    )
+    os.close(theirs)
+    seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "passed" in seen
+    assert "left, LayerNormalNorm 4x8 float32 noise" in seen
+    assert "100 %|" in seen
+    assert b"left" not in done.stdout
+
+
+def test_networks_alone(tmp_path, capsys):
+    path = tmp_path / "nets.json"
+    arguments = ["--quick", "--networks", "conv_net", "--device", "cpu", "--budget", "0.01"]
+    assert bench(*arguments, "--json", path) == 0
+    found = load(path)
+    assert found.measurements == []
+    assert {n.network for n in found.networks} == {"conv_net"}
+    assert "images/s" in capsys.readouterr().out
+
+
+BAD_OPTIONS = {
+    "unknown provider 'apex'; there are torch, ": ["--providers", "torch", "apex"],
+    "provider 'cudnn' cannot run here: ": ["--providers", "cudnn"],
+    "unknown layer 'BatchNorm2d'; there are Batch": ["--layers", "BatchNorm2d"],
+    "unknown dtype 'float8'; there are float32, ": ["--dtype", "float8"],
+    "unknown mode 'training'; there are noise, ": ["--modes", "training"],
+    "unknown operation 'sideways'; there are forward, ": ["--operations", "sideways"],
+    "unknown memory format 'nhwc'; there are contig": ["--memory-format", "nhwc"],
+    "unknown suite 'alexnet'; there are resnet, ": ["--suites", "alexnet"],
+    "unknown network 'alexnet'; there are conv_net, ": ["--networks", "alexnet"],
+    "BatchNormalNorm2d takes inputs of 4 dimensions; got shape 8x16": [
+        "--layers", "BatchNormalNorm2d", "--shape", "8x16"
+    ],
+    "needs more than one value in a group; got shape 1x16": [
+        "--layers", "BatchNormalNorm1d", "--shape", "1x16"
+    ],
+    "every size must be at least 1; got shape 8x0x4x4": ["--shape", "8x0x4x4"],
+    "no layer takes an input of 6 dimensions": ["--shape", "1x2x3x4x5x6"],
+    "must be sizes joined by x": ["--shape", "8,16"],
+    "--device must be cpu or cuda; got 'tpu'": ["--device", "tpu"],
+    "must be a whole number of at least 1; got '0'": ["--threads", "0"],
+    "must be a number of seconds above 0; got 'nan'": ["--budget", "nan"],
+    "nothing is left to measure": ["--modes", "eval", "--operations", "backward"],
+    "contradict each other": ["--networks", "--no-networks"],
+    "--suites are parts of a preset": ["--suites", "resnet", "--shape", "8x16"],
+    "networks train in float32 or bfloat16": ["--networks", "--dtype", "float16"],
+    "there is no folder": ["--csv", "no/such/folder/x.csv"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", BAD_OPTIONS)
+def test_bad_options_are_refused_before_anything_is_measured(
+    sentence, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr("normnorm.bench.main.measure", lambda *_: pytest.fail("it measured"))
+    there = tmp_path / "there.json"
+    there.write_text("precious")
+    arguments = ["--quick", "--json", there, *BAD_OPTIONS[sentence]]
+    if "--device" not in arguments:
+        arguments += ["--device", "cpu"]
+    try:
+        status = bench(*arguments)
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2
+    assert sentence in capsys.readouterr().err
+    assert there.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
+
+
+def test_files_that_cannot_be_written_are_refused_at_once(tmp_path, capsys):
+    assert bench("--quick", "--json", tmp_path / "a", "--csv", tmp_path / "." / "a") == 2
+    assert "--json and --csv name the same file" in capsys.readouterr().err
+    assert bench("--quick", "--markdown", tmp_path) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_missing_gpu_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench("--quick", "--device", "cuda") == 2
+    assert "torch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_without_its_packages_the_command_says_what_to_install():
+    script = (
+        "import sys; sys.modules['msgspec'] = sys.modules['tqdm'] = None\n"
+        "from normnorm import cli; sys.exit(cli.main(['bench', '--quick']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        'normnorm bench: needs msgspec, tqdm: pip install "normnorm[bench]"'
+    )
+
+
+# Providers that fail
+
+
+def providing(name, runner_of, monkeypatch):
+    """A provider that starts as torch's and is then tampered with."""
+
+    def build(case):
+        runner = PROVIDERS["torch"].build(case)
+        runner.forward = runner_of(runner.forward)
+        return runner
+
+    monkeypatch.setitem(PROVIDERS, name, Provider(name, build, normality=False))
+
+
+def run_tiny(path, *names):
+    return bench(
+        "--shape", "8x32", "--layers", "LayerNormalNorm", "--modes", "noise", "--device", "cpu",
+        "--budget", "0.02", "--json", path, "--providers", *names,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [1e-3, math.nan])
+def test_a_provider_with_wrong_numbers_is_not_timed(wrong, monkeypatch, tmp_path, capsys):
+    providing("broken", lambda forward: lambda x: forward(x) + wrong, monkeypatch)
+    path = tmp_path / "wrong.json"
+    assert run_tiny(path, "broken", "torch") == 1
+    found = load(path)
+    assert found.complete
+    broken = found.select(provider="broken")
+    assert len(broken) == 3
+    for m in broken:
+        assert m.status == "wrong"
+        assert m.median_ms is None
+        assert "its output is off by" in m.message
+    assert all(m.status == "ok" for m in found.select(provider="torch"))
+    assert len(found.problems) == 1
+    assert "broken on LayerNormalNorm 8x32" in capsys.readouterr().err
+
+
+def test_wrong_gradients_are_seen_too(monkeypatch, tmp_path):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    providing("broken", lambda forward: lambda x: Doubled.apply(forward(x)), monkeypatch)
+    assert run_tiny(tmp_path / "wrong.json", "broken") == 1
+    broken = load(tmp_path / "wrong.json").measurements
+    assert {m.status for m in broken} == {"wrong"}
+    assert "grad_" in broken[0].message
+
+
+def test_a_provider_that_turns_wrong_while_it_is_timed_has_no_times(monkeypatch, tmp_path):
+    def wearing_out(forward):
+        calls = itertools.count()
+        return lambda x: forward(x) + (1.0 if next(calls) > 50 else 0.0)
+
+    providing("tired", wearing_out, monkeypatch)
+    path = tmp_path / "tired.json"
+    assert run_tiny(path, "torch", "tired") == 1
+    found = load(path)
+    for m in found.select(provider="tired"):
+        assert m.status == "wrong"
+        assert m.median_ms is None
+        assert m.message.startswith("after it was timed, its output is off by")
+    assert len(found.select(provider="torch", status="ok")) == 3
+
+
+def test_a_provider_that_raises_half_way_leaves_the_results_so_far(monkeypatch, tmp_path):
+    def failing(forward):
+        calls = itertools.count()
+
+        def call(x):
+            if next(calls) > 20:
+                raise RuntimeError("out of luck\nand more words")
+            return forward(x)
+
+        return call
+
+    providing("fragile", failing, monkeypatch)
+    path = tmp_path / "half.json"
+    assert run_tiny(path, "torch", "fragile", "copy") == 1
+    found = load(path)
+    fragile = found.select(provider="fragile")
+    assert {m.status for m in fragile} == {"failed"}
+    assert {m.message for m in fragile} == {"RuntimeError: out of luck"}
+    assert {m.error is not None for m in fragile} == {True}
+    assert len(found.select(provider="torch", status="ok")) == 3
+    assert len(found.select(provider="copy", status="ok")) == 1
+
+
+def test_work_that_does_not_fit_is_said_and_the_rest_is_measured(monkeypatch, tmp_path, capsys):
+    real = measure.measure
+
+    def first_too_large(work, *arguments):
+        if work.shape == (8, 32):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nAnd much advice.")
+        return real(work, *arguments)
+
+    monkeypatch.setattr("normnorm.bench.main.measure", first_too_large)
+    path = tmp_path / "rest.json"
+    status = bench(
+        "--shape", "8x32", "4x32", "--layers", "LayerNormalNorm", "--modes", "noise", "--device",
+        "cpu", "--budget", "0.02", "--json", path, "--providers", "torch",
+    )  # fmt: skip
+    assert status == 1
+    found = load(path)
+    assert {m.shape for m in found.measurements} == {(4, 32)}
+    assert found.problems == [
+        "LayerNormalNorm 8x32 float32 noise: not measured: OutOfMemoryError: CUDA out of memory."
+    ]
+    assert found.problems[0] in capsys.readouterr().err
+
+
+def test_work_that_a_provider_does_not_do_is_no_failure(monkeypatch, tmp_path, capsys):
+    def build(case):
+        raise Unavailable("it takes a holiday")
+
+    monkeypatch.setitem(PROVIDERS, "idle", Provider("idle", build))
+    assert run_tiny(tmp_path / "idle.json", "torch", "idle") == 0
+    assert "idle: unavailable: it takes a holiday" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_what_stood_there(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "long.json"
+    save(some_results(row()), path)
+    before = path.read_bytes()
+    real, calls = measure.measure, itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr("normnorm.bench.main.measure", interrupted)
+    status = bench(
+        "--quick", "--shape", "8x32", "--layers", "LayerNormalNorm", "--providers", "torch",
+        "--device", "cpu", "--budget", "0.01", "--json", path,
+    )  # fmt: skip
+    assert status == 130
+    assert path.read_bytes() == before
+    kept = load(tmp_path / "long.json.partial")
+    assert not kept.complete
+    assert {m.mode for m in kept.measurements} == {"noise"}
+    assert "long.json.partial" in capsys.readouterr().err
+
+
+def test_files_are_written_though_nobody_reads_the_table(monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert run_tiny(tmp_path / "kept.json", "torch") == 141
+    assert load(tmp_path / "kept.json").complete
+
+
+# Environment and counts
+
+
+def test_the_environment_is_this_one():
+    found = environment.after(environment.before(CPU, 5), CPU, 1.25)
+    assert found.torch == torch.__version__
+    assert found.threads == torch.get_num_threads()
+    assert found.cores >= 1
+    assert found.cpu
+    assert found.seed == 5
+    assert found.seconds == 1.2
+    assert found.gpu is None
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout
+        assert commit.startswith(found.commit)
+    assert json.loads(msgspec.json.encode(found))["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "typed"),
+    [
+        (["/usr/bin/normnorm", "bench", "--csv", "a b"], "normnorm bench --csv 'a b'"),
+        (["/lib/normnorm/__main__.py", "bench"], "normnorm bench"),
+        (["benchmarks/cpu_layers.py"], "cpu_layers.py"),
+    ],
+)
+def test_the_command_line_is_kept_as_it_was_typed(argv, typed, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert environment.before(CPU, 1).command_line == typed
+
+
+def test_counting_without_valgrind_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(callgrind.shutil, "which", lambda name: None)
+    with pytest.raises(callgrind.CallgrindError, match=r"needs a C\+\+ compiler and valgrind"):
+        callgrind.count()
+    arguments = ["--quick", "--shape", "4x8", "--layers", "LayerNormalNorm", "--providers", "torch"]
+    assert bench(*arguments, "--device", "cpu", "--budget", "0.01", "--callgrind") == 1
+    assert "callgrind: counting needs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(callgrind.shutil.which("valgrind") is None, reason="needs valgrind")
+def test_instructions_of_the_cpu_kernels_repeat_exactly():
+    counts = callgrind.count()
+    assert len(counts) == 23
+    assert {(c.mode, c.operation) for c in counts} == {
+        ("quiet", "forward"), ("quiet", "backward"), ("noise", "forward"), ("noise", "backward"),
+        ("eval", "forward"),
+    }  # fmt: skip
+    assert all(5 < c.instructions < 200 for c in counts)
+    assert callgrind.count() == counts

@@ -1,0 +1,130 @@
+"""The scripts for one question, on tensors as small as they can be: what they store and print."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch, request):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.delitem(sys.modules, "study", raising=False)
+    module = __import__(request.param)
+    yield module
+    torch.set_num_threads(1)
+    sys.modules.pop(request.param)
+
+
+def run(monkeypatch, module, output, *words):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words, "--output", str(output)])
+    status = module.main()
+    return status, json.loads(output.read_text()) if output.exists() else None
+
+
+@pytest.mark.parametrize("script", ["fused"], indirect=True)
+def test_what_joining_saves_is_stored_and_printed(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "IMAGES", ((2, 3, 4, 5),))
+    monkeypatch.setattr(script, "TOKENS", ((3, 8),))
+    words = ["--budget", "0.001", "--threads", "1"]
+    status, stored = run(monkeypatch, script, tmp_path / "f.json", *words)
+    assert status == 0
+    assert stored["format"] == "normnorm-fused"
+    assert stored["environment"]["torch"] == torch.__version__
+    assert len(stored["rows"]) == 3 * (1 + 2 * 2)
+    kept = {(r["what"], r["way"]): r["kept_bytes"] for r in stored["rows"]}
+    # The activation's output is kept either way; of a sum and its parts the sum alone.
+    assert kept["relu", "joined"] == kept["relu", "in steps"]
+    assert kept["residual stream", "joined"] == kept["residual stream", "in steps"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("| r")]) == 5
+
+
+@pytest.mark.parametrize("script", ["per"], indirect=True)
+def test_what_the_projected_error_costs_is_stored_and_printed(
+    script, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(script, "SHAPES", ((20, 3),))
+    words = ["--budget", "0.001", "--threads", "1"]
+    status, stored = run(monkeypatch, script, tmp_path / "p.json", *words)
+    assert status == 0
+    assert stored["format"] == "normnorm-per"
+    ways = {row["way"] for row in stored["rows"]}
+    assert {"definition", "plain blocks", "products"} <= ways
+    assert "| 20 x 3 | 1 | definition |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["per"], indirect=True)
+def test_a_file_that_cannot_be_written_gets_a_sentence(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "SHAPES", ((20, 3),))
+    status, stored = run(monkeypatch, script, tmp_path / "no/p.json", "--budget", "0.001")
+    assert (status, stored) == (2, None)
+    assert "no/p.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["noise_levels"], indirect=True)
+def test_noise_levels_adds_a_networks_rows_to_those_of_others(
+    script, monkeypatch, tmp_path, capsys
+):
+    one = dataclasses.replace(script.NETWORKS["MLP, 2 batch norms"], epochs=1, seeds=1)
+    monkeypatch.setattr(script, "NETWORKS", {"one": one, "other": one})
+    for name in ("one", "other"):
+        words = ["--networks", name]
+        status, stored = run(monkeypatch, script, tmp_path / "n.json", *words)
+        assert status == 0
+    rows = [(row["network"], row["noise_train"]) for row in stored["rows"]]
+    assert rows == [(name, noise) for name in ("one", "other") for noise in (None, *one.levels)]
+    assert all(row["norms"] == 2 and 0 <= row["accuracy"] <= 100 for row in stored["rows"])
+    assert "| other | scratch | constant | plain: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["noise_levels"], indirect=True)
+def test_the_guides_table_of_noise_levels_is_the_stored_one(script):
+    """Every mean over seeds of docs/noise.md, in the order of the script's networks."""
+    stored = json.loads((SCRIPTS / "results/noise_levels_cpu.json").read_text())["rows"]
+    page = (SCRIPTS.parent / "docs/noise.md").read_text()
+    lines = page[page.index("| network | plain norms |") :].splitlines()[2:]
+    shown = {}
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
+        network, plain, default, less, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        found = re.findall(r"([\d.]+): ([\d.]+)", f"{default}; {less}")
+        shown[network] = {None: float(plain), **{float(n): float(a) for n, a in found}}
+    order = (0, 1, 4, 2, 3, 5, 6)  # of the page's lines among the script's networks
+    assert len(shown) == len(order) == len(script.NETWORKS)
+    for position, means in zip(order, shown.values(), strict=True):
+        name = list(script.NETWORKS)[position]
+        for noise, shown_mean in means.items():
+            accuracies = [
+                row["accuracy"] for row in stored
+                if (row["network"], row["noise_train"]) == (name, noise)
+                and (row["start"], row["schedule"]) == ("scratch", "constant")
+            ]  # fmt: skip
+            assert len(accuracies) == script.NETWORKS[name].seeds, (name, noise)
+            assert abs(statistics.mean(accuracies) - shown_mean) < 0.051, (name, noise)
+
+
+def test_measuring_and_writing_need_no_msgspec(tmp_path):
+    program = f"""
+        import sys
+        sys.modules.update(dict.fromkeys(("msgspec", "tabulate", "tqdm", "jinja2")))
+        sys.path[:0] = [{str(SCRIPTS)!r}, {str(SCRIPTS.parent)!r}]
+        import fused, gpu_bench
+        from normnorm.bench import environment, results
+        device = gpu_bench.torch.device("cpu")
+        found = results.Results(environment=environment.before(device, 0))
+        results.save(found, {str(tmp_path / "found.json")!r})
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+    assert json.loads((tmp_path / "found.json").read_text())["format"] == "normnorm-bench"

@@ -1,0 +1,392 @@
+"""The command line: doctor and gradcheck say what is true, and fail when a kernel is wrong; no
+command ends in a traceback for a closed pipe, Ctrl-C, a wrong device or a file in the way."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import normnorm
+from normnorm import backends, cli, gradcheck, selfcheck
+from normnorm.backends import cuda
+
+
+@pytest.fixture
+def wrong_kernel(monkeypatch):
+    """Puts a backend in the place of a real one whose backward is off by one part in a thousand."""
+    monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+    monkeypatch.setattr(backends, "_automatic", dict(backends._automatic))
+    right = backends.get("reference")
+
+    def backward(*arguments):
+        grad_input, grad_weight, grad_bias = right.backward(*arguments)
+        return grad_input * 1.001, grad_weight, grad_bias
+
+    backends.register(
+        backends.Backend(
+            "cpu",
+            "cpu",
+            right.forward,
+            backward,
+            right.infer,
+            right.fold,
+            right.add_forward,
+            right.add_backward,
+        )
+    )
+
+
+def test_doctor_reports_versions_backends_and_passing_checks(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["backends"] == normnorm.available_backends()
+    checked = {(check["layer"], check["backend"]) for check in report["checks"]}
+    available = [name for name, why in report["backends"].items() if why is None]
+    assert checked == {(case.layer, name) for case in selfcheck.CASES for name in available}
+
+
+def test_doctor_without_checks_runs_no_layer(wrong_kernel, capsys):
+    assert cli.main(["doctor", "--json", "--no-checks"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["checks"] == []
+    assert found["environment"]["torch"] == torch.__version__
+    assert cli.main(["doctor", "--no-checks"]) == 0
+    assert "missed" not in capsys.readouterr().out
+
+
+def test_doctor_in_words_names_every_backend(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for name, reason in normnorm.available_backends().items():
+        assert name in text
+        assert reason is None or reason in text
+    assert " 0 missed" in text
+
+
+def test_doctor_exits_1_on_a_wrong_kernel(wrong_kernel, capsys):
+    assert cli.main(["doctor"]) == 1
+    assert "MISS" in capsys.readouterr().out
+
+
+def test_doctor_reports_a_kernel_that_raises(monkeypatch, capsys):
+    def broken(*arguments):
+        raise RuntimeError("this kernel is broken")
+
+    monkeypatch.setattr(selfcheck, "worst_errors", broken)
+    assert cli.main(["doctor"]) == 1
+    assert "this kernel is broken" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_checks(monkeypatch):
+    """A doctor that looks at everything but the numbers."""
+    monkeypatch.setattr(selfcheck, "cases_and_backends", list)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sentence"),
+    [
+        (
+            "foo",
+            f"NORMNORM_BACKEND must be 'auto' or one of {', '.join(backends.NAMES)}; got 'foo'",
+        ),
+        ("", f"NORMNORM_BACKEND must be 'auto' or one of {', '.join(backends.NAMES)}; got ''"),
+        ("cuda", "backend 'cuda' is unavailable: no such GPU"),
+    ],
+)
+@pytest.mark.usefixtures("no_checks")
+def test_doctor_exits_1_where_the_environment_chooses_what_cannot_run(
+    chosen, sentence, monkeypatch, capsys
+):
+    without = {name: backend for name, backend in backends._backends.items() if name != "cuda"}
+    monkeypatch.setattr(backends, "_backends", without)
+    monkeypatch.setattr(backends, "_late", {})
+    monkeypatch.setattr(backends, "_UNAVAILABLE", dict.fromkeys(backends.NAMES, "no such GPU"))
+    monkeypatch.setenv("NORMNORM_BACKEND", chosen)
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert sentence in text
+    assert f"NORMNORM_BACKEND is '{chosen}', with which every call of a layer raises" in text
+    assert cli.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert report["wrong_choice"] == sentence
+
+
+@pytest.mark.parametrize(
+    ("recorded", "status"), [("failed: a.cpp:1:2: error: x", 1), ("left out: NORMNORM_NATIVE=0", 0)]
+)
+@pytest.mark.usefixtures("no_checks")
+def test_doctor_exits_1_on_a_failed_build_and_not_on_one_left_out(
+    recorded, status, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "_C.txt").write_text(recorded + "\n")
+    monkeypatch.setattr(backends.cpu, "WITHOUT", tmp_path / "_C.txt")
+    assert cli.main(["doctor"]) == status
+    text = capsys.readouterr().out
+    assert ("the build of the compiled kernels failed:\na.cpp:1:2: error: x\n" in text) == status
+    assert cli.main(["doctor", "--json"]) == status
+    report = json.loads(capsys.readouterr().out)
+    assert report["build_failure"] == ("a.cpp:1:2: error: x" if status else None)
+
+
+@pytest.mark.parametrize("chosen", [None, "auto", "reference"])
+@pytest.mark.usefixtures("no_checks")
+def test_doctor_is_content_with_a_choice_that_can_run(chosen, monkeypatch, capsys):
+    monkeypatch.delenv("NORMNORM_BACKEND", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("NORMNORM_BACKEND", chosen)
+    assert cli.main(["doctor"]) == 0
+    assert "raises" not in capsys.readouterr().out
+
+
+def test_gradcheck_passes_on_every_available_backend(capsys):
+    assert cli.main(["gradcheck"]) == 0
+    text = capsys.readouterr().out
+    for case in selfcheck.CASES:
+        assert case.layer in text
+    assert " 0 missed" in text
+
+
+def test_gradcheck_exits_1_on_a_wrong_kernel(wrong_kernel, capsys):
+    assert cli.main(["gradcheck", "--backend", "cpu"]) == 1
+    assert "MISS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["output", "running"])
+def test_a_wrong_forward_or_fold_is_seen_too(wrong, monkeypatch):
+    monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+    monkeypatch.setattr(backends, "_automatic", dict(backends._automatic))
+    right = backends.get("reference")
+
+    def forward(*arguments):
+        output, stats = right.forward(*arguments)
+        return output + 1e-3, stats
+
+    def fold(stats, *arguments):
+        return right.fold(stats * 1.01, *arguments)
+
+    backends.register(
+        backends.Backend(
+            "cpu",
+            "cpu",
+            forward if wrong == "output" else right.forward,
+            right.backward,
+            right.infer,
+            fold if wrong == "running" else right.fold,
+            right.add_forward,
+            right.add_backward,
+        )
+    )
+    rows = gradcheck.table("cpu")
+    batch = [row for row in rows if row["layer"].startswith("Batch") and row["mode"] == "training"]
+    assert all(not row["passed"] for row in batch if row["dtype"] in ("float64", "float32"))
+
+
+# --- doctor --plan ---
+
+without_kernels = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
+
+
+def plan(capsys, *words):
+    """What ``doctor --plan --json`` says."""
+    assert cli.main(["doctor", "--json", "--plan", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@without_kernels
+def test_plan_says_in_words_what_serves_both_passes_and_on_what_device(capsys):
+    assert cli.main(["doctor", "--plan", "256,64,56,56", "--device-model", "H200"]) == 0
+    text = capsys.readouterr().out
+    assert "kind batch, shape (256, 64, 56, 56), float32, contiguous" in text
+    assert "on H200 (assumed, as asked): 132 multiprocessors" in text
+    assert "64 groups of 802816 elements, walked by rows" in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    assert "co-operating blocks" in lines["forward"]
+    assert lines["backward"].split()[-1].isdigit()
+
+
+@without_kernels
+def test_plan_follows_the_ladder(capsys):
+    on = ("--device-model", "H200", "--dtype", "bfloat16")
+    short = plan(capsys, "8192,512", "--kind", "layer", *on)["forward"]
+    assert short["rung"] == "warp, registers"
+    assert (short["threads"], short["groups"], short["group_size"]) == (32, 8192, 512)
+    middle = plan(capsys, "8192,8192", "--kind", "layer", *on)["forward"]
+    assert middle["rung"].startswith("block, registers")
+    assert middle["threads"] > 32
+    long = plan(capsys, "64,262144", "--kind", "layer", *on)["forward"]
+    assert long["rung"].startswith("cluster")
+    assert long["blocks"] > 1
+    older = plan(capsys, "64,262144", "--kind", "layer", *on[2:], "--device-model", "A100")
+    assert older["device"]["clusters"] is False
+    assert not older["forward"]["rung"].startswith("cluster")
+    assert older["forward"]["waves"] * older["forward"]["teams"] >= 64
+
+
+@without_kernels
+def test_plan_knows_the_memory_format_and_the_device(capsys):
+    last = plan(capsys, "256x256x14x14", "--memory-format", "channels_last")
+    assert last["forward"]["walk"] == last["backward"]["walk"] == "columns"
+    assert plan(capsys, "256x256x14x14")["forward"]["walk"] == "rows"
+    assert plan(capsys, "64,256")["forward"]["walk"] == "columns"
+    small, large = (plan(capsys, "8,64,56,56", "--sms", n)["forward"] for n in ("16", "132"))
+    assert small["teams"] * small["blocks"] < large["teams"] * large["blocks"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to plan for")
+@without_kernels
+def test_plan_says_what_it_assumes_where_there_is_no_gpu(capsys):
+    found = plan(capsys, "64,256")
+    assert found["device"]["name"] == "H200"
+    assert "no GPU" in found["device"]["source"]
+
+
+NO_SUCH_LAYER = pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["64,3,8,8", "--kind", "group", "--num-groups", "2"], "divisible by num_groups"),
+        (["64,3", "--kind", "layer", "--normalized-ndim", "3"], "normalized_ndim"),
+        (["64", "--kind", "batch"], "wants an input of shape"),
+        (["64,3", "--num-groups", "2"], "num_groups belongs to kind 'group'"),
+        (["64,3", "--memory-format", "channels_last"], "channels_last wants"),
+        (["64,3", "--sms", "0"], "--sms must be positive"),
+    ],
+)
+
+
+@without_kernels
+@NO_SUCH_LAYER
+def test_plan_refuses_what_no_layer_takes(words, sentence, capsys):
+    assert cli.main(["doctor", "--plan", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@NO_SUCH_LAYER
+def test_plan_refuses_it_also_where_there_are_no_kernels(words, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "missing", lambda: "the CUDA kernels were not built: no nvcc")
+    test_plan_refuses_what_no_layer_takes(words, sentence, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--kind", "batch"], "--kind"),
+        (["--sms", "0", "--no-noise"], "--no-noise, --sms"),
+        (["--dtype", "bfloat16", "--memory-format", "channels_last"], "--dtype, --memory-format"),
+    ],
+)
+def test_options_of_a_plan_are_refused_without_one(words, named, capsys):
+    assert cli.main(["doctor", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"options of --plan SHAPE, which was not given: {named}\n"
+
+
+def test_plan_without_kernels_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "missing", lambda: "the CUDA kernels were not built: no nvcc")
+    assert cli.main(["doctor", "--plan", "64,3"]) == 1
+    assert "no plan: the CUDA kernels were not built: no nvcc" in capsys.readouterr().err
+
+
+def test_plan_wants_a_shape(capsys):
+    for shape in ("big", "3,0", "", "64,,3", "64x"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["doctor", "--plan", shape])
+        assert stop.value.code == 2
+        assert f"a shape is sizes of 1 or more, 256,64,56,56 or 256x64x56x56; got {shape!r}" in (
+            capsys.readouterr().err
+        )
+
+
+def test_unknown_command_and_backend_exit_2(capsys):
+    for arguments in (["dance"], ["gradcheck", "--backend", "abacus"], []):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+    assert "abacus" in capsys.readouterr().err
+
+
+def test_python_m_normnorm_is_the_same_program():
+    result = subprocess.run(
+        [sys.executable, "-m", "normnorm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == normnorm.__version__
+
+
+# --- a program among others ---
+
+STORED = Path(__file__).parents[2] / "benchmarks/results/cpu_layers_2_threads.json"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["bench", "compare", str(STORED), str(STORED)]])
+def test_a_reader_that_has_enough_ends_the_command_quietly(words, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "normnorm", *words], stdout=write, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(write)
+    assert done.stderr == ""
+    # argparse itself passes over a help page that nobody reads.
+    assert done.returncode == (0 if unbuffered and words == ["--help"] else 141)
+
+
+def test_a_full_disk_gets_a_sentence(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert cli.main(["doctor", "--plan", "64,3", "--sms", "0"]) == 2
+    assert capsys.readouterr().err.endswith("normnorm doctor: No space left on device\n")
+
+
+@pytest.mark.usefixtures("no_checks")
+def test_ctrl_c_gets_a_sentence(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("normnorm.doctor.report", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "normnorm doctor: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [
+        ("foo", "--device must be cpu, cuda, cuda:1, ...; got 'foo'"),
+        ("meta", "--device meta: "),
+        pytest.param(
+            "cuda", "--device cuda: torch sees no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_device_gets_a_sentence(device, sentence, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["train", "--device", device, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"normnorm train: {sentence}")
+    assert not out.exists()
+
+
+def test_a_backend_that_cannot_run_gets_a_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "normnorm", "train", "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "NORMNORM_BACKEND": "foo"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("normnorm train: NORMNORM_BACKEND must be")

@@ -1,0 +1,411 @@
+"""The documentation is true: snippets run and print what the pages say, links lead somewhere,
+tables match the code, and the formulae of docs/mathematics.md give autograd's gradients."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import io
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import normnorm
+from normnorm import backends, functional, reference, registry
+from normnorm.noise import standard_normals
+from normnorm.ops import SCHEMAS
+from normnorm.statistics import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EVERY_PAGE = [*PAGES, ROOT / "CONTRIBUTING.md"]
+
+_SNIPPET = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.S | re.M)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
+_KINDS = ("batch", "layer", "group", "instance")
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# Snippets
+
+
+def snippets(page: Path) -> Iterator[tuple[int, str, str | None]]:
+    """(line, code, output promised) of each Python block of a page."""
+    text = page.read_text()
+    for match in _SNIPPET.finditer(text):
+        yield text[: match.start(1)].count("\n") + 1, match[1], match[2]
+
+
+@contextlib.contextmanager
+def unchanged_choice() -> Iterator[None]:
+    before = backends._selected
+    try:
+        yield
+    finally:
+        backends._selected = before
+
+
+def run_page(page: Path, how_many: int | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Runs a page's (first) snippets in one namespace: that namespace, and what they print."""
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    printed = []
+    torch._dynamo.reset()  # what was compiled before changes how often a page compiles
+    # What a page registers or chooses ends with it.
+    with unchanged_choice(), mock.patch.dict(registry._REGISTERED):
+        for line, code, _ in itertools.islice(snippets(page), how_many):
+            out = io.StringIO()
+            # Line numbers in a traceback are those of the page.
+            compiled = compile("\n" * (line - 1) + code, str(page), "exec")
+            with contextlib.redirect_stdout(out):
+                exec(compiled, namespace)
+            printed.append(out.getvalue())
+    return namespace, printed
+
+
+def same_number(got: str, promised: str) -> bool:
+    """Rounding errors, written as 1.2e-07, agree in their order of magnitude; the rest to 2 %."""
+    a, b = float(got), float(promised)
+    if "e" in promised:
+        return a == b or (a * b > 0 and 1 / 30 < a / b < 30)
+    return math.isclose(a, b, rel_tol=0.02, abs_tol=0.011)
+
+
+def disagreement(got: str, promised: str) -> str | None:
+    got_words, promised_words = got.split(), promised.split()
+    if len(got_words) != len(promised_words):
+        return f"{len(got_words)} words, not {len(promised_words)}"
+    for a, b in zip(got_words, promised_words, strict=True):
+        numbers = [_NUMBER.fullmatch(word.strip(",")) for word in (a, b)]
+        if all(numbers):
+            if not same_number(a.strip(","), b.strip(",")):
+                return f"'{a}', not '{b}'"
+        elif a != b:
+            return f"'{a}', not '{b}'"
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_snippets_run_and_print_what_the_page_says(page: Path) -> None:
+    _, printed = run_page(page)
+    for (line, _, promised), got in zip(snippets(page), printed, strict=True):
+        if promised is not None:
+            wrong = disagreement(got, promised)
+            assert wrong is None, f"{page_name(page)}:{line} prints {wrong}:\n{got}"
+
+
+def test_there_are_snippets_and_the_comparison_notices_a_difference() -> None:
+    assert sum(1 for page in PAGES for _ in snippets(page)) >= 25
+    assert disagreement("error 1.0e-07 0.08", "error 4.2e-07 0.08") is None
+    assert disagreement("error 1.0e-03", "error 4.2e-07") is not None
+    assert disagreement("lambda 0.30", "lambda 0.08") is not None
+    assert disagreement("True False", "True True") is not None
+    assert disagreement("nan", "0.1") is not None
+
+
+# Links and tables
+
+
+def anchors(page: Path) -> set[str]:
+    """Heading anchors as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=page_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page_name(page)} links to {link}"
+        assert ROOT in (target, *target.parents), f"{link} leaves the repository"
+        if anchor:
+            assert anchor in anchors(target), f"{page_name(page)} links to {link}"
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of the first table in a text, without its head."""
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines))
+    # An escaped bar is no border.
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows[2:]]
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_schema_table_matches_the_schema(op: str) -> None:
+    section = (ROOT / "docs/backends.md").read_text().split(f"### {op}\n")[1]
+    documented = [(cells[1].strip("`"), cells[0].strip("`")) for cells in table_rows(section)]
+    arguments = SCHEMAS[op].removeprefix("(").split(") ->")[0].split(", ")
+    assert documented == [tuple(argument.rsplit(" ", 1)) for argument in arguments]
+
+
+def test_statistics_table_matches_the_rows() -> None:
+    section = (ROOT / "docs/backends.md").read_text().split("## The statistics tensor\n")[1]
+    documented = [(int(cells[0]), cells[1].strip("`")) for cells in table_rows(section)]
+    assert documented == [(int(row), row.name) for row in Row]
+
+
+def test_backend_table_names_every_backend() -> None:
+    section = (ROOT / "docs/backends.md").read_text().split("## Choosing\n")[1]
+    assert tuple(cells[0].strip("`") for cells in table_rows(section)) == backends.NAMES
+
+
+# The reference page, docs/api.md
+
+_CALL = re.compile(r"^(?:\| `)?(\w+)((?:/\dd)*)\(([^()]*)\)", re.M)
+
+
+def reference_page(without: str) -> str:
+    """The page without the fenced blocks of these kinds, a regular expression."""
+    text = (ROOT / "docs/api.md").read_text()
+    return re.sub(rf"^```({without})\n.*?^```$", "", text, flags=re.S | re.M)
+
+
+def documented_calls() -> dict[str, list[str]]:
+    """The arguments of each call that opens a table row, or stands in the block of functions."""
+    found = {}
+    for name, more, arguments in _CALL.findall(reference_page(without="python|text")):
+        listed = [argument.strip() for argument in arguments.split(",") if argument.strip()]
+        for ending in ("", *more.split("/")[1:]):  # Name1d/2d/3d
+            found[name[: len(name) - len(ending)] + ending] = listed
+    return found
+
+
+def documented_words() -> set[str]:
+    spans = re.findall(r"`([^`]+)`", reference_page(without="python|text|"))
+    return {word for span in spans for word in re.findall(r"\w+", span)}
+
+
+def test_every_public_name_is_on_the_reference_page() -> None:
+    calls = documented_calls()
+    words = documented_words()
+    assert [name for name in functional.__all__ if name not in calls] == []
+    assert [name for name in normnorm.__all__ if name not in calls and name not in words] == []
+    assert [n for n in calls if not hasattr(normnorm, n) and not hasattr(functional, n)] == []
+
+
+@pytest.mark.parametrize("name", sorted(documented_calls()))
+def test_signatures_of_the_reference_page(name: str) -> None:
+    """Order and defaults of all arguments; a layer's, without defaults, stand in its row or, where
+    all layers have them by keyword, in the table below."""
+    called = getattr(functional, name, None) or getattr(normnorm, name)
+    is_layer = inspect.isclass(called) and issubclass(called, torch.nn.Module)
+    parameters = inspect.signature(called).parameters
+    documented = {}
+    keyword = False
+    for argument in documented_calls()[name]:
+        if argument == "*":
+            keyword = True
+            continue
+        word, _, default = argument.partition("=")
+        assert word in parameters
+        assert (parameters[word].kind is inspect.Parameter.KEYWORD_ONLY) == keyword, word
+        documented[word] = ast.literal_eval(default) if default else inspect.Parameter.empty
+    if is_layer:
+        common = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert list(documented) == [word for word in parameters if word not in common]
+        assert common <= {"bias", "noise_train", "alpha", "order", "transform_eps"}
+        assert common <= documented_words()
+    else:
+        assert documented == {p.name: p.default for p in parameters.values()}
+        assert list(documented) == list(parameters)
+
+
+def test_readme_opens_with_the_two_commands_and_keeps_a_place_for_the_demo() -> None:
+    text = (ROOT / "README.md").read_text()
+    first_block = re.search(r"^```\n(.*?)^```$", text, re.S | re.M)
+    assert first_block is not None
+    assert [line.split("#")[0].strip() for line in first_block[1].splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+    assert text.count("<!-- demo:begin -->") == text.count("<!-- demo:end -->") == 1
+    assert text.index("<!-- demo:begin -->") < text.index("<!-- demo:end -->")
+
+
+def test_readme_names_every_extra() -> None:
+    section = (ROOT / "README.md").read_text().split("## Installation\n")[1]
+    named = {word for cells in table_rows(section) for word in re.findall(r"`(\w+)`", cells[0])}
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = project.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    assert named == set(re.findall(r"^(\w+) = \[", extras, re.M))
+
+
+# The formulae of docs/mathematics.md: the page's own NumPy against autograd of the definition
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """What the page's first snippet defines: psi, newton, forward, backward, frozen_backward."""
+    return run_page(ROOT / "docs/mathematics.md", how_many=1)[0]
+
+
+def law(name: str, *shape: int) -> torch.Tensor:
+    normal = torch.randn(*shape, dtype=torch.float64)
+    return {
+        "normal": normal,
+        "lognormal": normal.exp(),
+        "relu": normal.relu(),  # half of the values are equal, lambda is near 0
+        "negated": -normal.exp(),  # lambda is near 2
+        "offset": 0.01 * normal + 50.0,
+    }[name]
+
+
+LAWS = ("normal", "lognormal", "relu", "negated", "offset")
+
+
+def to_groups(tensor: torch.Tensor, kind: str) -> np.ndarray:
+    """(groups, n) of a (4, 6, 5, 3) tensor, normalized over (5, 3) or in 3 channel groups."""
+    array = tensor.detach().numpy()
+    if kind == "batch":
+        return np.moveaxis(array, 1, 0).reshape(6, -1)
+    return array.reshape({"layer": 24, "group": 12, "instance": 24}[kind], -1)
+
+
+def from_groups(groups: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "batch":
+        return np.moveaxis(groups.reshape(6, 4, 5, 3), 0, 1)
+    return groups.reshape(4, 6, 5, 3)
+
+
+def assert_same(got: np.ndarray, expected: torch.Tensor, tolerance: float = 1e-11) -> None:
+    expected_array = expected.detach().numpy()
+    size = max(1.0, float(np.abs(expected_array).max()))
+    np.testing.assert_allclose(got, expected_array, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("transform_eps", [0.0, math.sqrt(1e-5)])
+@pytest.mark.parametrize(("order", "alpha"), [(2, 1.0), (2, 0.3), (1, 1.0), (2, 0.0)])
+@pytest.mark.parametrize("kind", _KINDS)
+def test_documented_gradient(
+    page: dict[str, Any], kind: str, order: int, alpha: float, transform_eps: float
+) -> None:
+    options = {"alpha": alpha, "order": order, "transform_eps": transform_eps}
+    noise_train, seed = 0.4, torch.tensor([11])
+    parameter_shape = (5, 3) if kind == "layer" else (6,)
+    for name in LAWS:
+        u = law(name, 4, 6, 5, 3).requires_grad_()
+        weight = law("normal", *parameter_shape).requires_grad_()
+        bias = law("normal", *parameter_shape).requires_grad_()
+        g = law("normal", 4, 6, 5, 3)
+        out, statistics = reference.normal_norm(
+            u, weight, bias, kind=kind, num_groups=3 if kind == "group" else 0,
+            normalized_ndim=2 if kind == "layer" else 0, noise_train=noise_train, seed=seed,
+            **options,
+        )  # fmt: skip
+        du, dweight, dbias = torch.autograd.grad(out, (u, weight, bias), g)
+
+        spread = weight if kind == "layer" else weight.view(1, 6, 1, 1)
+        x, s = zip(*(page["forward"](row, **options) for row in to_groups(u, kind)), strict=True)
+        np.testing.assert_allclose(s, statistics[Row.NOISE_SCALE].numpy(), rtol=1e-11)
+        noise = from_groups(
+            np.array(s)[:, None] * to_groups(standard_normals(u.shape, seed), kind), kind
+        )
+        y = from_groups(np.array(x), kind) + noise_train * noise
+        assert_same(y * spread.detach().numpy() + bias.detach().view(spread.shape).numpy(), out)
+
+        rows = zip(to_groups(spread * g, kind), to_groups(u, kind), strict=True)
+        ours = from_groups(np.array([page["backward"](G, row, **options) for G, row in rows]), kind)
+        assert_same(ours, du)
+        shared = (0, 1) if kind == "layer" else (0, 2, 3)
+        assert_same((g.numpy() * y).sum(shared), dweight)
+        assert_same(g.numpy().sum(shared), dbias)
+
+
+@pytest.mark.parametrize("transform_eps", [0.0, math.sqrt(1e-5)])
+@pytest.mark.parametrize("lmbda", [1.0, 0.0, 2.0, 1e-9, 2 - 1e-3, 1e-3, 0.3, -1.7, 3.4])
+def test_documented_gradient_of_frozen_statistics(
+    page: dict[str, Any], lmbda: float, transform_eps: float
+) -> None:
+    u, g = law("lognormal", 50, 1).requires_grad_(), law("normal", 50, 1)
+    mean, var, power = (torch.tensor([value], dtype=torch.float64) for value in (0.7, 2.0, lmbda))
+    out, _ = reference.normal_norm(
+        u, kind="batch", transform_eps=transform_eps,
+        frozen=reference.pack_running(mean, var, power, 1e-5, torch.float64),
+    )  # fmt: skip
+    (du,) = torch.autograd.grad(out, u, g)
+    ours = page["frozen_backward"](
+        g.numpy(), u.detach().numpy(), 0.7, 2.0, lmbda, transform_eps=transform_eps
+    )
+    assert_same(ours, du)
+
+
+@pytest.mark.parametrize("transform_eps", [0.0, math.sqrt(1e-5)])
+@pytest.mark.parametrize("lmbda", [1.0, 0.0, 2.0, 1e-9, 2 - 1e-3, 1e-3, 0.3, -1.7, 3.4])
+def test_documented_transform(page: dict[str, Any], lmbda: float, transform_eps: float) -> None:
+    h = torch.cat([law("normal", 200), torch.zeros(1, dtype=torch.float64)]).requires_grad_()
+    power = torch.full_like(h, lmbda).requires_grad_()
+    x = reference.yeo_johnson(h, power, transform_eps)
+    psi_h, psi_lam = torch.autograd.grad(x.sum(), (h, power))
+    ours = page["psi"](h.detach().numpy(), lmbda, transform_eps)
+    for got, expected in zip(ours, (x, psi_h, psi_lam), strict=True):
+        assert_same(got, expected, 1e-13)
+    assert (ours[1] > 0).all()
+    assert (ours[2] >= 0).all()
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_documented_newton_step_and_invariants(page: dict[str, Any], name: str) -> None:
+    u = law(name, 1, 400).requires_grad_()
+    h, mean, low, rstd = reference.standardize(u, (1,), 1e-5)
+    for order in (1, 2):
+        lmbda = reference.estimate_lmbda(h, (1,), order=order)
+        by_h, by_u = torch.autograd.grad(lmbda, (h, u), retain_graph=True)
+        ours, w = page["newton"](h.detach().numpy()[0], 1e-5, 1.0, order)
+        assert_same(np.array([[ours]]), lmbda)
+        assert_same(w / 400, by_h[0])
+        scale = by_u.abs().sum().item() + 1.0
+        assert abs(by_u.sum().item()) < 1e-12 * scale
+        moved = ((u - mean - low) * by_u).sum().item()
+        eps_term = (1e-5 * rstd.square()).item() * float((h.detach().numpy()[0] * w).mean())
+        assert abs(moved - eps_term) < 1e-11 * scale
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_documented_derivatives_of_the_likelihood(name: str) -> None:
+    """A - B and E - D^2 - 2A^2 are L' and L'' at lambda 1, where h has variance 1."""
+    h = law(name, 400)
+    h = (h - h.mean()) / h.std(correction=0)
+    lmbda = torch.ones((), dtype=torch.float64, requires_grad=True)
+    t, sign = h.abs(), torch.where(h < 0, -1.0, 1.0).double()
+    log = t.log1p()
+    variance = reference.yeo_johnson(h, lmbda).var(correction=0)
+    likelihood = 0.5 * variance.log() - (lmbda - 1) * (sign * log).mean()
+    (first,) = torch.autograd.grad(likelihood, lmbda, create_graph=True)
+    (second,) = torch.autograd.grad(first, lmbda)
+    q = (1 + t) * log
+    d = q - t
+    e = q * (q + t * (log - 4)) + 3 * t.square()
+    a = (h * d).mean()
+    assert first.item() == pytest.approx((a - (sign * log).mean()).item(), abs=1e-12)
+    assert second.item() == pytest.approx((e.mean() - d.mean() ** 2 - 2 * a**2).item(), abs=1e-11)
+
+
+def test_documented_sign_of_the_curvature() -> None:
+    """E - D^2 - 2A^2 >= 0 also where eps makes the variance of h much smaller than 1."""
+    for name, scale in itertools.product(LAWS, (1.0, 1e-2, 1e-3, 1e-4)):
+        u = law(name, 64, 7) * scale
+        h = reference.standardize(u, (1,), 1e-5)[0]
+        _, _, _, curvature = reference.lmbda_newton_step(h, (1,), 1e-5, 1.0, 2)
+        t = h.abs()
+        q = (1 + t) * t.log1p()
+        d = q - t
+        e = (q * (q + t * (t.log1p() - 4)) + 3 * t.square()).mean(1, keepdim=True)
+        plain = e - d.mean(1, keepdim=True) ** 2 - 2 * (h * d).mean(1, keepdim=True) ** 2
+        assert plain.min().item() > -1e-14
+        torch.testing.assert_close(curvature, plain + math.sqrt(1e-5), rtol=0, atol=1e-12)

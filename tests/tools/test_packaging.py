@@ -1,0 +1,394 @@
+"""What is installed: what it imports, what a wheel of it holds, and that it runs away from here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pip
+import pytest
+import setuptools
+import torch
+
+import normnorm
+from normnorm.backends import cpu, cuda
+
+ROOT = Path(__file__).parents[2]
+OPTIONAL = ("matplotlib", "numpy", "scipy", "sklearn", "tqdm", "triton")
+# A path of somebody's machine, in a file that everybody gets.
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|mnt|opt|root|scratch|tmp/venv|Users|work)/")
+
+# As if these were not installed.
+BLOCK_OPTIONAL = f"""
+import sys, warnings
+sys.modules.update(dict.fromkeys({OPTIONAL}))
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+"""
+
+
+def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
+    """The command's output, errors included; the test fails with it if the exit status differs."""
+    # The folder of the tests, and options meant for the process that runs them, stay out.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "NORMNORM"))}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=inherited | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, f"{command} exited {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def project_files() -> list[Path]:
+    """What is committed or about to be, links unfollowed, relative to the root."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout: which files belong to the project is not known here")
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    names = (Path(name) for name in listed.split("\0") if name)
+    return [name for name in names if os.path.lexists(ROOT / name)]
+
+
+def test_import_brings_in_nothing_but_torch(tmp_path: Path):
+    program = """
+import sys, torch
+before = set(sys.modules)
+import normnorm
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+    output = run(sys.executable, "-c", program, cwd=tmp_path)
+    new = set(output.splitlines()[-1].split()) - set(sys.stdlib_module_names)
+    # What torch itself requires it may load as late as it likes.
+    required = importlib.metadata.requires("torch") or []
+    of_torch = {re.split(r"[^\w-]", line)[0].replace("-", "_").lower() for line in required}
+    assert new - of_torch <= {"normnorm", "torch"}
+
+
+def test_doctor_runs_with_torch_alone(tmp_path: Path):
+    program = "from normnorm.cli import main\nsys.exit(main(['doctor']))"
+    run(sys.executable, "-c", BLOCK_OPTIONAL + program, cwd=tmp_path)
+
+
+def test_version_is_the_same_everywhere():
+    version = normnorm.__version__
+    assert importlib.metadata.version("normnorm") == version
+    assert f"\n## {version} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_no_file_names_a_machines_folders():
+    found = []
+    for name in project_files():
+        path = ROOT / name
+        if path.is_symlink():
+            assert not os.readlink(path).startswith("/"), f"{name} is an absolute link"
+            continue
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        lines = content.decode("utf-8").splitlines()
+        found += [f"{name}:{i}" for i, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
+    assert not found
+
+
+# --- the build ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """The module setup.py, which sets nothing up, with no variable that steers it."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("NORMNORM_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("normnorm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toolkit(folder: Path, *left_out: str) -> Path:
+    """Something that answers as nvcc 13.0 does, with files that stand for the toolkit's."""
+    for name in ("include/cuda_runtime.h", "include/nv/target", "lib/libcudart_static.a"):
+        if name not in left_out:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    program = folder / "bin/nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+--list-gpu-code) printf 'sm_75\nsm_80\nsm_90\nsm_100\nsm_120\n' ;;
+--dryrun) echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
+*) echo "this is no compiler" >&2; exit 1 ;;
+esac
+"""
+    )
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("asked", "understood"),
+    [
+        (None, ["8.0", "9.0", "10.0", "12.0+PTX"]),
+        ("9.0", ["9.0"]),
+        ("8.0;9.0 10.0+PTX", ["8.0", "9.0", "10.0+PTX"]),
+        ("9.0a", ["9.0a"]),
+        ("Hopper;9.0+PTX", ["9.0+PTX"]),
+    ],
+)
+def test_the_architectures_are_those_of_torchs_variable(asked, understood, build, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        if asked is not None:
+            patch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        patch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda").parent.parent))
+        cuda = build.find_cuda()
+    assert cuda.architectures == understood
+    assert cuda.version == "13.0"
+    generated = [flag for flag in cuda.flags() if flag.startswith("-gencode")]
+    assert len(generated) == len(understood) + sum("+PTX" in word for word in understood)
+    if asked == "9.0a":
+        assert generated == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+@pytest.mark.parametrize("asked", ["7.5", "6.1+PTX", "13.7", "Volta", "fast"])
+def test_an_architecture_that_cannot_be_is_refused_in_words(asked, build, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda").parent.parent))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    reason = build.find_cuda()
+    assert isinstance(reason, str)
+    assert asked in reason
+    assert "TORCH_CUDA_ARCH_LIST" in reason
+    monkeypatch.setenv("NORMNORM_CUDA", "1")
+    with pytest.raises(build.Failed, match=r"kernels were required: .*TORCH_CUDA_ARCH_LIST"):
+        build.find_cuda()
+
+
+def test_the_cuda_binding_compiles_against_this_torch(build):
+    toolkit = build.find_cuda()
+    if not isinstance(toolkit, build.Cuda):
+        pytest.skip(f"no headers of CUDA's runtime: {toolkit}")
+    binding = [u for u in toolkit.sources(build.compiler()) if u.source.suffix == ".cpp"]
+    assert {unit.source.name for unit in binding} > {"cuda.cpp", "by_definition.cpp"}
+    for unit in binding:
+        build.run([*unit.compiler, *unit.flags, "-fsyntax-only", str(unit.source)])
+
+
+def test_where_there_is_no_nvcc_the_build_says_so_or_stops(build, monkeypatch):
+    monkeypatch.setattr(build.Cuda, "_places", staticmethod(list))
+    assert build.find_cuda() == "no nvcc was found"
+    monkeypatch.setenv("NORMNORM_CUDA", "1")
+    with pytest.raises(build.Failed, match="were required: no nvcc was found"):
+        build.find_cuda()
+
+
+@pytest.mark.parametrize("absent", ["include/nv/target", "lib/libcudart_static.a"])
+def test_half_a_toolkit_is_named(absent, build, tmp_path, monkeypatch):
+    program = toolkit(tmp_path / "cuda", absent)
+    monkeypatch.setattr(build.Cuda, "_places", staticmethod(lambda: [str(program)]))
+    assert "is not complete (cuda_runtime.h, nv/target, libcudart_static.a)" in build.find_cuda()
+
+
+def test_nvcc_is_also_found_in_a_python_package(build, tmp_path, monkeypatch):
+    program = toolkit(tmp_path / "nvidia/cu13")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert str(program) in build.Cuda._places()
+
+
+def test_normnorm_cuda_0_asks_for_no_kernels_and_other_words_are_refused(build, monkeypatch):
+    monkeypatch.setenv("NORMNORM_CUDA", "0")
+    assert build.find_cuda() == "NORMNORM_CUDA=0"
+    monkeypatch.setenv("NORMNORM_CUDA", "yes")
+    with pytest.raises(build.Failed, match="must be auto, 0 or 1; got 'yes'"):
+        build.find_cuda()
+
+
+@pytest.mark.parametrize("colon", [":", " :"], ids=["gcc", "nvcc"])
+def test_an_object_is_compiled_again_only_where_something_changed(colon, build, tmp_path):
+    source, target = tmp_path / "a.cu", tmp_path / "a.o"
+    source.touch()
+    target.touch()
+    command = ["nvcc", "-c", str(source)]
+    (tmp_path / "a.d").write_text(f"{target}{colon} {source} \\\n    {source}\n")
+    assert not build.up_to_date(target, command)
+    (tmp_path / "a.cmd").write_text("nvcc -c " + str(source))
+    assert build.up_to_date(target, command)
+    assert not build.up_to_date(target, [*command, "-O3"])
+    os.utime(source, (target.stat().st_mtime + 5,) * 2)
+    assert not build.up_to_date(target, command)
+
+
+FAILING = """
+echo "In file included from csrc/core/projected_error.h:3:" >&2
+echo "a.cpp:3:4: error: the first" >&2
+echo "a.cpp:5:6: error: another" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("steered", "program", "first_error"),
+    [
+        ({"NORMNORM_CUDA": "0"}, FAILING, "a.cpp:3:4: error: the first"),
+        ({"CUDA_HOME": "../cuda"}, "exit 0", "this is no compiler"),  # nvcc's
+    ],
+    ids=["c++", "nvcc"],
+)
+def test_a_compiler_that_fails_stops_the_build_with_its_first_error(
+    steered, program, first_error, tmp_path
+):
+    source = copy_project(tmp_path / "source")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n{program}\n")
+    compiler.chmod(0o755)
+    toolkit(tmp_path / "cuda")
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    *_, last = run(*build, cwd=source, status=1, CXX=str(compiler), **steered).splitlines()
+    assert last.startswith("normnorm: the compiler failed: ")
+    assert first_error in last
+    assert "NORMNORM_NATIVE=0" in last
+    program = "from normnorm.backends.cpu import *; print(build_failure(), unavailable_reason())"
+    assert run(sys.executable, "-c", program, cwd=source).count(first_error) == 2
+    run(*build, cwd=source, NORMNORM_NATIVE="0")
+    said = run(sys.executable, "-c", program, cwd=source)
+    assert said.startswith("None the compiled kernels were left out at installation: NORMNORM_NAT")
+
+
+def test_a_setuptools_that_is_too_old_is_named(request, monkeypatch):
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"setuptools 77 or newer, and this is 65\.5\.0"):
+        request.getfixturevalue("build")
+
+
+@pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf here")
+def test_the_library_with_cuda_kernels_loads_with_and_without_cuda():
+    """It asks for libtorch, which brings libtorch_cuda where there is one; what only that has is
+    weak; and nobody else sees the CUDA runtime in it."""
+    needed = run("readelf", "--dynamic", cpu.LIBRARY, cwd=ROOT)
+    assert "[libtorch.so]" in needed
+    assert "libcudart" not in needed
+    assert "libtorch_cuda" not in needed
+    symbols = run("readelf", "--dyn-syms", "--wide", cpu.LIBRARY, cwd=ROOT).splitlines()
+    (stream,) = (line for line in symbols if "aoti_torch_get_current_cuda_stream" in line)
+    assert " WEAK " in stream
+    assert not [line for line in symbols if re.search(r"\bcuda[A-Z]", line)]
+
+
+# --- the wheel ------------------------------------------------------------------------------------
+
+
+class Built(NamedTuple):
+    wheel: Path
+    log: str
+
+
+def build_wheel(source: Path, folder: Path, **environment: str) -> Built:
+    log = run(
+        *(sys.executable, "-m", "pip", "wheel", "--verbose", "--no-index", "--no-deps"),
+        *("--no-build-isolation", "--wheel-dir", folder, source),
+        cwd=folder.parent,
+        **environment,
+    )
+    (wheel,) = folder.glob("*.whl")
+    return Built(wheel, log)
+
+
+def copy_project(folder: Path) -> Path:
+    for name in project_files():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    return folder
+
+
+def install_in_empty_environment(wheel: Path, folder: Path) -> Path:
+    """A new environment with the wheel in it, which sees this one's torch and pip; its bin."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    borrowed = {str(Path(module.__file__).parent.parent) for module in (torch, pip)}
+    # A .pth file that lends a folder does not run the .pth files in it, so that an editable
+    # normnorm there stays out of sight.
+    (site / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n", encoding="utf-8")
+    run(
+        *(folder / "bin/python", "-m", "pip", "install", "--no-index", "--no-deps"),
+        *("--ignore-installed", wheel),
+        cwd=folder,
+    )
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A wheel of this tree built without the compiled extension."""
+    folder = tmp_path_factory.mktemp("pure")
+    return build_wheel(copy_project(folder / "source"), folder / "dist", NORMNORM_NATIVE="0")
+
+
+def test_build_without_the_extension_says_so_in_one_line(pure: Built):
+    lines = {s.strip() for s in pure.log.splitlines() if s.strip().startswith("normnorm:")}
+    assert len(lines) == 1
+    assert "NORMNORM_NATIVE" in lines.pop()
+
+
+def test_wheel_holds_the_package_and_nothing_else(pure: Built):
+    with zipfile.ZipFile(pure.wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+        described = archive.read(metadata).decode("utf-8").splitlines()
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"normnorm", f"normnorm-{normnorm.__version__}.dist-info"}
+    assert "normnorm/py.typed" in names
+    modules = {str(f.relative_to(ROOT)) for f in (ROOT / "normnorm").rglob("*.py")}
+    kernels = {f"normnorm/triton_kernels/{f.name}" for f in (ROOT / "triton_kernels").glob("*.py")}
+    assert {n for n in names if n.endswith(".py")} == modules | kernels
+    requirements = [line for line in described if line.startswith("Requires-Dist:")]
+    assert [r for r in requirements if "extra ==" not in r] == ["Requires-Dist: torch>=2.10"]
+
+
+def test_wheel_works_away_from_the_checkout(pure: Built, tmp_path: Path):
+    binaries = install_in_empty_environment(pure.wheel, tmp_path / "environment")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    program = """
+import importlib.util, normnorm
+print(normnorm.__file__, importlib.util.find_spec("triton_kernels"))
+print(normnorm.available_backends())
+"""
+    where, backends = run(binaries / "python", "-c", program, cwd=empty).splitlines()[-2:]
+    assert where.startswith(str(tmp_path))
+    assert where.endswith(" None")
+    assert "'reference': None" in backends
+    run(binaries / "normnorm", "doctor", cwd=empty)
+
+
+@pytest.mark.slow
+def test_source_archive_builds_a_wheel_that_works(tmp_path: Path):
+    source = copy_project(tmp_path / "source")
+    program = "from setuptools import build_meta; build_meta.build_sdist('../dist')"
+    run(sys.executable, "-c", program, cwd=source)
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+        tar.extractall(tmp_path / "unpacked")
+    left_out = {str(p) for p in project_files() if not (ROOT / p).is_symlink()} - names
+    assert {n for n in left_out if not n.startswith((".", "shared/"))} == set()
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    built = build_wheel(unpacked, tmp_path / "wheels", TORCH_CUDA_ARCH_LIST="9.0")
+    binaries = install_in_empty_environment(built.wheel, tmp_path / "environment")
+    run(binaries / "normnorm", "doctor", cwd=tmp_path / "environment")
