@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import study
+import record
 import torch
 from torch import Tensor, nn
 
@@ -163,18 +163,18 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a case (default 3)")
-    study.add_output(parser)
+    record.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     def rows() -> list[Row]:
         cases = [("residual stream", shape, "contiguous") for shape in TOKENS]
         for what in ("relu", "residual + relu"):
-            cases += [(what, shape, f) for f in study.FORMATS for shape in IMAGES]
+            cases += [(what, shape, f) for f in record.FORMATS for shape in IMAGES]
         device, dtype = torch.device(options.device), getattr(torch, options.dtype)
         return [row for case in cases for row in measure(*case, dtype, device, options.budget)]
 
-    return study.run("fused", options, rows, table)
+    return record.run("fused", options, rows, table)
 
 
 if __name__ == "__main__":

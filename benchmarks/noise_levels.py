@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-import study
+import record
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
@@ -250,16 +250,16 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    study.add_output(parser)
+    record.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     def rows() -> list[Row]:
         runs = [(name, seed) for name in options.networks for seed in range(NETWORKS[name].seeds)]
-        found = kept(options.output or study.RESULTS / "noise_levels_cpu.json", options.networks)
+        found = kept(options.output or record.RESULTS / "noise_levels_cpu.json", options.networks)
         return found + [row for run in runs for row in measure(*run)]
 
-    return study.run("noise_levels", options, rows, table)
+    return record.run("noise_levels", options, rows, table)
 
 
 if __name__ == "__main__":

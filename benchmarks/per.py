@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import study
+import record
 import torch
 from torch import Tensor
 
@@ -81,7 +81,7 @@ def measure(vectors: int, features: int, budget_s: float) -> list[Row]:
         losses["compiled blocks"] = partial(per_loss, "cpu")
     found = {}
     for way, loss in losses.items():
-        torch.manual_seed(study.SEED)
+        torch.manual_seed(record.SEED)
         found[way] = loss(h).item()
     assert max(found.values()) - min(found.values()) < 1e-5, found
     calls = {way: partial(step, loss, h) for way, loss in losses.items()}
@@ -117,7 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--budget", type=float, default=10.0, help="seconds a shape (default 10)")
-    study.add_output(parser)
+    record.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads[0])
 
@@ -129,7 +129,7 @@ def main() -> int:
                 found += measure(*shape, options.budget)
         return found
 
-    return study.run("per", options, rows, table)
+    return record.run("per", options, rows, table)
 
 
 if __name__ == "__main__":

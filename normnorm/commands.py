@@ -1,20 +1,85 @@
-"""What the commands share: the error that is a sentence, and checks of devices and files before
-any work is done."""
+"""Shared by the command line and the scripts in benchmarks/: one way from arguments to an exit
+status, and checks of devices and files before any work is done."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from normnorm import backends
 
-__all__ = ["CommandError", "check_folder", "check_output", "usable_device"]
+__all__ = ["CommandError", "check_folder", "check_output", "execute", "usable_device"]
+
+# What a shell shows for a program that SIGINT or SIGPIPE ended.
+_INTERRUPTED, _NO_READER = 130, 141
 
 
 class CommandError(ValueError):
     """A sentence for the user: why a command cannot do what was asked."""
+
+
+def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
+    """Parses the arguments and calls ``run`` with them; the exit status.
+
+    Args:
+        parser: whose ``set_defaults`` gives ``run`` (namespace to exit status), ``program`` (the
+            name before an error's sentence; default ``parser.prog``) and ``extra`` (the extra that
+            installs what ``run`` imports; None where torch is enough).
+        arguments: default ``sys.argv[1:]``.
+
+    Returns:
+        0 for success; 1 for a miss; 2 for what cannot be done, with a sentence on stderr; 130
+        for an interrupt; 141 for a closed stdout.
+    """
+    parsed = argparse.Namespace(program=parser.prog, extra=None)
+    try:
+        try:
+            parser.parse_args(arguments, parsed)
+            status: int = parsed.run(parsed)
+            return status
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a flush at exit would fail after the last handler
+    except BrokenPipeError:
+        _discard_output()
+        return _NO_READER
+    except KeyboardInterrupt as stop:
+        sentence, status = f"interrupted; {stop}" if str(stop) else "interrupted", _INTERRUPTED
+    except CommandError as error:
+        sentence, status = str(error), 2
+    except ModuleNotFoundError as error:
+        if parsed.extra is None or str(error.name).startswith("normnorm"):
+            raise
+        extra = f"pip install 'normnorm[{parsed.extra}]'"
+        sentence, status = f"{error.name} is not installed: {extra}", 2
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        sentence, status = f"{where}{error.strerror}", 2
+    with suppress(OSError):
+        print(f"{parsed.program}: {sentence}", file=sys.stderr)
+    _discard_output()
+    return status
+
+
+def _discard_output() -> None:
+    """Points streams that cannot be written at os.devnull: their flush at exit would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
 
 def usable_device(text: str | None, backend: bool = True) -> torch.device:

@@ -21,7 +21,7 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def script(monkeypatch, request):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "study", raising=False)
+    monkeypatch.delitem(sys.modules, "record", raising=False)
     module = __import__(request.param)
     yield module
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""What the scripts for one question share: options, environment, and a file for the rows."""
+"""Shared by the scripts that measure one thing: the output option, and a file of rows with their
+environment."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ def run(
     measure: Callable[[], list[Any]],
     table: Callable[[list[Any]], str],
 ) -> int:
-    """Measures, stores the rows (dataclasses) with their environment, and prints the table; the
-    program's exit status. ``name`` is the question's: of the format behind "normnorm-", and of the
-    file before the kind of device."""
+    """Measures, writes the rows (dataclasses) and their environment, prints the table; the exit
+    status. The file's format is ``normnorm-<name>``, its default path ``<name>_<device type>.json``
+    in :data:`RESULTS`."""
     device = torch.device(getattr(options, "device", "cpu"))
     torch.manual_seed(SEED)
     start, clock = environment.before(device, SEED), time.perf_counter()
