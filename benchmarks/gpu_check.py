@@ -91,8 +91,10 @@ class Check:
 
     def start(self, command: Sequence[str], output: Path, **variables: str) -> subprocess.Popen:
         folders = ("", "tests", "tests/core", "tests/cuda", "tests/triton")
-        path = os.pathsep.join([*(str(ROOT / folder) for folder in folders), os.environ.get("PYTHONPATH", "")])
-        mine = {"PYTHONPATH": path.rstrip(os.pathsep), "PYTHONUNBUFFERED": "1"}
+        paths = [*(str(ROOT / folder) for folder in folders), os.environ.get("PYTHONPATH", "")]
+        mine = {
+            "PYTHONPATH": os.pathsep.join(paths).rstrip(os.pathsep), "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
         if self.dry:
             mine["NORMNORM_GPU_CHECK"] = "dry"
         with output.open("wb") as file:

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 from typing import Any
 
 import torch
 
-import normnorm
 from normnorm import backends, selfcheck
+from normnorm import environment as machine
 from normnorm.backends import cuda
-from normnorm.bench import environment as machine
 from normnorm.checks import check_forward
 from normnorm.config import Config
 
@@ -76,37 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--sms", type=int, help="how many multiprocessors to assume")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _gpu(index: int) -> dict[str, Any]:
-    """Name, compute capability, memory, driver and clocks of a CUDA device."""
-    found = machine.gpu(torch.device("cuda", index))
-    assert found is not None
-    return dataclasses.asdict(found)
-
-
 def environment() -> dict[str, Any]:
     """Versions and machine, the part of a report that lets others repeat it."""
-    return {
-        "normnorm": normnorm.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "triton": _version("triton"),
-        "commit": machine.commit()[0],
-        "gpu": list(map(_gpu, range(torch.cuda.device_count()))),
-        "platform": platform.platform(),
-        "processor": machine.cpu_name(),
-        "cores": machine.cores(),
-        "threads": torch.get_num_threads(),
-        "NORMNORM_BACKEND": os.environ.get("NORMNORM_BACKEND"),
-    }
+    found = (machine.gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
+    return {**machine.facts(), "gpu": [dataclasses.asdict(each) for each in found if each]}
 
 
 def _check_backends() -> list[dict[str, Any]]:

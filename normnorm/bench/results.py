@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normnorm.commands import CommandError
+from normnorm.environment import Gpu
 
 __all__ = [
     "FORMAT",
@@ -28,7 +29,6 @@ __all__ = [
     "VERSION",
     "Count",
     "Environment",
-    "Gpu",
     "Measurement",
     "NetworkMeasurement",
     "Results",
@@ -52,33 +52,6 @@ Method = Literal["wall", "graph", "stream"]
 
 class ResultsError(CommandError):
     """A result file that cannot be read or written; its text is a sentence for the user."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """The accelerator that served.
-
-    Attributes:
-        name: as the driver calls it.
-        capability: compute capability, (9, 0) for Hopper.
-        multiprocessors: how many.
-        memory_bytes, l2_bytes: of the whole device.
-        driver: the driver's version; None where it could not be asked.
-        clock_mhz, memory_clock_mhz: right after the run, under whatever load was left.
-        max_clock_mhz: the highest clock of the multiprocessors.
-        power_limit_w: what the board is allowed.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    multiprocessors: int
-    memory_bytes: int
-    l2_bytes: int
-    driver: str | None = None
-    clock_mhz: float | None = None
-    memory_clock_mhz: float | None = None
-    max_clock_mhz: float | None = None
-    power_limit_w: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from normnorm.bench.measure import Settings
 from normnorm.bench.providers import PROVIDERS, runnable
 from normnorm.bench.results import (
     Environment,
-    Gpu,
     Measurement,
     NetworkMeasurement,
     Results,
 )  # fmt: skip
 from normnorm.bench.work import Work
+from normnorm.environment import Gpu
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name, reason in runnable(CPU).items() if reason is None]

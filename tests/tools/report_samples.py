@@ -9,11 +9,11 @@ from typing import Any
 from normnorm.bench.results import (
     Count,
     Environment,
-    Gpu,
     Measurement,
     NetworkMeasurement,
     Results,
 )
+from normnorm.environment import Gpu
 
 CPU = Environment(
     timestamp="2026-01-02T03:04:05+00:00",
