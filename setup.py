@@ -114,8 +114,8 @@ def sources(cxx: list[str], without_cuda: str) -> list[Unit]:
     ]
     for name, source, own in (
         ("dispatch", "cpu/dispatch.cpp", []),
-        ("layout", "cpu/layout.cpp", []),
-        ("arguments", "arguments.cpp", []),
+        ("layout", "common/layout.cpp", []),
+        ("checks", "common/checks.cpp", []),
         ("tensors", "binding/tensors.cpp", torch_flags()),
         ("projected", "binding/projected.cpp", torch_flags()),
         ("binding", "binding/cpu.cpp", [*torch_flags(), *about]),

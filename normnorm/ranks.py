@@ -183,8 +183,8 @@ def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
         Row.RSTD: merged[Row.RSTD],
         Row.LMBDA: lmbda,
         Row.NOISE_SCALE: scale,
-        Row.A: means[0].to(dtype),
-        Row.D: means[2].to(dtype),
+        Row.MEAN_HD: means[0].to(dtype),
+        Row.MEAN_D: means[2].to(dtype),
         Row.CURVATURE: curvature.to(dtype),
     }
     return _Saved(count, means, torch.stack([rows[row] for row in ROWS])), x

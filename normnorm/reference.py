@@ -262,8 +262,8 @@ def normal_norm(
         Row.RSTD: rstd,
         Row.LMBDA: lmbda,
         Row.NOISE_SCALE: scale,
-        Row.A: mean_hd,
-        Row.D: mean_d,
+        Row.MEAN_HD: mean_hd,
+        Row.MEAN_D: mean_d,
         Row.CURVATURE: curvature,
     }
     statistics = torch.stack([rows[row].flatten() for row in ROWS]).detach()

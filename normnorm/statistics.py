@@ -1,7 +1,7 @@
 """The saved statistics: one tensor of shape (8, groups) and what its rows hold.
 
 Every backend writes the same rows, so that the backward pass of one can follow the forward
-pass of another. ``csrc/core/statistics.h`` holds the same numbers for the compiled kernels.
+pass of another. ``csrc/common/stats.h`` holds the same numbers for the compiled kernels.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Row(IntEnum):
     """The Yeo-Johnson exponent lambda."""
     NOISE_SCALE = 4
     """s = mean(abs(x - mean(x))), or 0 where no noise was asked for."""
-    A = 5
+    MEAN_HD = 5
     """A = mean(h d), d being the derivative of the transform by lambda at lambda 1."""
-    D = 6
+    MEAN_D = 6
     """D = mean(d)."""
     CURVATURE = 7
     """Q, the denominator of the Newton step (0 where lambda was given, not estimated)."""

@@ -1,4 +1,4 @@
-"""The mathematics of one element and of one group, as in ``csrc/core`` and under its names.
+"""The mathematics of one element and of one group, as in ``csrc/math`` and under its names.
 
 With t = |h|, l = log(1+t), eta = 1 + sign(h) (lmbda - 1) and P = (1+t)^eta:
 ``|psi| = (P-1)/eta``, ``dpsi/dh = P/(1+t)``, ``dpsi/dlmbda = (P l - |psi|)/eta``.

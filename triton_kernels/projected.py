@@ -1,4 +1,4 @@
-"""The projected error function of a block of projections, in their place, as ``csrc/core`` has it.
+"""The projected error function of a block of projections, in their place, as ``csrc/math`` has it.
 
 The products with the directions around it stay torch's: float32's accuracy wants products without
 TF32, which Triton multiplies without tensor cores, as cuBLAS and rocBLAS do, and those are tuned.

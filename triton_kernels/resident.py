@@ -10,11 +10,11 @@ from .rounds import (
     CURVATURE,
     LMBDA,
     MEAN,
+    MEAN_D,
+    MEAN_HD,
     MEAN_LOW,
     NOISE_SCALE,
     RSTD,
-    SHIFT,
-    SLOPE,
     finish_gradient,
     finish_lambda,
     finish_moments,
@@ -196,8 +196,8 @@ def forward(
         tl.store(row(stats, RSTD, place, walk), rstd, mask=place[4])
         tl.store(row(stats, LMBDA, place, walk), lmbda, mask=place[4])
         tl.store(row(stats, NOISE_SCALE, place, walk), scale, mask=place[4])
-        tl.store(row(stats, SLOPE, place, walk), slope, mask=place[4])
-        tl.store(row(stats, SHIFT, place, walk), shift, mask=place[4])
+        tl.store(row(stats, MEAN_HD, place, walk), slope, mask=place[4])
+        tl.store(row(stats, MEAN_D, place, walk), shift, mask=place[4])
         tl.store(row(stats, CURVATURE, place, walk), q, mask=place[4])
 
 
@@ -210,8 +210,8 @@ def load_constants(stats, place, walk, alpha, transform_eps, S: tl.constexpr):
     rstd = tl.load(row(stats, RSTD, place, walk), mask=place[4], other=0.0)
     lmbda = tl.load(row(stats, LMBDA, place, walk), mask=place[4], other=1.0)
     scale = tl.load(row(stats, NOISE_SCALE, place, walk), mask=place[4], other=0.0)
-    slope = tl.load(row(stats, SLOPE, place, walk), mask=place[4], other=0.0)
-    shift = tl.load(row(stats, SHIFT, place, walk), mask=place[4], other=0.0)
+    slope = tl.load(row(stats, MEAN_HD, place, walk), mask=place[4], other=0.0)
+    shift = tl.load(row(stats, MEAN_D, place, walk), mask=place[4], other=0.0)
     q = tl.load(row(stats, CURVATURE, place, walk), mask=place[4], other=1.0)
     exponents = make_exponents(lmbda, transform_eps)
     gradient = group_gradient(lmbda, slope, shift, q, alpha, S.FROZEN, S.ORDER)

@@ -30,8 +30,8 @@ MEAN_LOW = tl.constexpr(1)
 RSTD = tl.constexpr(2)
 LMBDA = tl.constexpr(3)
 NOISE_SCALE = tl.constexpr(4)
-SLOPE = tl.constexpr(5)
-SHIFT = tl.constexpr(6)
+MEAN_HD = tl.constexpr(5)
+MEAN_D = tl.constexpr(6)
 CURVATURE = tl.constexpr(7)
 
 

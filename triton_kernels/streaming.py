@@ -17,11 +17,11 @@ from .rounds import (
     CURVATURE,
     LMBDA,
     MEAN,
+    MEAN_D,
+    MEAN_HD,
     MEAN_LOW,
     NOISE_SCALE,
     RSTD,
-    SHIFT,
-    SLOPE,
     finish_gradient,
     finish_lambda,
     gradient_round,
@@ -215,8 +215,8 @@ def merge_lambda(stats, part, split, splits, place, walk, numbers, S: tl.constex
         rstd, inverse_count, alpha, eps, root_eps, S.ORDER,
     )  # fmt: skip
     note(stats, LMBDA, lmbda, split, place, walk)
-    note(stats, SLOPE, slope, split, place, walk)
-    note(stats, SHIFT, shift, split, place, walk)
+    note(stats, MEAN_HD, slope, split, place, walk)
+    note(stats, MEAN_D, shift, split, place, walk)
     note(stats, CURVATURE, q, split, place, walk)
     exponents = make_exponents(lmbda, transform_eps)
     return mean, -low * rstd, rstd, exponents, anywhere(needs_care(exponents), S)
@@ -301,8 +301,8 @@ def stream_output(
             note(stats, MEAN_LOW, shift, split, place, walk)
             note(stats, RSTD, rstd, split, place, walk)
             note(stats, LMBDA, lmbda, split, place, walk)
-            note(stats, SLOPE, shift, split, place, walk)
-            note(stats, SHIFT, shift, split, place, walk)
+            note(stats, MEAN_HD, shift, split, place, walk)
+            note(stats, MEAN_D, shift, split, place, walk)
             note(stats, CURVATURE, shift, split, place, walk)
     else:
         numbers = (count, epsilon, number(root_eps, S), number(alpha, S), number(transform_eps, S))

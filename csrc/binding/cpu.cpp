@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/statistics.h"
+#include "../common/stats.h"
 #include "ops.h"
 #include "threads.h"
 
@@ -113,23 +113,13 @@ class ParameterGradient {
   OptionalTensor computed_;
 };
 
-cpu::Problem make_problem(const TensorView& input, const cpu::Layout& layout, const Config& c,
+cpu::Problem make_problem(const TensorView& input, const Layout& layout, const Config& c,
                           const OptionalTensor& seed) {
   cpu::Problem p;
   p.storage = storage_of(input.dtype);
-  p.geometry = layout.geometry();
-  p.affine = layout.affine();
   p.pool = torch_threads();
-  p.eps = c.eps;
-  p.alpha = c.alpha;
-  p.transform_eps = c.transform_eps;
-  p.order = int(c.order);
-  p.noise.on = c.noise_train > 0;
-  if (!p.noise.on) return p;
-  p.noise.train = c.noise_train;
-  p.noise.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
-  p.noise.stream = static_cast<uint32_t>(c.stream);
-  layout.place_noise(p.noise, c.channels_last);
+  layout.set_params(p, c, c.noise_train > 0);
+  if (p.noise.on) p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
   return p;
 }
 
@@ -138,7 +128,7 @@ struct Parameters {
   Parameter weight, bias;
   Parameters(const OptionalTensor& w, const OptionalTensor& b, Dtype compute, cpu::Problem& p)
       : weight(w, compute), bias(b, compute) {
-    if (p.affine == cpu::Affine::kPerElement) {
+    if (p.affine == Affine::kPerElement) {
       if (w && !b) bias.set_constant(view(*w), compute, 0.0);
       if (b && !w) weight.set_constant(view(*b), compute, 1.0);
     }
@@ -183,7 +173,7 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
     torch::stable::zero_(stats);
     return outputs;
   }
-  const cpu::Layout layout(a.input, view(output), config);
+  const Layout layout(a.input, view(output), config);
   cpu::Problem p = make_problem(a.input, layout, config, t.seed);
   const Parameters parameters(t.weight, t.bias, compute, p);
   const Source source(t.input, layout);
@@ -219,7 +209,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
     grad_bias.zero();
     return {grad_input, grad_weight.finish(), grad_bias.finish()};
   }
-  const cpu::Layout layout(a.input, t.needs_input ? view(grad_input) : a.input, config);
+  const Layout layout(a.input, t.needs_input ? view(grad_input) : a.input, config);
   cpu::Problem p = make_problem(a.input, layout, config, t.seed);
   const Parameters parameters(t.weight, t.bias, compute, p);
   const Source input(t.input, layout), grad_output(t.grad_output, layout);

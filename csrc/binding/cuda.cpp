@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../core/statistics.h"
+#include "../common/stats.h"
 #include "../cuda/launch.h"
 #include "by_definition.h"
 #include "cuda_device.h"
@@ -127,7 +127,7 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
     torch::stable::zero_(stats);
     return outputs;
   }
-  const cpu::Layout layout = cuda_layout(a.input, view(output), config, noise);
+  const Layout layout = cuda_layout(a.input, view(output), config, noise);
   cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
   const Parameter weight(t.weight, a.input.dtype), bias(t.bias, a.input.dtype);
   const Source source(t.input, layout);
@@ -143,7 +143,7 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   p.output = target.operand;
   p.stats = stats.data_ptr();
   p.frozen = t.mean.has_value();
-  if (noise) p.noise.seed = static_cast<const int64_t*>(t.seed->data_ptr());
+  if (noise) p.seed = static_cast<const int64_t*>(t.seed->data_ptr());
   p.noise.given_scale = noise && t.noise_scale;
   prepare_stats(stats, t, config.eps, p.noise.given_scale, device.stream);
   run(p, false, a.input, device.stream);
@@ -167,7 +167,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
     grad_bias.zero();
     return {grad_input, grad_weight.tensor, grad_bias.tensor};
   }
-  const cpu::Layout layout = cuda_layout(a.input, t.needs_input ? view(grad_input) : a.input, config, noise);
+  const Layout layout = cuda_layout(a.input, t.needs_input ? view(grad_input) : a.input, config, noise);
   cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
   const Parameter weight(t.weight, a.input.dtype), bias(t.bias, a.input.dtype);
   const Source input(t.input, layout), grad_output(t.grad_output, layout);
@@ -185,7 +185,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   if (target) p.output = target->operand;
   p.stats = stats.data_ptr();
   p.frozen = t.frozen;
-  if (noise) p.noise.seed = static_cast<const int64_t*>(t.seed->data_ptr());
+  if (noise) p.seed = static_cast<const int64_t*>(t.seed->data_ptr());
   p.grad_weight = grad_weight.operand;
   p.grad_bias = grad_bias.operand;
   run(p, true, a.input, device.stream);

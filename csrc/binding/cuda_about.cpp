@@ -17,13 +17,13 @@ const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<c
 
 namespace {
 
-const cuda::Passes& passes_for(cpu::Storage storage) {
+const cuda::Passes& passes_for(Storage storage) {
   switch (storage) {
-    case cpu::Storage::kFloat64:
+    case Storage::kFloat64:
       return cuda::float64_passes();
-    case cpu::Storage::kBFloat16:
+    case Storage::kBFloat16:
       return cuda::bfloat16_passes();
-    case cpu::Storage::kFloat16:
+    case Storage::kFloat16:
       return cuda::float16_passes();
     default:
       return cuda::float32_passes();
@@ -60,7 +60,7 @@ struct PlanRequest {
   int64_t num_groups, normalized_ndim;
   int64_t dim;
   const int64_t *sizes, *strides;
-  int32_t storage;  // cpu::Storage
+  int32_t storage;  // Storage
   int32_t channels_last, noise, affine, backward;
   int32_t multiprocessors, shared_bytes, clusters;
 };
@@ -91,11 +91,11 @@ NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanA
     c.channels_last = request->channels_last != 0;
     check_forward(a, c);
     const bool noise = request->noise && (!request->backward || request->affine);
-    const cpu::Layout layout = cuda_layout(a.input, a.input, c, noise);
-    cuda::Problem p = cuda_problem(cpu::Storage(request->storage), layout, c, noise);
+    const Layout layout = cuda_layout(a.input, a.input, c, noise);
+    cuda::Problem p = cuda_problem(Storage(request->storage), layout, c, noise);
     // Never read: tensors that begin on a boundary, as torch allocates them.
     alignas(16) static char somewhere[16];
-    const cpu::Strides strides = *layout.strides(a.input);
+    const Strides strides = *layout.strides(a.input);
     p.input = p.output = p.grad_output = {somewhere, strides};
     if (request->affine) p.weight = p.bias = p.grad_weight = p.grad_bias = {somewhere, true};
     cuda::Device device;

@@ -9,12 +9,6 @@
 namespace normnorm {
 namespace {
 
-int64_t product(const TensorView& t, int64_t begin, int64_t end) {
-  int64_t n = 1;
-  for (int64_t i = begin; i < end; ++i) n *= t.sizes[i];
-  return n;
-}
-
 // Strides of a dense tensor in row-major or in (N, spatial..., C) order.
 std::vector<int64_t> dense_strides(const TensorView& t, bool channels_last) {
   std::vector<int64_t> strides(static_cast<size_t>(t.dim));
@@ -31,7 +25,7 @@ std::vector<int64_t> dense_strides(const TensorView& t, bool channels_last) {
   return strides;
 }
 
-void check_extent(const cpu::Geometry& g) {
+void check_extent(const Geometry& g) {
   if (g.groups() == 0 || g.group_size() == 0) return;
   const std::string sentence = cuda::refusal(g);
   if (!sentence.empty()) throw std::invalid_argument("the input is too large for the CUDA kernels: " + sentence);
@@ -41,34 +35,22 @@ void check_extent(const cpu::Geometry& g) {
 
 bool noise_order_is_out_of_reach(const TensorView& input, const Config& c) {
   if (c.kind != Kind::kLayer || !c.channels_last || input.dim < 3) return false;
-  return input.sizes[1] > 1 && product(input, 2, input.dim) > 1;
+  return input.sizes[1] > 1 && input.product(2, input.dim) > 1;
 }
 
-cpu::Layout cuda_layout(const TensorView& input, const TensorView& output, const Config& c, bool noise) {
-  if (!noise || c.kind == Kind::kLayer) return cpu::Layout(input, output, c);
+Layout cuda_layout(const TensorView& input, const TensorView& output, const Config& c, bool noise) {
+  if (!noise || c.kind == Kind::kLayer) return Layout(input, output, c);
   const std::vector<int64_t> strides = dense_strides(input, c.channels_last);
   TensorView in_noise_order = input;
   in_noise_order.strides = strides.data();
-  return cpu::Layout(in_noise_order, in_noise_order, c);
+  return Layout(in_noise_order, in_noise_order, c);
 }
 
-cuda::Problem cuda_problem(cpu::Storage storage, const cpu::Layout& layout, const Config& c, bool noise) {
+cuda::Problem cuda_problem(Storage storage, const Layout& layout, const Config& c, bool noise) {
   cuda::Problem p;
   p.storage = storage;
-  p.geometry = layout.geometry();
-  check_extent(p.geometry);
-  p.affine = layout.affine();
-  p.eps = c.eps;
-  p.alpha = c.alpha;
-  p.transform_eps = c.transform_eps;
-  p.order = int(c.order);
-  if (!noise) return p;
-  cpu::Noise order;
-  layout.place_noise(order, c.channels_last);
-  p.noise.on = true;
-  p.noise.train = c.noise_train;
-  p.noise.stream = static_cast<uint32_t>(c.stream);
-  p.noise.position = order.position;
+  check_extent(layout.geometry());
+  layout.set_params(p, c, noise);
   return p;
 }
 

@@ -2,8 +2,8 @@
 // --plan` asks for plans of tensors that do not exist.
 #pragma once
 
-#include "../arguments.h"
-#include "../cpu/layout.h"
+#include "../common/checks.h"
+#include "../common/layout.h"
 #include "../cuda/problem.h"
 
 namespace normnorm {
@@ -14,9 +14,9 @@ bool noise_order_is_out_of_reach(const TensorView& input, const Config& c);
 
 // The walk that suits `output`, the tensor to be written, and the input; where there is noise, the one that follows
 // the noise's order.
-cpu::Layout cuda_layout(const TensorView& input, const TensorView& output, const Config& c, bool noise);
+Layout cuda_layout(const TensorView& input, const TensorView& output, const Config& c, bool noise);
 
 // Throws std::invalid_argument where the walk is longer than the kernels count.
-cuda::Problem cuda_problem(cpu::Storage storage, const cpu::Layout& layout, const Config& c, bool noise);
+cuda::Problem cuda_problem(Storage storage, const Layout& layout, const Config& c, bool noise);
 
 }  // namespace normnorm

@@ -47,7 +47,7 @@ const char* other_dtype_name(const Tensor& t) {
   return "another dtype";
 }
 
-Tensor dense_copy(const Tensor& t, const TensorView& v, const cpu::Layout& layout, bool fill) {
+Tensor dense_copy(const Tensor& t, const TensorView& v, const Layout& layout, bool fill) {
   std::vector<int64_t> strides(static_cast<size_t>(v.dim));
   layout.natural_strides(v, strides.data());
   Tensor copy = empty_strided(v.sizes, strides.data(), v.dim, v.dtype, v);
@@ -65,16 +65,16 @@ Dtype dtype_of(const Tensor& t) {
   return Dtype::kOther;
 }
 
-cpu::Storage storage_of(Dtype d) {
+Storage storage_of(Dtype d) {
   switch (d) {
     case Dtype::kFloat64:
-      return cpu::Storage::kFloat64;
+      return Storage::kFloat64;
     case Dtype::kBFloat16:
-      return cpu::Storage::kBFloat16;
+      return Storage::kBFloat16;
     case Dtype::kFloat16:
-      return cpu::Storage::kFloat16;
+      return Storage::kFloat16;
     default:
-      return cpu::Storage::kFloat32;
+      return Storage::kFloat32;
   }
 }
 
@@ -125,7 +125,7 @@ void note_write(const Tensor& t) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), t.get(), 0));
 }
 
-Source::Source(const Tensor& t, const cpu::Layout& layout) : tensor_(t) {
+Source::Source(const Tensor& t, const Layout& layout) : tensor_(t) {
   auto strides = layout.strides(view(t));
   if (!strides) {
     tensor_ = dense_copy(t, view(t), layout, true);
@@ -134,7 +134,7 @@ Source::Source(const Tensor& t, const cpu::Layout& layout) : tensor_(t) {
   operand = {tensor_.data_ptr(), *strides};
 }
 
-Target::Target(const Tensor& t, const cpu::Layout& layout) : tensor_(t), walked_(t) {
+Target::Target(const Tensor& t, const Layout& layout) : tensor_(t), walked_(t) {
   auto strides = layout.strides(view(t));
   if (!strides) {
     walked_ = dense_copy(t, view(t), layout, false);

@@ -9,8 +9,8 @@
 #include <string>
 #include <tuple>
 
-#include "../arguments.h"
-#include "../cpu/layout.h"
+#include "../common/checks.h"
+#include "../common/layout.h"
 
 namespace normnorm {
 
@@ -20,7 +20,7 @@ using OptionalTensor = std::optional<Tensor>;
 TensorView view(const Tensor& t);
 inline TensorView view(const OptionalTensor& t) { return t ? view(*t) : TensorView(); }
 Dtype dtype_of(const Tensor& t);
-cpu::Storage storage_of(Dtype d);
+Storage storage_of(Dtype d);
 
 // Uninitialised memory on the device of `like`.
 Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, Dtype dtype, const TensorView& like);
@@ -36,8 +36,8 @@ void note_write(const Tensor& t);
 // A tensor that a walk reads: itself, or a dense copy where its strides do not fit.
 class Source {
  public:
-  Source(const Tensor& t, const cpu::Layout& layout);
-  cpu::Operand operand;
+  Source(const Tensor& t, const Layout& layout);
+  Operand operand;
 
  private:
   Tensor tensor_;
@@ -46,10 +46,10 @@ class Source {
 // The same of one that need not be there: null data then.
 class OptionalSource {
  public:
-  OptionalSource(const OptionalTensor& t, const cpu::Layout& layout) {
+  OptionalSource(const OptionalTensor& t, const Layout& layout) {
     if (t) operand = source_.emplace(*t, layout).operand;
   }
-  cpu::Operand operand;
+  Operand operand;
 
  private:
   std::optional<Source> source_;
@@ -58,9 +58,9 @@ class OptionalSource {
 // A tensor that a walk writes; finish() moves a stand-in's contents to it.
 class Target {
  public:
-  Target(const Tensor& t, const cpu::Layout& layout);
+  Target(const Tensor& t, const Layout& layout);
   void finish();
-  cpu::Operand operand;
+  Operand operand;
 
  private:
   Tensor tensor_, walked_;

@@ -58,9 +58,7 @@ class ColumnWalk {
         padded_(ceil_div(columns_, kLanes<V>) * kLanes<V>),
         chunk_(clamped(16384 / (columns_ > 0 ? columns_ : 1), 64, 1024)),
         chunks_(ceil_div(g_.runs, chunk_)) {
-    noise_.seed = p.noise.seed;
-    noise_.stream = p.noise.stream;
-    noise_.order = {p.noise.transposed, p.noise.rows, p.noise.cols};
+    noise_ = {p.seed, p.noise.stream, p.noise};
     tile_ = columns_ <= kTileElements ? kTileElements / columns_ : 1;
   }
 
@@ -75,18 +73,18 @@ class ColumnWalk {
 
   // A chunk's elements in the compute dtype, from its first column on: in place, or converted into `buffer`
   // of buffer_size() elements.
-  Strip<const T> source(const cpu::Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
+  Strip<const T> source(const Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
     const int64_t first = chunk_begin(chunk);
     if (!half_) return {static_cast<const T*>(of.data) + locate(of, outer, first), of.stride.run};
     for (int64_t r = first; r < chunk_end(chunk); ++r)
       load_run(p_.storage, of.data, locate(of, outer, r), buffer + (r - first) * columns_, columns_);
     return {buffer, columns_};
   }
-  Strip<T> target(const cpu::Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
+  Strip<T> target(const Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
     if (half_) return {buffer, columns_};
     return {static_cast<T*>(of.data) + locate(of, outer, chunk_begin(chunk)), of.stride.run};
   }
-  void deliver(const cpu::Operand& of, int64_t outer, int64_t chunk, const T* buffer) const {
+  void deliver(const Operand& of, int64_t outer, int64_t chunk, const T* buffer) const {
     if (!half_) return;
     const int64_t first = chunk_begin(chunk);
     for (int64_t r = first; r < chunk_end(chunk); ++r)
@@ -141,7 +139,7 @@ class ColumnWalk {
 
   // A walk in the compute dtype keeps intermediate values where its result will be written; half types keep
   // none.
-  bool keeps(const cpu::Operand& to) const { return !half_ && to.data; }
+  bool keeps(const Operand& to) const { return !half_ && to.data; }
 
   // body(partial, column, lanes) for each strip of columns.
   template <class F>
@@ -225,12 +223,12 @@ class ColumnWalk {
   }
 
  private:
-  int64_t locate(const cpu::Operand& of, int64_t outer, int64_t row) const {
+  int64_t locate(const Operand& of, int64_t outer, int64_t row) const {
     return outer * of.stride.outer + row * of.stride.run;
   }
 
   const cpu::Problem& p_;
-  const cpu::Geometry& g_;
+  const Geometry& g_;
   const bool half_;
   int64_t columns_, padded_, chunk_, chunks_, tile_;
   NoiseSource noise_;

@@ -42,7 +42,7 @@ class ColumnBackward {
       walk_.spread(table, kColCe, i, w.c_e);
       walk_.spread(table, kColCr, i, w.c_r);
       walk_.spread(table, kColCo, i, w.c_o);
-      walk_.spread(table, kColTwoD, i, w.shift);
+      walk_.spread(table, kColTwoD, i, w.two_d);
       walk_.spread(table, kColNoise, i, noisy_ ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0));
     }
     walk_.template fold_chunks<kSums>(split, totals, [&](int64_t chunk, T* sums) {
@@ -173,7 +173,7 @@ class ColumnBackward {
 
   ColumnWalk<T> walk_;
   const cpu::Problem& p_;
-  const cpu::Geometry& g_;
+  const Geometry& g_;
   const bool noisy_;
   Buffer<double> slots_;  // (matrix, column) x {bias, weight}
 };

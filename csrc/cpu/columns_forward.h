@@ -108,10 +108,10 @@ class ColumnForward {
                                               h, s);
         else
           lambda_pass<partial.value, false, V>({u.data + c, u.step}, {nullptr, 0}, rows, lanes, h, s);
-        store_dense<V>(sums + c, s.slope);
+        store_dense<V>(sums + c, s.hd);
         store_dense<V>(sums + padded + c, s.log);
-        store_dense<V>(sums + 2 * padded + c, s.shift);
-        store_dense<V>(sums + 3 * padded + c, s.curvature);
+        store_dense<V>(sums + 2 * padded + c, s.d);
+        store_dense<V>(sums + 3 * padded + c, s.e);
       });
     });
     for (int64_t i = 0; i < g_.inner; ++i) {
@@ -224,7 +224,7 @@ class ColumnForward {
 
   ColumnWalk<T> walk_;
   const cpu::Problem& p_;
-  const cpu::Geometry& g_;
+  const Geometry& g_;
 };
 
 }  // namespace

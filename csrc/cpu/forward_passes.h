@@ -6,8 +6,8 @@
 // summed.
 #pragma once
 
-#include "../core/lmbda.h"
-#include "../core/transform.h"
+#include "../math/lmbda.h"
+#include "../math/transform.h"
 #include "storage.h"
 
 namespace normnorm {
@@ -106,10 +106,10 @@ NN_HD void lambda_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int
     const V h = standardize(read<kPartial, V>(u.data + i * u.step, lanes));
     const V t = magnitude(h);
     const LambdaTerms<V> term = lambda_terms<V>(h, t, log1p_nonneg<V>(t));
-    s.slope += active.keep(term.slope);
+    s.hd += active.keep(term.hd);
     s.log += active.keep(term.log);
-    s.shift += active.keep(term.shift);
-    s.curvature += active.keep(term.curvature);
+    s.d += active.keep(term.d);
+    s.e += active.keep(term.e);
     if constexpr (kCache) write<kPartial, V>(cache.data + i * cache.step, term.log, lanes);
   }
   sums = s;

@@ -1,8 +1,8 @@
 // The statistics of one group as the passes use them, and their way in and out of the statistics tensor.
 #pragma once
 
-#include "../core/moments.h"
-#include "../core/statistics.h"
+#include "../common/stats.h"
+#include "../math/moments.h"
 #include "backward_passes.h"
 #include "problem.h"
 
@@ -48,8 +48,8 @@ class GroupStats {
                                    sums.value[3] / count};
     const auto estimate = estimate_lambda<double>(mean, p.alpha, p.order, p.eps);
     set(kLmbda, estimate.lmbda);
-    set(kSlope, mean.slope);
-    set(kShift, mean.shift);
+    set(kMeanHd, mean.hd);
+    set(kMeanD, mean.d);
     set(kCurvature, estimate.curvature);
     set(kNoiseScale, 0);
   }
@@ -61,7 +61,7 @@ class GroupStats {
 
   LambdaGradient<T> gradient(const cpu::Problem& p) const {
     if (p.frozen) return {T(0), T(0), T(0), T(2)};
-    return lambda_gradient<T>(get(kLmbda), get(kSlope), get(kShift), get(kCurvature), T(p.alpha), p.order);
+    return lambda_gradient<T>(get(kLmbda), get(kMeanHd), get(kMeanD), get(kCurvature), T(p.alpha), p.order);
   }
 
  private:
@@ -81,7 +81,7 @@ NN_HD TransformConstants<V> broadcast(const TransformConstants<T>& c) {
 
 template <class V, class T>
 NN_HD LambdaGradient<V> broadcast(const LambdaGradient<T>& c) {
-  return {splat<V>(c.c_e), splat<V>(c.c_r), splat<V>(c.c_o), splat<V>(c.shift)};
+  return {splat<V>(c.c_e), splat<V>(c.c_r), splat<V>(c.c_o), splat<V>(c.two_d)};
 }
 
 // The constants of the input gradient from the totals of the backward reduction; `weight` is what was

@@ -36,7 +36,7 @@ NN_HD void epilogue_row(const cpu::Problem& p, T* x, const T* residual, int64_t 
 }
 
 // What is normalized: the input, or its sum with the addend, once that is written.
-inline const cpu::Operand& normalized(const cpu::Problem& p) { return p.addend.data ? p.sum : p.input; }
+inline const Operand& normalized(const cpu::Problem& p) { return p.addend.data ? p.sum : p.input; }
 
 }  // namespace
 }  // namespace normnorm

@@ -29,35 +29,35 @@ void backward_computed(const cpu::Problem& p) {
 // speeds up: its kernels are built once, in the generic table.
 #if defined(NN_GENERIC)
 void forward(const cpu::Problem& p) {
-  if (p.storage == cpu::Storage::kFloat64)
+  if (p.storage == Storage::kFloat64)
     forward_computed<double>(p);
   else
     forward_computed<float>(p);
 }
 void backward(const cpu::Problem& p) {
-  if (p.storage == cpu::Storage::kFloat64)
+  if (p.storage == Storage::kFloat64)
     backward_computed<double>(p);
   else
     backward_computed<float>(p);
 }
 double projected_error(const cpu::Projections& p) {
-  return p.storage == cpu::Storage::kFloat64 ? ProjectedSum<double>(p).run() : ProjectedSum<float>(p).run();
+  return p.storage == Storage::kFloat64 ? ProjectedSum<double>(p).run() : ProjectedSum<float>(p).run();
 }
 #else
 void forward(const cpu::Problem& p) {
-  if (p.storage == cpu::Storage::kFloat64)
+  if (p.storage == Storage::kFloat64)
     cpu::generic_kernels()->forward(p);
   else
     forward_computed<float>(p);
 }
 void backward(const cpu::Problem& p) {
-  if (p.storage == cpu::Storage::kFloat64)
+  if (p.storage == Storage::kFloat64)
     cpu::generic_kernels()->backward(p);
   else
     backward_computed<float>(p);
 }
 double projected_error(const cpu::Projections& p) {
-  if (p.storage == cpu::Storage::kFloat64) return cpu::generic_kernels()->projected_error(p);
+  if (p.storage == Storage::kFloat64) return cpu::generic_kernels()->projected_error(p);
   return ProjectedSum<float>(p).run();
 }
 #endif

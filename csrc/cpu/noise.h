@@ -1,24 +1,20 @@
 // Standard normals for a run of canonical positions: Philox over lanes, then Box-Muller over lanes.
 #pragma once
 
-#include "../core/normals.h"
-#include "../core/philox.h"
+#include "../common/params.h"
+#include "../math/normals.h"
+#include "../math/philox.h"
 #include "vector.h"
 
 namespace normnorm {
 namespace {
 
-// The canonical order of the noise, as seen from the order in which a kernel walks the elements. `transposed`
-// walks positions (a, i, j) of an (A, rows, cols) array whose canonical order is (a, j, i).
-struct NoiseOrder {
-  bool transposed = false;
-  int64_t rows = 1, cols = 1;
-
-  uint64_t canonical(int64_t position) const {
-    const int64_t slab = position / (rows * cols), rest = position % (rows * cols);
-    return uint64_t(slab * rows * cols + (rest % cols) * rows + rest / cols);
-  }
-};
+// The index in the canonical order of element `position` of a transposed order: from (a, i, j) in an array of shape
+// (A, rows, cols) to (a, j, i).
+NN_HD uint64_t transposed_index(const NoiseOrder& order, int64_t position) {
+  const int64_t slab = order.rows * order.cols, rest = position % slab;
+  return uint64_t(position - rest + rest % order.cols * order.rows + rest / order.cols);
+}
 
 struct NoiseSource {
   uint64_t seed = 0;
@@ -207,7 +203,7 @@ inline const T* normals(T* buffer, int64_t position, int64_t count, const NoiseS
   // The walk meets the canonical order across its grain (an input whose memory format changed between forward
   // and backward): one counter an element, correct and slow.
   for (int64_t i = 0; i < count; ++i)
-    buffer[i] = scalar_normal(source.order.canonical(position + i), source, T());
+    buffer[i] = scalar_normal(transposed_index(source.order, position + i), source, T());
   return buffer;
 }
 

@@ -2,7 +2,7 @@
 // over memory that a matrix product has just written.
 #pragma once
 
-#include "../core/projected_error.h"
+#include "../math/projected_error.h"
 #include "storage.h"
 #include "workspace.h"
 

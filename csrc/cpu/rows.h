@@ -26,7 +26,7 @@ struct Block {
 
 class BlockPlan {
  public:
-  BlockPlan(const cpu::Geometry& g, bool gather) : runs_(g.runs), length_(g.length) {
+  BlockPlan(const Geometry& g, bool gather) : runs_(g.runs), length_(g.length) {
     if (gather && g.runs > 1 && g.length < kShortRun) runs_per_block_ = clamped(kBlock / g.length, 1, g.runs);
     pieces_ = ceil_div(g.length, kBlock);
     piece_ = ceil_div(ceil_div(g.length, pieces_), 16) * 16;
@@ -61,10 +61,8 @@ class RowWalk {
       : p_(p),
         g_(p.geometry),
         half_(stored_as_half(p.storage)),
-        plan_(p.geometry, p.affine == cpu::Affine::kPerGroup) {
-    noise_.seed = p.noise.seed;
-    noise_.stream = p.noise.stream;
-    noise_.order = {p.noise.transposed, p.noise.rows, p.noise.cols};
+        plan_(p.geometry, p.affine == Affine::kPerGroup) {
+    noise_ = {p.seed, p.noise.stream, p.noise};
   }
 
   const BlockPlan& plan() const { return plan_; }
@@ -87,7 +85,7 @@ class RowWalk {
 
   // The block's elements in the compute dtype: where they lie, or brought together in `buffer` (kBlock
   // elements).
-  const T* fetch(const cpu::Operand& from, const GroupIndex& at, const Block& b, T* buffer) const {
+  const T* fetch(const Operand& from, const GroupIndex& at, const Block& b, T* buffer) const {
     const int64_t offset = locate(from, at, b);
     if (b.runs == 1 && !half_) return static_cast<const T*>(from.data) + offset;
     const int64_t length = b.runs == 1 ? b.size : g_.length;
@@ -95,10 +93,10 @@ class RowWalk {
       load_run(p_.storage, from.data, offset + r * from.stride.run, buffer + r * length, length);
     return buffer;
   }
-  T* destination(const cpu::Operand& to, const GroupIndex& at, const Block& b, T* buffer) const {
+  T* destination(const Operand& to, const GroupIndex& at, const Block& b, T* buffer) const {
     return b.runs == 1 && !half_ ? static_cast<T*>(to.data) + locate(to, at, b) : buffer;
   }
-  void deliver(const cpu::Operand& to, const GroupIndex& at, const Block& b, const T* buffer) const {
+  void deliver(const Operand& to, const GroupIndex& at, const Block& b, const T* buffer) const {
     if (b.runs == 1 && !half_) return;
     const int64_t offset = locate(to, at, b), length = b.runs == 1 ? b.size : g_.length;
     for (int64_t r = 0; r < b.runs; ++r)
@@ -137,14 +135,14 @@ class RowWalk {
   }
 
   // The block's part of the group's cache: in scratch memory, or in the tensor the walk will write, or nowhere.
-  T* cache(const cpu::Operand& to, const GroupIndex& at, const Block& b, T* scratch) const {
+  T* cache(const Operand& to, const GroupIndex& at, const Block& b, T* scratch) const {
     if (scratched()) return scratch + b.run * g_.length + b.offset;
     return b.runs == 1 && !half_ && to.data ? static_cast<T*>(to.data) + locate(to, at, b) : nullptr;
   }
 
   // The block's normals; `buffer` holds kBlock + kNoiseSlack.
   const T* block_normals(const GroupIndex& at, const Block& b, T* buffer) const {
-    const cpu::Strides& s = p_.noise.position;
+    const Strides& s = p_.noise.position;
     const int64_t position = at.outer * s.outer + at.inner * s.inner + b.run * s.run + b.offset;
     if (b.runs == 1) return normals(buffer, position, b.size, noise_);
     T run_buffer[kShortRun + kNoiseSlack];
@@ -156,19 +154,19 @@ class RowWalk {
 
   // The weight or bias of a whole block, or `missing` where there is none (or one for each element).
   T parameter(const void* values, const GroupIndex& at, const Block& b, T missing) const {
-    if (!values || p_.affine == cpu::Affine::kPerElement) return missing;
-    const int64_t i = p_.affine == cpu::Affine::kPerRun ? at.inner * g_.runs + b.run : at.inner;
+    if (!values || p_.affine == Affine::kPerElement) return missing;
+    const int64_t i = p_.affine == Affine::kPerRun ? at.inner * g_.runs + b.run : at.inner;
     return static_cast<const T*>(values)[i];
   }
 
  private:
-  int64_t locate(const cpu::Operand& of, const GroupIndex& at, const Block& b) const {
-    const cpu::Strides& s = of.stride;
+  int64_t locate(const Operand& of, const GroupIndex& at, const Block& b) const {
+    const Strides& s = of.stride;
     return at.outer * s.outer + at.inner * s.inner + b.run * s.run + b.offset;
   }
 
   const cpu::Problem& p_;
-  const cpu::Geometry& g_;
+  const Geometry& g_;
   const bool half_;
   BlockPlan plan_;
   NoiseSource noise_;

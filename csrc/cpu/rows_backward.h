@@ -20,8 +20,8 @@ class RowBackward {
   explicit RowBackward(const cpu::Problem& p)
       : walk_(p),
         p_(p),
-        elementwise_(p.affine == cpu::Affine::kPerElement && p.weight),
-        slots_per_group_(p.affine == cpu::Affine::kPerRun ? p.geometry.runs : 1),
+        elementwise_(p.affine == Affine::kPerElement && p.weight),
+        slots_per_group_(p.affine == Affine::kPerRun ? p.geometry.runs : 1),
         groups_per_chunk_(elementwise_
                               ? clamped(ceil_div(p.geometry.groups(), kChunks), kGroupsAtLeast, kGroupsAtMost)
                               : 1),
@@ -97,7 +97,7 @@ class RowBackward {
       return small ? sums_block<true>(g, b, c, noise) : sums_block<false>(g, b, c, noise);
     };
     Sums<7> sums;
-    if (p_.affine == cpu::Affine::kPerRun) {
+    if (p_.affine == Affine::kPerRun) {
       Buffer<double> run_sums(2 * blocks);
       sums = fold_parts<Sums<7>>(p_.pool, split, blocks, [&](int64_t b) {
         const auto part = sums_of(b);
@@ -199,11 +199,11 @@ class RowBackward {
   }
 
   void add_slots() {
-    const cpu::Geometry& g = p_.geometry;
+    const Geometry& g = p_.geometry;
     const int64_t parameters = g.inner * slots_per_group_;
     T* bias = static_cast<T*>(p_.grad_bias);
     T* weight = static_cast<T*>(p_.grad_weight);
-    if (p_.affine == cpu::Affine::kPerElement || (!bias && !weight)) return;
+    if (p_.affine == Affine::kPerElement || (!bias && !weight)) return;
     for (int64_t i = 0; i < parameters; ++i) {
       double b = 0, w = 0;
       for (int64_t o = 0; o < g.outer; ++o) {

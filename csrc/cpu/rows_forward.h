@@ -130,7 +130,7 @@ class RowForward {
       else
         lambda_pass<partial.value, false, V>({u + i, kLanes<V>}, {nullptr, 0}, steps, lanes, h, sums);
     });
-    return {{sum_lanes(sums.slope), sum_lanes(sums.log), sum_lanes(sums.shift), sum_lanes(sums.curvature)}};
+    return {{sum_lanes(sums.hd), sum_lanes(sums.log), sum_lanes(sums.d), sum_lanes(sums.e)}};
   }
 
   Sums<1> sum_x_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, bool logs,
@@ -198,7 +198,7 @@ class RowForward {
     T* out = walk_.destination(p_.output, at, b, out_buffer);
     const bool noisy = p_.noise.on;
     const T* z = noisy ? walk_.block_normals(at, b, normal_buffer) : nullptr;
-    const bool per_element = p_.affine == cpu::Affine::kPerElement && p_.weight;
+    const bool per_element = p_.affine == Affine::kPerElement && p_.weight;
     const T* weights = per_element ? static_cast<const T*>(p_.weight) + b.offset : nullptr;
     const T* biases = per_element ? static_cast<const T*>(p_.bias) + b.offset : nullptr;
     const V weight = splat<V>(walk_.parameter(p_.weight, at, b, T(1)));

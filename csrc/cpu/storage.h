@@ -137,27 +137,27 @@ inline void narrow_run(const float* from, Half* to, int64_t count) {
 
 // Stored elements to and from the compute dtype T. Kernels compute in T alone; half types are converted a
 // block at a time, in the first-level cache, which costs less than a second set of kernels would.
-NN_HD bool stored_as_half(cpu::Storage s) {
-  return s == cpu::Storage::kBFloat16 || s == cpu::Storage::kFloat16;
+NN_HD bool stored_as_half(Storage s) {
+  return s == Storage::kBFloat16 || s == Storage::kFloat16;
 }
 
 template <class T>
-inline void load_run(cpu::Storage storage, const void* data, int64_t offset, T* to, int64_t count) {
+inline void load_run(Storage storage, const void* data, int64_t offset, T* to, int64_t count) {
   if constexpr (sizeof(T) == 4) {
-    if (storage == cpu::Storage::kBFloat16)
+    if (storage == Storage::kBFloat16)
       return widen_run(static_cast<const BFloat16*>(data) + offset, to, count);
-    if (storage == cpu::Storage::kFloat16)
+    if (storage == Storage::kFloat16)
       return widen_run(static_cast<const Float16*>(data) + offset, to, count);
   }
   memcpy(to, static_cast<const T*>(data) + offset, size_t(count) * sizeof(T));
 }
 
 template <class T>
-inline void store_run(cpu::Storage storage, void* data, int64_t offset, const T* from, int64_t count) {
+inline void store_run(Storage storage, void* data, int64_t offset, const T* from, int64_t count) {
   if constexpr (sizeof(T) == 4) {
-    if (storage == cpu::Storage::kBFloat16)
+    if (storage == Storage::kBFloat16)
       return narrow_run(from, static_cast<BFloat16*>(data) + offset, count);
-    if (storage == cpu::Storage::kFloat16)
+    if (storage == Storage::kFloat16)
       return narrow_run(from, static_cast<Float16*>(data) + offset, count);
   }
   memcpy(static_cast<T*>(data) + offset, from, size_t(count) * sizeof(T));

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../core/lanes.h"
+#include "../math/lanes.h"
 
 namespace normnorm {
 namespace {

@@ -60,7 +60,6 @@ inline Part fold_parts(const cpu::ThreadPool& pool, bool parallel, int64_t count
   return total;
 }
 
-NN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 NN_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 NN_HD int64_t clamped(int64_t a, int64_t low, int64_t high) { return a < low ? low : a > high ? high : a; }
 

@@ -211,20 +211,20 @@ __device__ inline void load_tile(const ColumnsArgs<RealOf<T>>& a, const ColumnPl
   __syncthreads();
 }
 
-// A thread runs the code of the most careful of its columns, in which each column is still computed by its own care: no
+// A thread runs the code of the most careful of its columns, in which each column is still computed by its own path: no
 // result may depend on neighbours. What the columns need of their groups is in registers: from shared memory it would take
 // longer to come than an element takes to be computed.
 template <int N, class Real>
-struct ColumnSlants {
-  Slant<Real> of[N];
-  Care care = Care::kPlain;  // the most careful of all columns'
+struct ColumnExponents {
+  SignedExponent<Real> of[N];
+  PrecisionPath path = PrecisionPath::kPlain;  // the most careful of all columns'
 
   // scale: a number a column
-  __device__ __forceinline__ ColumnSlants(const GroupConstants<Real>* constants, const Real (&scale)[N], Span span) {
+  __device__ __forceinline__ ColumnExponents(const GroupConstants<Real>* constants, const Real (&scale)[N], Span span) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      of[j] = slant_of(constants[j].exponents, scale[j]);
-      if (j < span.hi && constants[j].care > care) care = constants[j].care;
+      of[j] = signed_exponent(constants[j].exponents, scale[j]);
+      if (j < span.hi && constants[j].path > path) path = constants[j].path;
     }
   }
 };
@@ -240,24 +240,24 @@ struct ColumnScales {
   __device__ Real standardize(int j, Real u) const { return fused(u - mean[j], rstd[j], shift[j]); }
 };
 
-// From signed logarithms to x times the slants' scale.
-template <Care kMost, int N, class Real>
-__device__ __forceinline__ void transform_row(Real (&x)[N], const ColumnSlants<N, Real>& slants,
+// From signed logarithms to x times the exponents' scale.
+template <PrecisionPath kMost, int N, class Real>
+__device__ __forceinline__ void transform_row(Real (&x)[N], const ColumnExponents<N, Real>& exponents,
                                               const GroupConstants<Real>* constants, const Real (&scale)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    if constexpr (kMost == Care::kSeries) {
+    if constexpr (kMost == PrecisionPath::kSeries) {
       const GroupConstants<Real>& c = constants[opaque(j)];  // anew: the registers are for plain columns
-      if (c.care == Care::kSeries) {
-        x[j] = transform_round<Care::kSeries>(x[j], c.exponents) * scale[j];
+      if (c.path == PrecisionPath::kSeries) {
+        x[j] = transform_round<PrecisionPath::kSeries>(x[j], c.exponents) * scale[j];
       } else {
-        const Slant<Real> s = slant_of(c.exponents, scale[j]);
-        x[j] = c.care == Care::kBounded ? plain_power_psi<true>(x[j], s.inverse(x[j]), s.tilt).psi
+        const SignedExponent<Real> s = signed_exponent(c.exponents, scale[j]);
+        x[j] = c.path == PrecisionPath::kBounded ? plain_power_psi<true>(x[j], s.inverse(x[j]), s.tilt).psi
                                         : plain_power_psi<false>(x[j], s.inverse(x[j]), s.tilt).psi;
       }
     } else {
-      const Slant<Real>& s = slants.of[j];
-      x[j] = plain_power_psi<kMost == Care::kBounded>(x[j], s.inverse(x[j]), s.tilt).psi;
+      const SignedExponent<Real>& s = exponents.of[j];
+      x[j] = plain_power_psi<kMost == PrecisionPath::kBounded>(x[j], s.inverse(x[j]), s.tilt).psi;
     }
   }
 }
@@ -276,17 +276,17 @@ __device__ inline void column_parameters(const void* data, bool in_storage, Real
 template <bool kRagged, int N, class Real>
 struct ColumnGradients {
   ColumnScales<N, Real> scales;
-  Slant<Real> slant[N];
+  SignedExponent<Real> exponent[N];
   LambdaGradient<Real> lmbda[N];
-  Care care = Care::kPlain;
+  PrecisionPath path = PrecisionPath::kPlain;
   Real sums[kGradientSums][N] = {};
 
   __device__ __forceinline__ ColumnGradients(const GroupConstants<Real>* constants, Span span) : scales(constants) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      slant[j] = gradient_slant(constants[j].exponents);
+      exponent[j] = gradient_exponent(constants[j].exponents);
       lmbda[j] = constants[j].lmbda;
-      if (j < span.hi && constants[j].care > care) care = constants[j].care;
+      if (j < span.hi && constants[j].path > path) path = constants[j].path;
     }
   }
 
@@ -296,15 +296,15 @@ struct ColumnGradients {
 
   // noise: what the normal z is to be scaled by. A weight within the group is the sums' own; one that is the group's may be
   // left to finish_gradient().
-  template <Care kMost>
+  template <PrecisionPath kMost>
   __device__ __forceinline__ Slopes<Real> add(int j, Real h, Real g, Real weight, Real noise, Real z,
                                               const GroupConstants<Real>* constants) {
     const LambdaGradient<Real>& line = kRagged ? constants[j].lmbda : lmbda[j];
     Real terms[5] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j], sums[4][j]};
-    constexpr bool kPlain = kMost == Care::kPlain;
+    constexpr bool kPlain = kMost == PrecisionPath::kPlain;
     const GroupConstants<Real>& c = constants[kPlain ? uint32_t(j) : opaque(j)];  // anew, as in transform_row()
-    const Slant<Real> plain = kPlain ? slant[j] : gradient_slant(c.exponents);
-    const Slopes<Real> s = gradient_round(kPlain ? kMost : c.care, h, g * weight, plain, c.exponents, line, terms);
+    const SignedExponent<Real> plain = kPlain ? exponent[j] : gradient_exponent(c.exponents);
+    const Slopes<Real> s = gradient_round(kPlain ? kMost : c.path, h, g * weight, plain, c.exponents, line, terms);
 #pragma unroll
     for (int i = 0; i < 5; ++i) sums[i][j] = terms[i];
     sums[5][j] += g;

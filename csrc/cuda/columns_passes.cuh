@@ -21,7 +21,7 @@ class ColumnsPass {
     a_.walk = rows_args<T>(p, ChunkMode());
     a_.width = uint32_t(g.length);
     a_.columns = uint32_t(g.inner * g.length);
-    a_.tiles = uint32_t(divide_up(a_.columns, kTileColumns<T>));
+    a_.tiles = uint32_t(ceil_div(a_.columns, kTileColumns<T>));
     slabs_ = int64_t(a_.tiles) * g.outer;
     Demand d;
     d.groups = slabs_;
@@ -61,8 +61,8 @@ class ColumnsPass {
 
  private:
   void place_stream(Carver& carver, const Device& device) {
-    const int64_t most = divide_up(p_.geometry.runs, kColumnRows);
-    const int64_t wanted = divide_up(int64_t(device.multiprocessors) * (2048 / kColumnThreads), slabs_);
+    const int64_t most = ceil_div(p_.geometry.runs, kColumnRows);
+    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * (2048 / kColumnThreads), slabs_);
     a_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : wanted < most ? wanted : most);
     blocks_ = unsigned(slabs_ * a_.splits);
     if (plan_.rung != Rung::kGrid) plan_ = {Rung::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};

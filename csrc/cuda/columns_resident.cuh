@@ -161,10 +161,10 @@ class ForwardTile {
     Real total[1][N] = {}, ones[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) ones[j] = Real(1);
-    const ColumnSlants<N, Real> slants(constants(), ones, p_.span);
-    with_care(slants.care, [&](auto tag) {
+    const ColumnExponents<N, Real> exponents(constants(), ones, p_.span);
+    with_path(exponents.path, [&](auto tag) {
       held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
-        transform_row<tag.value>(x[0], slants, constants(), ones);
+        transform_row<tag.value>(x[0], exponents, constants(), ones);
 #pragma unroll
         for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
       });
@@ -202,10 +202,10 @@ class ForwardTile {
         for (int j = 0; j < N; ++j) x[0][j] = (x[0][j] + noise[j] * z[j]) * weight[j] + bias[j];
       });
     } else {
-      const ColumnSlants<N, Real> slants(constants(), weight, p_.span);
-      with_care(slants.care, [&](auto tag) {
+      const ColumnExponents<N, Real> exponents(constants(), weight, p_.span);
+      with_path(exponents.path, [&](auto tag) {
         each_output([&](Chunk x, uint32_t) {
-          transform_row<tag.value>(x[0], slants, constants(), weight);
+          transform_row<tag.value>(x[0], exponents, constants(), weight);
 #pragma unroll
           for (int j = 0; j < N; ++j) x[0][j] += bias[j];
         });
@@ -242,7 +242,7 @@ class ForwardTile {
     const Estimate<Real> e =
         finish_lambda(sums, shared_.moments[i].rstd, w.inverse_count, w.alpha, w.order, w.eps, w.root_eps);
     shared_.of[i].exponents = make_exponents<Real>(e.lmbda, w.transform_eps);
-    shared_.of[i].care = care_for(shared_.of[i].exponents, w.transform_eps, false);
+    shared_.of[i].path = precision_path(shared_.of[i].exponents, w.transform_eps, false);
     if (team_.block() == 0 && group(i) < group_end())
       write_statistics(w, group(i), shared_.moments[i], e);
   }
@@ -294,7 +294,7 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync)
                                                 team.blocks() * kColumnRows);
     const GroupConstants<Real>* constants = shared.of + p.x * N;
     ColumnGradients<kRagged, N, Real> pass(constants, p.span);
-    with_care(pass.care, [&](auto tag) {
+    with_path(pass.path, [&](auto tag) {
       struct Raw {
         Fetched<T, kRagged> u, g;
         Extra<T, kJoined, kRagged> activated;

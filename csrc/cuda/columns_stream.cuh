@@ -79,17 +79,17 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
   write_column_part<T, 4>(a, p, sums);
 }
 
-// x of a row times the slants' scale.
-template <Care kMost, int N, class Real>
+// x of a row times the exponents' scale.
+template <PrecisionPath kMost, int N, class Real>
 __device__ __forceinline__ void reread_row(Real (&x)[N], const ColumnScales<N, Real>& scales,
-                                           const ColumnSlants<N, Real>& slants, const GroupConstants<Real>* constants,
+                                           const ColumnExponents<N, Real>& exponents, const GroupConstants<Real>* constants,
                                            const Real (&scale)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const Real h = scales.standardize(j, x[j]);
     x[j] = signed_as(DeviceLog<Real>::of(absolute(h)), h);
   }
-  transform_row<kMost>(x, slants, constants, scale);
+  transform_row<kMost>(x, exponents, constants, scale);
 }
 
 // Rounds 3 and 4.
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
 #pragma unroll
   for (int j = 0; j < N; ++j) ones[j] = Real(1);
   const ColumnScales<N, Real> scales(tile + p.x * N);
-  const ColumnSlants<N, Real> slants(tile + p.x * N, ones, p.span);
-  with_care(slants.care, [&](auto tag) {
+  const ColumnExponents<N, Real> exponents(tile + p.x * N, ones, p.span);
+  with_path(exponents.path, [&](auto tag) {
     each_input_row<T, kRagged>(a, p, [&](uint32_t, Real (&x)[N]) {
-      reread_row<tag.value>(x, scales, slants, tile + p.x * N, ones);
+      reread_row<tag.value>(x, scales, exponents, tile + p.x * N, ones);
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[0][j] += kDeviation ? absolute(x[j] - mean[j]) : x[j];
     });
@@ -139,12 +139,12 @@ __global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(
   for (int j = 0; j < N; ++j)
     noise[j] = noisy ? a.walk.noise_train * kNormalUnit<Real> * constants[j].noise_scale * weight[j] : Real(0);
   const ColumnScales<N, Real> scales(constants);
-  const ColumnSlants<N, Real> slants(constants, weight, p.span);
-  with_any_care(slants.care, [&](auto tag) {
+  const ColumnExponents<N, Real> exponents(constants, weight, p.span);
+  with_any_path(exponents.path, [&](auto tag) {
     const auto write = [&](uint32_t row, Real (&x)[N], const Extra<T, kJoined, kRagged>& residual) {
       Real z[N] = {};
       if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
-      reread_row<tag.value>(x, scales, slants, constants, weight);
+      reread_row<tag.value>(x, scales, exponents, constants, weight);
 #pragma unroll
       for (int j = 0; j < N; ++j) x[j] = (kNoise ? fused(noise[j], z[j], x[j]) : x[j]) + bias[j];
       join_output<kJoined>(RowAt<T, kRagged>{p, row}, a.walk.joined, residual, x);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
   Real weight[N];
   column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
   ColumnGradients<kRagged, N, Real> pass(constants, p.span);
-  with_care(pass.care, [&](auto tag) {
+  with_path(pass.path, [&](auto tag) {
     struct Raw {
       Fetched<T, kRagged> u, g;
       Extra<T, kJoined, kRagged> activated;

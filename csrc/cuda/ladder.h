@@ -43,11 +43,9 @@ constexpr int kLargestBlock = 512, kLargestCluster = 8;
 constexpr int kBlocksAtOnce = 2;  // of a multiprocessor, where blocks wait for one another
 constexpr int kGridMargin = 3;    // multiprocessors left to other streams' kernels in a cooperative launch
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Chunks that a thread must keep in shared memory.
 inline int shared_chunks(const Demand& d, Rung rung, int threads, int blocks) {
-  const int64_t each = divide_up(d.chunks, int64_t(threads) * blocks);
+  const int64_t each = ceil_div(d.chunks, int64_t(threads) * blocks);
   const int in_registers = rung == Rung::kBlock ? d.register_chunks : d.team_register_chunks;
   return each > in_registers ? int(each - in_registers) : 0;
 }
@@ -59,7 +57,7 @@ inline bool fits(const Demand& d, const Device& device, Rung rung, int threads, 
 }
 
 inline int block_threads(const Demand& d) {
-  const int64_t warps = divide_up(d.chunks, 32 * d.register_chunks);
+  const int64_t warps = ceil_div(d.chunks, 32 * d.register_chunks);
   return int(warps * 32 < d.largest_block ? warps * 32 : d.largest_block);
 }
 
@@ -89,8 +87,8 @@ inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
   const int all = grid_blocks(device);
   for (int blocks = 1; blocks <= all; ++blocks) {
     if (!fits(d, device, Rung::kGrid, threads, blocks, kBlocksAtOnce)) continue;
-    const int64_t turns = divide_up(d.groups, all / blocks), teams = divide_up(d.groups, turns);
-    const int64_t busy = divide_up(d.chunks, threads);
+    const int64_t turns = ceil_div(d.groups, all / blocks), teams = ceil_div(d.groups, turns);
+    const int64_t busy = ceil_div(d.chunks, threads);
     Plan p = with_blocks(d, Rung::kGrid, threads, int(all / teams < busy ? all / teams : busy));
     p.teams = int(teams);
     return p;
@@ -125,7 +123,7 @@ inline Plan resident_plan(const Demand& d, const Device& device) {
 // How many teams a rung without a fixed number of them runs: enough to fill the device several times over, no more
 // than there are groups.
 inline int team_count(const Demand& d, const Device& device, int threads, int blocks) {
-  const int64_t at_once = int64_t(device.multiprocessors) * divide_up(d.largest_block, threads) / blocks;
+  const int64_t at_once = int64_t(device.multiprocessors) * ceil_div(d.largest_block, threads) / blocks;
   const int64_t wanted = d.sums_elements ? at_once : at_once * 16;  // each team's parameter sums take memory
   const int64_t teams = d.groups < wanted ? d.groups : wanted;
   return int(teams < 1 ? 1 : teams);

@@ -27,7 +27,7 @@ int facts_for(const Problem& p, Device* device) {
 int start_by_channel(void (*kernel)(const RunningStatistics), const RunningStatistics& r, void* stream) {
   Start s;
   s.threads = kRunningThreads;
-  s.grid = unsigned(divide_up(r.channels, kRunningThreads));
+  s.grid = unsigned(ceil_div(r.channels, kRunningThreads));
   s.stream = stream;
   return start(kernel, s, r);
 }

@@ -1,7 +1,7 @@
 // Second reductions: partial sums of the parameters' gradients to the gradients, and the running statistics.
 #pragma once
 
-#include "../core/statistics.h"
+#include "../common/stats.h"
 #include "storage.cuh"
 
 namespace normnorm {

@@ -1,31 +1,13 @@
-// What one call of the CUDA kernels is given: device pointers, strides and numbers, already checked. Neither torch nor
-// CUDA here: whoever binds the launchers includes this. The geometry is that of the CPU kernels.
+// The parameters of one call of the CUDA kernels, already checked; pointers are to device memory. Neither torch nor CUDA
+// here, so that bindings can include it.
 #pragma once
 
 #include <stddef.h>
-#include <stdint.h>
 
-#include "../cpu/problem.h"
+#include "../common/params.h"
 
 namespace normnorm {
 namespace cuda {
-
-using cpu::Affine;
-using cpu::Geometry;
-using cpu::Operand;
-using cpu::Storage;
-using cpu::Strides;
-
-struct Noise {
-  bool on = false;
-  bool given_scale = false;       // the statistics already hold s
-  const int64_t* seed = nullptr;  // on the device: read by the kernels, so that a replayed graph sees a new one
-  double train = 0;               // the factor of s z
-  uint32_t stream = 0;
-  // Where an element lies in the canonical order of the noise. The walk must follow that order: columns where the noise
-  // counts channels_last, rows otherwise; tensors of the other format are copied by the caller.
-  Strides position;
-};
 
 // A dense parameter, or a parameter's gradient, in the storage type or the compute type; null where there is none.
 struct Parameter {
@@ -52,21 +34,13 @@ struct Device {
   bool present = false;  // the current device: whether blocks run at once is asked of the driver before it is relied on
 };
 
-struct Problem : cpu::Joined {
-  Storage storage = Storage::kFloat32;
-  Geometry geometry;
-  Affine affine = Affine::kPerGroup;
-  Noise noise;
-  double eps = 1e-5, alpha = 1, transform_eps = 0;
-  int order = 2;
-  bool frozen = false;    // the statistics are given (running ones), not those of the input
-  void* stats = nullptr;  // (kStatRows, groups), compute type
+// Tensors must lie in the noise's own order (noise.transposed == false): the columns layout where it is channels_last, the
+// rows layout otherwise.
+struct Problem : PassParams {
+  const int64_t* seed = nullptr;  // read by the kernels, so that a replayed graph sees a new one
   Parameter weight, bias;
-  Operand input;
-  Operand output;       // forward: the output; backward: the gradient of the input (null data: not wanted)
-  Operand grad_output;  // backward only
-  Parameter grad_weight, grad_bias;
-  void* workspace = nullptr;  // of the size that normnorm_cuda_workspace() tells, aligned to 16 bytes
+  Parameter grad_weight, grad_bias;  // backward
+  void* workspace = nullptr;         // of the size that normnorm_cuda_workspace() tells, aligned to 16 bytes
   Override force;
 };
 

@@ -2,8 +2,8 @@
 // Every rung of the ladder is made of these; what differs between rungs is where a group lives between the rounds.
 #pragma once
 
-#include "../core/device_math.h"
-#include "../core/statistics.h"
+#include "../math/device_math.h"
+#include "../common/stats.h"
 #include "device.cuh"
 
 namespace normnorm {
@@ -28,7 +28,7 @@ __device__ inline Moments1<Real> finish_moments(Real mean, Real sum, Real square
 
 template <class Real>
 struct Estimate {
-  Real lmbda, slope, shift, curvature;
+  Real lmbda, mean_hd, mean_d, curvature;
 };
 
 // From the totals of LambdaSums; the squares that they leave out have the mean v r^2 = 1 - eps r^2.
@@ -38,43 +38,43 @@ __device__ inline Estimate<Real> finish_lambda(const Real* sums, Real rstd, Real
   const LambdaTerms<Real> mean{sums[0] * inverse_count, sums[1] * inverse_count, sums[2] * inverse_count,
                                sums[3] * inverse_count + (Real(1) - eps * rstd * rstd)};
   const LambdaEstimate<Real> step = newton_step<Real>(mean, alpha, order, root_eps);
-  return {step.lmbda, mean.slope, mean.shift, step.curvature};
+  return {step.lmbda, mean.hd, mean.d, step.curvature};
 }
 
 // Round 3: x from round 2's signed logarithm.
-template <Care kCare, class Real>
+template <PrecisionPath kPath, class Real>
 __device__ inline Real transform_round(Real signed_log, const Exponents<Real>& e) {
-  if constexpr (kCare == Care::kSeries) {
+  if constexpr (kPath == PrecisionPath::kSeries) {
     const Side<Real> side = side_of(signed_log, e);
     const Real a = clamp_exponent<Real>(side.eta * (absolute(signed_log) * DeviceLog<Real>::kUnit));
-    return signed_as(DeviceLog<Real>::careful_power(a).expm1 * side.inverse, signed_log);
+    return signed_as(DeviceLog<Real>::exact_power(a).expm1 * side.inverse, signed_log);
   } else {
-    const Slant<Real> slant = slant_of(e, Real(1));
-    return plain_power_psi<kCare == Care::kBounded>(signed_log, slant.inverse(signed_log), slant.tilt).psi;
+    const SignedExponent<Real> exponent = signed_exponent(e, Real(1));
+    return plain_power_psi<kPath == PrecisionPath::kBounded>(signed_log, exponent.inverse(signed_log), exponent.tilt).psi;
   }
 }
 
-template <Care kCare, int N, class Real>
+template <PrecisionPath kPath, int N, class Real>
 __device__ __forceinline__ void transform_chunk(Real (&signed_log)[N], const Exponents<Real>& e) {
 #pragma unroll
-  for (int j = 0; j < N; ++j) signed_log[j] = transform_round<kCare>(signed_log[j], e);
+  for (int j = 0; j < N; ++j) signed_log[j] = transform_round<kPath>(signed_log[j], e);
 }
 
-// Which care a group needs is known only at run time; f(care) is compiled once for each.
-template <Care kCare>
-struct CareTag {
-  static constexpr Care value = kCare;
+// A group's precision path is known only at run time; f(path) is compiled once for each.
+template <PrecisionPath kPath>
+struct PathTag {
+  static constexpr PrecisionPath value = kPath;
 };
 template <class F>
-__device__ __forceinline__ void with_care(Care care, F f) {
-  if (care == Care::kPlain) f(CareTag<Care::kPlain>());
-  else f(CareTag<Care::kSeries>());
+__device__ __forceinline__ void with_path(PrecisionPath path, F f) {
+  if (path == PrecisionPath::kPlain) f(PathTag<PrecisionPath::kPlain>());
+  else f(PathTag<PrecisionPath::kSeries>());
 }
 // The same where statistics may be frozen.
 template <class F>
-__device__ __forceinline__ void with_any_care(Care care, F f) {
-  if (care == Care::kBounded) f(CareTag<Care::kBounded>());
-  else with_care(care, f);
+__device__ __forceinline__ void with_any_path(PrecisionPath path, F f) {
+  if (path == PrecisionPath::kBounded) f(PathTag<PrecisionPath::kBounded>());
+  else with_path(path, f);
 }
 
 // The backward pass's constants of a group, read from the statistics tensor.
@@ -83,7 +83,7 @@ struct GroupConstants {
   Real mean, rstd, shift, noise_scale;  // h = (u - mean) rstd + shift
   Exponents<Real> exponents;
   LambdaGradient<Real> lmbda;
-  Care care;
+  PrecisionPath path;
 
   __device__ Real standardize(Real u) const { return fused(u - mean, rstd, shift); }
 };
@@ -99,9 +99,9 @@ __device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t
   c.noise_scale = row(kNoiseScale);
   const Real lmbda = row(kLmbda);
   c.exponents = make_exponents<Real>(lmbda, transform_eps);
-  c.care = care_for(c.exponents, transform_eps, frozen);
+  c.path = precision_path(c.exponents, transform_eps, frozen);
   c.lmbda = frozen ? LambdaGradient<Real>{Real(0), Real(0), Real(0), Real(2)}
-                   : lambda_gradient<Real>(lmbda, row(kSlope), row(kShift), row(kCurvature), alpha, order);
+                   : lambda_gradient<Real>(lmbda, row(kMeanHd), row(kMeanD), row(kCurvature), alpha, order);
   return c;
 }
 
@@ -114,23 +114,23 @@ struct Slopes {
   Real x;          // in the logarithms' unit
 };
 
-// The slant that gradient_round() wants: psi in the unit of the logarithms.
+// The exponent that gradient_round() wants: psi in the unit of the logarithms.
 template <class Real>
-__device__ inline Slant<Real> gradient_slant(const Exponents<Real>& e) {
-  return slant_of(e, Real(1) / DeviceLog<Real>::kUnit);
+__device__ inline SignedExponent<Real> gradient_exponent(const Exponents<Real>& e) {
+  return signed_exponent(e, Real(1) / DeviceLog<Real>::kUnit);
 }
 
-// What of an element's slopes depends on its group's care: in the logarithms' unit, but psi_h.
+// What of an element's slopes depends on its group's precision path: in the logarithms' unit, but psi_h.
 template <class Real>
 struct PowerSlopes {
   Real psi_h, psi_lambda, x;
 };
 
 template <class Real>
-__device__ __forceinline__ PowerSlopes<Real> plain_slopes(Real h, Real log, Real reciprocal, const Slant<Real>& slant) {
+__device__ __forceinline__ PowerSlopes<Real> plain_slopes(Real h, Real log, Real reciprocal, const SignedExponent<Real>& exponent) {
   const Real signed_log = signed_as(log, h);
-  const Real inverse = slant.inverse(h);
-  const PowerPsi<Real> p = plain_power_psi<false>(signed_log, inverse, slant.tilt);
+  const Real inverse = exponent.inverse(h);
+  const PowerPsi<Real> p = plain_power_psi<false>(signed_log, inverse, exponent.tilt);
   return {p.power * reciprocal, fused(p.power, signed_log, -p.psi) * inverse, p.psi};
 }
 
@@ -140,20 +140,20 @@ __device__ __forceinline__ PowerSlopes<Real> careful_slopes(Real h, Real log, Re
   constexpr Real unit = DeviceLog<Real>::kUnit;
   const Side<Real> side = side_of(h, exponents);
   const Real l = log * unit;
-  const ExpPair<Real> power = DeviceLog<Real>::careful_power(clamp_exponent<Real>(side.eta * l));
+  const ExpPair<Real> power = DeviceLog<Real>::exact_power(clamp_exponent<Real>(side.eta * l));
   const Real magnitude = power.expm1 * side.inverse;
   const PsiSlopes<Real> slope = psi_slopes<true, Real>(l, reciprocal, power.exp, magnitude, side);
   return {slope.psi_h, slope.psi_lambda * (Real(1) / (unit * unit)), signed_as(magnitude, h) * (Real(1) / unit)};
 }
 
 template <class Real>
-__device__ __forceinline__ Slopes<Real> gradient_round(Care care, Real h, Real g, const Slant<Real>& slant,
+__device__ __forceinline__ Slopes<Real> gradient_round(PrecisionPath path, Real h, Real g, const SignedExponent<Real>& exponent,
                                                        const Exponents<Real>& exponents,
                                                        const LambdaGradient<Real>& lmbda, Real* sums) {
   const Real t = absolute(h);
   const Real log = DeviceLog<Real>::of(t);
   const Real reciprocal = fast_reciprocal(t + Real(1));
-  const PowerSlopes<Real> p = care == Care::kPlain ? plain_slopes(h, log, reciprocal, slant)
+  const PowerSlopes<Real> p = path == PrecisionPath::kPlain ? plain_slopes(h, log, reciprocal, exponent)
                                                    : careful_slopes(h, log, reciprocal, exponents);
   const Real through_h = rounded_product(g, p.psi_h);
   const Real w = device_lambda_weight(h, t, log, reciprocal, lmbda);

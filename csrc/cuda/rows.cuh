@@ -5,8 +5,8 @@
 // noise, so that a run begins and ends within a chunk. Either way one Philox counter never serves two chunks.
 #pragma once
 
-#include "../core/device_math.h"
-#include "../core/statistics.h"
+#include "../math/device_math.h"
+#include "../common/stats.h"
 #include "joined.cuh"
 #include "problem.h"
 #include "storage.cuh"

@@ -64,8 +64,8 @@ class BackwardGroup {
     // in the unit of x
     const Real noise = a_.noise_train * constants.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
     const PhiloxSchedule keys(noisy ? uint64_t(*a_.seed) : 0);
-    with_care(constants.care, [&](auto tag) {
-      constexpr bool kLate = kRagged || tag.value != Care::kPlain;
+    with_path(constants.path, [&](auto tag) {
+      constexpr bool kLate = kRagged || tag.value != PrecisionPath::kPlain;
       struct Raw {
         Fetched<T, kLate> u, g;
         Extra<T, kJoined, kLate> activated;
@@ -132,16 +132,16 @@ class BackwardGroup {
 
  private:
   // From (G, -, u) to (G psi_h, w, h), x in the logarithms' unit; elements outside the run become zeros.
-  template <Care kCare>
+  template <PrecisionPath kPath>
   __device__ __forceinline__ void slopes(Span span, const GroupConstants<Real>& constants, Chunk kept, Real (&x)[N],
                                          Real (&sums)[kGradientSums]) {
-    const Slant<Real> slant = gradient_slant(constants.exponents);
+    const SignedExponent<Real> exponent = gradient_exponent(constants.exponents);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       if (!kRagged || span.has(j)) {
         kept[2][j] = constants.standardize(kept[2][j]);
         const Slopes<Real> s =
-            gradient_round(kCare, kept[2][j], kept[0][j], slant, constants.exponents, constants.lmbda, sums);
+            gradient_round(kPath, kept[2][j], kept[0][j], exponent, constants.exponents, constants.lmbda, sums);
         kept[0][j] = s.through_h, kept[1][j] = s.w, x[j] = s.x;
       } else {
         kept[0][j] = kept[1][j] = kept[2][j] = x[j] = Real(0);

@@ -23,8 +23,8 @@ __device__ inline void write_statistics(const RowsArgs<Real>& a, uint32_t group,
   s[kMeanLow * groups] = m.mean_low;
   s[kRstd * groups] = m.rstd;
   s[kLmbda * groups] = e.lmbda;
-  s[kSlope * groups] = e.slope;
-  s[kShift * groups] = e.shift;
+  s[kMeanHd * groups] = e.mean_hd;
+  s[kMeanD * groups] = e.mean_d;
   s[kCurvature * groups] = e.curvature;
 }
 
@@ -111,9 +111,9 @@ class ForwardGroup {
   }
 
   // Leaves x; returns its mean.
-  __device__ __forceinline__ Real transform(const Exponents<Real>& e, Care care) {
+  __device__ __forceinline__ Real transform(const Exponents<Real>& e, PrecisionPath path) {
     Real total[1] = {0};
-    with_care(care, [&](auto tag) {
+    with_path(path, [&](auto tag) {
       held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
         transform_chunk<tag.value>(x[0], e);
 #pragma unroll
@@ -146,9 +146,9 @@ class ForwardGroup {
   }
 
   // The last round where there is no noise, from the signed logarithms.
-  __device__ __forceinline__ void write_plain(const GroupPlace& g, const Exponents<Real>& e, Care care) {
+  __device__ __forceinline__ void write_plain(const GroupPlace& g, const Exponents<Real>& e, PrecisionPath path) {
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
-    with_care(care, [&](auto tag) {
+    with_path(path, [&](auto tag) {
       each_output(g, [&](Chunk x, uint32_t chunk, uint32_t, const Residual& residual) {
         transform_chunk<tag.value>(x[0], e);
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
@@ -224,18 +224,18 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const RowsArgs<
     const Moments1<Real> m = pass.moments(g);
     const Estimate<Real> estimate = pass.estimate(g, m);
     const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
-    const Care care = care_for(e, a.transform_eps, false);
+    const PrecisionPath path = precision_path(e, a.transform_eps, false);
     // now, and not when all is done: the rounds that follow want the registers
     if (team.rank() == 0) write_statistics(a, group, m, estimate);
     Real scale = 0;
     if constexpr (kNoise) {
       const bool noisy = draws_noise<kNoise, kJoined>(a);
-      const Real mean = pass.transform(e, care);
+      const Real mean = pass.transform(e, path);
       if (noisy) scale = a.given_scale ? a.stats[int64_t(kNoiseScale) * a.groups + group] : pass.deviation(g, mean);
       const Real noise = a.noise_train * scale * kNormalUnit<Real>;
       pass.write_noisy(locate_group(a, opaque(group)), noisy ? uint64_t(*a.seed) : 0, noise);
     } else {
-      pass.write_plain(g, e, care);
+      pass.write_plain(g, e, path);
     }
     if (team.rank() == 0 && !a.given_scale) a.stats[int64_t(kNoiseScale) * a.groups + group] = scale;
   }

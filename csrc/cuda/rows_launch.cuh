@@ -119,7 +119,7 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   RowsArgs<Real> a = {};
-  const int64_t per_run = mode.ragged ? divide_up(p.geometry.length + N - 1, N) : p.geometry.length / N;
+  const int64_t per_run = mode.ragged ? ceil_div(p.geometry.length + N - 1, N) : p.geometry.length / N;
   a.length = p.geometry.length;
   a.groups = uint32_t(p.geometry.groups());
   a.runs = uint32_t(p.geometry.runs);
@@ -137,7 +137,7 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   a.weight = p.weight.data, a.weight_in_storage = p.weight.in_storage_type;
   a.bias = p.bias.data, a.bias_in_storage = p.bias.in_storage_type;
   a.affine = p.affine;
-  a.seed = p.noise.seed, a.stream = p.noise.stream;
+  a.seed = p.seed, a.stream = p.noise.stream;
   a.noise = p.noise.on, a.given_scale = p.noise.given_scale, a.frozen = p.frozen;
   a.noise_train = Real(p.noise.train);
   a.inverse_count_double = 1.0 / double(p.geometry.group_size());
@@ -211,7 +211,7 @@ int fold_parameter(const RealOf<T>* part, int64_t parts, int64_t elements, const
   if (gradient.data == nullptr || part == gradient.data) return 0;
   Start s;
   s.threads = kFoldColumns * kFoldRows;
-  s.grid = unsigned(divide_up(elements, kFoldColumns));
+  s.grid = unsigned(ceil_div(elements, kFoldColumns));
   s.stream = stream;
   return start(fold_parts<T>, s, part, parts, elements, gradient.data, gradient.in_storage_type);
 }

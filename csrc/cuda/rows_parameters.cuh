@@ -18,7 +18,7 @@ __device__ __forceinline__ void parameter_terms(const RowsArgs<Real>& a, const G
   join_mask<true>(ChunkAt<T, kRagged>{g, c}, a.joined, Fetched<T, true>(), grad);
   if (a.weight_part == nullptr) return;
   read_chunk<T, kRagged>(a.input, g.input, a.at_input, c, x);
-  with_care(k.care, [&](auto tag) { input_to_x<tag.value>(k, x); });
+  with_path(k.path, [&](auto tag) { input_to_x<tag.value>(k, x); });
   if (a.noise) {
     const Real noise = a.noise_train * k.noise_scale * kNormalUnit<Real>;
     if constexpr (kAligned) {

@@ -105,9 +105,9 @@ class RowsPass {
     const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
     wave_ = once ? groups : kWaveBytes / bytes;
     wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;
-    const int64_t most = divide_up(args_.chunks, kStreamThreads);
-    int64_t splits = divide_up(int64_t(device.multiprocessors) * (2048 / kStreamThreads), wave_);
-    if (once) splits = std::max(splits, divide_up(most, kOutputChunks));
+    const int64_t most = ceil_div(args_.chunks, kStreamThreads);
+    int64_t splits = ceil_div(int64_t(device.multiprocessors) * (2048 / kStreamThreads), wave_);
+    if (once) splits = std::max(splits, ceil_div(most, kOutputChunks));
     splits = splits > most ? most : splits;
     stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
     if (p_.force.teams) wave_ = p_.force.teams;
@@ -123,7 +123,7 @@ class RowsPass {
     elements_ = p_.affine == Affine::kPerElement ? g.length : p_.affine == Affine::kPerRun ? g.inner * g.runs : g.inner;
     parts_ = g.outer;
     if (p_.affine == Affine::kPerElement) {
-      slabs_ = uint32_t(divide_up(int64_t(device.multiprocessors) * 8, divide_up(args_.chunks, kStreamThreads)));
+      slabs_ = uint32_t(ceil_div(int64_t(device.multiprocessors) * 8, ceil_div(args_.chunks, kStreamThreads)));
       if (slabs_ > args_.groups) slabs_ = args_.groups;
       parts_ = fused_ ? plan_.teams : slabs_;
     }
@@ -249,10 +249,10 @@ class RowsPass {
     s.threads = kStreamThreads;
     s.stream = stream_;
     if (p_.affine == Affine::kPerRun) {
-      s.grid = unsigned(divide_up(p_.geometry.groups() * p_.geometry.runs, kStreamThreads / 32));
+      s.grid = unsigned(ceil_div(p_.geometry.groups() * p_.geometry.runs, kStreamThreads / 32));
       return start(run_parameters<T, kRagged>, s, args_);
     }
-    s.grid = unsigned(divide_up(divide_up(args_.length, N), kStreamThreads)) * slabs_;
+    s.grid = unsigned(ceil_div(ceil_div(args_.length, N), kStreamThreads)) * slabs_;
     return start(element_parameters_pass<T, kRagged>, s, args_, slabs_);
   }
 

@@ -165,14 +165,14 @@ __global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamArgs
 }
 
 // x of a chunk in place of u, from the statistics.
-template <Care kCare, int N, class Real>
+template <PrecisionPath kPath, int N, class Real>
 __device__ __forceinline__ void input_to_x(const GroupConstants<Real>& k, Real (&x)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const Real h = k.standardize(x[j]);
     x[j] = signed_as(DeviceLog<Real>::of(absolute(h)), h);
   }
-  transform_chunk<kCare>(x, k.exponents);
+  transform_chunk<kPath>(x, k.exponents);
 }
 
 template <class Real>
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamArgs<Real
   const GroupConstants<Real> k = constants_of(s.rows, slice.group);
   const Real mean = kDeviation ? s.mean[slice.local] : Real(0);
   Real sums[1] = {0};
-  with_care(k.care, [&](auto tag) {
+  with_path(k.path, [&](auto tag) {
     each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, Real (&x)[N]) {
       input_to_x<tag.value>(k, x);
 #pragma unroll
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamArgs
   const PhiloxSchedule keys(draws_noise<kNoise, kJoined>(s.rows) ? uint64_t(*s.rows.seed) : 0);
   const GroupAffine<Real> affine = group_affine<T>(s.rows, g);
   const Real noise = s.rows.noise_train * k.noise_scale * kNormalUnit<Real>;
-  with_any_care(k.care, [&](auto tag) {
+  with_any_path(k.path, [&](auto tag) {
     const auto write = [&](const ChunkPlace& c, Real (&x)[N], const Extra<T, kJoined, kRagged>& residual) {
       input_to_x<tag.value>(k, x);
       output_round<T, kRagged, kNoise, kJoined>(s.rows, g, c, keys, noise, affine, residual, x);
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(kStreamThreads, kJoined ? 2 : 3) stream_gradie
     du = finish_gradient(s.sums + size_t(slice.local) * kMaxSums, group_affine<T>(s.rows, g).weight, s.rows.inverse_count,
                          k.rstd, s.rows.frozen);
   Real sums[kGradientSums] = {};
-  const Slant<Real> slant = gradient_slant(k.exponents);
-  with_care(k.care, [&](auto tag) {
+  const SignedExponent<Real> exponent = gradient_exponent(k.exponents);
+  with_path(k.path, [&](auto tag) {
     struct Raw {
       Fetched<T, kRagged> u, grad;
       Extra<T, kJoined, kRagged> activated;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kStreamThreads, kJoined ? 2 : 3) stream_gradie
         const Real h = k.standardize(u[j]);
         x[j] = Real(0);
         if (kRagged && !c.span.has(j)) continue;
-        const Slopes<Real> slope = gradient_round(tag.value, h, weighted[j], slant, k.exponents, k.lmbda, sums);
+        const Slopes<Real> slope = gradient_round(tag.value, h, weighted[j], exponent, k.exponents, k.lmbda, sums);
         x[j] = slope.x;
         u[j] = du(slope.through_h, slope.w, h);
       }
@@ -289,7 +289,7 @@ enum class Finish { kMoments, kLambda, kMean, kDeviation, kGradient };
 // A block finishes a group: as many threads as there are parts, within limits.
 constexpr int kFinishThreads = 256;
 inline unsigned finish_threads(int64_t parts) {
-  const int64_t whole = divide_up(parts, 32) * 32;
+  const int64_t whole = ceil_div(parts, 32) * 32;
   return unsigned(whole < kFinishThreads ? whole : kFinishThreads);
 }
 
@@ -326,8 +326,8 @@ __device__ inline void finish_sums(const RowsArgs<Real>& a, const Real (&sums)[K
   if constexpr (kFinish == Finish::kLambda) {
     const Estimate<Real> e = finish_lambda(sums, stats[kRstd * groups], a.inverse_count, a.alpha, a.order, a.eps, a.root_eps);
     stats[kLmbda * groups] = e.lmbda;
-    stats[kSlope * groups] = e.slope;
-    stats[kShift * groups] = e.shift;
+    stats[kMeanHd * groups] = e.mean_hd;
+    stats[kMeanD * groups] = e.mean_d;
     stats[kCurvature * groups] = e.curvature;
     if (!a.given_scale) stats[kNoiseScale * groups] = Real(0);
   } else if constexpr (kFinish == Finish::kMean) {

@@ -2,7 +2,7 @@
 // channel, in float64: a handful of numbers, and the same result as on the CPU.
 #pragma once
 
-#include "../core/statistics.h"
+#include "../common/stats.h"
 #include "running.h"
 #include "storage.cuh"
 

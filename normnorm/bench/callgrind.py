@@ -53,7 +53,7 @@ void count(const char* name, Geometry g, Affine affine, Strides s, int64_t param
   for (int noisy = 0; noisy < 2; ++noisy) {
     Problem p;
     p.geometry = g, p.affine = affine;
-    p.noise.on = noisy, p.noise.train = 0.4, p.noise.seed = 3, p.noise.position = s;
+    p.noise.on = noisy, p.noise.train = 0.4, p.seed = 3, p.noise.position = s;
     p.stats = stats.data(), p.weight = w.data(), p.bias = b.data();
     p.input = {x.data(), s}, p.output = {y.data(), s};
     Problem q = p;

@@ -1,4 +1,4 @@
-// csrc/core for Python, one function at a time, so that the tests can hold each against mpmath and SciPy.
+// csrc/math for Python, one function at a time, so that the tests can hold each against mpmath and SciPy.
 //
 // float32 functions run over SIMD lanes of the instruction set this file is compiled for, a partial vector at
 // the end; float64 ones run on scalars, as the definition of the same templates. NN_MODULE names the Python
@@ -6,10 +6,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "../../csrc/core/lmbda.h"
-#include "../../csrc/core/moments.h"
-#include "../../csrc/core/projected_error.h"
-#include "../../csrc/core/transform.h"
+#include "../../csrc/math/lmbda.h"
+#include "../../csrc/math/moments.h"
+#include "../../csrc/math/projected_error.h"
+#include "../../csrc/math/transform.h"
 #include "../../csrc/cpu/noise.h"
 #include "../../csrc/cpu/storage.h"
 
@@ -90,17 +90,17 @@ void bind_real(py::module_& m) {
         using V = decltype(h);
         const V t = magnitude(h);
         const auto s = lambda_terms<V>(h, t, log1p_nonneg<V>(t));
-        return which == 0 ? s.slope : which == 1 ? s.log : which == 2 ? s.shift : s.curvature;
+        return which == 0 ? s.hd : which == 1 ? s.log : which == 2 ? s.d : s.e;
       });
     };
     return py::make_tuple(term(0), term(1), term(2), term(3));
   });
-  m.def("lambda_weight", [](Array<T> a, T lmbda, T slope_a, T shift, T curvature, T alpha, int order) {
-    const auto g = lambda_gradient<T>(lmbda, slope_a, shift, curvature, alpha, order);
+  m.def("lambda_weight", [](Array<T> a, T lmbda, T mean_hd, T mean_d, T curvature, T alpha, int order) {
+    const auto g = lambda_gradient<T>(lmbda, mean_hd, mean_d, curvature, alpha, order);
     return map(a, [&](auto h) {
       using V = decltype(h);
       const V t = magnitude(h);
-      const LambdaGradient<V> c{splat<V>(g.c_e), splat<V>(g.c_r), splat<V>(g.c_o), splat<V>(g.shift)};
+      const LambdaGradient<V> c{splat<V>(g.c_e), splat<V>(g.c_r), splat<V>(g.c_o), splat<V>(g.two_d)};
       return lambda_weight<V>(h, t, log1p_nonneg<V>(t), V(T(1) / (t + T(1))), c);
     });
   });
@@ -130,7 +130,7 @@ py::array_t<T> normals_of(uint64_t seed, uint32_t stream, int64_t position, int6
   NoiseSource source;
   source.seed = seed;
   source.stream = stream;
-  source.order = {transposed, rows, cols};
+  source.order = {{}, transposed, rows, cols};
   py::array_t<T> buffer(count + kNoiseSlack), out(count);
   const T* z = normals(buffer.mutable_data(), position, count, source);
   for (int64_t i = 0; i < count; ++i) out.mutable_data()[i] = z[i];

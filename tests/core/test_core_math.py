@@ -1,4 +1,4 @@
-"""Every device function of csrc/core against mpmath and SciPy, on every instruction set here."""
+"""Every device function of csrc/math against mpmath and SciPy, on every instruction set here."""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ def test_a_constant_group_gives_the_bias_exactly_and_lambda_one(case, dtype, bac
         stats = _statistics(case, x, backend, noise_train=1.0)
         assert (stats[Row.LMBDA] == 1.0).all()
         assert (stats[Row.NOISE_SCALE] == 0.0).all()
-        assert (stats[Row.A] == 0.0).all()
-        assert (stats[Row.D] == 0.0).all()
+        assert (stats[Row.MEAN_HD] == 0.0).all()
+        assert (stats[Row.MEAN_D] == 0.0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_name)

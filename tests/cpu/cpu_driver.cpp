@@ -85,7 +85,7 @@ void run(const Walk& w, bool noisy, bool frozen) {
   p.frozen = frozen;
   p.noise.on = noisy;
   p.noise.train = 0.4;
-  p.noise.seed = 42;
+  p.seed = 42;
   p.noise.position = w.stride;
   p.stats = stats.data();
   p.weight = weight.data(), p.bias = bias.data();

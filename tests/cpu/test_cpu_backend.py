@@ -131,7 +131,8 @@ def test_info_says_what_runs():
 
 
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    folders = (ROOT, *(ROOT / name for name in ("tests", "tests/core", "tests/cpu")))
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -804,7 +804,7 @@ def test_running_statistics(kernels, dtype, momentum):
     var[0] = float("inf")
     kernels.pack_running(arguments | {"stats": packed.data_ptr(), "groups": channels})
     assert packed[Row.RSTD].isnan().tolist() == [True] + [False] * (channels - 1)
-    assert not packed[[Row.MEAN_LOW, Row.NOISE_SCALE, Row.A, Row.D, Row.CURVATURE]].any()
+    assert not packed[[Row.MEAN_LOW, Row.NOISE_SCALE, Row.MEAN_HD, Row.MEAN_D, Row.CURVATURE]].any()
 
 
 # --- sanitizers --------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 RUNTIME = sass.ROOT / "tests/cuda/fake_cuda/runtime.cpp"
-STORAGES = ("float32", "float64", "bfloat16", "float16")  # of csrc/cpu/problem.h, in its order
+STORAGES = ("float32", "float64", "bfloat16", "float16")  # of csrc/common/params.h, in its order
 # Of whose kernels the machine code is read: what other static tests compile, and one of the last.
 KNOWN = {
     "sm_80": ("float32", "bfloat16", "float16"),
@@ -117,9 +117,10 @@ def _build() -> Path:
     """The runtime, linked with the kernels' objects."""
     csrc = sass.ROOT / "csrc"
     objects = [sass.compile_cubin(s, sass.HOST) for s in sorted((csrc / "cuda").glob("*.cu"))]
-    binding = [csrc / f"{name}.cpp" for name in ("binding/cuda_problem", "cpu/layout", "arguments")]
+    names = ("binding/cuda_problem", "common/layout", "common/checks")
+    binding = [csrc / f"{name}.cpp" for name in names]
     words = [*harness.flags(), "-fvisibility=default", "-w"]
-    read = [RUNTIME, *binding, *harness.sources_in(csrc, csrc / "binding", csrc / "cpu")]
+    read = [RUNTIME, *binding, *harness.sources_in(csrc, csrc / "binding", csrc / "common")]
 
     def make(target: Path) -> None:
         sources = [*map(str, [RUNTIME, *binding])]

@@ -234,7 +234,7 @@ def test_an_object_is_compiled_again_only_where_something_changed(colon, build, 
 
 
 FAILING = """
-echo "In file included from csrc/core/projected_error.h:3:" >&2
+echo "In file included from csrc/math/projected_error.h:3:" >&2
 echo "a.cpp:3:4: error: the first" >&2
 echo "a.cpp:5:6: error: another" >&2
 exit 1

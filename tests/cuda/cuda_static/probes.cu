@@ -1,5 +1,5 @@
 // One group's way through the resident kernels, for counting instructions: each probe holds kRegister chunks a thread,
-// so that the difference between two of them is what a chunk costs. Groups that need care (small exponents) are left
+// so that the difference between two of them is what a chunk costs. Groups with small exponents are left
 // out, as they are of the hot path.
 #include "../../../csrc/cuda/rows_backward.cuh"
 #include "../../../csrc/cuda/rows_forward.cuh"
@@ -29,10 +29,10 @@ __device__ __forceinline__ void forward(RowsArgs<RealOf<T>> a) {
   const Estimate<Real> estimate = pass.estimate(g, m);
   const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
   if constexpr (kNoise) {
-    const Real mean = pass.transform(e, Care::kPlain);
+    const Real mean = pass.transform(e, PrecisionPath::kPlain);
     pass.write_noisy(g, uint64_t(*a.seed), a.noise_train * pass.deviation(g, mean) * kNormalUnit<Real>);
   } else {
-    pass.write_plain(g, e, Care::kPlain);
+    pass.write_plain(g, e, PrecisionPath::kPlain);
   }
 }
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ void backward(RowsArgs<RealOf<T>> a) {
   const GroupPlace place = locate_group(a, team.index());
   GroupConstants<Real> constants =
       load_constants(a.stats, team.index(), a.groups, a.alpha, a.order, a.transform_eps, false);
-  constants.care = Care::kPlain;
+  constants.path = PrecisionPath::kPlain;
   Real sums[kGradientSums] = {};
   pass.reduce(place, constants, sums);
   pass.write(place, finish_gradient(sums, group_affine<T>(a, place).weight, a.inverse_count, constants.rstd, false));

@@ -57,11 +57,8 @@ def nvcc_version() -> str:
 
 
 def _sources() -> list[Path]:
-    folders = (ROOT / "csrc/cuda", ROOT / "csrc/core")
-    return [
-        ROOT / "csrc/cpu/problem.h",
-        *sorted(p for f in folders for p in f.iterdir() if p.is_file()),
-    ]
+    folders = (ROOT / "csrc/cuda", ROOT / "csrc/common", ROOT / "csrc/math")
+    return sorted(p for f in folders for p in f.iterdir() if p.is_file())
 
 
 def _digest(source: Path, architecture: str) -> str:

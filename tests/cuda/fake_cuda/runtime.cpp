@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../../../csrc/binding/cuda_problem.h"
-#include "../../../csrc/core/statistics.h"
+#include "../../../csrc/common/stats.h"
 #include "../../../csrc/cuda/columns_resident.cuh"
 #include "../../../csrc/cuda/launch.h"
 #undef blockDim
@@ -165,7 +165,7 @@ class Look {
 
   template <class T>
   void holds(int64_t chunks, unsigned blocks, int in_registers, int planes) const {
-    const int64_t each = divide_up(chunks, int64_t(threads_) * blocks) - in_registers;
+    const int64_t each = ceil_div(chunks, int64_t(threads_) * blocks) - in_registers;
     const size_t bytes = size_t(planes * kChunkOf<T>) * sizeof(RealOf<T>) * threads_;
     require(each <= 0 || (planes && size_t(each) * bytes <= dynamic_), "a group does not fit on chip");
   }
@@ -432,15 +432,15 @@ int run_pass(const Pass* given, int plan[5]) {
     if (noise && noise_order_is_out_of_reach(a.input, c)) return -1;
     c.noise_train = noise ? 0.4 : 0.0;
     const TensorView output = view(pass.output.strides);
-    const cpu::Layout layout = cuda_layout(a.input, backward && !pass.needs_input ? a.input : output, c, noise);
-    p = cuda_problem(cpu::Storage(pass.storage), layout, c, noise);
+    const Layout layout = cuda_layout(a.input, backward && !pass.needs_input ? a.input : output, c, noise);
+    p = cuda_problem(Storage(pass.storage), layout, c, noise);
     // a tensor, or its dense copy where the walk cannot go over it
     const auto operand = [&](const char* name, const Tensor& t) {
       if (const auto strides = layout.strides(view(t.strides)))
-        return cpu::Operand{take(name, bytes_of(t.strides), t.offset * element), *strides};
+        return Operand{take(name, bytes_of(t.strides), t.offset * element), *strides};
       std::vector<int64_t> dense(size_t(pass.dim));
       layout.natural_strides(a.input, dense.data());
-      return cpu::Operand{take(name, bytes_of(dense.data()), 0), *layout.strides(view(dense.data()))};
+      return Operand{take(name, bytes_of(dense.data()), 0), *layout.strides(view(dense.data()))};
     };
     int64_t elements = c.kind == Kind::kLayer ? 1 : pass.sizes[1];
     if (c.kind == Kind::kLayer)
@@ -455,7 +455,7 @@ int run_pass(const Pass* given, int plan[5]) {
       p.weight = parameter("weight", pass.parameter_offset);
       p.bias = parameter("bias", pass.parameter_offset);
     }
-    if (noise) p.noise.seed = static_cast<const int64_t*>(take("seed", 8, 0));
+    if (noise) p.seed = static_cast<const int64_t*>(take("seed", 8, 0));
     p.relu = pass.relu, p.frozen = pass.frozen;
     if (!backward) {
       p.output = operand("output", pass.output);

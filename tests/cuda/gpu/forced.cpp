@@ -5,6 +5,7 @@
 
 #include "../../../csrc/cuda/launch.h"
 
+using namespace normnorm;
 using namespace normnorm::cuda;
 
 namespace {
@@ -30,7 +31,7 @@ Problem problem_of(const int64_t* numbers, const double* reals, void* const* poi
   Next<double> real(reals);
   Next<void*> pointer(pointers);
   Problem p;
-  p.storage = normnorm::cpu::Storage(number());
+  p.storage = normnorm::Storage(number());
   const bool columns = number() != 0;
   const int64_t outer = number(), inner = number(), runs = number();
   p.geometry = {columns, outer, inner, runs, number()};
@@ -55,7 +56,7 @@ Problem problem_of(const int64_t* numbers, const double* reals, void* const* poi
   p.eps = real();
   p.alpha = real();
   p.transform_eps = real();
-  p.noise.seed = static_cast<const int64_t*>(pointer());
+  p.seed = static_cast<const int64_t*>(pointer());
   p.stats = pointer();
   p.workspace = pointer();
   return p;

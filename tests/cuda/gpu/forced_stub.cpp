@@ -3,6 +3,7 @@
 
 #include "../../../csrc/cuda/launch.h"
 
+using namespace normnorm;
 using namespace normnorm::cuda;
 
 extern "C" {
@@ -25,7 +26,7 @@ int write(const Problem* p, int backward) {
     address(o->data), walk(o->stride);
   put(p->relu);
   put(int(p->force.rung)), put(p->force.threads), put(p->force.blocks), put(p->force.teams);
-  address(p->noise.seed), address(p->stats), address(p->workspace);
+  address(p->seed), address(p->stats), address(p->workspace);
   return n;
 }
 

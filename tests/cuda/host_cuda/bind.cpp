@@ -29,7 +29,7 @@ Problem problem_of(const py::dict& d) {
   p.affine = Affine(d["affine"].cast<int>());
   p.noise.on = d["noise"].cast<bool>();
   p.noise.given_scale = d["given_scale"].cast<bool>();
-  p.noise.seed = reinterpret_cast<const int64_t*>(d["seed"].cast<uintptr_t>());
+  p.seed = reinterpret_cast<const int64_t*>(d["seed"].cast<uintptr_t>());
   p.noise.train = d["noise_train"].cast<double>();
   p.noise.stream = d["stream"].cast<uint32_t>();
   p.noise.position = strides(d["position"]);

@@ -92,7 +92,7 @@ def assert_statistics(got: Tensor, want: Tensor, x: Tensor) -> None:
     tolerance = ABSOLUTE[got.dtype]
     mean, expected = (s.double()[Row.MEAN] + s.double()[Row.MEAN_LOW] for s in (got, want))
     assert (mean - expected).abs().max() <= tolerance * x.double().abs().max(), "mean"
-    for row in (Row.RSTD, Row.LMBDA, Row.NOISE_SCALE, Row.A, Row.D, Row.CURVATURE):
+    for row in (Row.RSTD, Row.LMBDA, Row.NOISE_SCALE, Row.MEAN_HD, Row.MEAN_D, Row.CURVATURE):
         scale = want[row].abs().max().clamp_min(0.1)
         assert (got[row].double() - want[row]).abs().max() <= 4 * tolerance * scale, row.name
 

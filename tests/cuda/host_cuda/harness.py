@@ -95,7 +95,7 @@ def sources_in(*folders: Path) -> list[Path]:
 
 def _sources() -> list[Path]:
     """What the kernels and their launchers are made from."""
-    return [*sources_in(CUDA, ROOT / "csrc/core", LAYER), ROOT / "csrc/cpu/problem.h"]
+    return sources_in(CUDA, ROOT / "csrc/common", ROOT / "csrc/math", LAYER)
 
 
 def run(command: Sequence[str]) -> None:

@@ -50,8 +50,8 @@ def _sources() -> list[Path]:
     csrc = ROOT / "csrc"
     return [
         *(csrc / f"binding/{name}.cpp" for name in BINDING),
-        csrc / "arguments.cpp",
-        csrc / "cpu/layout.cpp",
+        csrc / "common/checks.cpp",
+        csrc / "common/layout.cpp",
         harness.LAYER / "torch_host.cpp",
     ]
 
@@ -62,7 +62,7 @@ def build() -> Path:
     assert reason is None, reason
     csrc = ROOT / "csrc"
     read = [
-        *harness.sources_in(csrc, *(csrc / name for name in ("binding", "core", "cpu", "cuda"))),
+        *harness.sources_in(csrc, *(csrc / name for name in ("binding", "common", "math", "cuda"))),
         *harness.sources_in(harness.LAYER),
     ]
     state = harness.digest(read, harness.flags(), _FLAGS, torch.__version__)

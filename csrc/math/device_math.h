@@ -102,7 +102,7 @@ struct DeviceLog<float> {
     return {power, fused(power, inverse, -inverse)};  // rounded once, as after an exact P - 1
   }
   // From a natural exponent, for exponents of any size.
-  static NN_HD ExpPair<float> careful_power(float a) {
+  static NN_HD ExpPair<float> exact_power(float a) {
     const float power = fast_exp2(a * 1.4426950408889634f);
     const float series = a * first_exponential(a);
     return {power, absolute(a) < 0.5f ? series : power - 1.0f};
@@ -115,33 +115,33 @@ struct DeviceLog<double> {
   static NN_HD double of(double t) { return ::log1p(t); }
   static NN_HD double bounded(double a) { return clamp_exponent<double>(a); }
   static NN_HD PowerPsi<double> power_psi(double a, double inverse) { return {::exp(a), ::expm1(a) * inverse}; }
-  static NN_HD ExpPair<double> careful_power(double a) { return exp_pair<double>(a); }
+  static NN_HD ExpPair<double> exact_power(double a) { return exp_pair<double>(a); }
 };
 
 // How a group's powers are to be taken.
-enum class Care {
+enum class PrecisionPath {
   kPlain,    // both exponents well away from 0, and h standardized, so that no power overflows
   kBounded,  // the same of an unbounded h (frozen statistics): exponents are clamped
   kSeries,   // an exponent is small, so that P - 1 would cancel, or the transform is the shifted one
 };
 
 template <class S>
-NN_HD Care care_for(const Exponents<S>& e, S transform_eps, bool frozen) {
-  if (transform_eps > S(0) || has_small_exponent(e)) return Care::kSeries;
-  return frozen ? Care::kBounded : Care::kPlain;
+NN_HD PrecisionPath precision_path(const Exponents<S>& e, S transform_eps, bool frozen) {
+  if (transform_eps > S(0) || has_small_exponent(e)) return PrecisionPath::kSeries;
+  return frozen ? PrecisionPath::kBounded : PrecisionPath::kPlain;
 }
 
 // A group's exponents as kPlain takes them. eta = 1 + sign(h) tilt, so that eta log = |log| + tilt log of the signed
 // logarithm: one instruction where choosing an exponent and multiplying by it are three. 1/eta has the sign of its side.
 template <class V>
-struct Slant {
+struct SignedExponent {
   V tilt, inverse_pos, inverse_neg;
   NN_HD V inverse(V h) const { return h < V(0) ? inverse_neg : inverse_pos; }
 };
 
 // psi comes out times `scale`.
 template <class S>
-NN_HD Slant<S> slant_of(const Exponents<S>& e, S scale) {
+NN_HD SignedExponent<S> signed_exponent(const Exponents<S>& e, S scale) {
   return {e.eta_pos - S(1), e.inverse_pos * scale, -e.inverse_neg * scale};
 }
 
@@ -155,16 +155,16 @@ NN_HD PowerPsi<V> plain_power_psi(V signed_log, V inverse, V tilt) {
 // with q = d + t there remains e = 2 d^2 - q l + t^2: two products, each summed on its own.
 template <class V>
 struct LambdaSums {
-  V slope = 0, log = 0, shift = 0, squares = 0, products = 0;
+  V hd = 0, log = 0, d_sum = 0, squares = 0, products = 0;
 
   // Returns the logarithm of 1+|h|, signed as h.
   NN_HD V add(V h) {
     const V t = absolute(h), log_t = DeviceLog<V>::of(t), signed_log = signed_as(log_t, h);
     const V q = (t + V(1)) * log_t;
     const V d = fused(q, DeviceLog<V>::kUnit, -t);
-    slope += h * d;
+    hd += h * d;
     log += signed_log;
-    shift += d;
+    d_sum += d;
     squares += d * d;
     products += q * log_t;
     return signed_log;
@@ -172,7 +172,7 @@ struct LambdaSums {
   // The sums of LambdaTerms, without the t^2 of e.
   NN_HD void totals(V (&out)[4]) const {
     constexpr V unit = DeviceLog<V>::kUnit;
-    out[0] = slope, out[1] = log * unit, out[2] = shift, out[3] = V(2) * squares - unit * unit * products;
+    out[0] = hd, out[1] = log * unit, out[2] = d_sum, out[3] = V(2) * squares - unit * unit * products;
   }
 };
 
@@ -183,7 +183,7 @@ NN_HD V device_lambda_weight(V h, V t, V log, V reciprocal, const LambdaGradient
   const V odd = h < V(0) ? -c.c_o : c.c_o;
   const V y = fused(log, V(2) * unit, V(-1));
   const V of_t = fused(y, fused(odd, y, c.c_e), odd);
-  const V of_log = fused(odd, fused(log, V(3) * unit * unit, -c.shift * unit), c.c_e * unit);
+  const V of_log = fused(odd, fused(log, V(3) * unit * unit, -c.two_d * unit), c.c_e * unit);
   return fused(t, of_t, fused(log, of_log, c.c_r * reciprocal));
 }
 

@@ -1,4 +1,4 @@
-#include "arguments.h"
+#include "checks.h"
 
 #include <cfloat>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/statistics.h"
+#include "stats.h"
 
 namespace normnorm {
 namespace {
@@ -31,12 +31,6 @@ std::string text(double v) {
 }
 
 bool floating(Dtype d) { return d != Dtype::kInt64 && d != Dtype::kOther; }
-
-int64_t product(const TensorView& t, int64_t begin, int64_t end) {
-  int64_t n = 1;
-  for (int64_t i = begin; i < end; ++i) n *= t.sizes[i];
-  return n;
-}
 
 void check_geometry(const TensorView& input, Config& c) {
   require(floating(input.dtype), [&] {
@@ -206,7 +200,7 @@ int64_t group_count(const TensorView& input, const Config& c) {
     case Kind::kBatch:
       return input.sizes[1];
     case Kind::kLayer:
-      return product(input, 0, input.dim - c.normalized_ndim);
+      return input.product(0, input.dim - c.normalized_ndim);
     case Kind::kGroup:
       return input.sizes[0] * c.num_groups;
     case Kind::kInstance:
@@ -216,8 +210,8 @@ int64_t group_count(const TensorView& input, const Config& c) {
 }
 
 int64_t group_size(const TensorView& input, const Config& c) {
-  if (c.kind == Kind::kLayer) return product(input, input.dim - c.normalized_ndim, input.dim);
-  const int64_t spatial = product(input, 2, input.dim);
+  if (c.kind == Kind::kLayer) return input.product(input.dim - c.normalized_ndim, input.dim);
+  const int64_t spatial = input.product(2, input.dim);
   if (c.kind == Kind::kBatch) return input.sizes[0] * spatial;
   return c.kind == Kind::kGroup ? spatial * (input.sizes[1] / c.num_groups) : spatial;
 }

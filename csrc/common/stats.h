@@ -1,7 +1,8 @@
-// The statistics tensor that a forward pass saves and its backward pass reads: shape (kStatRows, groups).
+// Rows of the statistics tensor that a forward pass saves and its backward pass reads, of shape (kStatRows, groups);
+// normnorm/statistics.py and triton_kernels have the same.
 #pragma once
 
-#include "macros.h"
+#include "../math/macros.h"
 
 namespace normnorm {
 
@@ -11,16 +12,16 @@ enum StatRow : int {
   kRstd = 2,        // (biased variance + eps)^-1/2
   kLmbda = 3,       // the power parameter
   kNoiseScale = 4,  // s = mean|x - mean(x)|, 0 where it was not computed
-  kSlope = 5,       // A = mean(h d)
-  kShift = 6,       // D = mean(d)
+  kMeanHd = 5,      // A = mean(h d)
+  kMeanD = 6,       // D = mean(d)
   kCurvature = 7,   // Q, the denominator of the Newton step
   kStatRows = 8,
 };
 
 namespace {
 
-// 0, and NaN of a variance that Real holds as infinite. Added to kRstd, which would be 0: a group beyond the range comes
-// out as NaN and not as zeros.
+// 0, or NaN where Real holds the variance as infinite. It is added to kRstd, which would be 0, so that a group whose
+// variance overflows gives NaN instead of zeros.
 template <class Real>
 NN_HD Real in_range(Real variance) {
   return variance - variance;

@@ -13,13 +13,13 @@ namespace {
 
 template <class V>
 struct LambdaTerms {
-  V slope;      // h d
-  V log;        // sign(h) l
-  V shift;      // d
-  V curvature;  // e
+  V hd;   // h d
+  V log;  // sign(h) l
+  V d;
+  V e;
 };
 
-// Without the 3 t^2 of e, whose mean 3 mean(h^2) whoever knows the variance need not sum.
+// Omits the 3 t^2 of e: its mean, 3 mean(h^2), follows from the variance.
 template <class V>
 NN_HD LambdaTerms<V> lambda_terms_but_squares(V h, V t, V l) {
   const V q = t * l + l;
@@ -30,7 +30,7 @@ NN_HD LambdaTerms<V> lambda_terms_but_squares(V h, V t, V l) {
 template <class V>
 NN_HD LambdaTerms<V> lambda_terms(V h, V t, V l) {
   LambdaTerms<V> term = lambda_terms_but_squares<V>(h, t, l);
-  term.curvature = term.curvature + t * t * ScalarOf<V>(3);
+  term.e = term.e + t * t * ScalarOf<V>(3);
   return term;
 }
 
@@ -44,10 +44,10 @@ struct LambdaEstimate {
 // group.
 template <class S>
 NN_HD LambdaEstimate<S> newton_step(const LambdaTerms<S>& mean, S alpha, int order, S root_eps) {
-  const S variance = mean.curvature - mean.shift * mean.shift - S(2) * mean.slope * mean.slope;
+  const S variance = mean.e - mean.d * mean.d - S(2) * mean.hd * mean.hd;
   // `< 0 ? 0` and not a maximum: a NaN group must stay NaN
   const S q = (variance < S(0) ? S(0) : variance) + root_eps;
-  const S first = mean.slope - mean.log;
+  const S first = mean.hd - mean.log;
   return {S(1) - alpha * (order == 1 ? first : first / q), q};
 }
 
@@ -61,17 +61,17 @@ NN_HD LambdaEstimate<S> estimate_lambda(const LambdaTerms<S>& mean, S alpha, int
 template <class V>
 struct LambdaGradient {
   V c_e, c_r, c_o;
-  V shift;  // 2 + 2 D
+  V two_d;  // 2 + 2 D
 };
 
 template <class S>
-NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S slope, S shift, S curvature, S alpha, int order) {
-  const S two_d = S(2) + S(2) * shift;
+NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S mean_hd, S mean_d, S curvature, S alpha, int order) {
+  const S two_d = S(2) + S(2) * mean_d;
   if (alpha == S(0)) return {S(0), S(0), S(0), two_d};
   if (order == 1) return {-alpha, alpha, S(0), two_d};
   const S kap = (lmbda - S(1)) / alpha;
   const S c_r = alpha / curvature;
-  return {-c_r * (S(1) - S(4) * slope * kap), c_r, -c_r * kap, two_d};
+  return {-c_r * (S(1) - S(4) * mean_hd * kap), c_r, -c_r * kap, two_d};
 }
 
 template <class V>
@@ -79,7 +79,7 @@ NN_HD V lambda_weight(V h, V t, V l, V reciprocal, const LambdaGradient<V>& c) {
   using S = ScalarOf<V>;
   const V four_t = t * S(4);
   const V even = (t * S(2) + S(1)) * l - t;
-  const V odd = ((four_t + S(3)) * l - (four_t + c.shift)) * l + t * S(2);
+  const V odd = ((four_t + S(3)) * l - (four_t + c.two_d)) * l + t * S(2);
   const V signed_odd = h < splat<V>(0) ? -odd : odd;
   return c.c_e * even + (c.c_r * reciprocal + c.c_o * signed_odd);
 }

@@ -1,4 +1,4 @@
-// A tensor's metadata as the checks and the layout planning see it. Sizes and strides are borrowed.
+// A tensor's metadata, for the checks and the layout. Sizes and strides are not owned.
 #pragma once
 
 #include <cstdint>
@@ -35,11 +35,13 @@ struct TensorView {
   const char* other_dtype = "another dtype";  // the name where dtype is kOther
   int32_t device_type = 0, device_index = 0;
 
-  int64_t numel() const {
+  // The number of elements of dimensions [begin, end).
+  int64_t product(int64_t begin, int64_t end) const {
     int64_t n = 1;
-    for (int64_t i = 0; i < dim; ++i) n *= sizes[i];
+    for (int64_t i = begin; i < end; ++i) n *= sizes[i];
     return n;
   }
+  int64_t numel() const { return product(0, dim); }
   bool has_shape(const int64_t* shape, int64_t rank) const {
     if (dim != rank) return false;
     for (int64_t i = 0; i < dim; ++i)

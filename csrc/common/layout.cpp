@@ -1,11 +1,10 @@
 #include "layout.h"
 
 namespace normnorm {
-namespace cpu {
 namespace {
 
-// The stride of dimensions [begin, end) taken as one axis; none where they do not lie one behind the other.
-// An axis of one element has stride 1, whatever the tensor says.
+// The stride of dimensions [begin, end) as one axis; none where they cannot be viewed as one. An axis of one element has
+// stride 1, whatever the tensor says.
 std::optional<int64_t> merged_stride(const TensorView& t, int64_t begin, int64_t end) {
   int64_t inner = 0, expected = 0;
   bool any = false;
@@ -24,33 +23,27 @@ std::optional<int64_t> merged_stride(const TensorView& t, int64_t begin, int64_t
 
 int64_t axis_stride(const TensorView& t, int64_t i) { return t.sizes[i] == 1 ? 0 : t.strides[i]; }
 
-int64_t product(const TensorView& t, int64_t begin, int64_t end) {
-  int64_t n = 1;
-  for (int64_t i = begin; i < end; ++i) n *= t.sizes[i];
-  return n;
-}
-
 }  // namespace
 
 Layout::Layout(const TensorView& input, const TensorView& output, const Config& c) : kind_(c.kind) {
   if (input.dim >= 2) {
     samples_ = input.sizes[0];
     channels_ = input.sizes[1];
-    spatial_ = product(input, 2, input.dim);
+    spatial_ = input.product(2, input.dim);
   }
   if (kind_ == Kind::kLayer) {
     leading_ = input.dim - c.normalized_ndim;
-    geometry_ = {false, 1, product(input, 0, leading_), 1, product(input, leading_, input.dim)};
+    geometry_ = {false, 1, input.product(0, leading_), 1, input.product(leading_, input.dim)};
     affine_ = Affine::kPerElement;
     return;
   }
   if (kind_ == Kind::kGroup) channels_per_group_ = channels_ / c.num_groups;
-  const bool rows_fit = spatial_ > 1 && walkable(output, false);
-  const bool columns_fit = walkable(output, true);
+  const bool rows_fit = spatial_ > 1 && fits(output, false);
+  const bool columns_fit = fits(output, true);
   bool columns = spatial_ == 1;
   if (!columns && channels_ > 1) {
     if (rows_fit && columns_fit)
-      columns = !walkable(input, false) && walkable(input, true);
+      columns = !fits(input, false) && fits(input, true);
     else
       columns = columns_fit;
   }
@@ -66,7 +59,7 @@ Layout::Layout(const TensorView& input, const TensorView& output, const Config& 
   }
 }
 
-bool Layout::walkable(const TensorView& t, bool columns) const {
+bool Layout::fits(const TensorView& t, bool columns) const {
   return (columns ? column_strides(t) : row_strides(t)).has_value();
 }
 
@@ -111,21 +104,36 @@ void Layout::natural_strides(const TensorView& input, int64_t* strides) const {
   }
 }
 
-void Layout::place_noise(Noise& noise, bool channels_last) const {
+NoiseOrder Layout::noise_order(bool channels_last) const {
+  NoiseOrder order;
   const int64_t sample = channels_ * spatial_;
   if (kind_ == Kind::kLayer)
-    noise.position = {0, geometry_.length, 0};
+    order.position = {0, geometry_.length, 0};
   else if (geometry_.columns)
-    noise.position = {sample, channels_per_group_, channels_};
+    order.position = {sample, channels_per_group_, channels_};
   else if (kind_ == Kind::kBatch)
-    noise.position = {0, spatial_, sample};
+    order.position = {0, spatial_, sample};
   else
-    noise.position = {sample, channels_per_group_ * spatial_, spatial_};
-  // The walk counts channels_last positions in columns and row-major ones in rows.
-  noise.transposed = channels_last != geometry_.columns && channels_ > 1 && spatial_ > 1;
-  noise.rows = geometry_.columns ? spatial_ : channels_;
-  noise.cols = geometry_.columns ? channels_ : spatial_;
+    order.position = {sample, channels_per_group_ * spatial_, spatial_};
+  // Indices are channels_last in the columns layout and row-major in the rows layout.
+  order.transposed = channels_last != geometry_.columns && channels_ > 1 && spatial_ > 1;
+  order.rows = geometry_.columns ? spatial_ : channels_;
+  order.cols = geometry_.columns ? channels_ : spatial_;
+  return order;
 }
 
-}  // namespace cpu
+void Layout::set_params(PassParams& p, const Config& c, bool noise) const {
+  p.geometry = geometry_;
+  p.affine = affine_;
+  p.eps = c.eps;
+  p.alpha = c.alpha;
+  p.transform_eps = c.transform_eps;
+  p.order = int(c.order);
+  if (!noise) return;
+  p.noise = {noise_order(c.channels_last)};
+  p.noise.on = true;
+  p.noise.train = c.noise_train;
+  p.noise.stream = static_cast<uint32_t>(c.stream);
+}
+
 }  // namespace normnorm

@@ -1,0 +1,105 @@
+// The parameters of one pass that all compiled backends share, already checked. Neither torch nor CUDA here.
+#pragma once
+
+#include <stdint.h>
+
+#include "../math/macros.h"
+
+namespace normnorm {
+
+enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Strides, in elements, of the axes outer, inner and run of a Geometry; the innermost axis has stride 1.
+struct Strides {
+  int64_t outer = 0, inner = 0, run = 0;
+};
+
+// A tensor of the input's shape.
+struct Operand {
+  void* data = nullptr;
+  Strides stride;
+};
+
+// How the kernels see the input: outer x inner groups, each normalized over runs x length elements.
+//
+// In the rows layout a run is contiguous in memory:
+//
+//   kind      outer   inner     runs   length
+//   batch     1       C         N      spatial
+//   layer     1       samples   1      normalized elements
+//   instance  N       C         1      spatial
+//   group     N       G         C/G    spatial
+//
+// In the columns layout (channels_last, or no spatial dimensions) a sample, or for batch the whole tensor, is a matrix
+// whose columns are channels. A run is a row of it, and a group is `length` neighbouring columns; stride.inner == length:
+//
+//   kind      outer   inner     runs           length
+//   batch     1       C         N x spatial    1
+//   instance  N       C         spatial        1
+//   group     N       G         spatial        C/G
+struct Geometry {
+  bool columns = false;
+  int64_t outer = 1, inner = 0, runs = 1, length = 0;
+
+  int64_t groups() const { return outer * inner; }
+  int64_t group_size() const { return runs * length; }
+};
+
+// What one element of the weight and bias belongs to.
+enum class Affine {
+  kPerGroup,    // rows: batch, instance
+  kPerRun,      // rows: group
+  kPerElement,  // rows: layer
+  kPerColumn,   // columns
+};
+
+// Where an element lies in the canonical order of the noise.
+struct NoiseOrder {
+  Strides position;  // an element's index, in the order of the layout
+  // Whether the canonical order is that order with its last two axes (rows, cols) exchanged.
+  bool transposed = false;
+  int64_t rows = 1, cols = 1;
+};
+
+struct NoiseParams : NoiseOrder {
+  bool on = false;
+  bool given_scale = false;  // the statistics already hold s
+  double train = 0;          // the factor of s z
+  uint32_t stream = 0;
+};
+
+struct PassParams {
+  // Layout
+  Storage storage = Storage::kFloat32;
+  Geometry geometry;
+  Affine affine = Affine::kPerGroup;
+
+  // Transform and estimate of lambda
+  double eps = 1e-5, alpha = 1, transform_eps = 0;
+  int order = 2;
+  bool frozen = false;  // the statistics are given (running ones), not the input's
+
+  NoiseParams noise;
+
+  // Tensors
+  void* stats = nullptr;  // (kStatRows, groups), compute dtype
+  Operand input;
+  Operand output;       // forward: the output; backward: the gradient of the input (null: not wanted)
+  Operand grad_output;  // backward
+
+  // Fused operations; null data where there is none
+  Operand addend;     // forward: added to the input; their sum is normalized
+  Operand sum;        // forward: that sum, rounded as it is written here
+  Operand residual;   // forward: added to the output, before the activation
+  bool relu = false;  // forward: applied to the output; backward: the gradient passes where `activated` is positive
+  Operand activated;  // backward, with relu: the forward pass's output
+  Operand grad_sum;   // backward: added to the gradient of the input
+};
+
+namespace {
+
+NN_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+}  // namespace normnorm
