@@ -13,7 +13,7 @@ JOBS ?= 2
 # The GPU architecture of gpu-build, and how long gpu-check may take.
 ARCH ?= 9.0
 MINUTES ?= 8
-# More words for pytest or for the demo: make test ARGS="-k lambda -x"
+# More words for pytest, the demo or the benchmark: make test ARGS="-k lambda -x"
 ARGS ?=
 
 export TORCH
@@ -28,7 +28,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report test test-all test-floor lint wheel install gpu-build gpu-check clean distclean FORCE
+.PHONY: help demo bench report test test-all test-floor lint wheel install gpu-build gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (about five minutes)'
@@ -36,6 +36,7 @@ help:
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
 	@echo 'make test-floor the tests that tell whether the oldest supported torch still serves'
 	@echo 'make lint      ruff and mypy alone'
+	@echo 'make bench     layers and whole networks beside those of torch: half an hour (ARGS=--quick: a minute)'
 	@echo 'make report    the README section and runs/plots from the stored benchmark results'
 	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
 	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
@@ -48,10 +49,13 @@ help:
 demo: $(VENV)/.native $(VENV)/.demo
 	$(PY) -m normnorm demo $(ARGS)
 
+bench: $(VENV)/.native $(VENV)/.dev
+	$(PY) benchmarks/bench.py $(ARGS)
+
 # RESULTS="a.json b.json" names others; what another program stored beside them is left out.
 report: $(VENV)/.native $(VENV)/.dev
 	@mkdir -p runs
-	$(PY) -m normnorm report $(or $(RESULTS),$(shell grep -lE '"format": *"normnorm-bench"' \
+	$(PY) benchmarks/report.py $(or $(RESULTS),$(shell grep -lE '"format": *"normnorm-bench"' \
 	    benchmarks/results/*.json)) --png runs/plots $(if $(RESULTS),,--readme README.md)
 
 test: lint

@@ -3,8 +3,8 @@
     python benchmarks/callgrind_cpu.py [--no-save]
 
 Prints a table, with what was stored before beside it, and writes
-``benchmarks/results/callgrind_cpu.json``. :mod:`normnorm.bench.callgrind` does the counting;
-``normnorm bench --callgrind`` puts the same counts into a result file.
+``benchmarks/results/callgrind_cpu.json``. :mod:`speed.callgrind` does the counting;
+``bench.py --callgrind`` puts the same counts into a result file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from normnorm.bench.callgrind import CallgrindError, count
-from normnorm.bench.results import Count, write_atomically
+from speed.callgrind import CallgrindError, count
+from speed.results import Count, write_atomically
 
 STORED = Path(__file__).resolve().parent / "results" / "callgrind_cpu.json"
 

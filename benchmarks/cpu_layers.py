@@ -1,6 +1,6 @@
-"""The layers that the notes speak of, on a CPU: ``normnorm bench`` with the selection they need.
+"""The layers that the notes speak of, on a CPU: ``bench.py`` with the selection they need.
 
-    python benchmarks/cpu_layers.py [--threads 2] [any other option of normnorm bench]
+    python benchmarks/cpu_layers.py [--threads 2] [any other option of bench.py]
 
 Writes ``benchmarks/results/cpu_layers_<threads>_threads.json`` unless told another file.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from normnorm import cli
+from normnorm.commands import execute
+from speed.options import parser
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SELECTION = ["--device", "cpu", "--dtype", "float32", "--no-networks"]
@@ -25,7 +26,8 @@ def main(options: list[str]) -> int:
     if "--threads" in options[:-1]:
         threads = options[options.index("--threads") + 1]
     name = f"cpu_layers_{threads}_threads.json"
-    return cli.main(["bench", *SELECTION, *SUITES, "--json", str(RESULTS / name), *options])
+    words = [*SELECTION, *SUITES, "--json", str(RESULTS / name), *options]
+    return execute(parser(), words)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import normnorm
-from normnorm.bench.memory import kept_bytes
-from normnorm.bench.timing import Timing, copies_beyond_cache, interleaved
+from speed.memory import kept_bytes
+from speed.timing import Timing, copies_beyond_cache, interleaved
 
 IMAGES = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14))
 TOKENS = ((6304, 384), (2048, 4096))

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_bench.py --part cuda|triton|networks --seconds 60 --json FILE [--dry]
 
-The engine is that of ``normnorm bench``, and so is the file: each provider is checked against
+The engine is that of ``bench.py``, and so is the file: each provider is checked against
 float64 before it is timed, and rows are on disk as soon as they are there. Works for which no time
 is left are named under "problems". Status 1 where a provider of ours failed or was wrong.
 """
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from normnorm.bench import environment
-from normnorm.bench.machine_code import cuda_counts
-from normnorm.bench.measure import Settings, measure, sentence
-from normnorm.bench.networks import Network, measure_network
-from normnorm.bench.networks import networks as of_preset
-from normnorm.bench.providers import PROVIDERS
-from normnorm.bench.results import Results, save
-from normnorm.bench.work import RESNET50, Work
+from speed import environment
+from speed.machine_code import cuda_counts
+from speed.measure import Settings, measure, sentence
+from speed.networks import Network, measure_network
+from speed.networks import networks as of_preset
+from speed.providers import PROVIDERS
+from speed.results import Results, save
+from speed.work import RESNET50, Work
 
 FORMATS = ("contiguous", "channels_last")
 DTYPES = ("bfloat16", "float32")

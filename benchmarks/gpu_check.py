@@ -415,7 +415,7 @@ def sanitizers_verdict(ended: Ended) -> tuple[str, float, str]:
 
 
 def bench(check: Check, part: str, seconds: float) -> None:
-    """The engine of ``normnorm bench`` over one part of the works; it stops in time by itself."""
+    """The engine of ``bench.py`` over one part of the works; it stops in time by itself."""
     seconds = min(seconds, check.left_s - 10)
     command = [
         sys.executable, str(ROOT / "benchmarks/gpu_bench.py"), "--part", part, "--seconds",

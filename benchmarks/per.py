@@ -21,8 +21,8 @@ from torch import Tensor
 
 import normnorm
 from normnorm import per
-from normnorm.bench.memory import peak_bytes
-from normnorm.bench.timing import Timing, interleaved
+from speed.memory import peak_bytes
+from speed.timing import Timing, interleaved
 
 SHAPES = ((1024, 64), (8192, 256), (65536, 128))
 SLICES = 256

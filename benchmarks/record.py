@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from normnorm.bench import environment
-from normnorm.bench.results import ResultsError, json_text, write_atomically
+from speed import environment
+from speed.results import ResultsError, json_text, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = ("contiguous", "channels_last")

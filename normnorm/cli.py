@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 import normnorm
-from normnorm import bench, demo, doctor, experiments, gradcheck
-from normnorm.bench import report
+from normnorm import demo, doctor, experiments, gradcheck
 from normnorm.commands import execute
 from normnorm.experiments import study
 
@@ -16,16 +15,11 @@ __all__ = ["main"]
 _COMMANDS = {
     "doctor": (doctor, "versions, backends, and a check of each against the reference"),
     "gradcheck": (gradcheck, "gradients of every layer, backend and dtype"),
-    "bench": (bench, "time every layer beside torch's, compiled and copied; compare result files"),
-    "report": (report, "render benchmark results as a page, plots or Markdown"),
     "demo": (demo, "train small networks with and without normality normalization"),
     "train": (experiments, "train a network with a choice of normalization layer"),
     "study": (study, "compare norms on handwritten digits over many seeds"),
 }
-_EXTRAS = {
-    "bench": "bench", "report": "bench", "demo": "demo", "train": "experiments",
-    "study": "experiments",
-}  # fmt: skip
+_EXTRAS = {"demo": "demo", "train": "experiments", "study": "experiments"}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
         0 for success; 1 for a miss; 2 for what cannot be done, with a sentence on stderr; 130
         for an interrupt; 141 for a closed stdout.
     """
-    parsed = argparse.Namespace(program=parser.prog, extra=None)
+    parsed = argparse.Namespace()
     try:
         try:
             parser.parse_args(arguments, parsed)
@@ -54,17 +54,17 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
     except CommandError as error:
         sentence, status = str(error), 2
     except ModuleNotFoundError as error:
-        if parsed.extra is None or str(error.name).startswith("normnorm"):
+        extra = getattr(parsed, "extra", None)
+        if extra is None or str(error.name).startswith("normnorm"):
             raise
-        extra = f"pip install 'normnorm[{parsed.extra}]'"
-        sentence, status = f"{error.name} is not installed: {extra}", 2
+        sentence, status = f"{error.name} is not installed: pip install 'normnorm[{extra}]'", 2
     except OSError as error:
         if error.strerror is None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         sentence, status = f"{where}{error.strerror}", 2
     with suppress(OSError):
-        print(f"{parsed.program}: {sentence}", file=sys.stderr)
+        print(f"{getattr(parsed, 'program', parser.prog)}: {sentence}", file=sys.stderr)
     _discard_output()
     return status
 

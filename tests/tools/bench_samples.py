@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from normnorm import cli
-from normnorm.bench.measure import Settings
-from normnorm.bench.providers import PROVIDERS, runnable
-from normnorm.bench.results import (
+from normnorm.commands import execute
+from normnorm.environment import Gpu
+from speed.measure import Settings
+from speed.options import parser
+from speed.providers import PROVIDERS, runnable
+from speed.results import (
     Environment,
     Measurement,
     NetworkMeasurement,
     Results,
 )  # fmt: skip
-from normnorm.bench.work import Work
-from normnorm.environment import Gpu
+from speed.work import Work
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name, reason in runnable(CPU).items() if reason is None]
@@ -25,7 +26,7 @@ BRIEF = Settings(budget_s=0.02, min_rounds=2, max_rounds=5)
 TINY = Work(layer="LayerNormalNorm", shape=(8, 32), suite="test")
 
 ENVIRONMENT = Environment(
-    timestamp="2025-07-05T12:00:00+00:00", command_line="normnorm bench", normnorm="0.1.0",
+    timestamp="2025-07-05T12:00:00+00:00", command_line="bench.py", normnorm="0.1.0",
     torch="2.13.0", python="3.11.7", packages={"triton": "3.7.1"}, cuda=None, cudnn=None,
     commit="abc", uncommitted=False, backends={"cpu": None}, platform="Linux", cpu="a processor",
     cores=2, threads=2, isa="avx2", load_before=0.1, device="cpu", seed=1,
@@ -65,4 +66,4 @@ def some_results(*rows, **fields):
 
 
 def bench(*arguments):
-    return cli.main(["bench", *map(str, arguments)])
+    return execute(parser(), list(map(str, arguments)))

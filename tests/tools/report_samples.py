@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from normnorm.bench.results import (
+from normnorm.environment import Gpu
+from speed.results import (
     Count,
     Environment,
     Measurement,
     NetworkMeasurement,
     Results,
 )
-from normnorm.environment import Gpu
 
 CPU = Environment(
     timestamp="2026-01-02T03:04:05+00:00",
-    command_line="normnorm bench --json cpu.json",
+    command_line="bench.py --json cpu.json",
     normnorm="0.1.0",
     torch="2.13.0+cpu",
     python="3.11.2",
@@ -42,7 +42,7 @@ GPU = replace(
     CPU,
     device="cuda",
     cuda="13.0",
-    command_line="normnorm bench --json gpu.json",
+    command_line="bench.py --json gpu.json",
     gpu=Gpu(
         name="An accelerator", capability=(9, 0), multiprocessors=132, memory_bytes=150 << 30,
         l2_bytes=60 << 20, driver="580.1", clock_mhz=1700.0, max_clock_mhz=1980.0,

@@ -21,13 +21,15 @@ import pytest
 import torch
 from bench_samples import CPU, EAGER, bench, row, some_results
 
-from normnorm.bench import callgrind, environment, measure
-from normnorm.bench.providers import PROVIDERS, Provider, Unavailable
-from normnorm.bench.results import (
+from speed import callgrind, environment, measure
+from speed.providers import PROVIDERS, Provider, Unavailable
+from speed.results import (
     load,
     save,
 )  # fmt: skip
-from normnorm.bench.tables import CSV_COLUMNS
+from speed.tables import CSV_COLUMNS
+
+BENCH = Path(__file__).parents[2] / "benchmarks/bench.py"
 
 # The command as a whole
 
@@ -97,7 +99,7 @@ def test_a_selection_is_measured_and_nothing_else(tmp_path, capsys):
 def test_a_terminal_sees_the_progress_and_the_remaining_time():
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    command = [sys.executable, "-m", "normnorm", "bench", "--quick", "--shape", "4x8", "5x8"]
+    command = [sys.executable, BENCH, "--quick", "--shape", "4x8", "5x8"]
     options = ["--layers", "LayerNormalNorm", "--providers", "torch", "--budget", "0.01"]
     done = subprocess.run(
         [*command, *options, "--device", "cpu"], stdout=subprocess.PIPE, stderr=theirs, check=True
@@ -155,7 +157,7 @@ BAD_OPTIONS = {
 def test_bad_options_are_refused_before_anything_is_measured(
     sentence, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setattr("normnorm.bench.main.measure", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr("speed.main.measure", lambda *_: pytest.fail("it measured"))
     there = tmp_path / "there.json"
     there.write_text("precious")
     arguments = ["--quick", "--json", there, *BAD_OPTIONS[sentence]]
@@ -186,14 +188,15 @@ def test_a_missing_gpu_is_said(monkeypatch, capsys):
 
 def test_without_its_packages_the_command_says_what_to_install():
     script = (
-        "import sys; sys.modules['msgspec'] = sys.modules['tqdm'] = None\n"
-        "from normnorm import cli; sys.exit(cli.main(['bench', '--quick']))"
+        "import sys, bench_samples; sys.modules['tqdm'] = None\n"
+        "sys.exit(bench_samples.bench('--quick'))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.strip() == (
-        'normnorm bench: needs msgspec, tqdm: pip install "normnorm[bench]"'
-    )
+    assert done.stderr == "bench.py: tqdm is not installed: pip install 'normnorm[bench]'\n"
 
 
 # Providers that fail
@@ -299,7 +302,7 @@ def test_work_that_does_not_fit_is_said_and_the_rest_is_measured(monkeypatch, tm
             raise torch.OutOfMemoryError("CUDA out of memory.\nAnd much advice.")
         return real(work, *arguments)
 
-    monkeypatch.setattr("normnorm.bench.main.measure", first_too_large)
+    monkeypatch.setattr("speed.main.measure", first_too_large)
     path = tmp_path / "rest.json"
     status = bench(
         "--shape", "8x32", "4x32", "--layers", "LayerNormalNorm", "--modes", "noise", "--device",
@@ -334,7 +337,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_what_stood_there(monkeypatch, 
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("normnorm.bench.main.measure", interrupted)
+    monkeypatch.setattr("speed.main.measure", interrupted)
     status = bench(
         "--quick", "--shape", "8x32", "--layers", "LayerNormalNorm", "--providers", "torch",
         "--device", "cpu", "--budget", "0.01", "--json", path,
@@ -381,9 +384,8 @@ def test_the_environment_is_this_one():
 @pytest.mark.parametrize(
     ("argv", "typed"),
     [
-        (["/usr/bin/normnorm", "bench", "--csv", "a b"], "normnorm bench --csv 'a b'"),
-        (["/lib/normnorm/__main__.py", "bench"], "normnorm bench"),
-        (["benchmarks/cpu_layers.py"], "cpu_layers.py"),
+        (["benchmarks/bench.py", "--csv", "a b"], "bench.py --csv 'a b'"),
+        (["/lib/normnorm/__main__.py", "doctor"], "normnorm doctor"),
     ],
 )
 def test_the_command_line_is_kept_as_it_was_typed(argv, typed, monkeypatch):

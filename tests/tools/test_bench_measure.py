@@ -13,13 +13,13 @@ from layer_table import LAYERS as LAYER_ROWS
 from torch import nn
 
 from normnorm import reference
-from normnorm.bench import case as case_module
-from normnorm.bench import measure
-from normnorm.bench import networks as networks_module
-from normnorm.bench.case import Case, bound, sums_in_storage, worst_error
-from normnorm.bench.providers import PROVIDERS, runnable
-from normnorm.bench.work import LAYERS, RESNET18, RESNET50, Work, WorkError, named_shapes, preset
 from normnorm.noise import draw_seed
+from speed import case as case_module
+from speed import measure
+from speed import networks as networks_module
+from speed.case import Case, bound, sums_in_storage, worst_error
+from speed.providers import PROVIDERS, runnable
+from speed.work import LAYERS, RESNET18, RESNET50, Work, WorkError, named_shapes, preset
 
 # One small work a layer class.
 SMALL = tuple(

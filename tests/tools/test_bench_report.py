@@ -1,4 +1,4 @@
-"""``normnorm report``: PNG plots, Markdown, the README's section, and clear refusals."""
+"""``report.py``: PNG plots, Markdown, the README's section, and clear refusals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import report_samples
 
-from normnorm import cli
-from normnorm.bench import results
-from normnorm.bench.figures import in_order, look
-from normnorm.bench.tables import BEGIN, END, markdown, readme_files, readme_section
+from normnorm.commands import execute
+from speed import results
+from speed.figures import in_order, look
+from speed.report import parser
+from speed.tables import BEGIN, END, markdown, readme_files, readme_section
 
 PROVIDERS = (
     "normnorm-cpu", "normnorm-triton", "normnorm-reference", "torch", "cudnn", "compiled-torch",
@@ -31,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def report(*arguments: object) -> int:
-    return cli.main(["report", *map(str, arguments)])
+    return execute(parser(), list(map(str, arguments)))
 
 
 def table_after(text: str, heading: str) -> list[list[str]]:
@@ -180,7 +181,7 @@ def test_bad_input_gives_a_sentence_and_leaves_the_output_as_it_was(
     table.write_text("before", encoding="utf-8")
     assert report(files[0], bad, "--markdown", table, "--png", tmp_path / "plots") == 2
     error = capsys.readouterr().err
-    assert error.startswith("normnorm report: ")
+    assert error.startswith("report.py: ")
     assert str(bad) in error
     assert "Traceback" not in error
     if kind == "future":

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from bench_samples import DTYPES, ENVIRONMENT, GPU, bench, network_row, row, some_results
 
-from normnorm.bench import compare, machine_code
-from normnorm.bench import results as results_module
-from normnorm.bench.results import (
+from speed import compare, machine_code
+from speed import results as results_module
+from speed.results import (
     Count,
     Measurement,
     NetworkMeasurement,
@@ -21,7 +21,7 @@ from normnorm.bench.results import (
     load,
     save,
 )  # fmt: skip
-from normnorm.bench.tables import csv_text, markdown, text
+from speed.tables import csv_text, markdown, text
 
 # Result files
 
@@ -204,7 +204,7 @@ def test_means_over_works_are_geometric():
 
 
 def comparison(before, after, tmp_path):
-    """The exit status of `normnorm bench compare` on two lists of rows."""
+    """The exit status of `bench.py compare` on two lists of rows."""
     for name, rows in (("a", before), ("b", after)):
         nets = [r for r in rows if isinstance(r, NetworkMeasurement)]
         layers = [r for r in rows if isinstance(r, Measurement)]

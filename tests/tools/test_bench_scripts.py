@@ -121,7 +121,7 @@ def test_measuring_and_writing_need_no_msgspec(tmp_path):
         sys.modules.update(dict.fromkeys(("msgspec", "tabulate", "tqdm", "jinja2")))
         sys.path[:0] = [{str(SCRIPTS)!r}, {str(SCRIPTS.parent)!r}]
         import fused, gpu_bench
-        from normnorm.bench import environment, results
+        from speed import environment, results
         device = gpu_bench.torch.device("cpu")
         found = results.Results(environment=environment.before(device, 0))
         results.save(found, {str(tmp_path / "found.json")!r})

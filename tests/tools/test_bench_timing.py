@@ -11,8 +11,8 @@ import pytest
 import torch
 from bench_samples import CPU
 
-from normnorm.bench import memory, timing
-from normnorm.bench.timing import Timing, copies_beyond_cache, cuda_graph, interleaved
+from speed import memory, timing
+from speed.timing import Timing, copies_beyond_cache, cuda_graph, interleaved
 
 # Timing
 

@@ -73,7 +73,7 @@ def test_the_dry_run_does_what_a_run_on_a_gpu_does(dry):
 
 
 def test_the_results_are_few_files_that_can_be_read(dry):
-    results = pytest.importorskip("normnorm.bench.results")
+    results = pytest.importorskip("speed.results")
     _, folder, _ = dry
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert len(files) <= 8

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import report_samples
 
-from normnorm.bench import results
-from normnorm.bench.tables import BEGIN, END, readme_files, readme_section, with_section
+from speed import results
+from speed.tables import BEGIN, END, readme_files, readme_section, with_section
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,37 +1,12 @@
-"""The benchmark: what normality normalization costs beside what one would use instead.
-
-``normnorm bench`` measures, ``normnorm bench compare`` sets two result files beside each other.
-
-* :mod:`~normnorm.bench.work`: what is measured; :mod:`~normnorm.bench.providers`: who does it;
-* :mod:`~normnorm.bench.case`: inputs, and the float64 reference that each provider must match;
-* :mod:`~normnorm.bench.timing`: medians of calls in alternation, on a CPU or a GPU;
-* :mod:`~normnorm.bench.measure`, :mod:`~normnorm.bench.networks`: one work, one network;
-* :mod:`~normnorm.bench.results`: the result file and its schema;
-* :mod:`~normnorm.bench.tables`, :mod:`~normnorm.bench.compare`: text;
-  :mod:`~normnorm.bench.plots`: PNG plots; :mod:`~normnorm.bench.report`: both from stored results.
-
-Importing this package needs torch alone; what it runs with is looked for in :func:`run`.
-"""
+"""The command line of the benchmark: ``python benchmarks/bench.py --help``."""
 
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from normnorm.commands import CommandError
-
-__all__ = ["add_arguments", "missing_packages", "run"]
-
-# Needed beside torch, and for plots beside that.
-_EXTRAS = ("msgspec", "tabulate", "tqdm")
-_PLOT_EXTRAS = ("matplotlib",)
-
-
-def missing_packages(*names: str) -> list[str]:
-    """Which of these packages are not installed."""
-    return [name for name in names if find_spec(name) is None]
+__all__ = ["parser"]
 
 
 def _positive(text: str) -> int:
@@ -109,8 +84,11 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--seed", type=int, default=20250505, help="of the random inputs")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the benchmark's options and its ``compare`` to a parser or subparser."""
+def parser() -> argparse.ArgumentParser:
+    """The benchmark's options and its ``compare``, for :func:`normnorm.commands.execute`."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description="Times every layer beside torch's, compiled and copied."
+    )
     _add_selection(parser)
     _add_method(parser)
     out = parser.add_argument_group("files")
@@ -126,25 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
+    parser.set_defaults(run=_run, extra="bench")
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measures, or compares; the exit status.
-
-    Args:
-        args: what a parser with :func:`add_arguments` returned.
-
-    Returns:
-        0; 1 where a provider failed or gave wrong numbers, or something became slower. A sentence
-        on stderr says which.
-
-    Raises:
-        CommandError: something cannot be measured, read or written, or a package is missing.
-        KeyboardInterrupt: with what is kept, and where.
-    """
-    missing = missing_packages(*_EXTRAS, *(_PLOT_EXTRAS if args.png else ()))
-    if missing:
-        raise CommandError(f'needs {", ".join(missing)}: pip install "normnorm[bench]"')
-    from normnorm.bench.main import bench, compare
+def _run(args: argparse.Namespace) -> int:
+    from speed.main import bench, compare
 
     return compare(args) if args.action == "compare" else bench(args)

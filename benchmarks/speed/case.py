@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from normnorm import reference
-from normnorm.bench.work import EPS, LAYERS, Work
 from normnorm.noise import draw_seed, standard_normals
 from normnorm.statistics import statistics_dtype
+from speed.work import EPS, LAYERS, Work
 
 __all__ = ["Case", "Runner", "bound", "sums_in_storage", "worst_error"]
 

@@ -1,6 +1,6 @@
 """Who can do the work: our backends, torch's layers, compiled ones, other libraries, a copy.
 
-A provider turns a :class:`~normnorm.bench.case.Case` into a :class:`~normnorm.bench.case.Runner`.
+A provider turns a :class:`~speed.case.Case` into a :class:`~speed.case.Runner`.
 Libraries that are not installed and backends that cannot run say so in a sentence.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from normnorm import backends, reference
 from normnorm import functional as F
 from normnorm.backends.reference import fold_running_
-from normnorm.bench.case import Case, Runner, sums_in_storage
-from normnorm.bench.work import EPS, Work
 from normnorm.noise import draw_seed
+from speed.case import Case, Runner, sums_in_storage
+from speed.work import EPS, Work
 
 __all__ = ["PROVIDERS", "Provider", "Unavailable", "names", "runnable"]
 
@@ -34,7 +34,7 @@ class Provider:
     """Somebody who can do the work.
 
     Attributes:
-        name: as in :class:`normnorm.bench.results.Measurement`.
+        name: as in :class:`speed.results.Measurement`.
         build: makes it ready for a case; raises :class:`Unavailable` for work it does not do.
         missing: why it cannot run on a device at all, or None.
         within: a context in which it is to be called.

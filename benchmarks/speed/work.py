@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import normnorm
-from normnorm.bench.results import Method, Mode, Operation
+from speed.results import Method, Mode, Operation
 
 __all__ = ["DTYPES", "LAYERS", "Layer", "Work", "WorkError", "named_shapes", "preset"]
 

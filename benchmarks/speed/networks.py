@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normnorm.bench.measure import Settings, sentence
-from normnorm.bench.memory import peak_bytes
-from normnorm.bench.providers import PROVIDERS
-from normnorm.bench.results import NetworkMeasurement, Status
-from normnorm.bench.timing import Timing, interleaved
-from normnorm.bench.work import DTYPES, LAYERS, MemoryFormat, Preset
 from normnorm.demo.nets import Block, ConvNet, Norm, Transformer
+from speed.measure import Settings, sentence
+from speed.memory import peak_bytes
+from speed.providers import PROVIDERS
+from speed.results import NetworkMeasurement, Status
+from speed.timing import Timing, interleaved
+from speed.work import DTYPES, LAYERS, MemoryFormat, Preset
 
 __all__ = ["NETWORK_PROVIDERS", "Network", "measure_network", "networks"]
 
@@ -52,7 +52,7 @@ class Network:
 
     Attributes:
         name, source, batch, sample_shape, unit, dtype, memory_format: as in
-            :class:`normnorm.bench.results.NetworkMeasurement`.
+            :class:`speed.results.NetworkMeasurement`.
         layer: the normality layer that takes the place of its norm layers.
         build: makes it around a norm layer.
         classes: what its targets are drawn from.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from normnorm.bench.results import Environment, Measurement, NetworkMeasurement, Results
-from normnorm.bench.tables import work_name
+from speed.results import Environment, Measurement, NetworkMeasurement, Results
+from speed.tables import work_name
 
 __all__ = ["Change", "changes", "differences", "report", "slower"]
 

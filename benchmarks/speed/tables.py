@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from normnorm.bench.figures import in_order, look, ours
-from normnorm.bench.results import (
+from speed.figures import in_order, look, ours
+from speed.results import (
     Environment,
     Measurement,
     NetworkMeasurement,
@@ -297,7 +297,7 @@ def csv_text(results: Results) -> str:
 # The README's performance section
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
-_FROM = re.compile(r"<!-- rendered by `normnorm report` from (.+) -->")
+_FROM = re.compile(r"<!-- rendered by `report.py` from (.+) -->")
 _SECTION_MODES = {
     "noise": ("full", "forward + backward, training with noise"),
     "eval": ("forward", "forward, evaluation"),
@@ -312,7 +312,7 @@ def readme_section(paths: Sequence[Path], folder: Path) -> str:
         ResultsError: a file cannot be read.
     """
     links = [Path(os.path.relpath(p.resolve(), folder.resolve())).as_posix() for p in paths]
-    parts = [f"<!-- rendered by `normnorm report` from {' '.join(links)} -->"]
+    parts = [f"<!-- rendered by `report.py` from {' '.join(links)} -->"]
     for path, link in zip(paths, links, strict=True):
         results = load(path)
         lines = environment_lines(results.environment)[:-1]

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normnorm.bench.case import Case, Runner, bound, worst_error
-from normnorm.bench.memory import kept_bytes, peak_bytes
-from normnorm.bench.providers import PROVIDERS, Provider, Unavailable
-from normnorm.bench.results import Measurement, Operation, Status
-from normnorm.bench.timing import Call, Timing, capture_stream, copies_beyond_cache, interleaved
-from normnorm.bench.work import Work
+from speed.case import Case, Runner, bound, worst_error
+from speed.memory import kept_bytes, peak_bytes
+from speed.providers import PROVIDERS, Provider, Unavailable
+from speed.results import Measurement, Operation, Status
+from speed.timing import Call, Timing, capture_stream, copies_beyond_cache, interleaved
+from speed.work import Work
 
 __all__ = ["Settings", "estimated_seconds", "measure", "sentence"]
 

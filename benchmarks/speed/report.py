@@ -1,5 +1,4 @@
-"""``normnorm report RESULT...``: stored results of ``normnorm bench`` as PNG plots, as Markdown, or
-as the performance section of a README. Importing it needs torch alone."""
+"""Stored results as PNG plots, as Markdown, or as the performance section of a README."""
 
 from __future__ import annotations
 
@@ -10,15 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normnorm.bench import missing_packages
-from normnorm.commands import CommandError
-
 if TYPE_CHECKING:
-    from normnorm.bench.results import Results
+    from speed.results import Results
 
-__all__ = ["add_arguments", "run", "write_plots"]
-
-_EXTRAS = ("matplotlib", "msgspec", "tabulate")
+__all__ = ["parser", "write_plots"]
 
 
 def write_plots(runs: Sequence[Results], folder: str | os.PathLike[str]) -> list[Path]:
@@ -30,9 +24,9 @@ def write_plots(runs: Sequence[Results], folder: str | os.PathLike[str]) -> list
     Raises:
         ResultsError: the folder cannot be made or written to.
     """
-    from normnorm.bench.figures import save_figure
-    from normnorm.bench.plots import plots_of
-    from normnorm.bench.results import ResultsError, write_atomically
+    from speed.figures import save_figure
+    from speed.plots import plots_of
+    from speed.results import ResultsError, write_atomically
 
     target = Path(folder)
     try:
@@ -50,10 +44,11 @@ def write_plots(runs: Sequence[Results], folder: str | os.PathLike[str]) -> list
     return written
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the report's options to a parser or subparser."""
+def parser() -> argparse.ArgumentParser:
+    """The report's options, for :func:`normnorm.commands.execute`."""
+    parser = argparse.ArgumentParser(prog="report.py", description="Renders stored results.")
     parser.add_argument(
-        "results", nargs="+", type=Path, metavar="RESULT", help="JSON of normnorm bench"
+        "results", nargs="+", type=Path, metavar="RESULT", help="JSON of bench.py"
     )
     out = parser.add_argument_group("what to write (at least one)")
     out.add_argument("--png", type=Path, metavar="FOLDER", help="the plots, a file each")
@@ -62,17 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--readme", type=Path, metavar="FILE",
         help="largest inputs only, between the performance markers of this file",
     )  # fmt: skip
+    parser.set_defaults(run=_run, extra="bench")
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Renders; the exit status, 0.
 
     Raises:
-        CommandError: something cannot be read or written, or a package is missing.
+        CommandError: something cannot be read or written.
     """
-    missing = missing_packages(*_EXTRAS)
-    if missing:
-        raise CommandError(f'needs {", ".join(missing)}: pip install "normnorm[bench]"')
     for path in _render(args):
         print(f"wrote {path}")
     return 0
@@ -80,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _render(args: argparse.Namespace) -> list[Path]:
     """Everything is read before anything is written."""
-    from normnorm.bench import tables
-    from normnorm.bench.results import ResultsError, load, write_atomically
+    from speed import tables
+    from speed.results import ResultsError, load, write_atomically
 
     if not (args.png or args.markdown or args.readme):
         raise ResultsError("nothing to write: give --png, --markdown or --readme")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-from normnorm.bench.results import Measurement, NetworkMeasurement
+from speed.results import Measurement, NetworkMeasurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

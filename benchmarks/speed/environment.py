@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 import torch
 
 from normnorm import backends, environment
-from normnorm.bench.results import Environment
+from speed.results import Environment
 
 __all__ = ["after", "before"]
 

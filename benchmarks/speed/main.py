@@ -1,4 +1,4 @@
-"""``normnorm bench``: measures a plan under a progress bar, keeps what it has, says what failed."""
+"""``bench.py``: measures a plan under a progress bar, keeps what it has, says what failed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from normnorm.bench import environment
-from normnorm.bench.compare import changes, report
-from normnorm.bench.machine_code import cuda_counts
-from normnorm.bench.measure import measure, sentence
-from normnorm.bench.networks import measure_network
-from normnorm.bench.plan import Plan, UsageError, make_plan
-from normnorm.bench.report import write_plots
-from normnorm.bench.results import (
+from speed import environment
+from speed.compare import changes, report
+from speed.machine_code import cuda_counts
+from speed.measure import measure, sentence
+from speed.networks import measure_network
+from speed.plan import Plan, UsageError, make_plan
+from speed.report import write_plots
+from speed.results import (
     Measurement,
     NetworkMeasurement,
     Results,
@@ -28,7 +28,7 @@ from normnorm.bench.results import (
     save,
     write_atomically,
 )
-from normnorm.bench.tables import csv_text, markdown, text, work_name
+from speed.tables import csv_text, markdown, text, work_name
 
 __all__ = ["UsageError", "bench", "compare"]
 
@@ -76,7 +76,7 @@ class _Run:
         """Remembers what went wrong and says it at once, above the bar; once each."""
         if words not in self.results.problems:
             self.results.problems.append(words)
-            tqdm.write(f"normnorm bench: {words}", file=sys.stderr)
+            tqdm.write(f"bench.py: {words}", file=sys.stderr)
 
     def finish(self, complete: bool) -> None:
         seconds = time.monotonic() - self.started
@@ -109,7 +109,7 @@ def _measure_all(run: _Run) -> None:
             run.keep(measure_network(network, plan.network_providers, plan.device, plan.settings))
             bar.update(plan.network_seconds())
         if plan.callgrind:
-            from normnorm.bench.callgrind import CallgrindError, count
+            from speed.callgrind import CallgrindError, count
 
             bar.set_postfix_str("callgrind")
             try:

@@ -10,11 +10,12 @@ from typing import get_args
 
 import torch
 
-from normnorm.bench.measure import Settings, estimated_seconds
-from normnorm.bench.networks import NETWORK_PROVIDERS, Network, networks
-from normnorm.bench.providers import PROVIDERS, runnable
-from normnorm.bench.results import Mode, Operation
-from normnorm.bench.work import (
+from normnorm.commands import CommandError, check_output, usable_device
+from speed.measure import Settings, estimated_seconds
+from speed.networks import NETWORK_PROVIDERS, Network, networks
+from speed.providers import PROVIDERS, runnable
+from speed.results import Mode, Operation
+from speed.work import (
     DTYPES,
     LAYERS,
     MemoryFormat,
@@ -24,7 +25,6 @@ from normnorm.bench.work import (
     named_shapes,
     preset,
 )
-from normnorm.commands import CommandError, check_output, usable_device
 
 __all__ = ["Plan", "UsageError", "make_plan"]
 

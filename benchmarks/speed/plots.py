@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from normnorm.bench.figures import (
+from speed.figures import (
     Plot,
     in_order,
     label_ends,
@@ -21,7 +21,7 @@ from normnorm.bench.figures import (
     styled,
     times,
 )
-from normnorm.bench.results import Measurement, NetworkMeasurement, Results
+from speed.results import Measurement, NetworkMeasurement, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,8 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-import normnorm
-from normnorm.bench.results import Count, Mode, Operation
+from speed.results import Count, Mode, Operation
 
 __all__ = ["CallgrindError", "count"]
 
@@ -89,16 +88,6 @@ int main() {
 """
 
 
-def _sources() -> Path:
-    root = Path(normnorm.__file__).resolve().parents[1]
-    if not (root / "csrc" / "cpu" / "kernels.cpp").exists():
-        raise CallgrindError(
-            f"the kernels' sources are not beside the package (looked in {root / 'csrc'}); "
-            "counting needs a checkout of the repository"
-        )
-    return root
-
-
 def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
@@ -144,9 +133,9 @@ def count() -> list[Count]:
     """Compiles the kernels and counts: about a minute.
 
     Raises:
-        CallgrindError: there is no valgrind, compiler or source to count with.
+        CallgrindError: there is no valgrind or compiler, or one of them fails.
     """
-    root = _sources()
+    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         out = folder / "counts"

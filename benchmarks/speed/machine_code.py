@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import normnorm
-from normnorm.bench.results import Count, Mode, Operation
+from speed.results import Count, Mode, Operation
 
 __all__ = ["cuda_counts"]
 
@@ -25,7 +24,7 @@ def cuda_counts(capability: tuple[int, int]) -> list[Count]:
     They are kept with the tests that hold the kernels to them, in a checkout of the repository;
     empty without one, and for an architecture that was not counted.
     """
-    stored = Path(normnorm.__file__).resolve().parents[1] / "tests" / "data" / "sass_budgets.json"
+    stored = Path(__file__).resolve().parents[2] / "tests" / "data" / "sass_budgets.json"
     if not stored.exists():
         return []
     by_compiler = json.loads(stored.read_text(encoding="utf-8"))

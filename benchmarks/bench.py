@@ -1,0 +1,15 @@
+"""What each layer and whole networks cost beside torch's own; docs/benchmarks.md says how.
+
+    python benchmarks/bench.py [--quick] [--json FILE] ...
+    python benchmarks/bench.py compare before.json after.json
+"""
+
+from __future__ import annotations
+
+import sys
+
+from normnorm.commands import execute
+from speed.options import parser
+
+if __name__ == "__main__":
+    sys.exit(execute(parser()))
