@@ -69,13 +69,11 @@ def _digest(source: Path, architecture: str) -> str:
 
 
 def _built(source: Path, architecture: str) -> Path | None:
-    """What setup.py has compiled of it for that architecture alone, and from these sources."""
+    """The object that setup.py compiled for that architecture alone, from these sources."""
     for built in (ROOT / "build").glob(f"temp*/objects/cuda_{source.stem}.o"):
-        words = built.with_suffix(".cmd").read_text().split()
-        codes = [w.rpartition(",code=")[2] for w in words if w.startswith("-gencode=")]
+        codes = re.findall(r",code=(\w+)", built.with_name("build.ninja").read_text())
         newest = max(path.stat().st_mtime for path in _sources())
-        optimised = "-std=c++20" in words and "-O3" in words
-        if codes == [architecture] and optimised and built.stat().st_mtime > newest:
+        if codes == [architecture] and built.stat().st_mtime > newest:
             return built
     return None
 

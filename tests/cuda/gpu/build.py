@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -68,7 +69,7 @@ def build(arch: str) -> dict[str, Any]:
     shutil.copy(library / "normnorm" / LIBRARY, FOLDER)
     objects = OBJECTS / "objects"
     kernels = sorted(map(str, objects.glob("cuda_*.o")))
-    nvcc = shlex.split((objects / "cuda_launch.cmd").read_text())[0]
+    (nvcc,) = re.findall(r"^nvcc = (.*)$", (objects / "build.ninja").read_text(), re.MULTILINE)
     # By the compiler of the kernels, which knows where its runtime is.
     link = [nvcc, "-std=c++20", "-O1", "-cudart", "static", *kernels, str(HERE / "forced.cpp")]
     hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs,ALL,-s"]
