@@ -3,8 +3,8 @@
 It uses stable ABIs only: one file serves Python 3.10 and torch 2.10 and whatever is newer. Without
 a C++ compiler, or with NORMNORM_NATIVE=0, the package installs without it; a compiler that fails
 makes the installation fail. With nvcc the library also holds the CUDA kernels, whichever torch it
-is built with (NORMNORM_CUDA=0, 1 or auto); docs/backends.md describes all variables. A build
-without a library writes the reason to normnorm/_C.txt, which ``normnorm doctor`` prints.
+is built with (NORMNORM_CUDA=0, 1 or auto); docs/internals/backends.md describes all variables. A
+build without a library writes the reason to normnorm/_C.txt, which ``normnorm doctor`` prints.
 """
 
 import importlib.util

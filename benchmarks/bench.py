@@ -1,4 +1,4 @@
-"""What each layer and whole networks cost beside torch's own; docs/benchmarks.md says how.
+"""What each layer and whole networks cost beside torch's own; docs/measured/benchmarks.md says how.
 
     python benchmarks/bench.py [--quick] [--json FILE] ...
     python benchmarks/bench.py compare before.json after.json

@@ -24,7 +24,7 @@ from speed.timing import Timing, copies_beyond_cache, interleaved
 
 IMAGES = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14))
 TOKENS = ((6304, 384), (2048, 4096))
-# Tensors that cross memory for each element, forward and backward: docs/fused.md.
+# Tensors that cross memory for each element, forward and backward: docs/use/fused.md.
 MOVED = {"relu": (10, 6), "residual + relu": (13, 9), "residual stream": (11, 8)}
 Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 

@@ -5,7 +5,7 @@
 
 Each step is a child process with a time limit, and all of them together end within the minutes:
 what was not reached is "not run" and no failure. After each step the results' folder holds what
-is known by then. ``docs/gpu.md`` says what each step does and how the results are read.
+is known by then. ``docs/measured/gpu.md`` says what each step does and how the results are read.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each standardizes groups of elements, estimates a Yeo-Johnson exponent lambda by one Newton step,
 transforms the elements towards a Gaussian, adds scaled Gaussian noise in training, and applies an
-affine map (Eftekhari and Papyan, ICML 2025; formulae in ``docs/mathematics.md``).
+affine map (Eftekhari and Papyan, ICML 2025; formulae in ``docs/internals/mathematics.md``).
 
 What the functions share:
 

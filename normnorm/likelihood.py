@@ -2,7 +2,7 @@
 
 The layers take one step from lambda 1, as Eftekhari and Papyan do; whether more are worth their
 cost is a question their paper leaves open. Here both ways can be had, in the definition's plain
-PyTorch; ``docs/likelihood.md`` has what they change.
+PyTorch; ``docs/internals/likelihood.md`` has what they change.
 """
 
 from __future__ import annotations

@@ -245,8 +245,8 @@ def _pull_back_piece(
 def _input_gradient(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, saved: _Saved, setup: _Setup
 ) -> Tensor:
-    """The gradient in the input of all ranks' losses: section 4 of ``docs/mathematics.md``, its
-    five means taken over the ranks."""
+    """The gradient in the input of all ranks' losses, its five means taken over the ranks
+    (section 4 of ``docs/internals/mathematics.md``)."""
     count, means, stats = saved
     config, group = setup
 

@@ -3,9 +3,9 @@
 This file is what everything else is compared with. It runs in any floating dtype on any device
 that has float64, under every PyTorch transform (autograd to any order, torch.func,
 torch.compile, export), and serves as the path of double backward, of export and of last resort.
-Formulae and their derivation: ``docs/mathematics.md``; source: Eftekhari and Papyan, "On the
-Importance of Gaussianizing Representations", ICML 2025 (arXiv 2505.00685), and Yeo and Johnson
-(2000).
+Formulae and their derivation: ``docs/internals/mathematics.md``; source: Eftekhari and Papyan,
+"On the Importance of Gaussianizing Representations", ICML 2025 (arXiv 2505.00685), and Yeo and
+Johnson (2000).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ __all__ = ["ROWS", "Row", "statistics_dtype"]
 
 
 class Row(IntEnum):
-    """Rows of the statistics tensor, by the names of ``docs/mathematics.md``."""
+    """Rows of the statistics tensor, by the names of ``docs/internals/mathematics.md``."""
 
     MEAN = 0
     """mu, rounded to the statistics' dtype."""

@@ -96,7 +96,7 @@ def powers(low: float, high: float, count: int = 1501) -> np.ndarray:
     return np.exp(np.linspace(np.log(low), np.log(high), count)).astype(np.float32)
 
 
-# --- elementary functions: the numbers of ulps are stated in docs/numerics.md's words ------------
+# --- elementary functions: docs/internals/numerics.md states the numbers of ulps ------------------
 
 
 def test_log1p_is_within_two_ulp(core):

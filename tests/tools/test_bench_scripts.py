@@ -92,9 +92,9 @@ def test_noise_levels_adds_a_networks_rows_to_those_of_others(
 
 @pytest.mark.parametrize("script", ["noise_levels"], indirect=True)
 def test_the_guides_table_of_noise_levels_is_the_stored_one(script):
-    """Every mean over seeds of docs/noise.md, in the order of the script's networks."""
+    """Every mean over seeds of docs/use/noise.md, in the order of the script's networks."""
     stored = json.loads((SCRIPTS / "results/noise_levels_cpu.json").read_text())["rows"]
-    page = (SCRIPTS.parent / "docs/noise.md").read_text()
+    page = (SCRIPTS.parent / "docs/use/noise.md").read_text()
     lines = page[page.index("| network | plain norms |") :].splitlines()[2:]
     shown = {}
     for line in itertools.takewhile(lambda line: line.startswith("|"), lines):

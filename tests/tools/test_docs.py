@@ -1,5 +1,5 @@
 """The documentation is true: snippets run and print what the pages say, links lead somewhere,
-tables match the code, and the formulae of docs/mathematics.md give autograd's gradients."""
+tables match the code, and the formulae of mathematics.md give autograd's gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from normnorm.ops import SCHEMAS
 from normnorm.statistics import Row
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BACKENDS = ROOT / "docs/internals/backends.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EVERY_PAGE = [*PAGES, ROOT / "CONTRIBUTING.md"]
 
 _SNIPPET = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.S | re.M)
@@ -148,31 +149,31 @@ def table_rows(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_schema_table_matches_the_schema(op: str) -> None:
-    section = (ROOT / "docs/backends.md").read_text().split(f"### {op}\n")[1]
+    section = BACKENDS.read_text().split(f"### {op}\n")[1]
     documented = [(cells[1].strip("`"), cells[0].strip("`")) for cells in table_rows(section)]
     arguments = SCHEMAS[op].removeprefix("(").split(") ->")[0].split(", ")
     assert documented == [tuple(argument.rsplit(" ", 1)) for argument in arguments]
 
 
 def test_statistics_table_matches_the_rows() -> None:
-    section = (ROOT / "docs/backends.md").read_text().split("## The statistics tensor\n")[1]
+    section = BACKENDS.read_text().split("## The statistics tensor\n")[1]
     documented = [(int(cells[0]), cells[1].strip("`")) for cells in table_rows(section)]
     assert documented == [(int(row), row.name) for row in Row]
 
 
 def test_backend_table_names_every_backend() -> None:
-    section = (ROOT / "docs/backends.md").read_text().split("## Choosing\n")[1]
+    section = BACKENDS.read_text().split("## Choosing\n")[1]
     assert tuple(cells[0].strip("`") for cells in table_rows(section)) == backends.NAMES
 
 
-# The reference page, docs/api.md
+# The reference page, docs/use/api.md
 
 _CALL = re.compile(r"^(?:\| `)?(\w+)((?:/\dd)*)\(([^()]*)\)", re.M)
 
 
 def reference_page(without: str) -> str:
     """The page without the fenced blocks of these kinds, a regular expression."""
-    text = (ROOT / "docs/api.md").read_text()
+    text = (ROOT / "docs/use/api.md").read_text()
     return re.sub(rf"^```({without})\n.*?^```$", "", text, flags=re.S | re.M)
 
 
@@ -246,13 +247,13 @@ def test_readme_names_every_extra() -> None:
     assert named == set(re.findall(r"^(\w+) = \[", extras, re.M))
 
 
-# The formulae of docs/mathematics.md: the page's own NumPy against autograd of the definition
+# The formulae of mathematics.md: the page's own NumPy against autograd of the definition
 
 
 @pytest.fixture(scope="module")
 def page() -> dict[str, Any]:
     """What the page's first snippet defines: psi, newton, forward, backward, frozen_backward."""
-    return run_page(ROOT / "docs/mathematics.md", how_many=1)[0]
+    return run_page(ROOT / "docs/internals/mathematics.md", how_many=1)[0]
 
 
 def law(name: str, *shape: int) -> torch.Tensor:

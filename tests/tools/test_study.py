@@ -164,4 +164,4 @@ def test_the_stored_study_is_whole_and_its_page_is_not_stale(tmp_path: Path) -> 
     assert all(study.seeds(name) == set(design.SEEDS) for name in study.arms)
     assert all(arm["experiment"]["epochs"] >= 20 for arm in study.arms.values())
     page.write(study, tmp_path / "results.md", tmp_path / "images/results.png")
-    assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs/measured/results.md").read_text()
