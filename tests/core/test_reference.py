@@ -19,7 +19,7 @@ from oracle import CASES, LAWS, UNIT, Case, check, draw, draw_parameters
 
 from normnorm import estimate_lmbda, reference, yeo_johnson
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 U = UNIT[torch.float64]
 
 
@@ -374,7 +374,7 @@ def test_forward_and_gradients_are_the_closed_forms(case, options, backend, devi
 def test_the_yeo_johnson_tests_that_others_ship_pass_with_our_transform(
     module, which, least, tmp_path
 ):
-    paths = (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", ""))
+    paths = (str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment["OMP_NUM_THREADS"] = "1"
     command = [
