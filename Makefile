@@ -13,7 +13,7 @@ JOBS ?= 2
 # The GPU architecture of gpu-build, and how long gpu-check may take.
 ARCH ?= 9.0
 MINUTES ?= 8
-# More words for pytest, the demo or the benchmark: make test ARGS="-k lambda -x"
+# More words for pytest, the demo, the study or the benchmark: make test ARGS="-k lambda -x"
 ARGS ?=
 
 export TORCH
@@ -28,10 +28,11 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench report test test-all test-floor lint wheel install gpu-build gpu-check clean distclean FORCE
+.PHONY: help demo study bench report test test-all test-floor lint wheel install gpu-build gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (about five minutes)'
+	@echo 'make study     every norm with and without noise and transform, over ten seeds'
 	@echo 'make test      set up what is missing, then lint and run the tests'
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
 	@echo 'make test-floor the tests that tell whether the oldest supported torch still serves'
@@ -46,8 +47,8 @@ help:
 	@echo
 	@echo 'Overridable: PYTHON=$(PYTHON) TORCH="$(TORCH)" VENV=$(VENV) JOBS=$(JOBS) ARGS="$(ARGS)"'
 
-demo: $(VENV)/.native $(VENV)/.demo
-	$(PY) -m normnorm demo $(ARGS)
+demo study: $(VENV)/.native $(VENV)/.accuracy
+	$(PY) benchmarks/$@.py $(ARGS)
 
 bench: $(VENV)/.native $(VENV)/.dev
 	$(PY) benchmarks/bench.py $(ARGS)
@@ -169,9 +170,9 @@ $(VENV)/.native: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 # normnorm is installed by now, so that only the extras' packages are fetched.
-$(VENV)/.demo: pyproject.toml | $(VENV)/.installed
-	$(SAY) "installing the demonstration's packages"
-	@$(PIP) 'normnorm[demo]'
+$(VENV)/.accuracy: pyproject.toml | $(VENV)/.installed
+	$(SAY) 'installing the packages for training networks'
+	@$(PIP) 'normnorm[accuracy]'
 	@touch $@
 
 # What test-floor needs of it.

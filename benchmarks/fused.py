@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import record
 import torch
 from torch import Tensor, nn
 
 import normnorm
+import record
 from speed.memory import kept_bytes
 from speed.timing import Timing, copies_beyond_cache, interleaved
 

@@ -17,21 +17,23 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
-import record
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch import nn
+from torch.nn.functional import interpolate
+from torch.utils.data import TensorDataset
 
 import normnorm
-from normnorm.demo.data import Split, load_digits
-from normnorm.demo.nets import ConvNet, Transformer
-from normnorm.demo.train import accuracy
+import record
+from accuracy.data import Data, load
+from accuracy.experiment import Experiment
+from accuracy.nets import ConvNet, Transformer
+from accuracy.trainer import Trainer, World
 
-BATCH = 64
 TUNING_EPOCHS = 3  # with a tenth of the learning rate
 OF_BATCH, OF_LAYER = (0.4, 0.2, 0.1, 0.05, 0.0), (1.0, 0.5, 0.25, 0.1, 0.0)
 
@@ -141,51 +143,37 @@ NETWORKS = {
 }
 
 
-def scaled(split: Split, pixels: int) -> Split:
-    def of(images: Tensor) -> Tensor:
+def scaled(data: Data, pixels: int) -> Data:
+    def of(part: TensorDataset) -> TensorDataset:
+        images, labels = part.tensors
         larger = interpolate(images, size=(pixels, pixels), mode="bilinear")
-        return larger.expand(-1, 3, -1, -1).contiguous()
+        return TensorDataset(larger.expand(-1, 3, -1, -1).contiguous(), labels)
 
-    return replace(split, train_images=of(split.train_images), test_images=of(split.test_images))
+    return Data(of(data.train), of(data.test), (3, pixels, pixels), data.classes)
 
 
-def train(
-    network: nn.Module, split: Split, seed: int, epochs: int, rate: float,
-    noise_train: float | None, schedule: str = "constant",
-) -> float:  # fmt: skip
-    """Trains in place; the mean loss of the last epoch."""
-    if noise_train is not None:
-        normnorm.replace_norms(network, noise_train=noise_train)
-    noisy = [module for module in network.modules() if hasattr(module, "noise_train")]
-    torch.manual_seed(seed)
-    order = torch.Generator().manual_seed(seed)
-    count = len(split.train_images) // BATCH * BATCH
-    steps = epochs * count // BATCH
-    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    network.train()
-    losses: list[float] = []
-    for _ in range(epochs):
-        for batch in torch.randperm(len(split.train_images), generator=order)[:count].split(BATCH):
-            if schedule != "constant":
-                passed = len(losses) / steps
-                share = passed if schedule == "rising" else 1 - passed
-                for module in noisy:
-                    module.noise_train = noise_train * share
-            loss = cross_entropy(network(split.train_images[batch]), split.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            cycle.step()
-            losses.append(loss.item())
-    return mean(losses[-count // BATCH :])
+def train(trainer: Trainer, noise_train: float | None, schedule: str) -> tuple[float, float]:
+    """The last epoch's mean loss and the accuracy after it."""
+    noisy = [layer for layer in trainer.network.modules() if hasattr(layer, "noise_train")]
+
+    def anneal() -> None:
+        passed = trainer.step / (trainer.experiment.epochs * trainer.steps)
+        for layer in noisy:
+            layer.noise_train = noise_train * (passed if schedule == "rising" else 1 - passed)
+
+    if schedule == "constant":
+        last = trainer.train()[-1]
+    else:
+        anneal()
+        last = trainer.train(on_step=anneal)[-1]
+    return last.train_loss, last.test_accuracy
 
 
 def measure(name: str, seed: int) -> list[Row]:
     kind, rows = NETWORKS[name], []
-    split = load_digits(seed)
+    data = load("digits", Path(), seed)
     if kind.pixels:
-        split = scaled(split, kind.pixels)
+        data = scaled(data, kind.pixels)
     torch.manual_seed(seed)
     fresh = kind.build()
     classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
@@ -195,17 +183,21 @@ def measure(name: str, seed: int) -> list[Row]:
         noise: float | None, schedule: str = "constant", trained: nn.Module | None = None
     ) -> nn.Module:
         network = copy.deepcopy(trained or fresh)
-        epochs, rate, before = kind.epochs, kind.learning_rate, None
-        if trained is not None:
-            epochs, rate = TUNING_EPOCHS, rate / 10
-            before = accuracy(network, split.test_images, split.test_labels)
+        experiment = Experiment(
+            seed=seed, optimizer="adamw", weight_decay=0.01, schedule="cycle",
+            epochs=TUNING_EPOCHS if trained else kind.epochs,
+            learning_rate=kind.learning_rate / (10 if trained else 1),
+        )  # fmt: skip
+        make = partial(Trainer, experiment, data, World(0, 1, torch.device("cpu")))
+        before = make(network=network).accuracy() if trained else None
+        if noise is not None:
+            normnorm.replace_norms(network, noise_train=noise)
         began = time.process_time()
-        loss = train(network, split, seed, epochs, rate, noise, schedule)
+        loss, accuracy = train(make(network=network), noise, schedule)
         row = Row(
             network=name, norms=norms, start="trained" if trained else "scratch",
-            noise_train=noise, schedule=schedule, seed=seed, epochs=epochs, loss=loss,
-            accuracy=accuracy(network, split.test_images, split.test_labels),
-            accuracy_before=before,
+            noise_train=noise, schedule=schedule, seed=seed, epochs=experiment.epochs, loss=loss,
+            accuracy=accuracy, accuracy_before=before,
         )  # fmt: skip
         rows.append(row)
         print(f"{row}, {time.process_time() - began:.1f} s", file=sys.stderr, flush=True)

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import record
 import torch
 from torch import Tensor
 
 import normnorm
+import record
 from normnorm import per
 from speed.memory import peak_bytes
 from speed.timing import Timing, interleaved

@@ -6,20 +6,15 @@ import argparse
 from collections.abc import Sequence
 
 import normnorm
-from normnorm import demo, doctor, experiments, gradcheck
+from normnorm import doctor, gradcheck
 from normnorm.commands import execute
-from normnorm.experiments import study
 
 __all__ = ["main"]
 
 _COMMANDS = {
     "doctor": (doctor, "versions, backends, and a check of each against the reference"),
     "gradcheck": (gradcheck, "gradients of every layer, backend and dtype"),
-    "demo": (demo, "train small networks with and without normality normalization"),
-    "train": (experiments, "train a network with a choice of normalization layer"),
-    "study": (study, "compare norms on handwritten digits over many seeds"),
 }
-_EXTRAS = {"demo": "demo", "train": "experiments", "study": "experiments"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, program=command.prog, extra=_EXTRAS.get(name))
+        command.set_defaults(run=module.run, program=command.prog)
     return parser
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normnorm.demo.nets import Block, ConvNet, Norm, Transformer
+from accuracy.nets import Block, ConvNet, Norm, Transformer
 from speed.measure import Settings, sentence
 from speed.memory import peak_bytes
 from speed.providers import PROVIDERS

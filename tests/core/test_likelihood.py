@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import normnorm
+from accuracy.layers import IteratedBatchNormalNorm2d
 from normnorm import likelihood, reference
-from normnorm.experiments.iterated import IteratedBatchNormalNorm2d
 
 LAWS = {
     "normal": lambda r: r.standard_normal((3, 500)),

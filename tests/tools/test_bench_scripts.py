@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
-import re
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -72,47 +68,6 @@ def test_a_file_that_cannot_be_written_gets_a_sentence(script, monkeypatch, tmp_
     status, stored = run(monkeypatch, script, tmp_path / "no/p.json", "--budget", "0.001")
     assert (status, stored) == (2, None)
     assert "no/p.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("script", ["noise_levels"], indirect=True)
-def test_noise_levels_adds_a_networks_rows_to_those_of_others(
-    script, monkeypatch, tmp_path, capsys
-):
-    one = dataclasses.replace(script.NETWORKS["MLP, 2 batch norms"], epochs=1, seeds=1)
-    monkeypatch.setattr(script, "NETWORKS", {"one": one, "other": one})
-    for name in ("one", "other"):
-        words = ["--networks", name]
-        status, stored = run(monkeypatch, script, tmp_path / "n.json", *words)
-        assert status == 0
-    rows = [(row["network"], row["noise_train"]) for row in stored["rows"]]
-    assert rows == [(name, noise) for name in ("one", "other") for noise in (None, *one.levels)]
-    assert all(row["norms"] == 2 and 0 <= row["accuracy"] <= 100 for row in stored["rows"])
-    assert "| other | scratch | constant | plain: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", ["noise_levels"], indirect=True)
-def test_the_guides_table_of_noise_levels_is_the_stored_one(script):
-    """Every mean over seeds of docs/use/noise.md, in the order of the script's networks."""
-    stored = json.loads((SCRIPTS / "results/noise_levels_cpu.json").read_text())["rows"]
-    page = (SCRIPTS.parent / "docs/use/noise.md").read_text()
-    lines = page[page.index("| network | plain norms |") :].splitlines()[2:]
-    shown = {}
-    for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
-        network, plain, default, less, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        found = re.findall(r"([\d.]+): ([\d.]+)", f"{default}; {less}")
-        shown[network] = {None: float(plain), **{float(n): float(a) for n, a in found}}
-    order = (0, 1, 4, 2, 3, 5, 6)  # of the page's lines among the script's networks
-    assert len(shown) == len(order) == len(script.NETWORKS)
-    for position, means in zip(order, shown.values(), strict=True):
-        name = list(script.NETWORKS)[position]
-        for noise, shown_mean in means.items():
-            accuracies = [
-                row["accuracy"] for row in stored
-                if (row["network"], row["noise_train"]) == (name, noise)
-                and (row["start"], row["schedule"]) == ("scratch", "constant")
-            ]  # fmt: skip
-            assert len(accuracies) == script.NETWORKS[name].seeds, (name, noise)
-            assert abs(statistics.mean(accuracies) - shown_mean) < 0.051, (name, noise)
 
 
 def test_measuring_and_writing_need_no_msgspec(tmp_path):

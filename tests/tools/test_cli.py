@@ -358,31 +358,3 @@ def test_ctrl_c_gets_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr("normnorm.doctor.report", interrupted)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "normnorm doctor: interrupted\n"
-
-
-@pytest.mark.parametrize(
-    ("device", "sentence"),
-    [
-        ("foo", "--device must be cpu, cuda, cuda:1, ...; got 'foo'"),
-        ("meta", "--device meta: "),
-        pytest.param(
-            "cuda", "--device cuda: torch sees no CUDA device here",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
-        ),
-    ],
-)  # fmt: skip
-def test_a_wrong_device_gets_a_sentence(device, sentence, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert cli.main(["train", "--device", device, "--out", str(out)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"normnorm train: {sentence}")
-    assert not out.exists()
-
-
-def test_a_backend_that_cannot_run_gets_a_sentence(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "normnorm", "train", "--out", str(tmp_path / "out")],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "NORMNORM_BACKEND": "foo"},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("normnorm train: NORMNORM_BACKEND must be")

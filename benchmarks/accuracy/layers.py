@@ -1,8 +1,5 @@
-"""Decorrelated batch normalization: whitening in place of standardizing.
-
-Huang, Yang, Lang and Deng, "Decorrelated Batch Normalization" (CVPR 2018). Eftekhari and Papyan put
-the power transform behind it as well, to make features both independent and Gaussian.
-"""
+"""Normalization layers for experiments alone: decorrelated batch normalization, and batch normality
+normalization with more than one Newton step, both in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normnorm import reference
+from normnorm.backends.reference import fold_running_
+from normnorm.functional import estimate_lmbda
 from normnorm.modules import BatchNormalNorm2d
+from normnorm.noise import draw_seed
 
-__all__ = ["DecorrelatedBatchNorm2d", "inverse_square_root"]
+__all__ = ["DecorrelatedBatchNorm2d", "IteratedBatchNormalNorm2d", "inverse_square_root"]
 
 
 class _InverseSquareRoot(torch.autograd.Function):
     """S^(-1/2) of symmetric positive definite matrices (..., n, n).
 
-    Its derivative in the basis of eigenvectors is the divided difference of l^(-1/2), which for
-    this function needs no difference of eigenvalues: equal ones, where the derivative of the
-    eigenvectors themselves does not exist, do no harm.
+    In the basis of eigenvectors its derivative is the divided difference of l^(-1/2), which needs
+    no difference of eigenvalues, so that equal eigenvalues have a gradient too; that of eigh itself
+    has none there.
     """
 
     @staticmethod
@@ -45,16 +46,17 @@ def inverse_square_root(matrix: Tensor) -> Tensor:
 
 
 class DecorrelatedBatchNorm2d(nn.Module):
-    """Whitens groups of channels over the batch (ZCA), then an affine map.
+    """Whitens groups of channels over the batch (ZCA), then an affine map: Huang, Yang, Lang and
+    Deng, "Decorrelated Batch Normalization" (CVPR 2018).
 
     Args:
         num_features: channels of the input (N, C, H, W).
         group_size: channels that are whitened together; the last group may be smaller.
         eps: added to the covariance's diagonal.
         momentum: of the running mean and covariance.
-        power: whether normality normalization follows the whitening.
-        **transform: ``noise_train``, ``alpha`` and what else :class:`BatchNormalNorm2d` takes by
-            keyword; with ``power`` alone.
+        power: whether normality normalization follows the whitening, as in Eftekhari and Papyan's
+            study of independence.
+        **transform: keywords of :class:`BatchNormalNorm2d`; with ``power`` alone.
 
     Raises:
         ValueError: the input is not (N, num_features, H, W), or one value a channel in training.
@@ -78,11 +80,8 @@ class DecorrelatedBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         for number, size in enumerate(self.sizes):
             self.register_buffer(f"running_covariance_{number}", torch.eye(size))
-        self.after: nn.Module
-        if power:
-            self.after = BatchNormalNorm2d(num_features, **transform)
-        else:
-            self.after = _Affine(num_features)
+        make = BatchNormalNorm2d if power else _Affine
+        self.after = make(num_features, **transform)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 4 or input.size(1) != self.num_features:
@@ -96,11 +95,10 @@ class DecorrelatedBatchNorm2d(nn.Module):
             )
         with torch.autocast(input.device.type, enabled=False):
             mean = rows.mean(1) if self.training else self.running_mean
-            centred = rows - mean.unsqueeze(1)
             if self.training:
                 with torch.no_grad():
                     self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            groups = centred.split(self.sizes)
+            groups = (rows - mean.unsqueeze(1)).split(self.sizes)
             whitened = torch.cat([self._whiten(i, group) for i, group in enumerate(groups)])
         shape = (input.size(1), input.size(0), *input.shape[2:])
         return self.after(whitened.view(shape).transpose(0, 1).to(input.dtype))
@@ -115,9 +113,6 @@ class DecorrelatedBatchNorm2d(nn.Module):
         ridge = self.eps * torch.eye(len(running), dtype=centred.dtype, device=centred.device)
         return inverse_square_root(covariance.to(centred.dtype) + ridge) @ centred
 
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, group_size={self.sizes[0]}, eps={self.eps}"
-
 
 class _Affine(nn.Module):
     """weight * x + bias by channel."""
@@ -130,3 +125,47 @@ class _Affine(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = (p.view(1, -1, 1, 1).to(input.dtype) for p in (self.weight, self.bias))
         return input * weight + bias
+
+
+class IteratedBatchNormalNorm2d(BatchNormalNorm2d):
+    """:class:`BatchNormalNorm2d` with more Newton steps towards lambda in training.
+
+    Args:
+        num_features: channels.
+        iterations: Newton steps; None for the likelihood's optimum.
+        **options: keywords of :class:`BatchNormalNorm2d`, alpha and order excepted.
+    """
+
+    def __init__(self, num_features: int, iterations: int | None, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.iterations = iterations
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        dims = (0, 2, 3)
+        h, *_ = reference.standardize(input.float(), dims, self._eps)
+        output, statistics = reference.normal_norm(
+            input,
+            self.weight,
+            self.bias,
+            kind="batch",
+            eps=self._eps,
+            noise_train=self.noise_train,
+            seed=draw_seed(input.device) if self.noise_train > 0 else None,
+            lmbda=estimate_lmbda(h, dims, eps=self._eps, iterations=self.iterations),
+        )
+        mean, var, running_lmbda = self.running_mean, self.running_var, self.running_lmbda
+        assert mean is not None
+        assert var is not None
+        assert running_lmbda is not None
+        count = input.numel() // input.size(1)
+        fold_running_(
+            statistics, mean, var, running_lmbda, self.num_batches_tracked, self.momentum, count,
+            self._eps, "reference",
+        )  # fmt: skip
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, iterations={self.iterations}"

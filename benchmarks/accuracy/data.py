@@ -1,0 +1,268 @@
+"""Data sets by name: scikit-learn's digits, and what torchvision's classes read from disk."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from normnorm.commands import CommandError
+
+__all__ = ["DATASETS", "Data", "Images", "Spec", "load", "shift_and_mirror", "torchvision"]
+
+
+class Data(NamedTuple):
+    """A data set to train on.
+
+    Attributes:
+        train, test: map-style data sets of (standardized float32 image, label).
+        shape: of an image, (C, H, W).
+        classes: of the labels.
+    """
+
+    train: Any
+    test: Any
+    shape: tuple[int, int, int]
+    classes: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A data set that torchvision reads.
+
+    Attributes:
+        open: (directory, train) to a map-style data set of (image, label).
+        source: how to get it: Python that downloads it into ``{root}``, or the address of a page.
+        size: height and width that every image is brought to.
+        channels, classes: of the images and the labels.
+        mean, std: of a channel's values in 0 to 1; those commonly used.
+    """
+
+    open: Callable[[Path, bool], Any]
+    source: str
+    size: int
+    channels: int
+    classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def torchvision(module: str) -> Any:
+    """``torchvision.<module>``.
+
+    Raises:
+        CommandError: torchvision is missing, or was built for another torch.
+    """
+    try:
+        return importlib.import_module(f"torchvision.{module}")
+    except ImportError:
+        raise CommandError(
+            f"torchvision.{module} is needed and torchvision is not installed: "
+            "pip install torchvision"
+        ) from None
+    except RuntimeError as error:  # built for another torch
+        raise CommandError(
+            f"the installed torchvision does not work with torch {torch.__version__} "
+            f"({str(error).splitlines()[0]}); pip install --upgrade torchvision fetches one that "
+            "may"
+        ) from None
+
+
+def _class(name: str, **split: tuple[Any, Any]) -> Callable[[Path, bool], Any]:
+    """A reader by torchvision's class; ``split`` has an argument's training and test values."""
+
+    def open_(directory: Path, train: bool) -> Any:
+        arguments = {key: values[0 if train else 1] for key, values in split.items()}
+        return getattr(torchvision("datasets"), name)(str(directory), **arguments)
+
+    return open_
+
+
+def _tiny_imagenet(directory: Path, train: bool) -> Any:
+    """Stanford's archive: train/<class>/images/*.JPEG, and val/images with val_annotations.txt."""
+    root = directory / "tiny-imagenet-200"
+    images = torchvision("datasets").ImageFolder(str(root / "train"))
+    if not train:
+        rows = (root / "val/val_annotations.txt").read_text().splitlines()
+        pairs = [line.split("\t")[:2] for line in rows]
+        images.samples = images.imgs = [
+            (str(root / "val/images" / name), images.class_to_idx[word]) for name, word in pairs
+        ]
+        images.targets = [label for _, label in images.samples]
+    return images
+
+
+def _caltech101(directory: Path, train: bool) -> Any:
+    """The archive has no test split: the same random fifth of the images is held out each time."""
+    whole = _class("Caltech101")(directory, train)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = len(whole) // 5
+    return Subset(whole, order[cut:] if train else order[:cut])
+
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+DATASETS: dict[str, Spec] = {
+    "mnist": Spec(
+        _class("MNIST", train=(True, False)), "MNIST({root}, download=True)",
+        28, 1, 10, (0.1307,), (0.3081,),
+    ),
+    "svhn": Spec(
+        _class("SVHN", split=("train", "test")),
+        "[SVHN({root}, s, download=True) for s in ('train', 'test')]",
+        32, 3, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970),
+    ),
+    "cifar10": Spec(
+        _class("CIFAR10", train=(True, False)), "CIFAR10({root}, download=True)",
+        32, 3, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": Spec(
+        _class("CIFAR100", train=(True, False)), "CIFAR100({root}, download=True)",
+        32, 3, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
+    ),
+    "stl10": Spec(
+        _class("STL10", split=("train", "test")), "STL10({root}, download=True)",
+        96, 3, 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713),
+    ),
+    "tinyimagenet": Spec(
+        _tiny_imagenet,
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked in that directory",
+        64, 3, 200, *_IMAGENET,
+    ),
+    "caltech101": Spec(_caltech101, "Caltech101({root}, download=True)", 224, 3, 101, *_IMAGENET),
+    "food101": Spec(
+        _class("Food101", split=("train", "test")), "Food101({root}, download=True)",
+        224, 3, 101, *_IMAGENET,
+    ),
+    "imagenet": Spec(
+        _class("ImageNet", split=("train", "val")),
+        "https://image-net.org/download.php: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar "
+        "and ILSVRC2012_devkit_t12.tar.gz in that directory",
+        224, 3, 1000, *_IMAGENET,
+    ),
+}  # fmt: skip
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """A data set's images as standardized float32 tensors (C, size, size): the shorter side is
+    scaled to the size, and the middle is cropped."""
+
+    def __init__(self, source: Any, spec: Spec) -> None:
+        self._source, self._spec = source, spec
+        self._mean = torch.tensor(spec.mean).view(-1, 1, 1)
+        self._std = torch.tensor(spec.std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._source[index]
+        values = torch.from_numpy(np.array(self._square(image), dtype=np.float32)) / 255
+        values = values.unsqueeze(0) if values.dim() == 2 else values.movedim(-1, 0)
+        return (values - self._mean) / self._std, int(label)
+
+    def _square(self, image: Any) -> Any:
+        size = self._spec.size
+        image = image.convert("L" if self._spec.channels == 1 else "RGB")
+        if image.size == (size, size):
+            return image
+        shorter = min(image.size)
+        width, height = (round(side * size / shorter) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        return image.resize((width, height), resample=2).crop((left, top, left + size, top + size))
+
+
+def load(name: str, directory: Path, seed: int, limit: int | None = None) -> Data:
+    """A data set by name; nothing is downloaded.
+
+    Args:
+        name: "digits" or one of :data:`DATASETS`.
+        directory: where torchvision's classes find their files.
+        seed: of the digits' split into training and test images.
+        limit: at most so many training images, and as many test images; the first of a fixed
+            random order.
+
+    Raises:
+        CommandError: the data are not there; the sentence says how to get them.
+    """
+    if name == "digits":
+        data = _digits(seed)
+    else:
+        spec = DATASETS[name]
+        train, test = (Images(_open(name, spec, directory, part), spec) for part in (True, False))
+        data = Data(train, test, (spec.channels, spec.size, spec.size), spec.classes)
+    if limit is not None:
+        data = data._replace(train=_first(data.train, limit), test=_first(data.test, limit))
+    return data
+
+
+def _digits(seed: int) -> Data:
+    """scikit-learn's 1797 digits (1, 8, 8), standardized by the training images' mean and standard
+    deviation. A quarter of every class is held out, another one for each seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.astype("float32").reshape(-1, 1, 8, 8)
+    train, test, *labels = map(
+        torch.from_numpy,
+        train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=seed),
+    )
+    mean, std = (of((0, 2, 3), keepdim=True) for of in (train.mean, train.std))
+    return Data(
+        TensorDataset(train.sub_(mean).div_(std), labels[0]),
+        TensorDataset(test.sub_(mean).div_(std), labels[1]),
+        shape=(1, 8, 8),
+        classes=10,
+    )
+
+
+def _open(name: str, spec: Spec, directory: Path, train: bool) -> Any:
+    try:
+        return spec.open(directory, train)
+    except (OSError, RuntimeError) as error:
+        how = f"It is at {spec.source}."
+        if not spec.source.startswith("http"):
+            call = spec.source.format(root=repr(str(directory)))
+            code = shlex.quote(f"from torchvision.datasets import *; {call}")
+            how = f"This command fetches it: python -c {code}"
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"'{name}' is not in {directory} ({reason}). {how}") from None
+
+
+def _first(data: Any, limit: int) -> Any:
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return Subset(data, order[:limit].tolist())
+
+
+def shift_and_mirror(images: Tensor, mirror: bool) -> Tensor:
+    """Each image moved by up to an eighth of its size over zeros, every other one mirrored.
+
+    Works on whole batches with torch's generator of their device, so that the outcome does not
+    depend on the number of processes that load images.
+
+    Args:
+        images: (N, C, H, W).
+        mirror: whether a mirror image keeps its label; not so of digits.
+    """
+    count, _, height, width = images.shape
+    reach = max(1, height // 8)
+    device = images.device
+    top, left = torch.randint(0, 2 * reach + 1, (2, count, 1), device=device)
+    rows = (top + torch.arange(height, device=device)).unsqueeze(2)
+    columns = (left + torch.arange(width, device=device)).unsqueeze(1)
+    number = torch.arange(count, device=device).view(-1, 1, 1)
+    moved = pad(images, [reach] * 4)[number, :, rows, columns].movedim(-1, 1)
+    if mirror:
+        chosen = torch.rand(count, 1, 1, 1, device=device) < 0.5
+        moved = torch.where(chosen, moved.flip(-1), moved)
+    return moved

@@ -1,0 +1,358 @@
+"""Training one experiment, interruptible at any step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from accuracy.data import Data, shift_and_mirror
+from accuracy.experiment import Experiment
+from accuracy.nets import MODELS
+from accuracy.norms import make_norm
+from normnorm.commands import CommandError, usable_device
+from normnorm.diagnostics.capture import NORM_LAYERS
+from normnorm.per import PER
+
+__all__ = ["Epoch", "Trainer", "World", "process_group", "read_checkpoint"]
+
+_EVALUATION_BATCH = 500
+_NO_MIRROR = ("digits", "mnist", "svhn")
+_AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number's sum over the processes."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+
+@contextmanager
+def process_group(device: str | None) -> Iterator[World]:
+    """The process group that torchrun's environment describes, or this process alone.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...; None for a GPU where there is one. Under torchrun a
+            process takes the GPU of its local rank.
+
+    Raises:
+        CommandError: the device cannot be used.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield World(0, 1, usable_device(device))
+        return
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    found = usable_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), found)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: counted from 1.
+        train_loss: the mean over its steps, noise and regularization included.
+        test_accuracy: afterwards, percent.
+        step_ms: the median time of a training step: forward, backward, optimizer.
+    """
+
+    epoch: int
+    train_loss: float
+    test_accuracy: float
+    step_ms: float
+
+
+class Trainer:
+    """A network with its data, optimizer and place in the run.
+
+    Augmentation, noise and directions of a step are drawn from a seed made of the experiment's
+    seed, the step and the rank; the order of the data from the seed and the epoch. A run that
+    resumes from a checkpoint therefore repeats what it would have done, bit for bit, without the
+    state of any generator.
+
+    Args:
+        experiment: what to train.
+        data: what :func:`accuracy.data.load` gives for it.
+        world: the processes that train together; each takes its share of every batch.
+        workers: processes that load images.
+        network: trained in place of the experiment's model and norm.
+
+    Attributes:
+        steps: of an epoch.
+        step: how many have been done, of ``steps * epochs``.
+
+    Raises:
+        CommandError: the experiment means nothing, its batch does not divide among the processes
+            or is larger than the training set, or torchvision is missing.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: Data,
+        world: World,
+        workers: int = 0,
+        network: nn.Module | None = None,
+    ) -> None:
+        experiment.check()
+        size = experiment.batch_size
+        if size % world.size:
+            raise CommandError(f"batch_size {size} does not divide among {world.size} processes")
+        self.experiment, self.data, self.world, self._workers = experiment, data, world, workers
+        self.steps = len(data.train) // size
+        if self.steps == 0:
+            raise CommandError(
+                f"batch_size {size} is more than the {len(data.train)} training images"
+            )
+        if network is None:
+            network = self._build()
+        self.network = network.to(world.device)
+        self._optimizer = self._make_optimizer()
+        self._schedule = self._make_schedule()
+        self._scaler = GradScaler(
+            world.device.type,
+            enabled=experiment.amp == "float16" and world.device.type == "cuda",
+        )
+        self._per = None
+        if experiment.per_weight:
+            self._per = PER(
+                self.network, lambda _, module: isinstance(module, NORM_LAYERS),
+                experiment.per_weight, experiment.per_slices,
+            )  # fmt: skip
+        self._forward: Any = self.network
+        if world.size > 1:
+            self._forward = nn.parallel.DistributedDataParallel(self._forward)
+        if experiment.compile:
+            self._forward = torch.compile(self._forward)
+        self.step = 0
+        self._losses: list[float] = []
+
+    def _build(self) -> nn.Module:
+        choice = self.experiment
+        net = MODELS[choice.model]
+        torch.manual_seed(choice.seed)
+        norm = make_norm(
+            choice.norm, net.tokens, alpha=choice.alpha, noise_train=choice.noise_train
+        )
+        network: nn.Module = net.build(norm, self.data.shape, self.data.classes)
+        return network
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        choice, parameters = self.experiment, self.network.parameters()
+        if choice.optimizer == "adamw":
+            return torch.optim.AdamW(
+                parameters, choice.learning_rate, weight_decay=choice.weight_decay
+            )
+        return torch.optim.SGD(
+            parameters, choice.learning_rate, choice.momentum, weight_decay=choice.weight_decay
+        )
+
+    def _make_schedule(self) -> LRScheduler:
+        choice = self.experiment
+        if choice.schedule == "cycle":
+            total = choice.epochs * self.steps
+            return OneCycleLR(self._optimizer, choice.learning_rate, total_steps=total)
+        every = choice.step_epochs * self.steps
+        return LambdaLR(self._optimizer, lambda n: choice.gamma ** (n // every) if every else 1.0)
+
+    # A run.
+
+    def train(
+        self,
+        on_step: Callable[[], object] = lambda: None,
+        on_epoch: Callable[[Epoch], object] = lambda _: None,
+    ) -> list[Epoch]:
+        """Trains from the current step to the end.
+
+        Args:
+            on_step: called after every step; :meth:`save` may be called in it.
+            on_epoch: called with each epoch's numbers, before the ``on_step`` of its last step.
+
+        Returns:
+            the numbers of the remaining epochs.
+        """
+        epochs = []
+        while self.step < self.experiment.epochs * self.steps:
+            epochs.append(self._train_epoch(on_step))
+            on_epoch(epochs[-1])
+            on_step()
+        return epochs
+
+    def _train_epoch(self, on_step: Callable[[], object]) -> Epoch:
+        self.network.train()
+        times = []
+        for images, labels in self._batches():
+            began = time.perf_counter()
+            self._losses.append(self._train_step(images, labels))
+            times.append(1e3 * (time.perf_counter() - began))
+            self.step += 1
+            if self.step % self.steps:  # `train` calls it after the last one
+                on_step()
+        loss, count = self.world.total(sum(self._losses), len(self._losses))
+        self._losses = []
+        return Epoch(self.step // self.steps, loss / count, self.accuracy(), median(times))
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> float:
+        torch.manual_seed(self._seed(self.step, self.world.rank))
+        images, labels = self._to_device(images), self._to_device(labels)
+        if self.experiment.augment:
+            images = shift_and_mirror(images, self.experiment.dataset not in _NO_MIRROR)
+        with self._autocast():
+            loss = cross_entropy(self._forward(images).float(), labels)
+        if self._per is not None:
+            loss = loss + self._per.loss()
+        self._optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        return loss.item()
+
+    def _seed(self, *place: int) -> int:
+        """A seed of 63 bits for a place in the run."""
+        seed = self.experiment.seed
+        for part in place:
+            seed = (seed * 6364136223846793005 + part + 1442695040888963407) % (1 << 63)
+        return seed
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.world.device, non_blocking=True)
+
+    def _autocast(self) -> Any:
+        if self.experiment.amp == "none":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=_AMP[self.experiment.amp])
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the epoch's remaining batches."""
+        epoch, done = divmod(self.step, self.steps)
+        generator = torch.Generator().manual_seed(self._seed(epoch))
+        order = torch.randperm(len(self.data.train), generator=generator)
+        size = self.experiment.batch_size
+        whole = order[: self.steps * size].view(self.steps, size)
+        return self._load(self.data.train, list(whole[done:, self.world.rank :: self.world.size]))
+
+    def _load(self, data: Any, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(data, TensorDataset):
+            images, labels = data.tensors
+            return ((images[batch], labels[batch]) for batch in batches)
+        return iter(
+            DataLoader(
+                data,
+                batch_sampler=[batch.tolist() for batch in batches],
+                num_workers=self._workers,
+                pin_memory=self.world.device.type == "cuda",
+            )
+        )
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the test images and labels."""
+        mine = torch.arange(len(self.data.test))[self.world.rank :: self.world.size]
+        return self._load(self.data.test, list(mine.split(_EVALUATION_BATCH)))
+
+    @torch.no_grad()
+    def accuracy(self, change: Callable[[Tensor], Tensor] = lambda images: images) -> float:
+        """Percent of the (changed) test images classified rightly, in evaluation mode, in which
+        the network is left."""
+        self.network.eval()
+        right = count = 0
+        with self._autocast():
+            for images, labels in self.test_batches():
+                found = self.network(self._to_device(change(images))).argmax(1)
+                right += int((found == self._to_device(labels)).sum())
+                count += len(labels)
+        rights, total = self.world.total(right, count)
+        return 100.0 * rights / total
+
+    # Checkpoints.
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            "network": self.network, "optimizer": self._optimizer, "schedule": self._schedule,
+            "scaler": self._scaler,
+        }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint and renames it: a kill leaves the one before it."""
+        half = path.with_name(path.name + ".part")
+        torch.save(
+            {
+                "experiment": self.experiment.to_dict(),
+                "processes": self.world.size,
+                "step": self.step,
+                "losses": self._losses,
+                **{name: part.state_dict() for name, part in self._stateful().items()},
+            },
+            half,
+        )
+        half.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            CommandError: it cannot be read, or is of another experiment.
+        """
+        saved = read_checkpoint(path, self.experiment, self.world)
+        for name, part in self._stateful().items():
+            part.load_state_dict(saved[name])
+        self.step, self._losses = saved["step"], saved["losses"]
+
+
+def read_checkpoint(path: Path, wanted: Experiment, world: World) -> dict[str, Any]:
+    """What :meth:`Trainer.save` wrote.
+
+    Raises:
+        CommandError: it cannot be read, or is of another experiment.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=world.device, weights_only=True)
+        found, processes, _ = saved["experiment"], saved["processes"], saved["schedule"]
+    except Exception as error:
+        raise CommandError(f"{path} is not a checkpoint: {error}") from None
+    changes = [
+        f"{key} {found.get(key)} (now {mine})"
+        for key, mine in wanted.to_dict().items()
+        if found.get(key) != mine
+    ]
+    if processes != world.size:
+        changes.append(f"{processes} processes (now {world.size})")
+    if changes:
+        raise CommandError(f"{path} is of another experiment: {', '.join(changes)}")
+    return saved

@@ -1,0 +1,466 @@
+"""Training: data sets, networks and norms by name, runs that resume bit for bit, sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import image_archives
+import pytest
+import torch
+from PIL import Image
+
+from accuracy import data, nets, norms, runs, study
+from accuracy.experiment import Experiment, recipe
+from accuracy.layers import DecorrelatedBatchNorm2d, inverse_square_root
+from accuracy.trainer import Trainer, World
+from normnorm import backends
+from normnorm.commands import CommandError
+
+ALONE = World(0, 1, torch.device("cpu"))
+SCRIPT = Path(__file__).parents[2] / "benchmarks/train.py"
+
+
+# Data.
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_every_data_set_is_read_by_torchvisions_class(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_archives.write(monkeypatch, name, tmp_path)
+    spec = data.DATASETS[name]
+    found = data.load(name, tmp_path, seed=0)
+    assert found.shape == (spec.channels, spec.size, spec.size)
+    assert found.classes == spec.classes
+    seen = []
+    for part in (found.train, found.test):
+        images, labels = zip(*(part[index] for index in range(len(part))), strict=True)
+        values = torch.stack(images)
+        assert values.shape[1:] == found.shape
+        assert values.dtype == torch.float32
+        # Uniform bytes, standardized by about a half and a quarter.
+        assert -5 < values.min() < 0 < 0.5 < values.max() < 5
+        assert set(labels) <= set(range(found.classes))
+        assert len(set(labels)) > 1
+        seen.append({image.numpy().tobytes() for image in images})
+    assert not seen[0] & seen[1]
+    limited = data.load(name, tmp_path, 0, limit=2)
+    assert (len(limited.train), len(limited.test)) == (2, 2)
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_a_missing_data_set_says_how_to_get_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=f"'{name}' is not in {tmp_path}") as caught:
+        data.load(name, tmp_path, seed=0)
+    sentence = str(caught.value)
+    if "It is at http" not in sentence:
+        code = shlex.split(sentence.split("This command fetches it: python -c ")[1])[0]
+        compile(code, "the command", "exec")
+        assert "download=True" in code
+        assert str(tmp_path) in code
+
+
+def test_a_torchvision_that_is_missing_or_broken_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator nms does not exist')")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CommandError, match=r"nms does not exist.*pip install --upgrade"):
+        data.load("cifar10", tmp_path, 0)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(CommandError, match="is not installed: pip install torchvision"):
+        data.load("cifar10", tmp_path, 0)
+
+
+def test_images_are_scaled_to_their_shorter_side_and_cropped_to_the_middle() -> None:
+    spec = replace(data.DATASETS["cifar10"], size=4, mean=(0, 0, 0), std=(1, 1, 1))
+    picture = Image.new("RGB", (16, 8))
+    picture.paste((255, 0, 0), (4, 0, 12, 8))  # the middle square is red
+    (image, label) = data.Images([(picture, 3)], spec)[0]
+    assert label == 3
+    assert image[0, :, 1:3].min() > 0.95
+    assert image[1:].max() == 0
+
+
+def test_the_digits_are_stratified_standardized_and_disjoint() -> None:
+    train, test, shape, classes = data.load("digits", Path(), 1)
+    (images, labels), (held_out, test_labels) = train.tensors, test.tensors
+    assert (images.shape, held_out.shape) == ((1347, *shape), (450, *shape))
+    assert images.mean().item() == pytest.approx(0, abs=1e-5)
+    assert images.std().item() == pytest.approx(1, abs=1e-5)
+    assert abs(held_out.mean().item()) > 1e-5  # not by statistics of its own
+    share = torch.bincount(test_labels, minlength=classes) / torch.bincount(labels)
+    assert ((share - 1 / 3).abs() < 0.02).all()
+    rows = {image.numpy().tobytes() for image in images}
+    assert not rows & {image.numpy().tobytes() for image in held_out}
+    assert not torch.equal(data.load("digits", Path(), 2).test.tensors[0], held_out)
+
+
+def test_shifts_keep_what_stays_inside_and_mirrors_come_half_the_time() -> None:
+    torch.manual_seed(0)
+    images = torch.arange(1.0, 257).view(1, 1, 16, 16).expand(400, 2, 16, 16)
+    moved = data.shift_and_mirror(images, mirror=True)
+    assert moved.shape == images.shape
+    centre = moved[:, 0, 7, 7]
+    mirrored = moved[:, 0, 7, 8] < centre
+    assert 150 < mirrored.sum() < 250
+    # Values run along rows by 1 and along columns by 16, which tells where the centre came from.
+    position = centre.long() - 1
+    shifts_down, shifts_right = position // 16 - 7, position % 16 - 7
+    assert shifts_down.unique().tolist() == [-2, -1, 0, 1, 2]
+    assert set(shifts_right[~mirrored].tolist()) == {-2, -1, 0, 1, 2}
+    assert torch.equal(moved[:, 0], moved[:, 1])
+    plain = data.shift_and_mirror(images, mirror=False)
+    assert (plain[:, 0, 7, 8] - plain[:, 0, 7, 7] == 1).all()
+
+
+# Norms and networks.
+
+
+def test_the_inverse_square_root_and_its_gradient_with_equal_eigenvalues() -> None:
+    torch.manual_seed(0)
+    factor = torch.randn(2, 4, 6, dtype=torch.float64)
+    matrix = factor @ factor.mT
+    root = inverse_square_root(matrix)
+    torch.testing.assert_close(root @ matrix @ root, torch.eye(4).double().expand(2, 4, 4))
+
+    def of_symmetric(x: torch.Tensor) -> torch.Tensor:
+        return inverse_square_root((x + x.mT) / 2)
+
+    for checked in (matrix, 2 * torch.eye(3, dtype=torch.float64)):
+        assert torch.autograd.gradcheck(of_symmetric, (checked.requires_grad_(),))
+
+
+def test_decorrelated_batch_norm_whitens_and_remembers() -> None:
+    torch.manual_seed(0)
+    layer = DecorrelatedBatchNorm2d(6, group_size=4, eps=1e-8, momentum=1.0)
+    mixing = torch.randn(6, 6)
+    inputs = torch.einsum("ij,njhw->nihw", mixing, torch.randn(50, 6, 5, 5)) + 3
+    rows = layer(inputs).transpose(0, 1).flatten(1)
+    for part in (rows[:4], rows[4:]):
+        covariance = part @ part.T / part.size(1)
+        torch.testing.assert_close(covariance, torch.eye(len(part)), atol=2e-3, rtol=0)
+    layer.eval()
+    torch.testing.assert_close(layer(inputs).transpose(0, 1).flatten(1), rows, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match=r"expected \(N, 6, H, W\); got \(2, 5, 1, 1\)"):
+        layer(torch.randn(2, 5, 1, 1))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer.train()(torch.randn(1, 6, 1, 1))
+
+
+@pytest.mark.parametrize("model", nets.MODELS)
+def test_every_network_takes_every_norm_of_its_kind(model: str) -> None:
+    net = nets.MODELS[model]
+    names = list(norms.TOKENS if net.tokens else norms.IMAGES)
+    if model in ("resnet34", "resnet50", "vit"):  # like resnet18 and transformer, and heavy
+        names = names[1:2]
+    for name in names:
+        network = net.build(norms.make_norm(name, net.tokens), (1, 16, 16), 7).eval()
+        assert network(torch.randn(2, 1, 16, 16)).shape == (2, 7)
+        classes = {type(module).__name__ for module in network.modules()}
+        plain = {"BatchNorm2d", "LayerNorm", "GroupNorm", "InstanceNorm2d"}
+        assert not (norms.has_transform(name) and classes & plain)
+
+
+def test_the_papers_networks_have_their_size() -> None:
+    def parameters(model: str, image: tuple[int, int, int], classes: int) -> int:
+        net = nets.MODELS[model]
+        norm = norms.make_norm("layer" if net.tokens else "batch", net.tokens)
+        with torch.device("meta"):
+            return sum(p.numel() for p in net.build(norm, image, classes).parameters())
+
+    assert parameters("wrn28-2", (3, 32, 32), 10) == 1_467_610
+    assert parameters("resnet18", (3, 224, 224), 1000) == 11_689_512
+    assert parameters("resnet18", (3, 32, 32), 10) == 11_173_962
+    assert 56e6 < parameters("vit", (3, 32, 32), 10) < 58e6  # 8 layers of width 768
+
+
+def test_options_reach_the_layers() -> None:
+    layer = norms.make_norm("batchnormal", False, alpha=0.5, noise_train=0.0)(4)
+    assert (layer.alpha, layer.noise_train) == (0.5, 0.0)
+    assert norms.make_norm("layernormal", True)(4).noise_train == 1.0
+    assert norms.make_norm("decorrelatednormal", False, noise_train=0.1)(4).after.noise_train == 0.1
+
+
+def test_the_papers_recipes() -> None:
+    resnet = Experiment(**recipe("cifar10", "resnet18"))
+    assert (resnet.optimizer, resnet.learning_rate, resnet.momentum) == ("sgd", 0.1, 0.9)
+    assert (resnet.weight_decay, resnet.batch_size, resnet.epochs) == (5e-4, 128, 200)
+    assert resnet.step_epochs == 60
+    vit = Experiment(**recipe("cifar10", "vit"))
+    assert (vit.optimizer, vit.learning_rate, vit.weight_decay) == ("adamw", 1e-3, 0.05)
+    assert vit.batch_size == 32
+
+
+# Training.
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"norm": "batchnormal", "augment": True, "per_weight": 1e-3, "step_epochs": 1},
+        {"model": "transformer", "norm": "layernormal", "optimizer": "adamw", "amp": "bfloat16",
+         "learning_rate": 1e-3, "schedule": "cycle"},
+    ],
+    ids=["convnet", "transformer"],
+)  # fmt: skip
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
+    tmp_path: Path, choices: dict[str, Any]
+) -> None:
+    experiment = Experiment(epochs=2, batch_size=128, limit=700, **choices)
+    digits = data.load("digits", tmp_path, experiment.seed, experiment.limit)
+    whole = Trainer(experiment, digits, ALONE)
+    epochs = whole.train()
+    for stop_at in (3, 5, 8):
+        stopped = Trainer(experiment, digits, ALONE)
+
+        def on_step(stopped: Trainer = stopped, stop_at: int = stop_at) -> None:
+            if stopped.step == stop_at:
+                stopped.save(tmp_path / "checkpoint.pt")
+                raise Stop
+
+        with pytest.raises(Stop):
+            stopped.train(on_step)
+        resumed = Trainer(experiment, digits, ALONE)
+        torch.randn(17)  # whatever a new process drew before
+        resumed.resume(tmp_path / "checkpoint.pt")
+        last = resumed.train()[-1]
+        assert replace(last, step_ms=0.0) == replace(epochs[-1], step_ms=0.0)
+        for name, value in whole.network.state_dict().items():
+            assert torch.equal(value, resumed.network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("step", [0.1] * 4 + [0.01] * 4), ("cycle", [0.004, 0.1])],
+)
+def test_the_learning_rate_follows_its_schedule(schedule: str, rates: list[float]) -> None:
+    experiment = Experiment(epochs=4, batch_size=32, limit=64, schedule=schedule, step_epochs=2)
+    trainer = Trainer(experiment, data.load("digits", Path(), 2, 64), ALONE)
+    (group,) = trainer._optimizer.param_groups
+    seen = [group["lr"]]
+    trainer.train(lambda: seen.append(group["lr"]))
+    if schedule == "cycle":
+        seen = [seen[0], max(seen)]
+    assert seen[: len(rates)] == pytest.approx(rates, rel=0.05)
+
+
+def test_processes_must_share_a_batch_evenly() -> None:
+    digits = data.load("digits", Path(), 2)
+    with pytest.raises(CommandError, match="batch_size 64 does not divide among 3 processes"):
+        Trainer(Experiment(), digits, World(0, 3, torch.device("cpu")))
+
+
+def network(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["network"]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    words = ["--epochs", "3", "--batch-size", "64", "--limit", "700", "--checkpoint-steps", "3"]
+    name = "digits-convnet-batchnormal-lr0.1-seed2"
+    killed, whole = tmp_path / "killed" / name, tmp_path / "whole" / name
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words, "--out", str(killed.parent)],
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stood = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
+    assert stood < 30, "the run was over before it could be killed"
+    assert runs.main([*words, "--out", str(killed.parent), "--resume"]) == 0
+    assert runs.main([*words, "--out", str(whole.parent)]) == 0
+    found, straight = network(killed), network(whole)
+    assert all(torch.equal(found[key], value) for key, value in straight.items())
+    for resumed, line in zip(metrics(killed), metrics(whole), strict=True):
+        for key in ("event", "epoch", "train_loss", "test_accuracy"):
+            assert resumed.get(key) == line.get(key)
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    # A norm without statistics of the batch, which are each process's own.
+    words = ["--norm", "group", "--epochs", "1", "--limit", "700", "--batch-size", "64",
+             "--learning-rate", "0.02"]  # fmt: skip
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(SCRIPT),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*torchrun, *words, "--out", str(tmp_path / "two")],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert runs.main([*words, "--out", str(tmp_path / "one")]) == 0
+    two, one = (tmp_path / part / "digits-convnet-group-lr0.02-seed2" for part in ("two", "one"))
+    weights = network(two)
+    for key, value in network(one).items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-4)
+    losses = [metrics(folder)[-1]["train_loss"] for folder in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# The script.
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Checks that train.py refuses its arguments with a line that holds a sentence."""
+
+    def check(sentence: str, *words: str) -> None:
+        capsys.readouterr()
+        assert runs.main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("train.py: ")
+        assert sentence in line
+
+    return check
+
+
+SHORT = ("--epochs", "1", "--limit", "128")
+
+
+def test_a_sweep_trains_every_combination_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., None]
+) -> None:
+    words = [*SHORT, "--out", str(tmp_path), "--noise-train", "0", "0.4"]
+    swept = ["--norm", "batch", "batchnormal", "--seed", "2", "3"]
+    assert runs.main([*words, *swept, "--tensorboard"]) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(
+        f"digits-convnet-{norm}-lr0.1-seed{seed}"
+        for norm in ("batch", "batchnormal-noise_train0", "batchnormal-noise_train0.4")
+        for seed in (2, 3)
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    for name in names:
+        files = [path.name.split(".")[0] for path in (tmp_path / name).iterdir()]
+        assert sorted(files) == ["checkpoint", "events", "metrics"]
+    refused("6 of 6 runs are there already; --resume goes on with them", *words, *swept)
+
+
+def test_a_sweep_is_checked_whole_before_anything_is_trained(
+    tmp_path: Path, refused: Callable[..., None]
+) -> None:
+    out = tmp_path / "out"
+    swept = [*SHORT, "--out", str(out), "--seed", "2", "3"]
+    last = out / "digits-convnet-batchnormal-lr0.1-seed3"
+    out.touch()
+    refused(f"cannot write to {out}", *swept)
+    out.unlink()
+    refused("would share the folder", *swept, "--alpha", "0.50000001", "0.50000002")
+    assert not out.exists()
+    assert runs.main([*SHORT, "--out", str(out), "--seed", "3"]) == 0
+    refused("1 of 2 runs are there already; --resume goes on with them", *swept)
+    resume = [*swept, "--resume"]
+    refused("of another experiment: weight_decay 0.0005 (now 0.1)", *resume, "--weight-decay", ".1")
+    (last / "checkpoint.pt").write_bytes(b"half")
+    refused("is not a checkpoint", *resume)
+    assert list(out.iterdir()) == [last]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SHORT, "--out", str(tmp_path / "out")]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(Trainer, "_train_step", interrupted)
+        assert runs.main(words) == 130
+        assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+        assert study.main(["--results", str(tmp_path / "study.json"), "--arms", "batch"]) == 130
+        assert "interrupted; the same command goes on with the runs" in capsys.readouterr().err
+    assert runs.main([*words, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--dataset", "cifar11"], "dataset must be one of digits, mnist"),
+        (["--model", "alexnet"], "model must be one of convnet"),
+        (["--norm", "rms"], "norm must be one of batch"),
+        (["--norm", "layer"], "norm 'layer' does not normalize images"),
+        (["--model", "vit", "--norm", "batch"], "norm 'batch' does not normalize tokens"),
+        (["--norm", "batch", "--alpha", "0.5"], "norm 'batch' has no alpha"),
+        (["--norm", "batchnormal-2", "--alpha", "0.5"], "it takes whole Newton steps"),
+        (["--epochs", "0"], "epochs must be positive; got 0"),
+        (["--learning-rate", "-1"], "learning_rate must be positive; got -1.0"),
+        (["--weight-decay", "nan"], "weight_decay must be finite"),
+        (["--batch-size", "5000"], "batch_size 5000 is more than the 1347 training images"),
+        (["--dataset", "cifar10", "--data-dir", "/nonexistent"], "This command fetches it"),
+        (["--device", "foo"], "--device must be cpu, cuda, cuda:1, ...; got 'foo'"),
+        (["--device", "meta"], "--device meta: "),
+    ],
+)
+def test_bad_arguments_get_a_sentence(
+    tmp_path: Path, refused: Callable[..., None], words: list[str], sentence: str
+) -> None:
+    refused(sentence, "--out", str(tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_installed_or_cannot_run_gets_a_sentence(
+    tmp_path: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sklearn", None)
+        without.setitem(sys.modules, "sklearn.datasets", None)
+        refused("is not installed: pip install 'normnorm[accuracy]'", "--out", str(tmp_path))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "torch.utils.tensorboard", None)
+        refused("TensorBoard, which is not installed", "--tensorboard", "--out", str(tmp_path))
+    if not torch.cuda.is_available():
+        refused("torch sees no CUDA device here", "--device", "cuda")
+
+    def unavailable(_: torch.device) -> None:
+        raise ValueError("NORMNORM_BACKEND must be 'auto' or one of cpu, cuda")
+
+    monkeypatch.setattr(backends, "resolve", unavailable)
+    refused("NORMNORM_BACKEND must be", "--out", str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dataset", "model", "norm"),
+    [("cifar10", "resnet18", "batchnormal"), ("tinyimagenet", "wrn28-2", "decorrelatednormal"),
+     ("cifar100", "vit", "layernormal")],
+)  # fmt: skip
+def test_the_papers_networks_train_on_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, model: str, norm: str
+) -> None:
+    image_archives.write(monkeypatch, dataset, tmp_path / "data", count=8)
+    words = [
+        "--dataset", dataset, "--model", model, "--norm", norm, "--epochs", "1",
+        "--batch-size", "4", "--limit", "8", "--data-dir", str(tmp_path / "data"),
+        "--out", str(tmp_path / "out"), "--workers", "1", "--learning-rate", "1e-3",
+    ]  # fmt: skip
+    assert runs.main(words) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    epoch = metrics(folder)[-1]
+    assert 0 < epoch["train_loss"] < 100
+    assert 0 <= epoch["test_accuracy"] <= 100
