@@ -43,7 +43,7 @@ LOG_BYTES = 600_000  # of one child's output
 LARGEST_BYTES = 15_000_000  # of one file
 LOG = "gpu_check.log"
 # What decides about everything comes first; tests that want the whole memory run alone.
-FIRST = ("test_device", "test_parity", "test_rungs", "test_launches", "test_repeat", "test_fused")
+FIRST = ("test_device", "test_parity", "test_tiers", "test_launches", "test_repeat", "test_fused")
 ALONE = "test_large"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 

@@ -251,18 +251,20 @@ def _print_plans(found: dict[str, Any]) -> None:
     )
     print(
         f"{forward['groups']} groups of {forward['group_size']} elements, "
-        f"walked by {forward['walk']}\n"
+        f"in the {forward['layout']} layout\n"
     )
-    columns = ("threads", "blocks", "teams", "waves", "workspace")
-    print(f"{'':10}{'groups live in':46}{''.join(f'{column:>10}' for column in columns)}")
+    widths = {"threads": 9, "blocks": 8, "thread_groups": 15, "waves": 7, "workspace": 11}
+    heads = "".join(f"{name.replace('_', ' '):>{width}}" for name, width in widths.items())
+    print(f"{'':10}{'groups are kept in':46}{heads}")
     for name in ("forward", "backward"):
         plan = found[name]
-        numbers = "".join(f"{plan[column]:10}" for column in columns)
-        print(f"{name:10}{plan['rung']:46}{numbers}")
-    what = "tile of columns" if forward["walk"] == "columns" else "group"
+        numbers = "".join(f"{plan[column]:{width}}" for column, width in widths.items())
+        print(f"{name:10}{plan['tier']:46}{numbers}")
+    what = "tile of columns" if forward["layout"] == "columns" else "group"
     print(
-        f"\nthreads of a block; blocks of a team, which takes one {what} at a time; teams at work\n"
-        f"at the same time; waves: how many a team takes, one after the other; workspace in bytes"
+        f"\nthreads of a block; blocks of a thread group, which processes one {what} at a time;\n"
+        f"thread groups that run at the same time; waves: how many each processes one after the\n"
+        f"other; workspace in bytes"
     )
 
 

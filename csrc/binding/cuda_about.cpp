@@ -5,7 +5,7 @@
 #include <limits>
 #include <string>
 
-#include "../cuda/kernels.h"
+#include "../cuda/plan.h"
 #include "cuda_device.h"
 #include "cuda_problem.h"
 
@@ -15,22 +15,6 @@ namespace normnorm {
 
 const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-namespace {
-
-const cuda::Passes& passes_for(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat64:
-      return cuda::float64_passes();
-    case Storage::kBFloat16:
-      return cuda::bfloat16_passes();
-    case Storage::kFloat16:
-      return cuda::float16_passes();
-    default:
-      return cuda::float32_passes();
-  }
-}
-
-}  // namespace
 }  // namespace normnorm
 
 // The architectures that there is machine code for, those with +PTX also for newer ones.
@@ -44,7 +28,7 @@ NN_EXPORT void normnorm_cuda_versions(int versions[2]) {
   if (cudaDriverGetVersion(&versions[1]) != cudaSuccess) versions[1] = 0;
 }
 
-// What the ladder of kernels looks at in a GPU: multiprocessors, shared memory of a block, whether there are clusters.
+// The limits of a GPU that plans depend on: multiprocessors, shared memory of a block, whether there are clusters.
 NN_EXPORT int normnorm_cuda_device(int index, int facts[3]) {
   int major = 0;
   cudaError_t e = cudaDeviceGetAttribute(&facts[0], cudaDevAttrMultiProcessorCount, index);
@@ -67,9 +51,9 @@ struct PlanRequest {
 
 struct PlanAnswer {
   int64_t groups, group_size;
-  int64_t items;  // that the teams take in turn: groups, or tiles of columns
+  int64_t items;  // groups, or tiles of columns, that the thread groups process in turn
   int64_t workspace;
-  int32_t columns, rung, threads, blocks, teams, shared_chunks;
+  int32_t columns, tier, threads, blocks, thread_groups, shared_chunks;
 };
 
 // Null, or a sentence that says what is wrong with the request.
@@ -103,16 +87,16 @@ NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanA
     device.shared_bytes = request->shared_bytes;
     device.clusters = request->clusters != 0;
     device.multiprocessor_shared = request->shared_bytes + 1024;  // so on every device there is
-    const cuda::Passes& passes = passes_for(p.storage);
+    const cuda::Passes& passes = cuda::passes_for(p.storage);
     const bool backward = request->backward != 0;
     const cuda::Plan plan = passes.plan(p, backward, device);
     const size_t workspace = passes.workspace(p, backward, device);
-    // As many teams as anyone may ask for are as many as there are items.
-    p.force.teams = std::numeric_limits<int>::max();
-    const bool streaming = plan.rung == cuda::Rung::kStreaming;
-    const int64_t items = streaming && !p.geometry.columns ? p.geometry.groups() : passes.plan(p, backward, device).teams;
+    // A plan has no more thread groups than there are items.
+    p.force.thread_groups = std::numeric_limits<int>::max();
+    const bool streaming = plan.tier == cuda::Tier::kStreaming;
+    const int64_t items = streaming && !p.geometry.columns ? p.geometry.groups() : passes.plan(p, backward, device).thread_groups;
     *answer = {p.geometry.groups(), p.geometry.group_size(), items, int64_t(workspace), p.geometry.columns,
-               int(plan.rung), plan.threads, plan.blocks, plan.teams, plan.shared_chunks};
+               int(plan.tier), plan.threads, plan.blocks, plan.thread_groups, plan.shared_chunks};
   } catch (const std::exception& e) {
     problem = e.what();
     return problem.c_str();

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/limits.h"
+#include "../cuda/plan.h"
 
 namespace normnorm {
 namespace {

@@ -4,7 +4,7 @@
 
 #include "../common/checks.h"
 #include "../common/layout.h"
-#include "../cuda/problem.h"
+#include "../cuda/params.h"
 
 namespace normnorm {
 

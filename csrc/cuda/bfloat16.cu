@@ -1,3 +1,3 @@
-#include "kernels.cuh"
+#include "launch.cuh"
 
 NN_PASSES(bfloat16_passes, __nv_bfloat16)

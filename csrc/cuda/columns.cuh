@@ -1,31 +1,29 @@
-// The columns walk: a matrix (rows, columns) an outer index, as in channels_last tensors and in (N, C). A group is one
-// column, or `length` neighbouring ones. Blocks take tiles of columns; a thread takes one chunk of a row of its tile.
+// The columns layout: a matrix (rows, columns) an outer index, as in channels_last tensors and in (N, C). A group is one
+// column, or `length` neighbouring ones. A block takes a tile of columns; a thread takes one chunk of each of its rows.
 //
 // Neighbouring elements of a chunk belong to different groups, so their constants lie in shared memory, by column.
 #pragma once
 
-#include "rounds.cuh"
+#include "math.cuh"
+#include "reduce.cuh"
 #include "rows.cuh"
-#include "rows_stream.cuh"
-#include "team.cuh"
 
 namespace normnorm {
 namespace cuda {
 namespace {
 
-constexpr int kTileChunks = 8;       // 128 bytes of a row: one line of memory
-constexpr int kColumnThreads = 128;  // for their registers, two or four blocks share a multiprocessor
+constexpr int kTileChunks = 8;       // 128 bytes of a row: one cache line
+constexpr int kColumnThreads = 128;  // of a block; two to four blocks share a multiprocessor's registers
 constexpr int kColumnRows = kColumnThreads / kTileChunks;  // rows that a block reads at a time
 constexpr int kColumnWarps = kColumnThreads / 32;
 template <class T>
 constexpr int kTileColumns = kTileChunks * kChunkOf<T>;
 
 template <class Real>
-struct ColumnsArgs {
-  RowsArgs<Real> walk;
+struct ColumnsArgs : KernelArgs<Real> {
   uint32_t columns, tiles, width;  // of an outer index; columns of a group
   uint32_t splits;                 // blocks a tile, sharing its rows
-  Real* part;                      // [outer][tile][split][kMaxSums][kTileColumns]
+  Real* partial;                   // [outer][tile][split][kMaxSums][kTileColumns]
   Real* mean;                      // [group]: mean of x, between rounds 3 and 4
   Real* sums;                      // [group][kMaxSums]: backward totals
 };
@@ -71,14 +69,14 @@ __device__ inline void write_row(void* tensor, const Strides& s, const ColumnPla
   else store_chunk(at, in);
 }
 
-// Where a row begins in the order of the noise.
+// A row's first element in the order of the noise.
 __device__ inline int64_t row_position(const Strides& s, const ColumnPlace& p, uint32_t row) {
   return int64_t(p.outer) * s.outer + int64_t(row) * s.run;
 }
 
 // The standard normals of a chunk of a row, without kNormalUnit.
 template <bool kRagged, int N, class Real>
-__device__ __forceinline__ void row_normals(const RowsArgs<Real>& a, const ColumnPlace& p, uint32_t row,
+__device__ __forceinline__ void row_normals(const KernelArgs<Real>& a, const ColumnPlace& p, uint32_t row,
                                             const PhiloxSchedule& keys, Real (&z)[N]) {
   const GroupPlace origin = {0, 0, 0, 0, 0, row_position(a.at_noise, p, row), 0};
   const ChunkPlace chunk = {0, 0, p.column, p.span, false};
@@ -92,11 +90,11 @@ __device__ __forceinline__ void row_normals(const RowsArgs<Real>& a, const Colum
   }
 }
 
-// A chunk of a row in two steps, as fetch() and values() of the rows walk.
+// fetch() and values() of this layout.
 template <class T, bool kRagged, bool kLate>
 __device__ __forceinline__ void fetch_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
                                           Fetched<T, kLate>& out) {
-  if constexpr (!kLate) out.raw = load_packed(row_address<T>(tensor, s, p, row));
+  if constexpr (!kLate) out.raw = load_global(row_address<T>(tensor, s, p, row));
 }
 template <class T, bool kRagged, bool kLate>
 __device__ __forceinline__ void row_values(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
@@ -105,68 +103,66 @@ __device__ __forceinline__ void row_values(const void* tensor, const Strides& s,
   else unpack_chunk<T>(fetched.raw, out);
 }
 
-// A row's place in the tensors of joined kernels, `at` of joined.cuh.
+// The `at` of epilogue.cuh: a row's place in any tensor.
 template <class T, bool kRagged>
 struct RowAt {
   const ColumnPlace& p;
   uint32_t row;
 
   template <bool kLate>
-  __device__ __forceinline__ void fetch(const JoinedTensor& t, Fetched<T, kLate>& out) const {
+  __device__ __forceinline__ void fetch(const FusedTensor& t, Fetched<T, kLate>& out) const {
     fetch_row<T, kRagged>(t.data, t.at, p, row, out);
   }
   template <bool kLate>
-  __device__ __forceinline__ void values(const JoinedTensor& t, const Fetched<T, kLate>& fetched,
+  __device__ __forceinline__ void values(const FusedTensor& t, const Fetched<T, kLate>& fetched,
                                          RealOf<T> (&out)[kChunkOf<T>]) const {
     row_values<T, kRagged>(t.data, t.at, p, row, fetched, out);
   }
-  __device__ __forceinline__ void write(const JoinedTensor& t, const RealOf<T> (&in)[kChunkOf<T>]) const {
+  __device__ __forceinline__ void write(const FusedTensor& t, const RealOf<T> (&in)[kChunkOf<T>]) const {
     write_row<T, kRagged>(t.data, t.at, p, row, in);
   }
-  // as expect()
-  __device__ __forceinline__ void expect(const JoinedTensor& t) const {
-    if (t.data) cuda::expect(row_address<T>(t.data, t.at, p, row));
+  __device__ __forceinline__ void prefetch(const FusedTensor& t) const {
+    if (t.data) cuda::prefetch(row_address<T>(t.data, t.at, p, row));
   }
 };
 
-// f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have none.
+// f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have no rows.
 template <class Raw, int kAhead, class Real, class Load, class F>
 __device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, Load load, F f) {
-  const uint32_t end = p.span.hi == 0 ? 0 : a.walk.runs;
+  const uint32_t end = p.span.hi == 0 ? 0 : a.runs;
   each_ahead<Raw, kAhead>(p.split * kColumnRows + p.y, end, a.splits * kColumnRows, load, f);
 }
 
-// The same over the input alone, and in joined kernels a tensor beside it: f(row, values, what was fetched of `beside`).
-template <class T, bool kRagged, bool kJoined, class F>
+// The same over the input, and in fused kernels one tensor `beside` it: f(row, values, what was fetched of `beside`).
+template <class T, bool kRagged, bool kFused, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
-                                               const JoinedTensor& beside, F f) {
+                                               const FusedTensor& beside, F f) {
   struct Raw {
     Fetched<T, kRagged> u;
-    Extra<T, kJoined, kRagged> beside;
+    FusedFetch<T, kFused, kRagged> beside;
   };
-  const RowsArgs<RealOf<T>>& w = a.walk;
   const auto load = [&](uint32_t row, Raw& raw) {
-    fetch_row<T, kRagged>(w.input, w.at_input, p, row, raw.u);
-    fetch_joined<kJoined>(RowAt<T, kRagged>{p, row}, beside, raw.beside);
+    fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
+    fetch_fused<kFused>(RowAt<T, kRagged>{p, row}, beside, raw.beside);
   };
   each_row<Raw, kRagged ? 1 : 4>(a, p, load, [&](uint32_t row, const Raw& raw) {
     RealOf<T> u[kChunkOf<T>];
-    row_values<T, kRagged>(w.input, w.at_input, p, row, raw.u, u);
+    row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
     f(row, u, raw.beside);
   });
 }
 template <class T, bool kRagged, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
-  each_input_row<T, kRagged, false>(a, p, a.walk.joined.addend,
+  each_input_row<T, kRagged, false>(a, p, a.fused.addend,
                                     [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const Fetched<T, true>&) { f(row, u); });
 }
 
-// Adds up what the threads of a block have for each column: totals[k][column of the tile], seen by all threads.
+// Sums each column over the threads of a block: totals[k][column of the tile], visible to all threads.
 template <class T, int K>
 __device__ inline void column_totals(RealOf<T> (&v)[K][kChunkOf<T>], RealOf<T> (&totals)[kMaxSums][kTileColumns<T>]) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
-  __shared__ Real part[kColumnWarps][K][kTileColumns<T>];
+  __shared__ Real partial[kColumnWarps][K][kTileColumns<T>];
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < K; ++k)
@@ -174,52 +170,51 @@ __device__ inline void column_totals(RealOf<T> (&v)[K][kChunkOf<T>], RealOf<T> (
     for (int j = 0; j < N; ++j) {
 #pragma unroll
       for (int offset = 16; offset >= kTileChunks; offset >>= 1) v[k][j] += __shfl_xor_sync(kAllLanes, v[k][j], offset);
-      if (lane < kTileChunks) part[warp][k][lane * N + j] = v[k][j];
+      if (lane < kTileChunks) partial[warp][k][lane * N + j] = v[k][j];
     }
   __syncthreads();
   for (int i = int(threadIdx.x); i < K * kTileColumns<T>; i += kColumnThreads) {
     Real total = 0;
 #pragma unroll
-    for (int w = 0; w < kColumnWarps; ++w) total += part[w][i / kTileColumns<T>][i % kTileColumns<T>];
+    for (int w = 0; w < kColumnWarps; ++w) total += partial[w][i / kTileColumns<T>][i % kTileColumns<T>];
     totals[i / kTileColumns<T>][i % kTileColumns<T>] = total;
   }
   __syncthreads();
 }
 
-// A block's sums as its part of the tile's.
+// Writes a block's sums as its partial.
 template <class T, int K>
-__device__ inline void write_column_part(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
+__device__ inline void write_column_partial(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
                                          RealOf<T> (&v)[K][kChunkOf<T>]) {
   __shared__ RealOf<T> totals[kMaxSums][kTileColumns<T>];
   column_totals<T, K>(v, totals);
-  RealOf<T>* part = a.part + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
+  RealOf<T>* partial = a.partial + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
   for (int i = int(threadIdx.x); i < K * kTileColumns<T>; i += kColumnThreads)
-    part[i] = totals[i / kTileColumns<T>][i % kTileColumns<T>];
+    partial[i] = totals[i / kTileColumns<T>][i % kTileColumns<T>];
 }
 
-// The constants of a tile's columns, into shared memory.
+// Loads the constants of a tile's columns into shared memory.
 template <class T>
 __device__ inline void load_tile(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
                                  GroupConstants<RealOf<T>> (&constants)[kTileColumns<T>]) {
-  const RowsArgs<RealOf<T>>& w = a.walk;
   for (uint32_t i = threadIdx.x; i < kTileColumns<T>; i += kColumnThreads) {
     const uint32_t column = p.tile * kTileColumns<T> + i;
     if (column >= a.columns) break;
-    const uint32_t group = p.outer * w.inner.divisor + column / a.width;
-    constants[i] = load_constants(w.stats, group, w.groups, w.alpha, w.order, w.transform_eps, w.frozen);
+    const uint32_t group = p.outer * a.inner.divisor + column / a.width;
+    constants[i] = load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
   }
   __syncthreads();
 }
 
-// A thread runs the code of the most careful of its columns, in which each column is still computed by its own path: no
-// result may depend on neighbours. What the columns need of their groups is in registers: from shared memory it would take
-// longer to come than an element takes to be computed.
+// A thread runs the code of the most precise path among its columns; within it each column still takes its own path, so
+// that no result depends on neighbours. The columns' exponents are in registers: a load from shared memory would take
+// longer than an element's arithmetic.
 template <int N, class Real>
 struct ColumnExponents {
   SignedExponent<Real> of[N];
-  PrecisionPath path = PrecisionPath::kPlain;  // the most careful of all columns'
+  PrecisionPath path = PrecisionPath::kPlain;  // the most precise of all columns'
 
-  // scale: a number a column
+  // scale: of each column
   __device__ __forceinline__ ColumnExponents(const GroupConstants<Real>* constants, const Real (&scale)[N], Span span) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -240,14 +235,14 @@ struct ColumnScales {
   __device__ Real standardize(int j, Real u) const { return fused(u - mean[j], rstd[j], shift[j]); }
 };
 
-// From signed logarithms to x times the exponents' scale.
+// From signed logarithms to x times the scale.
 template <PrecisionPath kMost, int N, class Real>
 __device__ __forceinline__ void transform_row(Real (&x)[N], const ColumnExponents<N, Real>& exponents,
                                               const GroupConstants<Real>* constants, const Real (&scale)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if constexpr (kMost == PrecisionPath::kSeries) {
-      const GroupConstants<Real>& c = constants[opaque(j)];  // anew: the registers are for plain columns
+      const GroupConstants<Real>& c = constants[opaque(j)];  // reloaded: the registers hold plain columns
       if (c.path == PrecisionPath::kSeries) {
         x[j] = transform_round<PrecisionPath::kSeries>(x[j], c.exponents) * scale[j];
       } else {
@@ -262,7 +257,7 @@ __device__ __forceinline__ void transform_row(Real (&x)[N], const ColumnExponent
   }
 }
 
-// weight (or bias) of a chunk's columns.
+// The weight (or bias) of a chunk's columns.
 template <class T, class Real>
 __device__ inline void column_parameters(const void* data, bool in_storage, Real missing, const ColumnPlace& p,
                                          Real (&out)[kChunkOf<T>]) {
@@ -271,8 +266,8 @@ __device__ inline void column_parameters(const void* data, bool in_storage, Real
     out[j] = data != nullptr && j < p.span.hi ? load_parameter<T>(data, in_storage, p.column + j) : missing;
 }
 
-// The backward reduction of a thread's columns: gradient_round() with the constants in registers, of which ragged
-// kernels have fewer to spare.
+// The backward reduction of a thread's columns: gradient_round() with constants in registers. Ragged kernels, which have
+// fewer registers left, read some of them from shared memory.
 template <bool kRagged, int N, class Real>
 struct ColumnGradients {
   ColumnScales<N, Real> scales;
@@ -294,15 +289,15 @@ struct ColumnGradients {
     return kRagged ? constants[j].standardize(u) : scales.standardize(j, u);
   }
 
-  // noise: what the normal z is to be scaled by. A weight within the group is the sums' own; one that is the group's may be
-  // left to finish_gradient().
+  // noise: the scale of the normal z. weight: 1 where finish_gradient() multiplies by it, which a weight that varies within
+  // the group does not allow.
   template <PrecisionPath kMost>
   __device__ __forceinline__ Slopes<Real> add(int j, Real h, Real g, Real weight, Real noise, Real z,
                                               const GroupConstants<Real>* constants) {
     const LambdaGradient<Real>& line = kRagged ? constants[j].lmbda : lmbda[j];
     Real terms[5] = {sums[0][j], sums[1][j], sums[2][j], sums[3][j], sums[4][j]};
     constexpr bool kPlain = kMost == PrecisionPath::kPlain;
-    const GroupConstants<Real>& c = constants[kPlain ? uint32_t(j) : opaque(j)];  // anew, as in transform_row()
+    const GroupConstants<Real>& c = constants[kPlain ? uint32_t(j) : opaque(j)];  // reloaded, as in transform_row()
     const SignedExponent<Real> plain = kPlain ? exponent[j] : gradient_exponent(c.exponents);
     const Slopes<Real> s = gradient_round(kPlain ? kMost : c.path, h, g * weight, plain, c.exponents, line, terms);
 #pragma unroll
@@ -323,9 +318,9 @@ struct ColumnGradients {
   }
 };
 
-// What a unit normal is to be scaled by beside x in the logarithms' unit.
+// The scale of a unit normal that is added to x in the unit of the logarithms.
 template <class Real>
-__device__ inline Real gradient_noise(const RowsArgs<Real>& a, const GroupConstants<Real>& c) {
+__device__ inline Real gradient_noise(const KernelArgs<Real>& a, const GroupConstants<Real>& c) {
   return a.noise_train * c.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
 }
 
@@ -339,7 +334,6 @@ __device__ __forceinline__ void column_lambda_totals(const LambdaSums<Real> (&te
     for (int k = 0; k < 4; ++k) sums[k][j] = totals[k];
   }
 }
-
 
 }  // namespace
 }  // namespace cuda

@@ -1,35 +1,36 @@
-// The columns walk with a tile of columns resident in the registers and shared memory of co-operating blocks: one read
-// and one write of device memory. For groups of one column (Batch, Instance).
+// The columns layout, resident: co-operating blocks keep a tile of columns in registers and shared memory. Device memory is
+// read once (backward: twice, input and gradient) and written once. For groups of one column (Batch, Instance).
 #pragma once
 
-#include "columns_stream.cuh"
-#include "held.cuh"
+#include "columns.cuh"
+#include "rows_resident.cuh"
+#include "tile_cache.cuh"
 
 namespace normnorm {
 namespace cuda {
 namespace {
 
-// Chunks of a thread in registers: fewer than of rows, because the constants of its columns are there as well.
+// Chunks of a thread in registers: fewer than in the rows layout, because the columns' constants are in registers too.
 template <class T>
 constexpr int kColumnBackwardRegister = sizeof(T) == 8 ? 2 : 8 / kChunkOf<T>;
 
-// The blocks that hold one tile. A cooperative launch, as GridTeam.
+// The thread group of a tile: blocks of a cooperative launch, as GridThreads.
 template <class T>
-class TileTeam {
+class TileThreads {
   using Real = RealOf<T>;
   static constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
 
  public:
   using Totals = Real (&)[kMaxSums][kColumns];
-  using Sync = typename GridTeam<Real>::Sync;  // partial: [team][2][blocks][kMaxSums][kColumns]
+  using Sync = typename GridThreads<Real>::Sync;  // partial: [thread group][2][blocks][kMaxSums][kColumns]
 
-  __device__ explicit TileTeam(Sync sync) : sync_(sync) {}
+  __device__ explicit TileThreads(Sync sync) : sync_(sync) {}
   __device__ uint32_t block() const { return blockIdx.x % sync_.blocks; }
   __device__ uint32_t blocks() const { return sync_.blocks; }
   __device__ uint32_t index() const { return blockIdx.x / sync_.blocks; }
   __device__ uint32_t count() const { return gridDim.x / sync_.blocks; }
 
-  // Each column's totals over all rows of the tile, seen by all threads of the team.
+  // Each column's totals over all rows of the tile, visible to all threads of the thread group.
   template <int K>
   __device__ void sum(Real (&v)[K][N], Totals totals) {
     column_totals<T, K>(v, totals);
@@ -39,7 +40,7 @@ class TileTeam {
     turn_ ^= 1;
     for (int i = int(threadIdx.x); i < K * kColumns; i += kColumnThreads)
       buffer[block() * kPart + i] = totals[i / kColumns][i % kColumns];
-    __syncthreads();  // before the block says that it has arrived
+    __syncthreads();  // all of the block's sums are written before it arrives
     if (threadIdx.x == 0) {
       unsigned* counter = sync_.counters + opaque(blockIdx.x) / sync_.blocks;
       passed_ += sync_.blocks;
@@ -75,7 +76,7 @@ __device__ inline ColumnPlace locate_tile(const ColumnsArgs<RealOf<T>>& a, uint3
   return p;
 }
 
-// What a tile's threads share.
+// Shared memory of a tile.
 template <class T>
 struct TileShared {
   RealOf<T> totals[kMaxSums][kTileColumns<T>];
@@ -84,7 +85,7 @@ struct TileShared {
   InputGradient<RealOf<T>> gradient[kTileColumns<T>];
 };
 
-template <class T, bool kRagged, bool kJoined>
+template <class T, bool kRagged, bool kFused>
 class ForwardTile {
   static constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
   using At = RowAt<T, kRagged>;
@@ -92,32 +93,31 @@ class ForwardTile {
   using Chunk = Real (&)[1][N];
 
  public:
-  __device__ ForwardTile(const ColumnsArgs<Real>& a, TileTeam<T>& team, TileShared<T>& shared, const ColumnPlace& p)
-      : a_(a), team_(team), shared_(shared), p_(p),
-        held_(p.span.hi > 0 ? a.walk.runs : 0, team.block() * kColumnRows + p.y, team.blocks() * kColumnRows) {}
+  __device__ ForwardTile(const ColumnsArgs<Real>& a, TileThreads<T>& threads, TileShared<T>& shared, const ColumnPlace& p)
+      : a_(a), threads_(threads), shared_(shared), p_(p),
+        cache_(p.span.hi > 0 ? a.runs : 0, threads.block() * kColumnRows + p.y, threads.blocks() * kColumnRows) {}
 
   __device__ __forceinline__ void moments() {
     Real total[1][N] = {};
     struct Raw {
       Fetched<T, kRagged> u;
-      Extra<T, kJoined, kRagged> addend;
+      FusedFetch<T, kFused, kRagged> addend;
     };
-    const RowsArgs<Real>& w = a_.walk;
     const auto load = [&](uint32_t row, Raw& raw) {
-      fetch_row<T, kRagged>(w.input, w.at_input, p_, row, raw.u);
-      fetch_joined<kJoined>(At{p_, row}, w.joined.addend, raw.addend);
+      fetch_row<T, kRagged>(a_.input, a_.at_input, p_, row, raw.u);
+      fetch_fused<kFused>(At{p_, row}, a_.fused.addend, raw.addend);
     };
-    held_.template fill<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& raw) {
-      row_values<T, kRagged>(w.input, w.at_input, p_, row, raw.u, x[0]);
-      keep_sum<T, kJoined>(At{p_, row}, w.joined, raw.addend, x[0]);
+    cache_.template fill<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& raw) {
+      row_values<T, kRagged>(a_.input, a_.at_input, p_, row, raw.u, x[0]);
+      add_and_write_sum<T, kFused>(At{p_, row}, a_.fused, raw.addend, x[0]);
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
     });
-    team_.sum(total, shared_.totals);
+    threads_.sum(total, shared_.totals);
     Real mean[N], centred[2][N] = {};
 #pragma unroll
-    for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.walk.inverse_count;
-    held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
+    for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.inverse_count;
+    cache_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         x[0][j] -= mean[j];
@@ -125,13 +125,13 @@ class ForwardTile {
         centred[1][j] += x[0][j] * x[0][j];
       }
     });
-    team_.sum(centred, shared_.totals);
+    threads_.sum(centred, shared_.totals);
     if (p_.y == 0) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const int i = int(p_.x) * N + j;
-        shared_.moments[i] = finish_moments(mean[j], shared_.totals[0][i], shared_.totals[1][i], a_.walk.inverse_count,
-                                            a_.walk.eps);
+        shared_.moments[i] = finish_moments(mean[j], shared_.totals[0][i], shared_.totals[1][i], a_.inverse_count,
+                                            a_.eps);
       }
     }
     __syncthreads();
@@ -146,58 +146,58 @@ class ForwardTile {
       shift[j] = -m.mean_low * m.rstd;
     }
     LambdaSums<Real> terms[N];
-    held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
+    cache_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
 #pragma unroll
       for (int j = 0; j < N; ++j) x[0][j] = terms[j].add(x[0][j] * rstd[j] + shift[j]);
     });
     column_lambda_totals(terms, sums);
-    team_.sum(sums, shared_.totals);
+    threads_.sum(sums, shared_.totals);
     for (int i = int(threadIdx.x); i < kColumns; i += kColumnThreads) finish_column(i);
     __syncthreads();
   }
 
-  // x in place of the logarithms; its mean goes to totals[0].
+  // Replaces the logarithms by x; totals[0] is its sum.
   __device__ __forceinline__ void transform() {
     Real total[1][N] = {}, ones[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) ones[j] = Real(1);
     const ColumnExponents<N, Real> exponents(constants(), ones, p_.span);
     with_path(exponents.path, [&](auto tag) {
-      held_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
+      cache_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
         transform_row<tag.value>(x[0], exponents, constants(), ones);
 #pragma unroll
         for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
       });
     });
-    team_.sum(total, shared_.totals);
+    threads_.sum(total, shared_.totals);
   }
 
   __device__ __forceinline__ void deviation() {
     Real mean[N], total[1][N] = {};
 #pragma unroll
-    for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.walk.inverse_count;
-    held_.template each<true, false>([&](Chunk x, uint32_t, uint32_t) {
+    for (int j = 0; j < N; ++j) mean[j] = shared_.totals[0][p_.x * N + j] * a_.inverse_count;
+    cache_.template each<true, false>([&](Chunk x, uint32_t, uint32_t) {
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0][j] += absolute(x[0][j] - mean[j]);
     });
-    team_.sum(total, shared_.totals);
+    threads_.sum(total, shared_.totals);
   }
 
-  // The last round: from x where there is noise, else from the logarithms.
+  // The last round: from x with noise, else from the logarithms.
   template <bool kNoise>
   __device__ __forceinline__ void write() {
-    const bool noisy = draws_noise<kNoise, kJoined>(a_.walk);
-    const PhiloxSchedule keys(noisy ? uint64_t(*a_.walk.seed) : 0);
+    const bool noisy = draws_noise<kNoise, kFused>(a_);
+    const PhiloxSchedule keys(noisy ? uint64_t(*a_.seed) : 0);
     Real weight[N], bias[N], noise[N] = {};
-    column_parameters<T>(a_.walk.weight, a_.walk.weight_in_storage, Real(1), p_, weight);
-    column_parameters<T>(a_.walk.bias, a_.walk.bias_in_storage, Real(0), p_, bias);
+    column_parameters<T>(a_.weight, a_.weight_in_storage, Real(1), p_, weight);
+    column_parameters<T>(a_.bias, a_.bias_in_storage, Real(0), p_, bias);
     if constexpr (kNoise) {
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        if (noisy && j < p_.span.hi) noise[j] = a_.walk.noise_train * kNormalUnit<Real> * scale(int(p_.x) * N + j);
+        if (noisy && j < p_.span.hi) noise[j] = a_.noise_train * kNormalUnit<Real> * scale(int(p_.x) * N + j);
       each_output([&](Chunk x, uint32_t row) {
         Real z[N] = {};
-        if (noisy) row_normals<kRagged>(a_.walk, p_, row, keys, z);
+        if (noisy) row_normals<kRagged>(a_, p_, row, keys, z);
 #pragma unroll
         for (int j = 0; j < N; ++j) x[0][j] = (x[0][j] + noise[j] * z[j]) * weight[j] + bias[j];
       });
@@ -211,145 +211,144 @@ class ForwardTile {
         });
       });
     }
-    if (team_.block() > 0 || a_.walk.given_scale) return;
+    if (threads_.block() > 0 || a_.given_scale) return;
     for (int i = int(threadIdx.x); i < kColumns && group(i) < group_end(); i += kColumnThreads)
-      a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)] = noisy ? scale(i) : Real(0);
+      a_.stats[int64_t(kNoiseScale) * a_.groups + group(i)] = noisy ? scale(i) : Real(0);
   }
 
  private:
-  // f(values, row) over what is held leaves what is written.
+  // f(values, row) over the cached rows leaves the values to store.
   template <class F>
   __device__ __forceinline__ void each_output(F f) {
-    using Raw = Extra<T, kJoined, kRagged>;
-    const auto load = [&](uint32_t row, Raw& raw) { fetch_joined<kJoined>(At{p_, row}, a_.walk.joined.residual, raw); };
-    held_.template each_beside<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& residual) {
+    using Raw = FusedFetch<T, kFused, kRagged>;
+    const auto load = [&](uint32_t row, Raw& raw) { fetch_fused<kFused>(At{p_, row}, a_.fused.residual, raw); };
+    cache_.template each_with<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& residual) {
       f(x, row);
-      join_output<kJoined>(At{p_, row}, a_.walk.joined, residual, x[0]);
-      write_row<T, kRagged>(a_.walk.output, a_.walk.at_output, p_, row, x[0]);
+      apply_epilogue<kFused>(At{p_, row}, a_.fused, residual, x[0]);
+      write_row<T, kRagged>(a_.output, a_.at_output, p_, row, x[0]);
     });
   }
   __device__ uint32_t group(int i) const { return p_.outer * a_.columns + p_.tile * kColumns + i; }
   __device__ uint32_t group_end() const { return (p_.outer + 1) * a_.columns; }
   __device__ Real scale(int i) const {
-    return a_.walk.given_scale ? a_.walk.stats[int64_t(kNoiseScale) * a_.walk.groups + group(i)]
-                               : shared_.totals[0][i] * a_.walk.inverse_count;
+    return a_.given_scale ? a_.stats[int64_t(kNoiseScale) * a_.groups + group(i)]
+                               : shared_.totals[0][i] * a_.inverse_count;
   }
-  // Of this thread's columns.
+  // The constants of this thread's columns.
   __device__ __forceinline__ const GroupConstants<Real>* constants() const { return shared_.of + p_.x * N; }
   __device__ __forceinline__ void finish_column(int i) {
     const Real sums[4] = {shared_.totals[0][i], shared_.totals[1][i], shared_.totals[2][i], shared_.totals[3][i]};
-    const RowsArgs<Real>& w = a_.walk;
     const Estimate<Real> e =
-        finish_lambda(sums, shared_.moments[i].rstd, w.inverse_count, w.alpha, w.order, w.eps, w.root_eps);
-    shared_.of[i].exponents = make_exponents<Real>(e.lmbda, w.transform_eps);
-    shared_.of[i].path = precision_path(shared_.of[i].exponents, w.transform_eps, false);
-    if (team_.block() == 0 && group(i) < group_end())
-      write_statistics(w, group(i), shared_.moments[i], e);
+        finish_lambda(sums, shared_.moments[i].rstd, a_.inverse_count, a_.alpha, a_.order, a_.eps, a_.root_eps);
+    shared_.of[i].exponents = make_exponents<Real>(e.lmbda, a_.transform_eps);
+    shared_.of[i].path = precision_path(shared_.of[i].exponents, a_.transform_eps, false);
+    if (threads_.block() == 0 && group(i) < group_end())
+      write_statistics(a_, group(i), shared_.moments[i], e);
   }
 
   const ColumnsArgs<Real>& a_;
-  TileTeam<T>& team_;
+  TileThreads<T>& threads_;
   TileShared<T>& shared_;
   const ColumnPlace& p_;
-  Held<Real, N, kForwardRegister<T>, 1> held_;
+  TileCache<Real, N, kForwardRegister<T>, 1> cache_;
 };
 
-template <class T, bool kRagged, bool kNoise, bool kJoined>
-__global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce)
-column_forward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
+template <class T, bool kRagged, bool kNoise, bool kFused>
+__global__ void __launch_bounds__(kColumnThreads, kBlocksPerMultiprocessor)
+column_forward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sync) {
   __shared__ TileShared<T> shared;
-  TileTeam<T> team(sync);
-  const uint32_t slabs = a.walk.groups / a.columns * a.tiles;
+  TileThreads<T> threads(sync);
+  const uint32_t slabs = a.groups / a.columns * a.tiles;
 #pragma unroll 1
-  for (uint32_t slab = team.index(); slab < slabs; slab += team.count()) {
+  for (uint32_t slab = threads.index(); slab < slabs; slab += threads.count()) {
     const ColumnPlace p = locate_tile<T>(a, slab);
-    ForwardTile<T, kRagged, kJoined> pass(a, team, shared, p);
+    ForwardTile<T, kRagged, kFused> pass(a, threads, shared, p);
     pass.moments();
     pass.estimate();
     if constexpr (kNoise) {
       pass.transform();
-      if (draws_noise<kNoise, kJoined>(a.walk) && !a.walk.given_scale) pass.deviation();
+      if (draws_noise<kNoise, kFused>(a) && !a.given_scale) pass.deviation();
     }
     pass.template write<kNoise>();
   }
 }
 
-template <class T, bool kRagged, bool kJoined>
-__global__ void __launch_bounds__(kColumnThreads, kBlocksAtOnce)
-column_backward(const ColumnsArgs<RealOf<T>> a, typename TileTeam<T>::Sync sync) {
+template <class T, bool kRagged, bool kFused>
+__global__ void __launch_bounds__(kColumnThreads, kBlocksPerMultiprocessor)
+column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sync) {
   using Real = RealOf<T>;
   using At = RowAt<T, kRagged>;
   constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
   using Chunk = Real (&)[3][N];  // G psi_h, w, h
   __shared__ TileShared<T> shared;
-  TileTeam<T> team(sync);
-  const bool noisy = a.walk.noise && a.walk.weight_part != nullptr;
-  const PhiloxSchedule keys(noisy ? uint64_t(*a.walk.seed) : 0);
-  const uint32_t slabs = a.walk.groups / a.columns * a.tiles;
+  TileThreads<T> threads(sync);
+  const bool noisy = a.noise && a.weight_partials != nullptr;
+  const PhiloxSchedule keys(noisy ? uint64_t(*a.seed) : 0);
+  const uint32_t slabs = a.groups / a.columns * a.tiles;
 #pragma unroll 1
-  for (uint32_t slab = team.index(); slab < slabs; slab += team.count()) {
+  for (uint32_t slab = threads.index(); slab < slabs; slab += threads.count()) {
     const ColumnPlace p = locate_tile<T>(a, slab);
     load_tile<T>(a, p, shared.of);
-    Held<Real, N, kColumnBackwardRegister<T>, 3, true, 1> held(p.span.hi > 0 ? a.walk.runs : 0, team.block() * kColumnRows + p.y,
-                                                team.blocks() * kColumnRows);
+    TileCache<Real, N, kColumnBackwardRegister<T>, 3, true, 1> cache(p.span.hi > 0 ? a.runs : 0, threads.block() * kColumnRows + p.y,
+                                                threads.blocks() * kColumnRows);
     const GroupConstants<Real>* constants = shared.of + p.x * N;
     ColumnGradients<kRagged, N, Real> pass(constants, p.span);
     with_path(pass.path, [&](auto tag) {
       struct Raw {
         Fetched<T, kRagged> u, g;
-        Extra<T, kJoined, kRagged> activated;
+        FusedFetch<T, kFused, kRagged> activated;
       };
       const auto load = [&](uint32_t row, Raw& raw) {
-        fetch_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u);
-        fetch_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g);
-        fetch_mask<kJoined>(At{p, row}, a.walk.joined.activated, raw.activated);
+        fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
+        fetch_row<T, kRagged>(a.grad, a.at_grad, p, row, raw.g);
+        fetch_mask<kFused>(At{p, row}, a.fused.activated, raw.activated);
       };
       const auto hint = [&](uint32_t row) {
-        expect(row_address<T>(a.walk.input, a.walk.at_input, p, row));
-        expect(row_address<T>(a.walk.grad, a.walk.at_grad, p, row));
-        if constexpr (kJoined) At{p, row}.expect(a.walk.joined.activated);
+        prefetch(row_address<T>(a.input, a.at_input, p, row));
+        prefetch(row_address<T>(a.grad, a.at_grad, p, row));
+        if constexpr (kFused) At{p, row}.prefetch(a.fused.activated);
       };
-      held.template fill<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& raw) {
+      cache.template fill<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& raw) {
         Real g[N], z[N] = {};
-        row_values<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u, kept[2]);
-        row_values<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g, g);
-        join_mask<kJoined>(At{p, row}, a.walk.joined, raw.activated, g);
-        if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
+        row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, kept[2]);
+        row_values<T, kRagged>(a.grad, a.at_grad, p, row, raw.g, g);
+        mask_gradient<kFused>(At{p, row}, a.fused, raw.activated, g);
+        if (noisy) row_normals<kRagged>(a, p, row, keys, z);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           if (kRagged && !p.span.has(j)) continue;
           const Real h = pass.standardize(j, kept[2][j], constants);
-          const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], Real(1), gradient_noise(a.walk, constants[j]),
+          const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], Real(1), gradient_noise(a, constants[j]),
                                                               z[j], constants);
           kept[0][j] = s.through_h, kept[1][j] = s.w, kept[2][j] = h;
         }
       }, hint);
     });
     pass.natural();
-    team.sum(pass.sums, shared.totals);
+    threads.sum(pass.sums, shared.totals);
     for (int i = int(threadIdx.x); i < kColumns; i += kColumnThreads) {
       const uint32_t column = p.tile * kColumns + i;
       if (column >= a.columns) break;
       Real totals[5];
 #pragma unroll
       for (int k = 0; k < 5; ++k) totals[k] = shared.totals[k][i];
-      const Real weight = a.walk.weight ? load_parameter<T>(a.walk.weight, a.walk.weight_in_storage, column) : Real(1);
-      shared.gradient[i] = finish_gradient(totals, weight, a.walk.inverse_count, shared.of[i].rstd, a.walk.frozen);
-      if (team.block() > 0) continue;
-      if (a.walk.bias_part) a.walk.bias_part[p.outer * a.columns + column] = shared.totals[5][i];
-      if (a.walk.weight_part) a.walk.weight_part[p.outer * a.columns + column] = shared.totals[6][i];
+      const Real weight = a.weight ? load_parameter<T>(a.weight, a.weight_in_storage, column) : Real(1);
+      shared.gradient[i] = finish_gradient(totals, weight, a.inverse_count, shared.of[i].rstd, a.frozen);
+      if (threads.block() > 0) continue;
+      if (a.bias_partials) a.bias_partials[p.outer * a.columns + column] = shared.totals[5][i];
+      if (a.weight_partials) a.weight_partials[p.outer * a.columns + column] = shared.totals[6][i];
     }
     __syncthreads();
-    if (a.walk.output == nullptr) continue;
+    if (a.output == nullptr) continue;
     const ColumnPlace place = locate_tile<T>(a, opaque(slab));
-    using Raw = Extra<T, kJoined, kRagged>;
-    const auto load = [&](uint32_t row, Raw& raw) { fetch_joined<kJoined>(At{place, row}, a.walk.joined.grad_sum, raw); };
-    held.template each_beside<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& grad_sum) {
+    using Raw = FusedFetch<T, kFused, kRagged>;
+    const auto load = [&](uint32_t row, Raw& raw) { fetch_fused<kFused>(At{place, row}, a.fused.grad_sum, raw); };
+    cache.template each_with<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& grad_sum) {
       Real out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = shared.gradient[place.x * N + j](kept[0][j], kept[1][j], kept[2][j]);
-      join_sum_gradient<kJoined>(At{place, row}, a.walk.joined, grad_sum, out);
-      write_row<T, kRagged>(a.walk.output, a.walk.at_output, place, row, out);
+      add_sum_gradient<kFused>(At{place, row}, a.fused, grad_sum, out);
+      write_row<T, kRagged>(a.output, a.at_output, place, row, out);
     });
   }
 }

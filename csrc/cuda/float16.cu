@@ -1,3 +1,3 @@
-#include "kernels.cuh"
+#include "launch.cuh"
 
 NN_PASSES(float16_passes, __half)

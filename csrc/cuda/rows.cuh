@@ -1,22 +1,21 @@
-// The rows walk: groups made of runs of neighbouring elements, dealt out to threads in chunks.
+// The rows layout: groups of runs of neighbouring elements, divided among threads in chunks.
 //
-// Two modes. Aligned: every run starts on a chunk boundary and has whole chunks, in every tensor. Ragged: chunks still
-// start at multiples of their size, counted in memory where all tensors agree about it and else in the order of the
-// noise, so that a run begins and ends within a chunk. Either way one Philox counter never serves two chunks.
+// Two modes. Aligned: every run starts on a chunk boundary and has whole chunks, in every tensor. Ragged: a run may begin
+// and end within a chunk. Chunks then start at multiples of their size, counted in memory where all tensors have the same
+// boundaries, and else in the order of the noise. In both modes the normals of a Philox counter belong to one chunk.
 #pragma once
 
 #include "../math/device_math.h"
 #include "../common/stats.h"
-#include "joined.cuh"
-#include "problem.h"
-#include "storage.cuh"
+#include "epilogue.cuh"
+#include "io.cuh"
+#include "params.h"
 
 namespace normnorm {
 namespace cuda {
 namespace {
 
-// Division of numbers below 2^31 by a number known before the launch: a product and a shift (Granlund and Montgomery
-// 1994).
+// Division of numbers below 2^31 by a launch constant, as a product and a shift (Granlund and Montgomery 1994).
 struct FastDivide {
   uint32_t divisor = 1, factor = 0x80000001u, shift = 31;
   FastDivide() = default;
@@ -24,7 +23,7 @@ struct FastDivide {
     while ((uint64_t(1) << (shift - 31)) < d) ++shift;
     factor = uint32_t((uint64_t(1) << shift) / d + 1);
   }
-  // Where every number is below the divisor, which spares whoever divides a question.
+  // For numbers that are all below the divisor: the quotient is 0 without a branch.
   static FastDivide always_zero(uint32_t d) {
     FastDivide f(d);
     f.factor = 0;
@@ -33,51 +32,57 @@ struct FastDivide {
   __device__ uint32_t quotient(uint32_t n) const { return uint32_t(uint64_t(n) * factor >> shift); }
 };
 
-// A tensor's strides, and for aligned walks how many chunks (of the noise: counters) lie between the end of one run and
-// the start of the next, modulo 2^32.
-struct Walk : Strides {
+// A tensor's strides, and in aligned mode the chunks (of the noise: counters) between the end of one run and the start of
+// the next, modulo 2^32.
+struct ChunkStrides : Strides {
   uint32_t gap = 0;
 };
 
-// What joined kernels read and write besides (problem.h); null data where there is none.
-struct JoinedTensor {
+// The tensors of fused operations (params.h); null data where there is none.
+struct FusedTensor {
   void* data;
-  Walk at;
+  ChunkStrides at;
 };
-struct Joined {
-  JoinedTensor residual, addend, sum, activated, grad_sum;
+struct FusedTensors {
+  FusedTensor residual, addend, sum, activated, grad_sum;
   bool relu;
 };
 
+// The parameters of every kernel of a pass; those of the streaming kernels and of the columns layout add to them.
 template <class Real>
-struct RowsArgs {
-  int64_t length;
+struct KernelArgs {
+  // geometry
+  int64_t length;  // of a run
   uint32_t groups, runs;
   FastDivide inner, chunks_per_run;
   uint32_t chunks;  // of a group
-  bool wide;
+  bool wide;        // ragged: whole chunks are aligned to 16 bytes
+  // tensors
   const void* input;
   const void* grad;
   void* output;
-  Walk at_input, at_grad, at_output, at_noise;
-  Strides chunk_origin;  // ragged: what must be a multiple of the chunk's size at its start
+  ChunkStrides at_input, at_grad, at_output, at_noise;
+  Strides chunk_origin;  // ragged: a chunk starts where chunk_base plus these strides is a multiple of its size
   int64_t chunk_base;
-  Real* stats;
+  Real* stats;  // (kStatRows, groups)
+  // affine map
   const void *weight, *bias;
   bool weight_in_storage, bias_in_storage;
   Affine affine;
+  // noise
   const int64_t* seed;
   uint32_t stream;
   bool noise, given_scale, frozen;
+  // numbers
   Real noise_train, inverse_count, eps, root_eps, alpha, transform_eps;
   double inverse_count_double;
   int order;
-  // backward: where sums for the parameters go, (parts, elements of the parameter); null where not wanted
-  Real *weight_part, *bias_part;
-  Joined joined;
+  // backward: partial gradients of the parameters, (partials, elements of the parameter); null where not wanted
+  Real *weight_partials, *bias_partials;
+  FusedTensors fused;
 };
 
-// One group's place in the tensors.
+// A group's offsets in the tensors, in elements.
 struct GroupPlace {
   int64_t outer, inner, input, grad, output, noise, origin;
 };
@@ -88,7 +93,7 @@ __device__ inline int64_t group_offset(const Strides& s, int64_t outer, int64_t 
 }
 
 template <class Real>
-__device__ inline GroupPlace locate_group(const RowsArgs<Real>& a, uint32_t group) {
+__device__ inline GroupPlace locate_group(const KernelArgs<Real>& a, uint32_t group) {
   const uint32_t outer = a.inner.quotient(group);
   const uint32_t inner = group - outer * a.inner.divisor;
   return {outer, inner, group_offset<Real>(a.at_input, outer, inner), group_offset<Real>(a.at_grad, outer, inner),
@@ -96,7 +101,7 @@ __device__ inline GroupPlace locate_group(const RowsArgs<Real>& a, uint32_t grou
           a.chunk_base + group_offset<Real>(a.chunk_origin, outer, inner)};
 }
 
-// A chunk's place in its group: element j of it is element first + j of the run.
+// A chunk's place in its group: its element j is element first + j of the run.
 struct ChunkPlace {
   uint32_t chunk, run;
   int64_t first;
@@ -105,7 +110,7 @@ struct ChunkPlace {
 };
 
 template <bool kRagged, int N, class Real>
-__device__ inline ChunkPlace locate_chunk(const RowsArgs<Real>& a, const GroupPlace& g, uint32_t chunk) {
+__device__ inline ChunkPlace locate_chunk(const KernelArgs<Real>& a, const GroupPlace& g, uint32_t chunk) {
   const uint32_t run = a.chunks_per_run.quotient(chunk);
   const int64_t first = int64_t(chunk - run * a.chunks_per_run.divisor) * N;
   if constexpr (!kRagged) {
@@ -119,81 +124,78 @@ __device__ inline ChunkPlace locate_chunk(const RowsArgs<Real>& a, const GroupPl
   }
 }
 
-// Where a chunk lies in a tensor. Aligned: 32 bits count chunks within a group, as far as 64 GiB.
+// The address of a chunk in a tensor. Aligned: 32 bits count the chunks of a group, which reaches 64 GiB.
 template <class T, bool kRagged>
-__device__ __forceinline__ const T* chunk_address(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c) {
+__device__ __forceinline__ const T* chunk_address(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c) {
   const T* p = static_cast<const T*>(tensor) + group;
   if constexpr (kRagged) return p + (int64_t(c.run) * s.run + c.first);
-#if defined(__CUDA_ARCH__)
-  asm("" : "+l"(p));  // or the compiler adds the offset to `group` first, and takes four instructions a chunk instead of two
-#endif
+  p = opaque_address(p);  // else the compiler adds the offset to `group` first, in four instructions a chunk instead of two
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + uint64_t(c.chunk + c.run * s.gap) * 16);
 }
 
 template <class T, bool kRagged>
-__device__ __forceinline__ void read_chunk(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+__device__ __forceinline__ void read_chunk(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c,
                                            RealOf<T> (&out)[kChunkOf<T>]) {
   const T* p = chunk_address<T, kRagged>(tensor, group, s, c);
   if (!kRagged || c.whole) load_chunk(p, out);
   else load_span(p, c.span, out);
 }
 
-template <class T, bool kRagged, bool kLate>  // kLate follows from `out`
-__device__ __forceinline__ void fetch(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+template <class T, bool kRagged, bool kLate>
+__device__ __forceinline__ void fetch(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c,
                                       Fetched<T, kLate>& out) {
-  if constexpr (!kLate) out.raw = load_packed(chunk_address<T, kRagged>(tensor, group, s, c));
+  if constexpr (!kLate) out.raw = load_global(chunk_address<T, kRagged>(tensor, group, s, c));
 }
 template <class T, bool kRagged, bool kLate>
-__device__ __forceinline__ void values(const void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+__device__ __forceinline__ void values(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c,
                                        const Fetched<T, kLate>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
   if constexpr (kLate) read_chunk<T, kRagged>(tensor, group, s, c, out);
   else unpack_chunk<T>(fetched.raw, out);
 }
 
 template <class T, bool kRagged>
-__device__ __forceinline__ void write_chunk(void* tensor, int64_t group, const Walk& s, const ChunkPlace& c,
+__device__ __forceinline__ void write_chunk(void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c,
                                             const RealOf<T> (&in)[kChunkOf<T>]) {
   T* p = const_cast<T*>(chunk_address<T, kRagged>(tensor, group, s, c));
   if (!kRagged || c.whole) store_chunk(p, in);
   else store_span(p, c.span, in);
 }
 
-// A chunk's place in the tensors of joined kernels, `at` of joined.cuh.
+// The `at` of epilogue.cuh: a chunk's place in any tensor.
 template <class T, bool kRagged>
 struct ChunkAt {
   const GroupPlace& group;
   const ChunkPlace& chunk;
 
   template <bool kLate>
-  __device__ __forceinline__ void fetch(const JoinedTensor& t, Fetched<T, kLate>& out) const {
+  __device__ __forceinline__ void fetch(const FusedTensor& t, Fetched<T, kLate>& out) const {
     cuda::fetch<T, kRagged>(t.data, offset(t), t.at, chunk, out);
   }
   template <bool kLate>
-  __device__ __forceinline__ void values(const JoinedTensor& t, const Fetched<T, kLate>& fetched,
+  __device__ __forceinline__ void values(const FusedTensor& t, const Fetched<T, kLate>& fetched,
                                          RealOf<T> (&out)[kChunkOf<T>]) const {
     cuda::values<T, kRagged>(t.data, offset(t), t.at, chunk, fetched, out);
   }
-  __device__ __forceinline__ void write(const JoinedTensor& t, const RealOf<T> (&in)[kChunkOf<T>]) const {
+  __device__ __forceinline__ void write(const FusedTensor& t, const RealOf<T> (&in)[kChunkOf<T>]) const {
     write_chunk<T, kRagged>(t.data, offset(t), t.at, chunk, in);
   }
 
  private:
-  __device__ int64_t offset(const JoinedTensor& t) const {
+  __device__ int64_t offset(const FusedTensor& t) const {
     return group_offset<RealOf<T>>(t.at, group.outer, group.inner);
   }
 };
 
-// The counter of the noise that serves a chunk's first element.
+// The Philox counter of a chunk's first element.
 template <int N, bool kRagged, class Real>
-__device__ __forceinline__ uint64_t chunk_quad(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c) {
+__device__ __forceinline__ uint64_t chunk_quad(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c) {
   if constexpr (kRagged) return uint64_t(g.noise + int64_t(c.run) * a.at_noise.run + c.first) / 4;
   else return uint64_t(g.noise) / 4 + (c.chunk * (N / 4) + c.run * a.at_noise.gap);
 }
 
-// f(j, pair) for the pairs of normals of a chunk's elements j and j + 1; the chunk's first element is served by a
-// counter's first word.
+// f(j, pair) for the pairs of normals of a chunk's elements j and j + 1. The chunk begins with a counter's first word.
 template <int N, bool kRagged, class Real, class F>
-__device__ __forceinline__ void each_normal_pair(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+__device__ __forceinline__ void each_normal_pair(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                                  const PhiloxSchedule& keys, F f) {
   const uint64_t quad = chunk_quad<N, kRagged>(a, g, c);
 #pragma unroll
@@ -204,9 +206,9 @@ __device__ __forceinline__ void each_normal_pair(const RowsArgs<Real>& a, const 
   }
 }
 
-// x + noise z, where noise lacks kNormalUnit.
+// x += noise z; noise includes kNormalUnit.
 template <bool kRagged, int N, class Real>
-__device__ __forceinline__ void add_noise(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+__device__ __forceinline__ void add_noise(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                           const PhiloxSchedule& keys, Real noise, Real (&x)[N]) {
   each_normal_pair<N, kRagged>(a, g, c, keys, [&](int j, const PolarPair<Real>& z) {
     const Real radius = noise * z.radius;
@@ -217,7 +219,7 @@ __device__ __forceinline__ void add_noise(const RowsArgs<Real>& a, const GroupPl
 
 // The sum of g z, without kNormalUnit.
 template <bool kRagged, int N, class Real>
-__device__ __forceinline__ Real noise_product(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+__device__ __forceinline__ Real noise_product(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                               const PhiloxSchedule& keys, const Real (&grad)[N]) {
   Real sum = 0;
   each_normal_pair<N, kRagged>(a, g, c, keys, [&](int j, const PolarPair<Real>& z) {
@@ -226,9 +228,9 @@ __device__ __forceinline__ Real noise_product(const RowsArgs<Real>& a, const Gro
   return sum;
 }
 
-// The standard normals of a chunk that begins anywhere within a counter, without kNormalUnit.
+// The standard normals, without kNormalUnit, of a chunk that may begin within a counter.
 template <int N, class Real>
-__device__ inline void unaligned_normals(const RowsArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
+__device__ inline void unaligned_normals(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                          const PhiloxSchedule& keys, Real (&z)[N]) {
   const int64_t position = g.noise + int64_t(c.run) * a.at_noise.run + c.first;
   QuadNormals<Real> quad;
@@ -241,7 +243,7 @@ __device__ inline void unaligned_normals(const RowsArgs<Real>& a, const GroupPla
   }
 }
 
-// weight (or bias) of a chunk's elements; kPerElement parameters vary along the run, the others are one number.
+// The weight (or bias) of each element of a chunk, where it varies along the run (kPerElement).
 template <class T, bool kRagged, class Real>
 __device__ inline void element_parameters(const void* data, bool in_storage, Real missing, const ChunkPlace& c,
                                           Real (&out)[kChunkOf<T>]) {
@@ -264,19 +266,19 @@ __device__ inline void element_parameters(const void* data, bool in_storage, Rea
   }
 }
 
-// Weight and bias where they are one number for a whole group, else whatever.
+// Weight and bias where they are the same for a whole group; else 1 and 0.
 template <class Real>
 struct GroupAffine {
   Real weight, bias;
 };
 
 template <class T, class Real>
-__device__ inline GroupAffine<Real> run_affine(const RowsArgs<Real>& a, int64_t i) {
+__device__ inline GroupAffine<Real> run_affine(const KernelArgs<Real>& a, int64_t i) {
   return {a.weight ? load_parameter<T>(a.weight, a.weight_in_storage, i) : Real(1),
           a.bias ? load_parameter<T>(a.bias, a.bias_in_storage, i) : Real(0)};
 }
 template <class T, class Real>
-__device__ inline GroupAffine<Real> group_affine(const RowsArgs<Real>& a, const GroupPlace& g) {
+__device__ inline GroupAffine<Real> group_affine(const KernelArgs<Real>& a, const GroupPlace& g) {
   return a.affine == Affine::kPerGroup ? run_affine<T>(a, g.inner) : GroupAffine<Real>{Real(1), Real(0)};
 }
 

@@ -1,39 +1,21 @@
-// Launching the rows walk: from a problem to a plan, a workspace and kernel arguments.
+// The rows layout, launched: from a problem to kernel arguments, a plan, a workspace and launches.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
-#include "parts.cuh"
-#include "rows_backward.cuh"
-#include "rows_forward.cuh"
-#include "start.cuh"
+#include "rows_streaming.cuh"
 
 namespace normnorm {
 namespace cuda {
 namespace {
 
-// Deals out the workspace; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <class U>
-  U* take(int64_t count) {
-    const size_t at = used_;
-    used_ += (size_t(count) * sizeof(U) + 15) / 16 * 16;
-    return base_ ? reinterpret_cast<U*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-// How chunks lie in a problem's tensors (rows.cuh).
+// How a problem's tensors are divided into chunks (rows.cuh).
 struct ChunkMode {
-  bool ragged = true, wide = false;
-  Strides origin;
-  int64_t base = 0;
+  bool ragged = true;  // runs begin or end within a chunk
+  bool wide = false;   // ragged: whole chunks are aligned to 16 bytes
+  Strides origin;      // of KernelArgs::chunk_origin
+  int64_t base = 0;    // of KernelArgs::chunk_base
 };
 
 inline bool congruent(const Problem& p, const Strides& a, const Strides& b, int64_t modulus) {
@@ -47,38 +29,12 @@ int64_t elements_past_boundary(const void* data) {
   return int64_t(reinterpret_cast<uintptr_t>(data) / sizeof(T) % kChunkOf<T>);
 }
 
-// Whether 32 bits count a group's elements by `unit`, from the start of its first run to the end of its last.
+// Whether 32 bits count a group's elements in units of `unit`, from the start of its first run to the end of its last.
 inline bool counts_in_32_bits(const Geometry& g, const Strides& s, int64_t unit) {
   return ((g.runs - 1) * s.run + g.length) / unit < int64_t(1) << 32;
 }
 
-// f(tensor) for all that a pass reads and writes; only some of a pass's tensors are there.
-template <class F>
-void each_operand(const Problem& p, bool backward, F f) {
-  const auto given = [&](const Operand& t) {
-    if (t.data) f(t);
-  };
-  f(p.input);
-  given(p.output);
-  if (backward) {
-    f(p.grad_output);
-    if (p.relu) given(p.activated);
-    given(p.grad_sum);
-  } else {
-    given(p.residual);
-    given(p.addend);
-    if (p.addend.data) f(p.sum);
-  }
-}
-
-// Whether a pass joins anything to itself where it is first to read a group, and where it is last to.
-inline bool joins_first(const Problem& p, bool backward) { return backward ? p.relu : p.addend.data != nullptr; }
-inline bool joins_last(const Problem& p, bool backward) {
-  return p.relu || (backward ? p.grad_sum.data : p.residual.data);
-}
-inline bool joins(const Problem& p, bool backward) { return joins_first(p, backward) || joins_last(p, backward); }
-
-// Where all tensors agree about chunk boundaries in memory, and the noise has none of its counters across one.
+// Chunks are wide where all tensors have the same chunk boundaries in memory and no counter of the noise crosses one.
 template <class T>
 ChunkMode chunk_mode(const Problem& p, bool backward) {
   constexpr int N = kChunkOf<T>;
@@ -102,23 +58,16 @@ ChunkMode chunk_mode(const Problem& p, bool backward) {
   return m;
 }
 
-// A tensor's walk; `unit` elements are counted as one.
-inline Walk walk_of(const Geometry& g, const Strides& s, int64_t unit) {
-  Walk w;
-  static_cast<Strides&>(w) = s;
-  w.gap = uint32_t(s.run / unit - g.length / unit);
-  return w;
-}
-
-inline JoinedTensor joined_tensor(const Geometry& g, const Operand& t, int64_t unit) {
-  return {t.data, walk_of(g, t.stride, unit)};
+// A tensor's strides; the gap counts `unit` elements as one.
+inline ChunkStrides chunk_strides(const Geometry& g, const Strides& s, int64_t unit) {
+  return {s, uint32_t(s.run / unit - g.length / unit)};
 }
 
 template <class T>
-RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
+KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
-  RowsArgs<Real> a = {};
+  KernelArgs<Real> a = {};
   const int64_t per_run = mode.ragged ? ceil_div(p.geometry.length + N - 1, N) : p.geometry.length / N;
   a.length = p.geometry.length;
   a.groups = uint32_t(p.geometry.groups());
@@ -128,10 +77,10 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   a.chunks = uint32_t(per_run * p.geometry.runs);
   a.wide = mode.wide;
   a.input = p.input.data, a.grad = p.grad_output.data, a.output = p.output.data;
-  a.at_input = walk_of(p.geometry, p.input.stride, N);
-  a.at_grad = walk_of(p.geometry, p.grad_output.stride, N);
-  a.at_output = walk_of(p.geometry, p.output.stride, N);
-  a.at_noise = walk_of(p.geometry, p.noise.position, 4);
+  a.at_input = chunk_strides(p.geometry, p.input.stride, N);
+  a.at_grad = chunk_strides(p.geometry, p.grad_output.stride, N);
+  a.at_output = chunk_strides(p.geometry, p.output.stride, N);
+  a.at_noise = chunk_strides(p.geometry, p.noise.position, 4);
   a.chunk_origin = mode.origin, a.chunk_base = mode.base;
   a.stats = static_cast<Real*>(p.stats);
   a.weight = p.weight.data, a.weight_in_storage = p.weight.in_storage_type;
@@ -145,76 +94,322 @@ RowsArgs<RealOf<T>> rows_args(const Problem& p, const ChunkMode& mode) {
   a.eps = Real(p.eps), a.root_eps = Real(std::sqrt(p.eps));
   a.alpha = Real(p.alpha), a.transform_eps = Real(p.transform_eps);
   a.order = p.order;
-  const auto joined = [&](const Operand& t) { return joined_tensor(p.geometry, t, N); };
-  a.joined = {joined(p.residual), joined(p.addend), joined(p.sum), joined(p.relu ? p.activated : Operand()),
-              joined(p.grad_sum), p.relu};
+  const auto tensor = [&](const Operand& t) { return FusedTensor{t.data, chunk_strides(p.geometry, t.stride, N)}; };
+  a.fused = {tensor(p.residual), tensor(p.addend), tensor(p.sum), tensor(p.relu ? p.activated : Operand()),
+             tensor(p.grad_sum), p.relu};
   return a;
 }
 
-// What the rounds after the first read: where there is one, the sum that it has written.
+// The rounds after the first read the sum that it wrote, where there is an addend.
 template <class Real>
-RowsArgs<Real> after_first_round(RowsArgs<Real> a) {
-  if (a.joined.addend.data == nullptr) return a;
-  a.input = a.joined.sum.data;
-  a.at_input = a.joined.sum.at;
-  return a;
+void read_sum_as_input(KernelArgs<Real>& a) {
+  if (a.fused.addend.data == nullptr) return;
+  a.input = a.fused.sum.data;
+  a.at_input = a.fused.sum.at;
 }
 
-// One kernel over each kind of team.
+// A resident kernel for each kind of thread group.
 template <class Real>
-struct TeamKernels {
-  void (*block)(const RowsArgs<Real>, typename BlockTeam<Real>::Sync);
-  void (*cluster)(const RowsArgs<Real>, typename ClusterTeam<Real>::Sync);
-  void (*grid)(const RowsArgs<Real>, typename GridTeam<Real>::Sync);
+struct ResidentKernels {
+  void (*block)(const KernelArgs<Real>, typename BlockThreads<Real>::Sync);
+  void (*cluster)(const KernelArgs<Real>, typename ClusterThreads<Real>::Sync);
+  void (*grid)(const KernelArgs<Real>, typename GridThreads<Real>::Sync);
 };
 
-inline Start team_start(const Plan& plan, size_t chunk_bytes, void* stream) {
-  Start s;
-  s.threads = unsigned(plan.threads);
-  s.grid = unsigned(plan.teams * plan.blocks);
-  s.shared = size_t(plan.shared_chunks) * chunk_bytes * size_t(plan.threads);
-  s.stream = stream;
-  if (plan.rung == Rung::kCluster) s.cluster = plan.blocks;
-  s.cooperative = plan.rung == Rung::kGrid;
-  return s;
+inline Launch resident_launch(const Plan& plan, size_t chunk_bytes, void* stream) {
+  Launch l;
+  l.threads = unsigned(plan.threads);
+  l.grid = unsigned(plan.thread_groups * plan.blocks);
+  l.shared = size_t(plan.shared_chunks) * chunk_bytes * size_t(plan.threads);
+  l.stream = stream;
+  if (plan.tier == Tier::kCluster) l.cluster = plan.blocks;
+  l.cooperative = plan.tier == Tier::kGrid;
+  return l;
 }
 
-// Whether blocks that wait for one another would run at the same time.
-template <class Real>
-bool team_runs_at_once(const TeamKernels<Real>& kernels, const Plan& plan, size_t chunk_bytes, const Device& device) {
-  const Start s = team_start(plan, chunk_bytes, nullptr);
-  return s.cooperative ? runs_at_once(kernels.grid, s, device) : runs_at_once(kernels.cluster, s, device);
-}
 
-template <class Real>
-int start_team(const TeamKernels<Real>& kernels, const Plan& plan, size_t chunk_bytes, const RowsArgs<Real>& a,
-               const typename GridTeam<Real>::Sync& sync, void* stream) {
-  const Start s = team_start(plan, chunk_bytes, stream);
-  if (plan.rung == Rung::kBlock) return start(kernels.block, s, a, typename BlockTeam<Real>::Sync());
-  if (plan.rung == Rung::kCluster) return start(kernels.cluster, s, a, typename ClusterTeam<Real>::Sync());
-  if (const int e = zero(sync.counters, size_t(plan.teams) * sizeof(unsigned), stream)) return e;
-  return start(kernels.grid, s, a, sync);
-}
+constexpr int64_t kWaveBytes = 32 << 20;  // of the tensors that the rounds of a wave read again, so that they stay in L2
+constexpr int kOutputChunks = 16;         // of a thread in a single round: enough to hide the start of a block
 
-// Where `parts` partial gradients of a parameter's elements go; one part alone is the gradient itself where the types agree.
+// The forward and backward passes of one storage type: chooses the plan and kernels, divides the workspace, launches.
 template <class T>
-RealOf<T>* parameter_part(Carver& carver, const Parameter& gradient, int64_t parts, int64_t elements) {
+class RowsPass {
   using Real = RealOf<T>;
-  if (parts == 1 && (!gradient.in_storage_type || sizeof(T) == sizeof(Real))) return static_cast<Real*>(gradient.data);
-  Real* part = carver.take<Real>(parts * elements);
-  static Real counted;  // while the workspace is only counted, not null all the same: the sums are wanted
-  return part ? part : &counted;
-}
+  static constexpr int N = kChunkOf<T>;
 
-template <class T>
-int fold_parameter(const RealOf<T>* part, int64_t parts, int64_t elements, const Parameter& gradient, void* stream) {
-  if (gradient.data == nullptr || part == gradient.data) return 0;
-  Start s;
-  s.threads = kFoldColumns * kFoldRows;
-  s.grid = unsigned(ceil_div(elements, kFoldColumns));
-  s.stream = stream;
-  return start(fold_parts<T>, s, part, parts, elements, gradient.data, gradient.in_storage_type);
-}
+ public:
+  RowsPass(const Problem& p, bool backward, const Device& device, void* stream)
+      : p_(p), backward_(backward), mode_(chunk_mode<T>(p, backward)), args_(kernel_args<T>(p, mode_)), stream_(stream) {
+    Demand d;
+    d.groups = p.geometry.groups();
+    d.chunks = args_.chunks;
+    d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
+    d.register_chunks = backward ? kBackwardRegister<T> : kForwardRegister<T>;
+    d.grouped_register_chunks = backward ? kGroupedBackwardRegister<T> : kForwardRegister<T>;
+    // The main kernel can sum the gradients of a weight per element where a thread's chunks are the same elements of every
+    // group.
+    const bool element_gradients = backward && p.affine == Affine::kPerElement && wants_parameters();
+    d.sums_elements = element_gradients && !mode_.ragged;
+    d.static_shared = kReduceNumbers * int(sizeof(Real));
+    d.largest_block = !backward ? kForwardBlock : is_fused(p, true) ? kFusedBackwardBlock : kBackwardBlock;
+    chunk_bytes_ = size_t(d.chunk_bytes);
+    choose(d, device);
+    place(device);
+  }
+
+  Plan plan() const { return plan_; }
+  size_t workspace() const { return workspace_bytes_; }
+
+  int forward() const {
+    int e = kNotCoResident;
+    if (plan_.tier != Tier::kStreaming) e = launch_resident(args_);
+    if (e != kNotCoResident) return e;
+    return mode_.ragged ? stream_forward<true>() : aligned_stream_forward();
+  }
+
+  int backward() const {
+    int e = kNotCoResident;
+    if (plan_.tier != Tier::kStreaming) e = launch_resident(main_args());
+    if (e == kNotCoResident) e = mode_.ragged ? stream_backward<true>() : aligned_stream_backward();
+    if (e == 0 && separate_gradients_) e = mode_.ragged ? parameter_pass<true>() : aligned_parameter_pass();
+    if (e == 0) e = reduce(args_.weight_partials, p_.grad_weight);
+    if (e == 0) e = reduce(args_.bias_partials, p_.grad_bias);
+    return e;
+  }
+
+ private:
+  // The plan; where the device would not run its blocks at the same time, one of the next tier.
+  void choose(const Demand& d, Device device) {
+    for (;;) {
+      plan_ = choose_plan(d, device, p_.force);
+      sums_elements_ = d.sums_elements && plan_.shared_chunks == 0 && (plan_.tier == Tier::kBlock || plan_.tier == Tier::kCluster);
+      if (p_.frozen && !backward_) plan_.tier = Tier::kStreaming;
+      if (plan_.tier != Tier::kCluster && plan_.tier != Tier::kGrid) return;
+      if (is_co_resident(device)) return;
+      if (p_.force.tier != Tier::kAuto) {
+        plan_ = Plan();
+        return;
+      }
+      (plan_.tier == Tier::kCluster ? device.clusters : device.cooperative) = false;
+    }
+  }
+
+  ResidentKernels<Real> kernels() const {
+    if (backward_) return mode_.ragged ? backward_kernels<true>() : aligned_backward_kernels();
+    return mode_.ragged ? forward_kernels<true>() : aligned_forward_kernels();
+  }
+
+  bool is_co_resident(const Device& device) const {
+    const Launch l = resident_launch(plan_, chunk_bytes_, nullptr);
+    const ResidentKernels<Real> k = kernels();
+    return l.cooperative ? are_co_resident(k.grid, l, device) : are_co_resident(k.cluster, l, device);
+  }
+
+  int launch_resident(const KernelArgs<Real>& a) const {
+    const Launch l = resident_launch(plan_, chunk_bytes_, stream_);
+    const ResidentKernels<Real> k = kernels();
+    if (plan_.tier == Tier::kBlock) return launch(k.block, l, a, typename BlockThreads<Real>::Sync());
+    if (plan_.tier == Tier::kCluster) return launch(k.cluster, l, a, typename ClusterThreads<Real>::Sync());
+    if (const int e = zero(sync_.counters, size_t(plan_.thread_groups) * sizeof(unsigned), stream_)) return e;
+    return launch(k.grid, l, a, sync_);
+  }
+
+  bool wants_parameters() const { return p_.grad_weight.data || p_.grad_bias.data; }
+
+  // Divides the workspace, and decides where the parameters' gradients are summed.
+  void place(const Device& device) {
+    Workspace workspace(p_.workspace);
+    sync_ = {nullptr, nullptr, unsigned(plan_.blocks)};
+    if (plan_.tier == Tier::kGrid) {
+      sync_.counters = workspace.take<unsigned>(plan_.thread_groups);
+      sync_.partial = workspace.take<Real>(int64_t(plan_.thread_groups) * 2 * kMaxSums * plan_.blocks);
+    }
+    // also for co-operating blocks, whose launch the device may refuse
+    if (plan_.tier == Tier::kStreaming || plan_.tier == Tier::kGrid) place_stream(workspace, device);
+    if (backward_ && wants_parameters()) place_partials(workspace, device);
+    workspace_bytes_ = workspace.used();
+  }
+
+  void place_stream(Workspace& workspace, const Device& device) {
+    static_cast<KernelArgs<Real>&>(stream_args_) = args_;
+    const int64_t groups = p_.geometry.groups();
+    // The output round alone: evaluation without noise, or with a given scale of the noise.
+    const bool once = p_.frozen && !backward_ && (!p_.noise.on || p_.noise.given_scale);
+    const int again = backward_ ? (p_.relu ? 3 : 2) : 1;  // tensors read in every round
+    const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
+    wave_ = once ? groups : kWaveBytes / bytes;
+    wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;
+    const int64_t most = ceil_div(args_.chunks, kStreamThreads);
+    int64_t splits = ceil_div(int64_t(device.multiprocessors) * (2048 / kStreamThreads), wave_);
+    if (once) splits = std::max(splits, ceil_div(most, kOutputChunks));
+    splits = splits > most ? most : splits;
+    stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
+    if (p_.force.thread_groups) wave_ = p_.force.thread_groups;
+    if (plan_.tier == Tier::kStreaming) plan_ = {Tier::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
+    if (once) return;  // without sums
+    stream_args_.partial = workspace.take<Real>(wave_ * stream_args_.splits * kMaxSums);
+    stream_args_.mean = workspace.take<Real>(wave_);
+    stream_args_.sums = workspace.take<Real>(wave_ * kMaxSums);
+  }
+
+  void place_partials(Workspace& workspace, const Device& device) {
+    const Geometry& g = p_.geometry;
+    elements_ = p_.affine == Affine::kPerElement ? g.length : p_.affine == Affine::kPerRun ? g.inner * g.runs : g.inner;
+    partials_ = g.outer;
+    if (p_.affine == Affine::kPerElement) {
+      slabs_ = uint32_t(ceil_div(int64_t(device.multiprocessors) * 8, ceil_div(args_.chunks, kStreamThreads)));
+      if (slabs_ > args_.groups) slabs_ = args_.groups;
+      partials_ = sums_elements_ ? plan_.thread_groups : slabs_;
+    }
+    separate_gradients_ = p_.affine == Affine::kPerRun || (p_.affine == Affine::kPerElement && !sums_elements_);
+    args_.weight_partials = partials_of(workspace, p_.grad_weight);
+    args_.bias_partials = partials_of(workspace, p_.grad_bias);
+    static_cast<KernelArgs<Real>&>(stream_args_) = main_args();
+  }
+
+  // Where a separate kernel sums the parameters' gradients, the main kernels compute neither these nor the noise.
+  KernelArgs<Real> main_args() const {
+    KernelArgs<Real> a = args_;
+    if (separate_gradients_) a.weight_partials = a.bias_partials = nullptr;
+    return a;
+  }
+
+  Real* partials_of(Workspace& workspace, const Parameter& gradient) const {
+    return gradient.data ? gradient_partials<T>(workspace, gradient, partials_, elements_) : nullptr;
+  }
+  int reduce(const Real* partial, const Parameter& gradient) const {
+    return reduce_gradient<T>(partial, partials_, elements_, gradient, stream_);
+  }
+
+  template <bool kRagged>
+  ResidentKernels<Real> forward_kernels() const {
+    if (is_fused(p_, false)) return forward_kernels<kRagged, true, true>();
+    return args_.noise ? forward_kernels<kRagged, true, false>() : forward_kernels<kRagged, false, false>();
+  }
+  template <bool kRagged, bool kNoise, bool kFused>
+  ResidentKernels<Real> forward_kernels() const {
+    return {rows_forward<T, kRagged, kNoise, BlockThreads<Real>, kFused>,
+            rows_forward<T, kRagged, kNoise, ClusterThreads<Real>, kFused>,
+            rows_forward<T, kRagged, kNoise, GridThreads<Real>, kFused>};
+  }
+
+  template <bool kRagged>
+  ResidentKernels<Real> backward_kernels() const {
+    return is_fused(p_, true) ? backward_kernels<kRagged, true>() : backward_kernels<kRagged, false>();
+  }
+  template <bool kRagged, bool kFused>
+  ResidentKernels<Real> backward_kernels() const {
+    ResidentKernels<Real> k = {rows_backward<T, kRagged, false, BlockThreads<Real>, kFused>,
+                           rows_backward<T, kRagged, false, ClusterThreads<Real>, kFused>,
+                           rows_backward<T, kRagged, false, GridThreads<Real>, kFused>};
+    if constexpr (!kRagged)
+      if (sums_elements_) {
+        k.block = rows_backward<T, kRagged, true, BlockThreads<Real>, kFused>;
+        k.cluster = rows_backward<T, kRagged, true, ClusterThreads<Real>, kFused>;
+      }
+    return k;
+  }
+
+  // f(arguments, groups) for each wave of groups.
+  template <class F>
+  int each_wave(F f) const {
+    int e = 0;
+    for (int64_t first = 0; first < p_.geometry.groups() && e == 0; first += wave_) {
+      StreamingArgs<Real> s = stream_args_;
+      s.first_group = uint32_t(first);
+      const int64_t left = p_.geometry.groups() - first;
+      e = f(s, unsigned(left < wave_ ? left : wave_));
+    }
+    return e;
+  }
+
+  int round(void (*kernel)(const StreamingArgs<Real>), const StreamingArgs<Real>& s, unsigned groups) const {
+    Launch l;
+    l.threads = kStreamThreads;
+    l.grid = groups * s.splits;
+    l.stream = stream_;
+    return launch(kernel, l, s);
+  }
+  int round(void (*kernel)(const StreamingArgs<Real>), void (*finish)(const StreamingArgs<Real>), const StreamingArgs<Real>& s,
+            unsigned groups) const {
+    if (const int e = round(kernel, s, groups)) return e;
+    Launch l;
+    l.threads = finish_threads(s.splits);
+    l.grid = groups;
+    l.stream = stream_;
+    return launch(finish, l, s);
+  }
+
+  template <bool kRagged>
+  int stream_forward() const {
+    return each_wave([&](StreamingArgs<Real> s, unsigned groups) {
+      int e = 0;
+      if (!p_.frozen) {
+        const auto fused = stream_moments<T, kRagged, true>, plain = stream_moments<T, kRagged, false>;
+        e = round(fuses_prologue(p_, false) ? fused : plain, stream_finish<T, Finish::kMoments>, s, groups);
+        read_sum_as_input(s);
+        if (!e) e = round(stream_lambda<T, kRagged>, stream_finish<T, Finish::kLambda>, s, groups);
+      }
+      if (!e && args_.noise && !args_.given_scale) {
+        e = round(stream_x<T, kRagged, false>, stream_finish<T, Finish::kMean>, s, groups);
+        if (!e) e = round(stream_x<T, kRagged, true>, stream_finish<T, Finish::kDeviation>, s, groups);
+      }
+      if (e) return e;
+      if (fuses_epilogue(p_, false)) return round(stream_output<T, kRagged, true, true>, s, groups);
+      const auto noisy = stream_output<T, kRagged, true, false>, quiet = stream_output<T, kRagged, false, false>;
+      return round(args_.noise ? noisy : quiet, s, groups);
+    });
+  }
+
+  using StreamKernel = void (*)(const StreamingArgs<Real>);
+  template <bool kRagged, bool kSums>
+  static StreamKernel gradient_kernel(bool fused) {
+    return fused ? stream_gradient<T, kRagged, kSums, true> : stream_gradient<T, kRagged, kSums, false>;
+  }
+
+  template <bool kRagged>
+  int stream_backward() const {
+    return each_wave([&](const StreamingArgs<Real>& s, unsigned groups) {
+      const auto sums = gradient_kernel<kRagged, true>(fuses_prologue(p_, true));
+      const int e = round(sums, stream_finish<T, Finish::kGradient>, s, groups);
+      if (e || !args_.output) return e;
+      return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), s, groups);
+    });
+  }
+
+  template <bool kRagged>
+  int parameter_pass() const {
+    Launch l;
+    l.threads = kStreamThreads;
+    l.stream = stream_;
+    if (p_.affine == Affine::kPerRun) {
+      l.grid = unsigned(ceil_div(p_.geometry.groups() * p_.geometry.runs, kStreamThreads / 32));
+      return launch(run_parameters<T, kRagged>, l, args_);
+    }
+    l.grid = unsigned(ceil_div(ceil_div(args_.length, N), kStreamThreads)) * slabs_;
+    return launch(element_parameters_pass<T, kRagged>, l, args_, slabs_);
+  }
+
+  // float64 has ragged kernels only.
+  ResidentKernels<Real> aligned_forward_kernels() const { return forward_kernels<sizeof(T) == 8>(); }
+  ResidentKernels<Real> aligned_backward_kernels() const { return backward_kernels<sizeof(T) == 8>(); }
+  int aligned_stream_forward() const { return stream_forward<sizeof(T) == 8>(); }
+  int aligned_stream_backward() const { return stream_backward<sizeof(T) == 8>(); }
+  int aligned_parameter_pass() const { return parameter_pass<sizeof(T) == 8>(); }
+
+  const Problem& p_;
+  bool backward_;
+  ChunkMode mode_;
+  KernelArgs<Real> args_;
+  void* stream_;
+  Plan plan_;
+  size_t chunk_bytes_ = 0, workspace_bytes_ = 0;
+  typename GridThreads<Real>::Sync sync_;
+  StreamingArgs<Real> stream_args_ = {};
+  int64_t wave_ = 1, partials_ = 1, elements_ = 0;
+  uint32_t slabs_ = 1;
+  bool sums_elements_ = false, separate_gradients_ = false;
+};
 
 }  // namespace
 }  // namespace cuda

@@ -129,7 +129,7 @@ def info() -> dict[str, str]:
 
 
 class Device(NamedTuple):
-    """What the ladder of kernels looks at in a GPU.
+    """The limits of a GPU that plans depend on.
 
     Attributes:
         name: for people.
@@ -199,10 +199,10 @@ class _Answer(ctypes.Structure):
         ("items", ctypes.c_int64),
         ("workspace", ctypes.c_int64),
         ("columns", ctypes.c_int32),
-        ("rung", ctypes.c_int32),
+        ("tier", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
-        ("teams", ctypes.c_int32),
+        ("thread_groups", ctypes.c_int32),
         ("shared_chunks", ctypes.c_int32),
     ]
 
@@ -211,39 +211,39 @@ class Plan(NamedTuple):
     """How the kernels would serve one pass over a tensor.
 
     Attributes:
-        walk: "rows" or "columns": what a chunk of neighbouring elements belongs to.
+        layout: "rows" or "columns": what a chunk of neighbouring elements belongs to.
         groups, group_size: groups in the tensor, and elements in a group.
-        rung: where a group lives between the rounds.
+        tier: where a group is kept between the rounds.
         threads: of a block.
-        blocks: of a team, which takes one group (of a columns walk: one tile of columns) at a time.
-        teams: at work at the same time.
-        waves: how many groups or tiles a team takes, one after the other.
+        blocks: of a thread group, which processes one group (columns: one tile) at a time.
+        thread_groups: running at the same time.
+        waves: groups or tiles that a thread group processes one after the other.
         workspace: bytes of scratch memory.
     """
 
-    walk: str
+    layout: str
     groups: int
     group_size: int
-    rung: str
+    tier: str
     threads: int
     blocks: int
-    teams: int
+    thread_groups: int
     waves: int
     workspace: int
 
 
 # Of the C++ enum, in its order.
 _STORAGES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_RUNGS = ("", "block", "cluster", "co-operating blocks", "streaming")
+_TIERS = ("", "block", "cluster", "co-operating blocks", "streaming")
 
 
-def _rung(answer: _Answer) -> str:
-    rung = _RUNGS[answer.rung]
-    if rung == "streaming":
-        return rung
-    if rung == "block" and answer.threads == 32 and answer.shared_chunks == 0:
+def _tier(answer: _Answer) -> str:
+    tier = _TIERS[answer.tier]
+    if tier == "streaming":
+        return tier
+    if tier == "block" and answer.threads == 32 and answer.shared_chunks == 0:
         return "warp, registers"
-    return rung + (", registers" if answer.shared_chunks == 0 else ", registers and shared memory")
+    return tier + (", registers" if answer.shared_chunks == 0 else ", registers and shared memory")
 
 
 def plan(
@@ -290,7 +290,7 @@ def plan(
     if problem is not None:
         raise ValueError(problem.decode())
     return Plan(
-        "columns" if answer.columns else "rows", answer.groups, answer.group_size, _rung(answer),
-        answer.threads, answer.blocks, answer.teams, -(-answer.items // max(answer.teams, 1)),
-        answer.workspace,
+        "columns" if answer.columns else "rows", answer.groups, answer.group_size, _tier(answer),
+        answer.threads, answer.blocks, answer.thread_groups,
+        -(-answer.items // max(answer.thread_groups, 1)), answer.workspace,
     )  # fmt: skip

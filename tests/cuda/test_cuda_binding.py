@@ -1,9 +1,9 @@
 """The CUDA backend from layer to kernel, without a GPU: its ops on CPU tensors.
 
-``csrc/binding/cuda.cpp`` and the kernels are built by g++ (``host_cuda/torch_library.py``), so what
-is tested here is the code that serves a GPU: argument checks, the choice of a walk, copies,
-workspaces, statistics, running statistics, gradients. What the kernels compute is tested rung by
-rung in ``test_cuda_host.py``; here the ladder chooses.
+``csrc/binding/cuda.cpp`` and the kernels are built by g++ (``host_cuda/torch_library.py``), so that
+this tests the code that serves a GPU: argument checks, layouts, copies, workspaces, statistics,
+running statistics, gradients. ``test_cuda_host.py`` tests what the kernels compute, tier by tier;
+here plans are automatic.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def test_one_backends_backward_follows_anothers_forward(first, second, dtype):
 
 
 @pytest.mark.parametrize("case", [c for c in DEEP if c.kind == "layer"], ids=str)
-def test_noise_in_an_order_that_no_walk_follows_comes_by_the_definition(case):
+def test_noise_in_an_order_without_a_layout_falls_back_to_the_reference(case):
     """Bit for bit: the kernels are not asked. Without noise they are."""
     x = channels_last(draw(case, "exponential", 1, torch.float32))
     options = {"noise_train": 0.7, "channels_last": True}

@@ -1,8 +1,8 @@
-"""The CUDA kernels' own source, run on the CPU: every rung, walk and storage type against float64.
+"""The CUDA kernels' source, run on the CPU: every tier, layout and storage type against float64.
 
-``host_cuda/`` stands in for a GPU: a fibre for each CUDA thread, shared memory and clusters
+``host_cuda/`` emulates a GPU with a fibre for each CUDA thread, shared memory and clusters
 included. Thread orders forward, backward and shuffled must agree bit for bit, and leaving out any
-one barrier must be noticed. What it cannot see is listed in ``host_cuda/host_cuda.h``.
+barrier must change a result. ``host_cuda/host_cuda.h`` lists what the emulator does not model.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import pytest
 import torch
 from host_cuda import harness
 from host_cuda.cases import (
-    COLUMN_RUNGS,
+    COLUMN_TIERS,
     COLUMNS,
     DTYPES,
-    JOINS,
+    FUSIONS,
     ORDERS,
-    ROW_RUNGS,
+    ROW_TIERS,
     ROWS,
     assert_close,
     check,
     compute_dtype,
-    join,
+    fuse,
     make,
     same,
 )
@@ -81,18 +81,18 @@ def test_a_missing_barrier_depends_on_the_order(kernels):
     assert len({results["racing", order] for order in ORDERS}) > 1
 
 
-# --- every rung against float64 ----------------------------------------------------------------
+# --- every tier against float64 ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.7], ids=["plain", "noise"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rung", ROW_RUNGS)
+@pytest.mark.parametrize("tier", ROW_TIERS)
 @pytest.mark.parametrize("case", ROWS)
-def test_rows(kernels, case, rung, dtype, noise):
-    check(kernels, *make(ROWS[case], dtype, noise_train=noise, force=ROW_RUNGS[rung]))
+def test_rows(kernels, case, tier, dtype, noise):
+    check(kernels, *make(ROWS[case], dtype, noise_train=noise, force=ROW_TIERS[tier]))
 
 
-def _walks(*names: str) -> list[tuple[str, bool]]:
+def _layouts(*names: str) -> list[tuple[str, bool]]:
     """Each kind by rows and by columns; a layer's rows are always rows."""
     return [(n, columns) for n in names for columns in (False, True) if n != "layer" or not columns]
 
@@ -100,17 +100,17 @@ def _walks(*names: str) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("noise", [0.0, 0.7], ids=["plain", "noise"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("case", "rung"),
+    ("case", "tier"),
     # groups of several columns are only ever streamed
-    [(c, r) for c in COLUMNS for r in COLUMN_RUNGS if "group" not in c or r == "streaming"],
+    [(c, r) for c in COLUMNS for r in COLUMN_TIERS if "group" not in c or r == "streaming"],
 )
-def test_columns(kernels, case, rung, dtype, noise):
-    check(kernels, *make(COLUMNS[case], dtype, True, noise_train=noise, force=COLUMN_RUNGS[rung]))
+def test_columns(kernels, case, tier, dtype, noise):
+    check(kernels, *make(COLUMNS[case], dtype, True, noise_train=noise, force=COLUMN_TIERS[tier]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("kind", "shape", "rung"),
+    ("kind", "shape", "tier"),
     [
         ("batch", (700, 100), "grid"),
         ("batch", (700, 100), "streaming"),
@@ -118,7 +118,7 @@ def test_columns(kernels, case, rung, dtype, noise):
         ("group", (2, 12, 30, 30), "streaming"),
     ],
 )
-def test_many_blocks_to_a_group(kernels, kind, shape, rung, dtype):
+def test_many_blocks_to_a_group(kernels, kind, shape, tier, dtype):
     """So many that more than a warp finishes a group."""
     options = {"num_groups": 4} if kind == "group" else {}
     columns = (kind, len(shape)) != ("batch", 4)
@@ -126,38 +126,38 @@ def test_many_blocks_to_a_group(kernels, kind, shape, rung, dtype):
         kernels.configure(order, False, "")
         call, g = make(
             (kind, shape, options), dtype, columns, noise_train=0.7,
-            force={"rung": rung, "blocks": 37, "teams": 1},
+            force={"tier": tier, "blocks": 37, "thread_groups": 1},
         )  # fmt: skip
         check(kernels, call, g)
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 132])
 @pytest.mark.parametrize("clusters", [True, False])
-def test_the_ladder_chooses(kernels, multiprocessors, clusters):
-    """Small shared memory moves ordinary rows through every rung; each must serve."""
-    rungs = set()
+def test_automatic_plans(kernels, multiprocessors, clusters):
+    """With little shared memory, rows of ordinary lengths take several tiers."""
+    tiers = set()
     for shared in (24000, 60000):
         kernels.device(multiprocessors, shared, clusters)
         for length in (64, 3000, 12000, 40000):
             case = ("layer", (2, length), {"normalized_ndim": 1})
             call, g = make(case, torch.float32, noise_train=1.0)
             call.weight = call.bias = None
-            rungs.add(kernels.plan(call._problem(call.input, None), False)[0])
+            tiers.add(kernels.plan(call._problem(call.input, None), False)[0])
             check(kernels, call, g)
-    assert len(rungs) >= 2
+    assert len(tiers) >= 2
 
 
-WAITING = {  # cases whose blocks wait for one another, by the rung that the ladder gives them
+WAITING = {  # cases whose blocks wait for one another, by the tier of their plan
     "cluster": (("layer", (2, 12000), {"normalized_ndim": 1}), False, 60000),
     "grid": (("layer", (2, 190000), {"normalized_ndim": 1}), False, 60000),
     "tiles": (("batch", (40, 16, 4, 4), {}), True, 232448),
 }
-RUNG_OF = {"cluster": 2, "grid": 3, "tiles": 3}
+TIER_OF = {"cluster": 2, "grid": 3, "tiles": 3}
 
 
 @pytest.mark.parametrize("case", WAITING)
-def test_blocks_that_would_not_run_at_once_are_never_launched(kernels, case):
-    """They would wait for ever; the ladder goes on to a rung whose blocks need not meet."""
+def test_blocks_that_are_not_co_resident_are_never_launched(kernels, case):
+    """Their barriers would never open; a tier without them is planned instead."""
     shape, columns, shared = WAITING[case]
 
     def serve(**device):
@@ -165,13 +165,13 @@ def test_blocks_that_would_not_run_at_once_are_never_launched(kernels, case):
         call, g = make(shape, torch.float32, columns, noise_train=1.0)
         if not columns:
             call.weight = call.bias = None
-        rung = kernels.plan(call._problem(call.input, None), False)[0]
+        tier = kernels.plan(call._problem(call.input, None), False)[0]
         check(kernels, call, g)
-        return rung
+        return tier
 
-    assert serve() == RUNG_OF[case]
-    assert serve(at_once=1) in (1, 4)  # a block, or streaming
-    if RUNG_OF[case] == 3:
+    assert serve() == TIER_OF[case]
+    assert serve(co_resident=1) in (1, 4)  # a block, or streaming
+    if TIER_OF[case] == 3:
         assert serve(cooperative=False) == 4
         assert serve(refuse_cooperative=True) == 3  # planned, refused at the launch, and streamed
 
@@ -229,26 +229,26 @@ def test_a_team_of_doubles_has_room_for_its_totals(kernels, shared):
         call.weight = call.bias = None
         for backward, planes in ((False, 1), (True, 3)):
             problem = call._problem(call.input, None) | {"grad_output": call._operand(call.input)}
-            rung, threads, _, _, chunks = kernels.plan(problem, backward)
-            clusters += rung == RUNG_OF["cluster"]
+            tier, threads, _, _, chunks = kernels.plan(problem, backward)
+            clusters += tier == TIER_OF["cluster"]
             assert chunks * threads * 4 * 8 * planes + 16_384 <= shared
     assert clusters > 10
 
 
 @pytest.mark.parametrize("order", ORDERS[1:])
-@pytest.mark.parametrize("rung", ROW_RUNGS)
-def test_thread_orders_agree_bitwise(kernels, rung, order):
+@pytest.mark.parametrize("tier", ROW_TIERS)
+def test_thread_orders_agree_bitwise(kernels, tier, order):
     for name in ("layer", "batch"):
-        call, g = make(ROWS[name], torch.bfloat16, noise_train=1.0, force=ROW_RUNGS[rung])
+        call, g = make(ROWS[name], torch.bfloat16, noise_train=1.0, force=ROW_TIERS[tier])
         kernels.configure(0, False, "")
         first = check(kernels, call, g)
         kernels.configure(order, False, "")
         assert same(first, check(kernels, call, g))
 
 
-@pytest.mark.parametrize("rung", COLUMN_RUNGS)
-def test_columns_agree_bitwise_in_all_orders(kernels, rung):
-    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_RUNGS[rung])
+@pytest.mark.parametrize("tier", COLUMN_TIERS)
+def test_columns_agree_bitwise_in_all_orders(kernels, tier):
+    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_TIERS[tier])
     results = []
     for order in ORDERS:
         kernels.configure(order, False, "")
@@ -260,27 +260,27 @@ def test_columns_agree_bitwise_in_all_orders(kernels, rung):
 
 
 def programs() -> dict[str, tuple[Call, Tensor]]:
-    """One call a rung, with two groups for each team one after the other."""
+    """One call a tier, with two groups for each thread group one after the other."""
     layer = ("layer", (4, 600), {"normalized_ndim": 1})
     batch = ("batch", (3, 4, 16, 16), {})
-    two = {"teams": 2, "threads": 64}
+    two = {"thread_groups": 2, "threads": 64}
     forces = {
-        "block": (layer, {"rung": "block", **two}),
-        "cluster": (batch, {"rung": "cluster", "blocks": 2, **two}),
-        "grid": (batch, {"rung": "grid", "blocks": 2, **two}),
-        "streaming": (batch, {"rung": "streaming", "blocks": 2, "teams": 2}),
+        "block": (layer, {"tier": "block", **two}),
+        "cluster": (batch, {"tier": "cluster", "blocks": 2, **two}),
+        "grid": (batch, {"tier": "grid", "blocks": 2, **two}),
+        "streaming": (batch, {"tier": "streaming", "blocks": 2, "thread_groups": 2}),
     }
     made = {
         name: make(case, torch.float32, noise_train=1.0, force=force, parameter_dtype=torch.float32)
         for name, (case, force) in forces.items()
     }
-    for rung in ("streaming", "grid"):
-        made[f"columns {rung}"] = make(
+    for tier in ("streaming", "grid"):
+        made[f"columns {tier}"] = make(
             ("batch", (40, 100, 2, 2), {}), torch.float32, True, noise_train=1.0,
-            force={"rung": rung, "blocks": 2, "teams": 2}, parameter_dtype=torch.float32,
+            force={"tier": tier, "blocks": 2, "thread_groups": 2}, parameter_dtype=torch.float32,
         )  # fmt: skip
     half = ("instance", (3, 4, 16, 16), {})  # its parameter gradients take a second reduction
-    made["fold"] = make(half, torch.float32, force={"rung": "block"})
+    made["fold"] = make(half, torch.float32, force={"tier": "block"})
     return made
 
 
@@ -313,7 +313,7 @@ def test_every_barrier_is_needed(kernels):
     written = sum(
         len(re.findall(r"(?:__syncthreads|cluster_sync|wait_for_arrivals)\(", line))
         for path in harness.CUDA.glob("*.cuh")
-        if path.name != "device.cuh"
+        if path.name != "runtime.cuh"
         for line in path.read_text().splitlines()
     )
     assert len(met) == written, "a barrier that no program of this test meets"
@@ -338,13 +338,13 @@ def test_long_rows(kernels, length):
     )
 
 
-@pytest.mark.parametrize("rung", ["block", "streaming"])
+@pytest.mark.parametrize("tier", ["block", "streaming"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [1, 4, 8])
-def test_misaligned_and_strided_rows(kernels, offset, dtype, rung):
+def test_misaligned_and_strided_rows(kernels, offset, dtype, tier):
     wide = torch.randn(4, 300 + offset + 3).to(dtype)
     case = ("layer", (4, 296), {"normalized_ndim": 1})
-    call, g = make(case, dtype, noise_train=1.0, force={"rung": rung})
+    call, g = make(case, dtype, noise_train=1.0, force={"tier": tier})
     call.input = wide[:, offset : offset + 296]
     check(kernels, call, g)
     call.input = wide[:, offset : offset + 296].contiguous()
@@ -448,7 +448,7 @@ def test_frozen_statistics(kernels, columns):
 
 
 @pytest.mark.parametrize("present", ["neither", "weight", "bias"])
-@pytest.mark.parametrize(("name", "columns"), _walks("batch", "group", "layer"))
+@pytest.mark.parametrize(("name", "columns"), _layouts("batch", "group", "layer"))
 def test_absent_parameters(kernels, name, present, columns):
     call, g = make((COLUMNS if columns else ROWS)[name], torch.float32, columns, noise_train=1.0)
     if present != "weight":
@@ -458,7 +458,7 @@ def test_absent_parameters(kernels, name, present, columns):
     check(kernels, call, g)
 
 
-@pytest.mark.parametrize(("name", "columns"), _walks("batch", "group", "layer", "instance"))
+@pytest.mark.parametrize(("name", "columns"), _layouts("batch", "group", "layer", "instance"))
 def test_parameters_of_the_storage_type(kernels, name, columns):
     case = (COLUMNS if columns else ROWS)[name]
     check(
@@ -478,44 +478,44 @@ def test_parameter_gradients_alone(kernels, columns):
     assert_close(db, want[4], torch.float32, "bias", 4)
 
 
-# --- joined to a neighbour ---------------------------------------------------------------------
+# --- fused operations --------------------------------------------------------------------------
 
 
-JOINED_ROWS = ("layer", "layer-ragged", "batch-ragged", "group", "instance-1d")
-JOINED_COLUMNS = ("batch", "batch-ragged", "group", "instance")
+FUSED_ROWS = ("layer", "layer-ragged", "batch-ragged", "group", "instance-1d")
+FUSED_COLUMNS = ("batch", "batch-ragged", "group", "instance")
 
 
-def _joined_walks() -> list[tuple[str, str, bool]]:
-    """Every rung of every walk; groups of several columns are only ever streamed."""
-    rows = [(c, r, False) for c in JOINED_ROWS for r in ROW_RUNGS]
+def _fused_layouts() -> list[tuple[str, str, bool]]:
+    """Every tier of both layouts; groups of several columns are always streamed."""
+    rows = [(c, r, False) for c in FUSED_ROWS for r in ROW_TIERS]
     return rows + [
         (c, r, True)
-        for c in JOINED_COLUMNS
-        for r in COLUMN_RUNGS
+        for c in FUSED_COLUMNS
+        for r in COLUMN_TIERS
         if c != "group" or r == "streaming"
     ]
 
 
-def _make_joined(case, rung, columns, dtype, names, **options) -> tuple[Call, Tensor]:
-    force = (COLUMN_RUNGS if columns else ROW_RUNGS)[rung]
+def _make_fused(case, tier, columns, dtype, names, **options) -> tuple[Call, Tensor]:
+    force = (COLUMN_TIERS if columns else ROW_TIERS)[tier]
     call, g = make((COLUMNS if columns else ROWS)[case], dtype, columns, force=force, **options)
-    return join(call, names), g
+    return fuse(call, names), g
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "rung", "columns"), _joined_walks())
-def test_joined(kernels, case, rung, columns, dtype):
-    for names in JOINS.values():
-        check(kernels, *_make_joined(case, rung, columns, dtype, names, noise_train=0.7))
-    check(kernels, *_make_joined(case, rung, columns, dtype, JOINS["everywhere"]))
+@pytest.mark.parametrize(("case", "tier", "columns"), _fused_layouts())
+def test_fused(kernels, case, tier, columns, dtype):
+    for names in FUSIONS.values():
+        check(kernels, *_make_fused(case, tier, columns, dtype, names, noise_train=0.7))
+    check(kernels, *_make_fused(case, tier, columns, dtype, FUSIONS["both"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("case", "rung", "columns"), _joined_walks())
-def test_joined_is_the_plain_pass_and_steps_bitwise(kernels, case, rung, columns, dtype):
+@pytest.mark.parametrize(("case", "tier", "columns"), _fused_layouts())
+def test_fused_is_the_plain_pass_and_steps_bitwise(kernels, case, tier, columns, dtype):
     """Where nothing is rounded on the way to storage; with noise, without which plain kernels save
     a round."""
-    call, g = _make_joined(case, rung, columns, dtype, JOINS["everywhere"], noise_train=0.7)
+    call, g = _make_fused(case, tier, columns, dtype, FUSIONS["both"], noise_train=0.7)
     output, stats = call.forward(kernels)
     gradients = call.backward(kernels, g, stats)
     steps = replace(
@@ -529,9 +529,9 @@ def test_joined_is_the_plain_pass_and_steps_bitwise(kernels, case, rung, columns
     assert same(gradients, (du + call.grad_sum, *parameters))
 
 
-@pytest.mark.parametrize(("case", "rung", "columns"), _joined_walks()[:5] + _joined_walks()[-3:])
-def test_joined_agrees_bitwise_in_all_orders(kernels, case, rung, columns):
-    made = _make_joined(case, rung, columns, torch.bfloat16, JOINS["everywhere"], noise_train=1.0)
+@pytest.mark.parametrize(("case", "tier", "columns"), _fused_layouts()[:5] + _fused_layouts()[-3:])
+def test_fused_agrees_bitwise_in_all_orders(kernels, case, tier, columns):
+    made = _make_fused(case, tier, columns, torch.bfloat16, FUSIONS["both"], noise_train=1.0)
     call, g = made
     results = []
     for order in ORDERS:
@@ -541,9 +541,9 @@ def test_joined_agrees_bitwise_in_all_orders(kernels, case, rung, columns):
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("rung", ["grid", "streaming"])
+@pytest.mark.parametrize("tier", ["grid", "streaming"])
 @pytest.mark.parametrize("odd", ["residual", "addend", "grad_sum", "gradient"])
-def test_joined_tensors_that_begin_and_step_anywhere(kernels, rung, columns, odd):
+def test_fused_tensors_that_begin_and_step_anywhere(kernels, tier, columns, odd):
     """One that is not aligned makes the whole pass ragged."""
 
     def shifted(t: Tensor) -> Tensor:
@@ -553,9 +553,9 @@ def test_joined_tensors_that_begin_and_step_anywhere(kernels, rung, columns, odd
         return wide[:, 1 : 1 + t.size(1)].copy_(t)
 
     case = ("batch", (6, 16, 4, 4), {})
-    force = (COLUMN_RUNGS if columns else ROW_RUNGS)[rung]
+    force = (COLUMN_TIERS if columns else ROW_TIERS)[tier]
     call, g = make(case, torch.bfloat16, columns, force=force, noise_train=0.7)
-    call = join(call, JOINS["everywhere"])
+    call = fuse(call, FUSIONS["both"])
     if odd == "gradient":
         g = shifted(g)
     else:
@@ -569,14 +569,14 @@ def test_frozen_statistics_and_what_stands_behind(kernels, columns):
     call.frozen = torch.zeros(len(Row), call.groups)
     call.frozen[Row.RSTD] = torch.rand(call.groups) + 0.5
     call.frozen[Row.LMBDA] = torch.linspace(-1, 3, call.groups)
-    check(kernels, join(call, ("residual", "relu")), g)
+    check(kernels, fuse(call, ("residual", "relu")), g)
 
 
 @pytest.mark.parametrize(
-    ("case", "rung", "columns"), [("layer", "block", False), ("batch", "grid", True)]
+    ("case", "tier", "columns"), [("layer", "block", False), ("batch", "grid", True)]
 )
-def test_a_nan_passes_through_the_activation(kernels, case, rung, columns):
-    call, g = _make_joined(case, rung, columns, torch.float32, ("relu", "residual"))
+def test_a_nan_passes_through_the_activation(kernels, case, tier, columns):
+    call, g = _make_fused(case, tier, columns, torch.float32, ("relu", "residual"))
     call.residual[1, 2] = float("nan")
     output, stats = call.forward(kernels)
     assert output[1, 2].isnan().all()
@@ -588,12 +588,12 @@ def test_a_nan_passes_through_the_activation(kernels, case, rung, columns):
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_joined_blocks_that_would_not_run_at_once_are_never_launched(kernels, columns):
+def test_fused_blocks_that_are_not_co_resident_are_never_launched(kernels, columns):
     shape, _, shared = WAITING["tiles" if columns else "grid"]
     for options in ({}, {"cooperative": False}, {"refuse_cooperative": True}):
         kernels.device(8, shared, True, **options)
         call, g = make(shape, torch.float32, columns, noise_train=1.0)
-        check(kernels, join(call, JOINS["everywhere"]), g)
+        check(kernels, fuse(call, FUSIONS["both"]), g)
 
 
 # --- noise -------------------------------------------------------------------------------------
@@ -616,9 +616,9 @@ def test_noise_is_the_stream(kernels, dtype):
 # --- hard data ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rung", ["block", "grid", "streaming"])
-def test_constant_and_broken_groups(kernels, rung):
-    call, g = make(ROWS["layer"], torch.float32, noise_train=1.0, force=ROW_RUNGS[rung])
+@pytest.mark.parametrize("tier", ["block", "grid", "streaming"])
+def test_constant_and_broken_groups(kernels, tier):
+    call, g = make(ROWS["layer"], torch.float32, noise_train=1.0, force=ROW_TIERS[tier])
     x = call.input
     x[1] = 3.3
     x[2, 7] = float("nan")
@@ -634,9 +634,9 @@ def test_constant_and_broken_groups(kernels, rung):
     assert du[[2, 4]].isnan().all()
 
 
-@pytest.mark.parametrize("rung", COLUMN_RUNGS)
-def test_a_column_beyond_the_range_is_nan(kernels, rung):
-    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_RUNGS[rung])
+@pytest.mark.parametrize("tier", COLUMN_TIERS)
+def test_a_column_beyond_the_range_is_nan(kernels, tier):
+    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_TIERS[tier])
     call.input[:, 1] *= 1e20
     output, stats = call.forward(kernels)
     du, _, _ = call.backward(kernels, g, stats)
@@ -647,10 +647,10 @@ def test_a_column_beyond_the_range_is_nan(kernels, rung):
 
 @pytest.mark.parametrize("offset", [1e3, 1e6])
 @pytest.mark.parametrize(
-    ("rung", "columns"), [(r, False) for r in ROW_RUNGS] + [(r, True) for r in COLUMN_RUNGS]
+    ("tier", "columns"), [(r, False) for r in ROW_TIERS] + [(r, True) for r in COLUMN_TIERS]
 )
-def test_large_offsets_cost_no_digits(kernels, rung, columns, offset):
-    force = (COLUMN_RUNGS if columns else ROW_RUNGS)[rung]
+def test_large_offsets_cost_no_digits(kernels, tier, columns, offset):
+    force = (COLUMN_TIERS if columns else ROW_TIERS)[tier]
     call, g = make((COLUMNS if columns else ROWS)["batch"], torch.float32, columns, force=force)
     call.input = call.input + offset
     output, stats = call.forward(kernels)
@@ -701,15 +701,15 @@ def _is_plain(stats: Tensor) -> Tensor:
 BESIDE = [
     (c, r)
     for c in ("batch", "batch-ragged", "batch-2d", "instance", "group")
-    for r in COLUMN_RUNGS
+    for r in COLUMN_TIERS
     if c != "group" or r == "streaming"
 ]
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "rung"), BESIDE)
-def test_a_column_does_not_depend_on_its_neighbours(kernels, case, rung, dtype, neighbour):
+@pytest.mark.parametrize(("case", "tier"), BESIDE)
+def test_a_column_does_not_depend_on_its_neighbours(kernels, case, tier, dtype, neighbour):
     """Bitwise, though neighbouring columns run the same code, which takes care of all of them."""
 
     def spoil(call: Call, column: Tensor) -> None:
@@ -717,7 +717,7 @@ def test_a_column_does_not_depend_on_its_neighbours(kernels, case, rung, dtype, 
         call.input[:, column] = NEIGHBOURS[neighbour](call.input[:, column]).to(call.input.dtype)
 
     for noise in (0.0, 0.7):
-        force = COLUMN_RUNGS[rung]
+        force = COLUMN_TIERS[tier]
         call, g = make(COLUMNS[case], dtype, True, noise_train=noise, force=force)
         call.input = torch.randn_like(call.input)
         others, spoilt = _alone_and_beside(kernels, call, g, spoil)
@@ -727,14 +727,14 @@ def test_a_column_does_not_depend_on_its_neighbours(kernels, case, rung, dtype, 
 
 @pytest.mark.parametrize("lmbda", [float("nan"), 0.0, 0.1, 2.1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "rung"), [b for b in BESIDE if b[0].startswith("batch")])
-def test_a_frozen_column_does_not_depend_on_its_neighbours(kernels, case, rung, dtype, lmbda):
+@pytest.mark.parametrize(("case", "tier"), [b for b in BESIDE if b[0].startswith("batch")])
+def test_a_frozen_column_does_not_depend_on_its_neighbours(kernels, case, tier, dtype, lmbda):
     def spoil(call: Call, column: Tensor) -> None:
         call.frozen = call.frozen.clone()
         call.frozen[Row.LMBDA, column] = lmbda
 
     for noise in (0.0, 0.7):
-        force = COLUMN_RUNGS[rung]
+        force = COLUMN_TIERS[tier]
         call, g = make(COLUMNS[case], dtype, True, noise_train=noise, force=force)
         call.frozen = torch.zeros(len(Row), call.groups, dtype=compute_dtype(dtype))
         call.frozen[Row.RSTD] = 0.7

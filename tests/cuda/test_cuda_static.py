@@ -49,11 +49,11 @@ def test_aligned_kernels_move_128_bits(storage, architecture):
         assert any(re.match(r"LDG\.E\S*\.128", i) for i in code), name
         writes = r"rows_|\w+_output|\w+_gradient<[\w ]+, false, false"
         writes += r"|\w+_moments<[\w ]+, false, true"
-        if re.match(writes, name):  # a joined first round writes the sum
+        if re.match(writes, name):  # a fused first round writes the sum
             assert any(re.match(r"STG\.E\S*\.128", i) for i in code), name
         narrow = [i for i in code if re.match(r"STG\.E\S*\.(U8|U16|64)\b", i)]
-        # two double totals of the moments, on their way to the team's other blocks, are no tensor's
-        totals = 2 if re.match(r"rows_forward<.*GridTeam", name) else 0
+        # two double totals of the moments, written for the thread group's other blocks
+        totals = 2 if re.match(r"rows_forward<.*GridThreads", name) else 0
         wide = [i for i in narrow if ".64" in i]
         assert len(narrow) == len(wide) <= totals, f"{name}: {narrow[:3]}"
 
@@ -63,7 +63,7 @@ def test_aligned_kernels_move_128_bits(storage, architecture):
     [pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in sass.ARCHITECTURES],
 )
 def test_instruction_budgets(architecture):
-    """Within 5 % of the stored counts, either way: who saves instructions stores the new count."""
+    """Within 5 % of the stored counts, up or down, so that a saving is stored."""
     stored = json.loads(sass.BUDGETS.read_text()).get(sass.nvcc_version())
     if stored is None:
         pytest.skip(f"no budgets are stored for nvcc {sass.nvcc_version()}")
@@ -78,7 +78,7 @@ def test_instruction_budgets(architecture):
 @pytest.mark.parametrize("architecture", ["sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_cluster_kernels_use_the_hardware_barrier(architecture):
     cubin = sass.compile_cubin(sass.ROOT / "csrc/cuda/bfloat16.cu", architecture)
-    kernels = {n: c for n, c in sass.instructions(cubin).items() if "ClusterTeam" in n}
+    kernels = {n: c for n, c in sass.instructions(cubin).items() if "ClusterThreads" in n}
     assert kernels
     for name, code in kernels.items():
         assert any(i.startswith("UCGABAR") for i in code), name

@@ -209,38 +209,38 @@ def test_plan_says_in_words_what_serves_both_passes_and_on_what_device(capsys):
     text = capsys.readouterr().out
     assert "kind batch, shape (256, 64, 56, 56), float32, contiguous" in text
     assert "on H200 (assumed, as asked): 132 multiprocessors" in text
-    assert "64 groups of 802816 elements, walked by rows" in text
+    assert "64 groups of 802816 elements, in the rows layout" in text
     lines = {line.split()[0]: line for line in text.splitlines() if line}
     assert "co-operating blocks" in lines["forward"]
     assert lines["backward"].split()[-1].isdigit()
 
 
 @without_kernels
-def test_plan_follows_the_ladder(capsys):
+def test_plan_follows_the_size_of_a_group(capsys):
     on = ("--device-model", "H200", "--dtype", "bfloat16")
     short = plan(capsys, "8192,512", "--kind", "layer", *on)["forward"]
-    assert short["rung"] == "warp, registers"
+    assert short["tier"] == "warp, registers"
     assert (short["threads"], short["groups"], short["group_size"]) == (32, 8192, 512)
     middle = plan(capsys, "8192,8192", "--kind", "layer", *on)["forward"]
-    assert middle["rung"].startswith("block, registers")
+    assert middle["tier"].startswith("block, registers")
     assert middle["threads"] > 32
     long = plan(capsys, "64,262144", "--kind", "layer", *on)["forward"]
-    assert long["rung"].startswith("cluster")
+    assert long["tier"].startswith("cluster")
     assert long["blocks"] > 1
     older = plan(capsys, "64,262144", "--kind", "layer", *on[2:], "--device-model", "A100")
     assert older["device"]["clusters"] is False
-    assert not older["forward"]["rung"].startswith("cluster")
-    assert older["forward"]["waves"] * older["forward"]["teams"] >= 64
+    assert not older["forward"]["tier"].startswith("cluster")
+    assert older["forward"]["waves"] * older["forward"]["thread_groups"] >= 64
 
 
 @without_kernels
 def test_plan_knows_the_memory_format_and_the_device(capsys):
     last = plan(capsys, "256x256x14x14", "--memory-format", "channels_last")
-    assert last["forward"]["walk"] == last["backward"]["walk"] == "columns"
-    assert plan(capsys, "256x256x14x14")["forward"]["walk"] == "rows"
-    assert plan(capsys, "64,256")["forward"]["walk"] == "columns"
+    assert last["forward"]["layout"] == last["backward"]["layout"] == "columns"
+    assert plan(capsys, "256x256x14x14")["forward"]["layout"] == "rows"
+    assert plan(capsys, "64,256")["forward"]["layout"] == "columns"
     small, large = (plan(capsys, "8,64,56,56", "--sms", n)["forward"] for n in ("16", "132"))
-    assert small["teams"] * small["blocks"] < large["teams"] * large["blocks"]
+    assert small["thread_groups"] * small["blocks"] < large["thread_groups"] * large["blocks"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU to plan for")

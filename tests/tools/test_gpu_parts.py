@@ -62,8 +62,8 @@ def test_a_forced_problem_arrives_as_it_was_meant(tmp_path):
         "storage": 2, "geometry": [1, 3, 4, 5, 6], "affine": 3, "noise": True,
         "given_scale": True, "seed": 7, "noise_train": 0.25, "stream": 9,
         "position": (10, 11, 12), "eps": 1e-3, "alpha": 0.5, "transform_eps": 0.125, "order": 1,
-        "frozen": True, "stats": 13, "workspace": 14, "rung": 3, "threads": 64, "blocks": 15,
-        "teams": 16, "relu": True, **{name: operand() for name in names},
+        "frozen": True, "stats": 13, "workspace": 14, "tier": 3, "threads": 64, "blocks": 15,
+        "thread_groups": 16, "relu": True, **{name: operand() for name in names},
         "weight": (17, True), "bias": (18, False), "grad_weight": (19, False),
         "grad_bias": (20, True),
     }  # fmt: skip

@@ -1,6 +1,6 @@
-// A CUDA runtime that checks launches instead of making them. It is linked with the objects that nvcc makes of csrc/cuda,
-// and is told what a device has and what each kernel uses. Before the launchers stands what csrc/binding/cuda.cpp does
-// between tensors and them, with addresses that are never read.
+// A CUDA runtime that checks launches instead of making them, linked with the objects that nvcc makes of csrc/cuda. The
+// tests set the limits of the device and the resources of each kernel. run_pass() makes a problem as csrc/binding/cuda.cpp
+// does, of addresses that are never read.
 #include <map>
 #include <sstream>
 #include <string>
@@ -8,7 +8,7 @@
 
 #include "../../../csrc/binding/cuda_problem.h"
 #include "../../../csrc/common/stats.h"
-#include "../../../csrc/cuda/columns_resident.cuh"
+#include "../../../csrc/cuda/columns_streaming.cuh"
 #include "../../../csrc/cuda/launch.h"
 #undef blockDim
 #undef gridDim
@@ -24,7 +24,7 @@ struct Model {
   int major, ptx;
 };
 struct Kernel {
-  std::string symbol, family, team;
+  std::string symbol, family, threads_class;
   std::vector<bool> flags;  // of the template arguments
   int registers = 0, shared = 0, threads = 0, element = 4;
   long launches = 0;
@@ -43,7 +43,7 @@ std::string mutation;
 
 void report(const Kernel& k, const std::string& what) { problems.push_back(k.symbol + ": " + what); }
 
-// Blocks of a multiprocessor at the same time, as the toolkit's cuda_occupancy.h counts them.
+// Blocks of a multiprocessor at the same time, computed as in the toolkit's cuda_occupancy.h.
 int occupancy(const Kernel& k, int threads, size_t dynamic) {
   const int warps = threads / 32, warp_registers = (k.registers * 32 + 255) / 256 * 256;
   const int by_registers = 16384 / warp_registers * 4 / warps;
@@ -57,7 +57,7 @@ int active_clusters(const Kernel& k, int threads, size_t dynamic, int size) {
   return clusters;
 }
 
-// One launch's arguments.
+// Checks the arguments of one launch.
 class Look {
  public:
   Look(const Kernel& k, unsigned grid, unsigned threads, unsigned cluster, size_t dynamic)
@@ -69,69 +69,69 @@ class Look {
     const auto starts = [&](const char* with) { return k_.family.rfind(with, 0) == 0; };
     const bool aligned = k_.flags.size() > 1 && !k_.flags[1] && !starts("stream_finish") && !starts("column_finish");
     if (starts("rows_")) {
-      const auto& a = *static_cast<const RowsArgs<Real>*>(given[0]);
+      const auto& a = *static_cast<const KernelArgs<Real>*>(given[0]);
       rows<T>(a, aligned, 0);
       const bool backward = starts("rows_backward"), elementwise = backward && k_.flags[2];
       unsigned blocks = cluster_;
-      if (k_.team == "GridTeam") {
-        const auto& sync = *static_cast<const typename GridTeam<Real>::Sync*>(given[1]);
-        blocks = team(sync, grid_ / std::max(1u, sync.blocks) * 2 * kMaxSums * sync.blocks);
+      if (k_.threads_class == "GridThreads") {
+        const auto& sync = *static_cast<const typename GridThreads<Real>::Sync*>(given[1]);
+        blocks = sync_blocks(sync, grid_ / std::max(1u, sync.blocks) * 2 * kMaxSums * sync.blocks);
       }
-      int in_registers = backward ? kTeamBackwardRegister<T> : kForwardRegister<T>;
-      if (elementwise || (backward && k_.team == "BlockTeam")) in_registers = kBackwardRegister<T>;
+      int in_registers = backward ? kGroupedBackwardRegister<T> : kForwardRegister<T>;
+      if (elementwise || (backward && k_.threads_class == "BlockThreads")) in_registers = kBackwardRegister<T>;
       holds<T>(a.chunks, blocks, in_registers, elementwise ? 0 : backward ? 3 : 1);
       if (backward) parts(a, elementwise ? grid_ / blocks * a.length : a.affine == Affine::kPerGroup ? a.groups : 0);
     } else if (starts("stream_")) {
-      const auto& s = *static_cast<const StreamArgs<Real>*>(given[0]);
+      const auto& s = *static_cast<const StreamingArgs<Real>*>(given[0]);
       const unsigned splits = starts("stream_finish") ? 1 : s.splits;
-      rows<T>(s.rows, aligned, 0);
+      rows<T>(s, aligned, 0);
       require(grid_ % splits == 0, "a group lacks blocks");
-      require(s.first_group + grid_ / splits <= s.rows.groups, "blocks without a group");
+      require(s.first_group + grid_ / splits <= s.groups, "blocks without a group");
       if (starts("stream_output")) return;
-      workspace("parts", s.part, grid_ / splits * size_t(s.splits) * kMaxSums);
+      workspace("parts", s.partial, grid_ / splits * size_t(s.splits) * kMaxSums);
       workspace("means", s.mean, grid_ / splits);
       workspace("sums", s.sums, grid_ / splits * kMaxSums);
-      if (starts("stream_finish") && s.rows.affine == Affine::kPerGroup) parts(s.rows, s.rows.groups);
+      if (starts("stream_finish") && s.affine == Affine::kPerGroup) parts(s, s.groups);
     } else if (starts("column_")) {
       const auto& a = *static_cast<const ColumnsArgs<Real>*>(given[0]);
-      rows<T>(a.walk, aligned, a.columns);
-      const int64_t outer = a.walk.groups / a.walk.inner.divisor;
+      rows<T>(a, aligned, a.columns);
+      const int64_t outer = a.groups / a.inner.divisor;
       require(a.tiles * kTileColumns<T> >= a.columns, "columns beyond the tiles");
       const bool backward = starts("column_backward");
       if (backward || starts("column_forward")) {
-        const auto& sync = *static_cast<const typename TileTeam<T>::Sync*>(given[1]);
-        const unsigned blocks = team(sync, size_t(grid_) * 2 * kMaxSums * kTileColumns<T>);
-        holds<T>(a.walk.runs * kTileChunks, blocks, backward ? kColumnBackwardRegister<T> : kForwardRegister<T>,
+        const auto& sync = *static_cast<const typename TileThreads<T>::Sync*>(given[1]);
+        const unsigned blocks = sync_blocks(sync, size_t(grid_) * 2 * kMaxSums * kTileColumns<T>);
+        holds<T>(a.runs * kTileChunks, blocks, backward ? kColumnBackwardRegister<T> : kForwardRegister<T>,
                  backward ? 3 : 1);
       } else {
         const bool finish = starts("column_finish");
-        require(grid_ == (finish ? a.walk.groups : outer * a.tiles * a.splits), "not as many blocks as there is work for");
-        workspace("parts", a.part, size_t(outer) * a.tiles * a.splits * kMaxSums * kTileColumns<T>);
-        workspace("means", a.mean, a.walk.groups);
-        workspace("sums", a.sums, size_t(a.walk.groups) * kMaxSums);
+        require(grid_ == (finish ? a.groups : outer * a.tiles * a.splits), "not as many blocks as there is work for");
+        workspace("parts", a.partial, size_t(outer) * a.tiles * a.splits * kMaxSums * kTileColumns<T>);
+        workspace("means", a.mean, a.groups);
+        workspace("sums", a.sums, size_t(a.groups) * kMaxSums);
       }
-      if (backward || starts("column_finish")) parts(a.walk, outer * a.columns);
+      if (backward || starts("column_finish")) parts(a, outer * a.columns);
     } else if (starts("run_parameters")) {
-      const auto& a = *static_cast<const RowsArgs<Real>*>(given[0]);
+      const auto& a = *static_cast<const KernelArgs<Real>*>(given[0]);
       rows<T>(a, aligned, 0);
       require(uint64_t(grid_) * threads_ / 32 >= uint64_t(a.groups) * a.runs, "runs without a warp");
       parts(a, int64_t(a.groups) * a.runs);
     } else if (starts("element_parameters")) {
-      const auto& a = *static_cast<const RowsArgs<Real>*>(given[0]);
+      const auto& a = *static_cast<const KernelArgs<Real>*>(given[0]);
       const uint32_t slabs = *static_cast<const uint32_t*>(given[1]);
       rows<T>(a, aligned, 0);
       require(grid_ % slabs == 0 && uint64_t(grid_ / slabs) * threads_ * kChunkOf<T> >= uint64_t(a.length),
               "elements without a thread");
       parts(a, int64_t(slabs) * a.length);
-    } else if (starts("fold_parts")) {
+    } else if (starts("reduce_partials")) {
       const int64_t count = *static_cast<const int64_t*>(given[2]);
       workspace("parts", *static_cast<const Real* const*>(given[0]), *static_cast<const int64_t*>(given[1]) * count);
       const void* out = *static_cast<void* const*>(given[3]);
       const size_t bytes = size_t(count) * (*static_cast<const bool*>(given[4]) ? sizeof(T) : sizeof(Real));
-      require(inside("grad_weight", out, bytes) || inside("grad_bias", out, bytes), "the gradient lies beside its memory");
+      require(inside("grad_weight", out, bytes) || inside("grad_bias", out, bytes), "the gradient lies outside its memory");
       require(int64_t(grid_) * 32 >= count, "elements without a thread");
     } else {
-      report(k_, "a kernel that is not known here");
+      report(k_, "an unknown kernel");
     }
   }
 
@@ -146,7 +146,7 @@ class Look {
       if (r.name == name && begin >= r.begin && begin + bytes <= r.end) return true;
     return false;
   }
-  // Within the workspace, and beside all else that this launch has there.
+  // Requires memory within the workspace that overlaps with nothing else of this launch.
   template <class V>
   void workspace(const char* what, const V* p, size_t count) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + count * sizeof(V);
@@ -156,8 +156,8 @@ class Look {
   }
 
   template <class Sync>
-  unsigned team(const Sync& sync, size_t numbers) {
-    require(sync.blocks > 0 && grid_ % std::max(1u, sync.blocks) == 0, "a team lacks blocks");
+  unsigned sync_blocks(const Sync& sync, size_t numbers) {
+    require(sync.blocks > 0 && grid_ % std::max(1u, sync.blocks) == 0, "a thread group lacks blocks");
     workspace("counters", sync.counters, grid_ / std::max(1u, sync.blocks));
     workspace("partial sums", sync.partial, numbers);
     return std::max(1u, sync.blocks);
@@ -171,17 +171,17 @@ class Look {
   }
 
   template <class Real>
-  void parts(const RowsArgs<Real>& a, int64_t count) {
+  void parts(const KernelArgs<Real>& a, int64_t count) {
     const auto one = [&](const char* gradient, const Real* p) {
       if (p && !inside(gradient, p, size_t(count) * sizeof(Real))) workspace(gradient, p, size_t(count));
     };
-    one("grad_weight", a.weight_part);
-    one("grad_bias", a.bias_part);
+    one("grad_weight", a.weight_partials);
+    one("grad_bias", a.bias_partials);
   }
 
-  // columns: of an outer index in a walk by columns, else 0.
+  // columns: of an outer index in the columns layout, else 0.
   template <class T>
-  void rows(const RowsArgs<RealOf<T>>& a, bool aligned, int64_t columns) const {
+  void rows(const KernelArgs<RealOf<T>>& a, bool aligned, int64_t columns) const {
     constexpr int N = kChunkOf<T>;
     const int64_t outer = a.groups / a.inner.divisor, inner = columns ? 1 : a.inner.divisor;
     const int64_t length = columns ? columns : a.length;
@@ -193,7 +193,7 @@ class Look {
       if (mutation == "address") p = static_cast<const char*>(p) + 8;
       const int64_t in_group = int64_t(a.runs - 1) * s.run + length;
       const size_t bytes = size_t((outer - 1) * s.outer + (inner - 1) * s.inner + in_group) * sizeof(T);
-      const bool sum = p == a.joined.sum.data && inside("sum", p, bytes);  // the input of a later round
+      const bool sum = p == a.fused.sum.data && inside("sum", p, bytes);  // the input of a later round
       require(sum || inside(name, p, bytes), std::string(name) + " beyond its memory");
       if (!aligned) return;
       require(at_boundary(p) && multiple(s, N), std::string(name) + " in chunks that are not aligned");
@@ -202,11 +202,11 @@ class Look {
     operand("input", a.input, a.at_input);
     operand("grad_output", a.grad, a.at_grad);
     operand("output", a.output, a.at_output);
-    operand("residual", a.joined.residual.data, a.joined.residual.at);
-    operand("addend", a.joined.addend.data, a.joined.addend.at);
-    operand("sum", a.joined.sum.data, a.joined.sum.at);
-    operand("activated", a.joined.activated.data, a.joined.activated.at);
-    operand("grad_sum", a.joined.grad_sum.data, a.joined.grad_sum.at);
+    operand("residual", a.fused.residual.data, a.fused.residual.at);
+    operand("addend", a.fused.addend.data, a.fused.addend.at);
+    operand("sum", a.fused.sum.data, a.fused.sum.at);
+    operand("activated", a.fused.activated.data, a.fused.activated.at);
+    operand("grad_sum", a.fused.grad_sum.data, a.fused.grad_sum.at);
     const int64_t elements = a.affine == Affine::kPerElement ? length : a.affine == Affine::kPerColumn ? columns
                              : a.affine == Affine::kPerRun   ? int64_t(a.inner.divisor) * a.runs : a.inner.divisor;
     const auto parameter = [&](const char* name, const void* p, bool in_storage) {
@@ -244,7 +244,7 @@ void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, uint3*, uint3*, dim3*, dim3*, int*) {
   kernels[host].symbol = device;
 }
-// What nvcc's stubs of kernels call, which nobody calls here.
+// Called by nvcc's kernel stubs, which are not called here.
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream_t) { return 1; }
@@ -289,16 +289,16 @@ cudaError_t cudaMemsetAsync(void* p, int, size_t bytes, cudaStream_t) {
   problems.push_back("cudaMemsetAsync beyond the workspace");
   return cudaSuccess;
 }
-// The ladder counts on two blocks a multiprocessor where blocks wait for one another.
+// A plan assumes two blocks a multiprocessor where blocks wait for one another.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* entry, int threads, size_t dynamic) {
   *blocks = occupancy(kernels.at(entry), threads, dynamic);
-  if (*blocks < kBlocksAtOnce) report(kernels.at(entry), "two blocks do not share a multiprocessor");
+  if (*blocks < kBlocksPerMultiprocessor) report(kernels.at(entry), "two blocks do not share a multiprocessor");
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* entry, const cudaLaunchConfig_t* c) {
   const Kernel& k = kernels.at(entry);
   *clusters = active_clusters(k, int(c->blockDim.x), c->dynamicSmemBytes, int(c->attrs[0].val.clusterDim.x));
-  if (c->dynamicSmemBytes > 0 && occupancy(k, int(c->blockDim.x), c->dynamicSmemBytes) < kBlocksAtOnce)
+  if (c->dynamicSmemBytes > 0 && occupancy(k, int(c->blockDim.x), c->dynamicSmemBytes) < kBlocksPerMultiprocessor)
     report(k, "two blocks do not share a multiprocessor");
   return cudaSuccess;
 }
@@ -312,7 +312,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, 
   for (unsigned i = 0; i < c->numAttrs; ++i) {
     if (c->attrs[i].id == cudaLaunchAttributeCooperative) cooperative = c->attrs[i].val.cooperative != 0;
     else if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
-    else report(k, "an attribute that is not known here");
+    else report(k, "an unknown attribute");
   }
   if (mutation == "grid") grid *= 3;
   if (mutation == "no blocks") grid = 0;
@@ -325,7 +325,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, 
       << cluster << ", registers " << k.registers << "]";
     if (!holds) report(k, s.str());
   };
-  require(k.registers > 0, "nothing is known of the kernel's machine code");
+  require(k.registers > 0, "the kernel's resources are not set");
   require(grid > 0 && grid <= 0x7fffffffu, "the grid's size");
   require(c->gridDim.y * c->gridDim.z * c->blockDim.y * c->blockDim.z == 1, "more than one dimension");
   require(threads > 0 && threads % 32 == 0 && int(threads) <= k.threads, "more threads than the bound, or no whole warps");
@@ -341,7 +341,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, 
   }
   require(!cooperative || uint64_t(occupancy(k, int(threads), dynamic)) * model.multiprocessors >= grid,
           "the blocks of a cooperative launch do not fit the device");
-  require(cooperative == (k.team == "GridTeam"), "blocks that wait for one another, not all launched at once");
+  require(cooperative == (k.threads_class == "GridThreads"), "blocks that wait for one another, not all launched at once");
   Look look(k, grid, threads, cluster, dynamic);
   if (k.element == 8) look.arguments<double>(arguments);
   else if (k.element == 4) look.arguments<float>(arguments);
@@ -374,29 +374,30 @@ long kernel_launches(int i) { return std::next(kernels.begin(), i)->second.launc
 // name: family<type, flags...>
 void set_kernel(int i, const char* name, int registers, int shared, int threads) {
   Kernel& k = std::next(kernels.begin(), i)->second;
-  k.family.clear(), k.team.clear(), k.flags.clear();
+  k.family.clear(), k.threads_class.clear(), k.flags.clear();
   std::istringstream words(name);
   std::getline(words, k.family, '<');
   for (std::string word; std::getline(words, word, ',');) {
     k.flags.push_back(word.find("true") != std::string::npos);
     if (k.flags.size() == 1) k.element = word[0] == 'd' ? 8 : word[0] == 'f' ? 4 : 2;
-    if (word.find("Team<") != std::string::npos) k.team = word.substr(1, word.find('<') - 1);
+    if (word.find("Threads<") != std::string::npos) k.threads_class = word.substr(1, word.find('<') - 1);
   }
-  if (k.family == "column_forward" || k.family == "column_backward") k.team = "GridTeam";
+  if (k.family == "column_forward" || k.family == "column_backward") k.threads_class = "GridThreads";
   k.registers = registers, k.shared = shared, k.threads = threads;
 }
 void set_model(const Model* m) { model = *m; }
 void set_mutation(const char* m) { mutation = m; }
-// The oldest problem that was not told yet, or null.
+// The oldest problem not yet returned, or null.
 const char* problem() {
-  static std::string told;
+  static std::string text;
   if (problems.empty()) return nullptr;
-  told = problems.front();
+  text = problems.front();
   problems.erase(problems.begin());
-  return told.c_str();
+  return text.c_str();
 }
 
-// A CUDA error, 0; -1 where the binding would launch nothing of these kernels, or refuse. plan: as normnorm_cuda_plan().
+// A CUDA error, 0, or -1 where the binding would raise an error or launch none of these kernels. plan: as
+// normnorm_cuda_plan().
 int run_pass(const Pass* given, int plan[5]) {
   const Pass& pass = *given;
   const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
@@ -434,7 +435,7 @@ int run_pass(const Pass* given, int plan[5]) {
     const TensorView output = view(pass.output.strides);
     const Layout layout = cuda_layout(a.input, backward && !pass.needs_input ? a.input : output, c, noise);
     p = cuda_problem(Storage(pass.storage), layout, c, noise);
-    // a tensor, or its dense copy where the walk cannot go over it
+    // a tensor, or its dense copy where the layout cannot access it in place
     const auto operand = [&](const char* name, const Tensor& t) {
       if (const auto strides = layout.strides(view(t.strides)))
         return Operand{take(name, bytes_of(t.strides), t.offset * element), *strides};

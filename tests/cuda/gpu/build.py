@@ -104,18 +104,18 @@ def write_problems(path: Path) -> None:
     plans = [
         (cases.ROWS[case], plan, False)
         for case in ("layer", "layer-ragged", "batch-ragged", "group-ragged")
-        for plan in cases.ROW_RUNGS.values()
+        for plan in cases.ROW_TIERS.values()
     ]
     plans += [
         (cases.COLUMNS[case], plan, True)
         for case in ("batch-ragged", "instance")
-        for plan in cases.COLUMN_RUNGS.values()
+        for plan in cases.COLUMN_TIERS.values()
     ]
-    plans.append((cases.COLUMNS["group"], cases.COLUMN_RUNGS["streaming"], True))
+    plans.append((cases.COLUMNS["group"], cases.COLUMN_TIERS["streaming"], True))
     for case, plan, columns in plans:
         for dtype in (torch.float32, torch.bfloat16):
             call, grad = cases.make(case, dtype, columns, noise_train=0.7, force=plan)
-            call = cases.join(call, cases.JOINS["everywhere"])
+            call = cases.fuse(call, cases.FUSIONS["both"])
             given = [call.input, call.weight, call.bias, call.residual, call.addend]
             given += [call.grad_sum, grad]
             passes: list[dict[str, Any]] = []

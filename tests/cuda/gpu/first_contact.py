@@ -29,13 +29,13 @@ from gpu.rig import Hang, Rig
 
 # Case, the forced plan, whether groups lie in columns; what can hang comes last.
 PATHS = {
-    "one block": ("layer", small.ROW_RUNGS["block"], False),
-    "one block, shared memory": ("layer", small.ROW_RUNGS["shared"], False),
-    "streaming": ("layer", small.ROW_RUNGS["streaming"], False),
-    "streaming, columns": ("batch", small.COLUMN_RUNGS["streaming"], True),
-    "cluster": ("layer", small.ROW_RUNGS["cluster"], False),
-    "cooperative grid": ("layer", small.ROW_RUNGS["grid"], False),
-    "cooperative grid, columns": ("batch", small.COLUMN_RUNGS["grid"], True),
+    "one block": ("layer", small.ROW_TIERS["block"], False),
+    "one block, shared memory": ("layer", small.ROW_TIERS["shared"], False),
+    "streaming": ("layer", small.ROW_TIERS["streaming"], False),
+    "streaming, columns": ("batch", small.COLUMN_TIERS["streaming"], True),
+    "cluster": ("layer", small.ROW_TIERS["cluster"], False),
+    "cooperative grid": ("layer", small.ROW_TIERS["grid"], False),
+    "cooperative grid, columns": ("batch", small.COLUMN_TIERS["grid"], True),
 }
 
 

@@ -1,5 +1,5 @@
-// The launchers of csrc/cuda, for a test to call with a rung of its choice: three arrays in place of a Problem.
-// The order of their elements is that of forced.py.
+// The launchers of csrc/cuda, for a test to call with a tier of its choice: three arrays in place of a Problem,
+// with elements in the order of forced.py.
 #include <cstdint>
 #include <initializer_list>
 
@@ -48,10 +48,10 @@ Problem problem_of(const int64_t* numbers, const double* reals, void* const* poi
     *each = {data, strides(number)};
   }
   p.relu = number() != 0;
-  p.force.rung = Rung(number());
+  p.force.tier = Tier(number());
   p.force.threads = int(number());
   p.force.blocks = int(number());
-  p.force.teams = int(number());
+  p.force.thread_groups = int(number());
   p.noise.train = real();
   p.eps = real();
   p.alpha = real();
@@ -77,7 +77,7 @@ FORCED forced_run(const int64_t* numbers, const double* reals, void* const* poin
   return backward ? normnorm_cuda_backward(&p, stream) : normnorm_cuda_forward(&p, stream);
 }
 
-// Rung, threads, blocks of a team, teams, chunks a thread keeps in shared memory.
+// As normnorm_cuda_plan().
 FORCED forced_plan(const int64_t* numbers, const double* reals, void* const* pointers, int backward, int plan[5]) {
   const Problem p = problem_of(numbers, reals, pointers);
   return normnorm_cuda_plan(&p, backward, plan);

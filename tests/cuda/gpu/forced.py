@@ -1,4 +1,4 @@
-"""The CUDA kernels by their launchers, which take a rung of the caller's choice; the ops do not.
+"""The CUDA kernels by their launchers, which take a tier of the caller's choice; the ops do not.
 
 On a GPU they are in the library that ``build.py`` links from ``forced.cpp`` and the kernels; in a
 dry run the kernels are those of ``host_cuda``. Either way :class:`host_cuda.harness.Call`
@@ -31,8 +31,8 @@ def arrays(problem: dict[str, Any]) -> tuple[list[int], list[float], list[int]]:
     numbers = [
         p["storage"], *p["geometry"], p["affine"], p["noise"], p["given_scale"], p["stream"],
         *p["position"], p["order"], p["frozen"], *(p[name][1] for name in _PARAMETERS),
-        *(stride for name in _OPERANDS for stride in p[name][1]), p["relu"], p["rung"],
-        p["threads"], p["blocks"], p["teams"],
+        *(stride for name in _OPERANDS for stride in p[name][1]), p["relu"], p["tier"],
+        p["threads"], p["blocks"], p["thread_groups"],
     ]  # fmt: skip
     reals = [p["noise_train"], p["eps"], p["alpha"], p["transform_eps"]]
     pointers = [p[name][0] for name in (*_PARAMETERS, *_OPERANDS)]

@@ -1,4 +1,4 @@
-// Stand-ins for the launchers that write down the problem they are given, for a test of forced.cpp without a GPU.
+// Launchers that record the problem they are given, to test forced.cpp without a GPU.
 #include <initializer_list>
 
 #include "../../../csrc/cuda/launch.h"
@@ -16,16 +16,16 @@ int write(const Problem* p, int backward) {
   int n = 0;
   const auto put = [&](auto value) { seen[n++] = double(value); };
   const auto address = [&](const void* value) { put(reinterpret_cast<size_t>(value)); };
-  const auto walk = [&](const Strides& s) { put(s.outer), put(s.inner), put(s.run); };
+  const auto strides = [&](const Strides& s) { put(s.outer), put(s.inner), put(s.run); };
   const auto& g = p->geometry;
   put(backward), put(int(p->storage)), put(g.columns), put(g.outer), put(g.inner), put(g.runs), put(g.length);
   put(int(p->affine)), put(p->noise.on), put(p->noise.given_scale), put(p->noise.stream), put(p->noise.train);
-  walk(p->noise.position), put(p->order), put(p->frozen), put(p->eps), put(p->alpha), put(p->transform_eps);
+  strides(p->noise.position), put(p->order), put(p->frozen), put(p->eps), put(p->alpha), put(p->transform_eps);
   for (auto* q : {&p->weight, &p->bias, &p->grad_weight, &p->grad_bias}) address(q->data), put(q->in_storage_type);
   for (auto* o : {&p->input, &p->output, &p->grad_output, &p->residual, &p->activated, &p->addend, &p->sum, &p->grad_sum})
-    address(o->data), walk(o->stride);
+    address(o->data), strides(o->stride);
   put(p->relu);
-  put(int(p->force.rung)), put(p->force.threads), put(p->force.blocks), put(p->force.teams);
+  put(int(p->force.tier)), put(p->force.threads), put(p->force.blocks), put(p->force.thread_groups);
   address(p->seed), address(p->stats), address(p->workspace);
   return n;
 }

@@ -1,5 +1,5 @@
-"""A residual, an activation and the residual stream's sum, joined to the norm's own pass, against
-the definition in float64: the public functions, and every rung of the ladder."""
+"""A fused residual, activation and pre-norm sum against the definition in float64: the public
+functions, and every tier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from host_cuda import harness
-from host_cuda.cases import COLUMN_RUNGS, COLUMNS, JOINS, ROW_RUNGS, ROWS, join
+from host_cuda.cases import COLUMN_TIERS, COLUMNS, FUSIONS, ROW_TIERS, ROWS, fuse
 from torch import Tensor
 
 from normnorm import functional as F
@@ -29,13 +29,13 @@ FUSED = [
 
 
 @dataclass
-class Joined(Call):
-    """A call whose results are to be those of steps.
+class FusedCall(Call):
+    """A call with fused operations.
 
     Attributes:
-        residual, relu: behind the affine map.
-        grad_sum: the gradient that reached the normalized sum itself.
-        found: the output, which says where the gradient passes.
+        residual, relu: the epilogue.
+        grad_sum: the gradient of the normalized sum.
+        found: the output, whose sign decides where the gradient passes.
     """
 
     residual: Tensor | None = None
@@ -58,10 +58,10 @@ class Joined(Call):
         return want, stats, z
 
 
-def _joined(call: Call, **joined: Any) -> Joined:
-    return Joined(
+def _fused(call: Call, **fused: Any) -> FusedCall:
+    return FusedCall(
         call.rig, call.case, call.input, call.grad, call.weight, call.bias, call.running,
-        call.options, **joined,
+        call.options, **fused,
     )  # fmt: skip
 
 
@@ -70,8 +70,8 @@ def _leaves(call: Call) -> dict[str, Tensor]:
     return {name: t.detach().requires_grad_() for name, t in tensors.items() if t is not None}
 
 
-def _behind(call: Call, residual: Tensor | None, relu: bool) -> dict[str, Tensor]:
-    """Output and gradients of the function with what stands behind the affine map."""
+def _with_epilogue(call: Call, residual: Tensor | None, relu: bool) -> dict[str, Tensor]:
+    """Output and gradients of the function with an epilogue."""
     plain, leaves = dict(call.options), _leaves(call)
     call.options = {**plain, "residual": residual, "activation": "relu" if relu else None}
     y = call(leaves["input"], leaves["weight"], leaves["bias"])
@@ -87,8 +87,8 @@ def test_residual_and_relu(rig, backend, case, last, dtype, noise):
     call = make(rig, case, dtype, channels_last=last, noise_train=noise)
     residual = torch.randn_like(call.input)
     for given, relu in ((residual, True), (residual, False), (None, True)):
-        got = _behind(call, given, relu)
-        compare(_joined(call, residual=given, relu=relu, found=got["output"]), got)
+        got = _with_epilogue(call, given, relu)
+        compare(_fused(call, residual=given, relu=relu, found=got["output"]), got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -96,8 +96,8 @@ def test_residual_and_relu(rig, backend, case, last, dtype, noise):
 def test_evaluation(rig, backend, last, dtype):
     call = make(rig, case_named("batch-2d"), dtype, channels_last=last, evaluation=True)
     residual = torch.randn_like(call.input)
-    got = _behind(call, residual, True)
-    compare(_joined(call, residual=residual, relu=True, found=got["output"]), got)
+    got = _with_epilogue(call, residual, True)
+    compare(_fused(call, residual=residual, relu=True, found=got["output"]), got)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.7], ids=["quiet", "noise"])
@@ -121,22 +121,22 @@ def test_residual_stream(rig, backend, case, dtype, noise):
     got = {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
     assert torch.equal(got["input"], through_stream)
     call.input = total.detach()
-    compare(_joined(call, grad_sum=grad_sum), got)
+    compare(_fused(call, grad_sum=grad_sum), got)
 
 
-# --- every rung, by the launchers -----------------------------------------------------------------
+# --- every tier, by the launchers -----------------------------------------------------------------
 
 
 FORCED_DTYPES = DTYPES[:1] if DRY else DTYPES
 FORCED = [
-    (case, rung, columns)
-    for cases, rungs, columns in (
-        (("layer", "layer-ragged", "batch", "batch-ragged", "group"), ROW_RUNGS, False),
-        (("batch", "batch-ragged", "instance"), COLUMN_RUNGS, True),
+    (case, tier, columns)
+    for cases, tiers, columns in (
+        (("layer", "layer-ragged", "batch", "batch-ragged", "group"), ROW_TIERS, False),
+        (("batch", "batch-ragged", "instance"), COLUMN_TIERS, True),
         (("group",), ("streaming",), True),
     )
     for case in (cases[:1] if DRY else cases)
-    for rung in rungs
+    for tier in tiers
 ]
 
 
@@ -146,20 +146,20 @@ def kernels(rig):
 
 
 @pytest.mark.parametrize("dtype", FORCED_DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(("case", "rung", "columns"), FORCED)
-def test_forced_rungs(rig, kernels, case, rung, columns, dtype):
+@pytest.mark.parametrize(("case", "tier", "columns"), FORCED)
+def test_forced_tiers(rig, kernels, case, tier, columns, dtype):
     kind, shape, extra = (COLUMNS if columns else ROWS)[case]
     groups, trailing = extra.get("num_groups", 0), extra.get("normalized_ndim", 0)
     given = Case(kind, kind, shape, shape, groups, trailing)
     last = columns and len(shape) == 4
     call = make(rig, given, dtype, channels_last=last, noise_train=0.7)
-    served = join(
+    served = fuse(
         harness.Call(
             kind, call.input, call.weight, call.bias, num_groups=groups, normalized_ndim=trailing,
             noise_train=0.7, seed=SEED, columns=columns,
-            force=(COLUMN_RUNGS if columns else ROW_RUNGS)[rung],
+            force=(COLUMN_TIERS if columns else ROW_TIERS)[tier],
         ),
-        JOINS["everywhere"],
+        FUSIONS["both"],
     )  # fmt: skip
     results = []
     for _ in range(2):
@@ -169,7 +169,7 @@ def test_forced_rungs(rig, kernels, case, rung, columns, dtype):
         results.append({"output": output, "input": du, "weight": dw, "bias": db})
     assert torch.equal(served.sum, call.input + served.addend)
     call.input = served.sum
-    wanted = _joined(
+    wanted = _fused(
         call, residual=served.residual, relu=True, grad_sum=served.grad_sum, found=output
     )
     compare(wanted, results[0])

@@ -1,4 +1,4 @@
-// The launchers for Python: tests fill a problem with the addresses of CPU tensors and run the kernels on the CPU.
+// The launchers for Python: tests fill a problem with addresses of CPU tensors and run the kernels on the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 #include "faulty.h"
 
 namespace py = pybind11;
+using namespace normnorm;
 using namespace normnorm::cuda;
 
 namespace {
@@ -52,14 +53,14 @@ Problem problem_of(const py::dict& d) {
   p.grad_sum = operand(d["grad_sum"]);
   p.grad_weight = parameter(d["grad_weight"]);
   p.grad_bias = parameter(d["grad_bias"]);
-  p.force.rung = Rung(d["rung"].cast<int>());
+  p.force.tier = Tier(d["tier"].cast<int>());
   p.force.threads = d["threads"].cast<int>();
   p.force.blocks = d["blocks"].cast<int>();
-  p.force.teams = d["teams"].cast<int>();
+  p.force.thread_groups = d["thread_groups"].cast<int>();
   return p;
 }
 
-// Runs a pass; the workspace is as large as the launcher asked for, and not initialised to anything useful.
+// Runs a pass, in a workspace of the size that the launcher asks for, filled with NaN.
 void run(const py::dict& d, bool backward) {
   Problem p = problem_of(d);
   size_t bytes = 0;
@@ -94,7 +95,7 @@ void running(const py::dict& d, bool fold) {
   if (e != 0) throw std::runtime_error("CUDA error " + std::to_string(e));
 }
 
-// Where the kernels find chunk `chunk` of a run: (bytes from the input's start, counter of the noise).
+// The address of chunk `chunk` of a run: (bytes from the input's start, counter of the noise).
 template <class T>
 std::pair<int64_t, uint64_t> offsets(const Problem& p, uint32_t group, uint32_t run, uint32_t chunk) {
   constexpr int N = kChunkOf<T>;
@@ -107,7 +108,7 @@ std::pair<int64_t, uint64_t> offsets(const Problem& p, uint32_t group, uint32_t 
     return {bytes(row_address<T>(p.input.data, p.input.stride, c, run)), uint64_t(noise) / 4};
   }
   const ChunkMode mode = chunk_mode<T>(p, false);
-  const RowsArgs<RealOf<T>> a = rows_args<T>(p, mode);
+  const KernelArgs<RealOf<T>> a = kernel_args<T>(p, mode);
   const GroupPlace g = locate_group(a, group);
   const uint32_t number = run * a.chunks_per_run.divisor + chunk;
   if (mode.ragged) {
@@ -143,14 +144,14 @@ py::object refusal_of(const py::dict& d) {
 
 std::vector<float> run_faulty(const std::string& name) {
   std::vector<float> out(64);
-  const auto start = [](int blocks, int company, const std::function<void()>& body) {
-    host_cuda::run_grid(dim3(unsigned(blocks)), dim3(64), company, body);
+  const auto run = [](int blocks, int concurrent, const std::function<void()>& body) {
+    host_cuda::run_grid(dim3(unsigned(blocks)), dim3(64), concurrent, body);
   };
-  if (name == "diverging") start(1, 1, faulty::diverging);
-  if (name == "deadlocked") start(1, 1, faulty::deadlocked);
-  if (name == "uneven_cluster") start(2, 2, faulty::uneven_cluster);
-  if (name == "racing") start(2, 1, [&] { faulty::racing(false, out.data()); });
-  if (name == "orderly") start(2, 1, [&] { faulty::racing(true, out.data()); });
+  if (name == "diverging") run(1, 1, faulty::diverging);
+  if (name == "deadlocked") run(1, 1, faulty::deadlocked);
+  if (name == "uneven_cluster") run(2, 2, faulty::uneven_cluster);
+  if (name == "racing") run(2, 1, [&] { faulty::racing(false, out.data()); });
+  if (name == "orderly") run(2, 1, [&] { faulty::racing(true, out.data()); });
   return out;
 }
 
@@ -179,12 +180,12 @@ PYBIND11_MODULE(NN_MODULE, m) {
   m.def("sites", [] { return host_cuda::settings().sites; });
   m.def(
       "device",
-      [](int multiprocessors, int shared_bytes, bool clusters, bool cooperative, int at_once, bool refuse_cooperative) {
+      [](int multiprocessors, int shared_bytes, bool clusters, bool cooperative, int co_resident, bool refuse_cooperative) {
         auto& s = host_cuda::settings();
         s.device = {multiprocessors, shared_bytes, clusters, cooperative};
-        s.at_once = at_once;
+        s.co_resident = co_resident;
         s.refuse_cooperative = refuse_cooperative;
       },
       py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("clusters"), py::arg("cooperative") = true,
-      py::arg("at_once") = 1 << 30, py::arg("refuse_cooperative") = false);
+      py::arg("co_resident") = 1 << 30, py::arg("refuse_cooperative") = false);
 }

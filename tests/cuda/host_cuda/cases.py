@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: rungs, shapes, tolerances and the comparison."""
+"""What the tests of the CUDA kernels share: tiers, shapes, tolerances and the comparison."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ROUNDING = {
 }
 ABSOLUTE = {torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6, torch.float64: 1e-13}
 
-ROW_RUNGS = {
-    "block": {"rung": "block", "teams": 2},
-    "shared": {"rung": "block", "threads": 32, "teams": 2},
-    "cluster": {"rung": "cluster", "threads": 32, "blocks": 2, "teams": 2},
-    "grid": {"rung": "grid", "threads": 64, "blocks": 3, "teams": 2},
-    "streaming": {"rung": "streaming", "blocks": 2, "teams": 3},
+ROW_TIERS = {
+    "block": {"tier": "block", "thread_groups": 2},
+    "shared": {"tier": "block", "threads": 32, "thread_groups": 2},
+    "cluster": {"tier": "cluster", "threads": 32, "blocks": 2, "thread_groups": 2},
+    "grid": {"tier": "grid", "threads": 64, "blocks": 3, "thread_groups": 2},
+    "streaming": {"tier": "streaming", "blocks": 2, "thread_groups": 3},
 }
-COLUMN_RUNGS = {
-    "one block": {"rung": "grid", "blocks": 1, "teams": 2},
-    "grid": {"rung": "grid", "blocks": 2, "teams": 2},
-    "streaming": {"rung": "streaming", "blocks": 2},
+COLUMN_TIERS = {
+    "one block": {"tier": "grid", "blocks": 1, "thread_groups": 2},
+    "grid": {"tier": "grid", "blocks": 2, "thread_groups": 2},
+    "streaming": {"tier": "streaming", "blocks": 2},
 }
-# kind, shape, options; groups come in numbers that no team count divides
+# kind, shape, options; no number of thread groups divides the number of groups
 ROWS = {
     "layer": ("layer", (5, 2400), {"normalized_ndim": 1}),
     "layer-ragged": ("layer", (5, 37), {"normalized_ndim": 1}),
@@ -97,15 +97,15 @@ def assert_statistics(got: Tensor, want: Tensor, x: Tensor) -> None:
         assert (got[row].double() - want[row]).abs().max() <= 4 * tolerance * scale, row.name
 
 
-JOINS = {  # what stands beside the norm: behind it, in front of it, everywhere
-    "behind": ("residual", "relu"),
-    "in front": ("addend", "grad_sum"),
-    "everywhere": ("residual", "relu", "addend", "grad_sum"),
+FUSIONS = {  # fused with the norm: after it, before it, both
+    "epilogue": ("residual", "relu"),
+    "prologue": ("addend", "grad_sum"),
+    "both": ("residual", "relu", "addend", "grad_sum"),
 }
 
 
-def join(call: Call, names: tuple[str, ...]) -> Call:
-    """The same with what is named joined to it."""
+def fuse(call: Call, names: tuple[str, ...]) -> Call:
+    """The same with the named operations fused."""
     tensors = {
         n: torch.empty_like(call.input).copy_(torch.randn(call.input.shape))
         for n in names

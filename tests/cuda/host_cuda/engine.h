@@ -1,7 +1,7 @@
-// Runs the threads of CUDA blocks on the CPU: who may run, who waits for whom, and what is wrong when nobody can.
+// Runs the threads of CUDA blocks on the CPU, and reports deadlocks.
 //
-// A block is a thread of the operating system, its CUDA threads are fibres that it runs one at a time in a given order,
-// switching only where they wait. Blocks of one cluster, or of a cooperative launch, live at the same time.
+// A block is a thread of the operating system. Its CUDA threads are fibres, run one at a time in a given order and switched
+// only at barriers and shuffles. Blocks of one cluster, or of a cooperative launch, run concurrently.
 #pragma once
 
 #include <vector_types.h>  // NVIDIA's dim3 and uint3
@@ -19,7 +19,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../../csrc/cuda/problem.h"
+#include "../../../csrc/cuda/params.h"
 #include "fibre.h"
 
 namespace host_cuda {
@@ -27,16 +27,16 @@ namespace host_cuda {
 constexpr int kWarp = 32;
 constexpr size_t kDynamicShared = 232448;
 
-// How the next launches run; set by the tests.
+// How the next launches run, set by the tests.
 struct Settings {
   int order = 0;           // of a block's threads: 0 forward, 1 backward, more: shuffles
-  bool watch = false;      // whether barrier sites are noted, and may be left out
+  bool watch = false;      // whether barrier sites are recorded, and may be left out
   std::string skip;        // a barrier site to be left out, "file:line"
   std::set<std::string> sites;
   std::mutex lock;
-  normnorm::cuda::Device device;  // what the ladder is told
-  int at_once = 1 << 30;          // blocks that wait for one another and are said to run at the same time
-  bool refuse_cooperative = false;  // launches, although they were said to run
+  normnorm::cuda::Device device;    // what plans are made for
+  int co_resident = 1 << 30;        // blocks that the device is said to run at the same time
+  bool refuse_cooperative = false;  // whether cooperative launches fail all the same
   std::vector<unsigned> grids;      // blocks of each launch
 };
 inline Settings& settings() {
@@ -44,11 +44,11 @@ inline Settings& settings() {
   return s;
 }
 
-// A barrier among threads of one block. Waiting threads remember the generation that they wait to see end.
+// A barrier among threads of one block. A waiting thread waits for the end of its generation.
 struct Barrier {
   int members = 0, arrived = 0;
   unsigned generation = 0;
-  const char* file = nullptr;  // where the first of those waiting waits
+  const char* file = nullptr;  // the site at which the first thread waits
   unsigned line = 0;
 };
 
@@ -68,45 +68,45 @@ struct Fibre {
   bool done = false;
 };
 
-// Blocks that live at the same time.
-struct Company {
+// Blocks that run concurrently.
+struct Concurrent {
   int size = 1;
   std::atomic<int> arrived{0}, finished{0};
   std::atomic<unsigned> generation{0}, round{0};
   std::atomic<bool> failed{false};
   std::mutex lock;
   std::string message;
-  std::vector<char*> mark;                 // where each block's thread-local storage lies
+  std::vector<char*> mark;                 // the address of each block's thread-local storage
   std::vector<std::atomic<bool>> running;  // whether a block of this round has begun
-  std::vector<std::atomic<bool>> met;      // whether it has come to a barrier, or ended
-  explicit Company(int n) : size(n), mark(size_t(n)), running(size_t(n)), met(size_t(n)) {}
+  std::vector<std::atomic<bool>> met;      // whether it has reached a barrier, or ended
+  explicit Concurrent(int n) : size(n), mark(size_t(n)), running(size_t(n)), met(size_t(n)) {}
 };
 
 struct Block {
   dim3 block_index, block_dim, grid_dim;
   int rank = 0;
-  Company* company = nullptr;
+  Concurrent* concurrent = nullptr;
   Barrier barrier, cluster_barrier;
   std::vector<Warp> warps;
   std::vector<Fibre> fibres;
   Fibre* current = nullptr;
-  int patience = 100000;  // how often to look again for blocks that have ended
+  int patience = 100000;  // checks after another block has ended before the wait is hopeless
   Context scheduler;
   const std::function<void()>* body = nullptr;
 };
 
 inline thread_local Block* block = nullptr;
-inline thread_local char mark[16];  // same distance to every __shared__ variable in each thread
+inline thread_local char mark[16];  // at the same distance from every __shared__ variable in each thread
 alignas(16) inline thread_local unsigned char dynamic_shared[kDynamicShared];
 
 inline void fail(const std::string& message) {
-  Company& c = *block->company;
+  Concurrent& c = *block->concurrent;
   {
     std::lock_guard<std::mutex> guard(c.lock);
     if (c.message.empty()) c.message = message;
   }
   c.failed = true;
-  // never resumed: the launch ends, and its stacks with it
+  // never resumed: the launch ends
   for (;;) switch_context(block->current->context, block->scheduler);
 }
 
@@ -130,18 +130,18 @@ inline void leave(Barrier& b) {
   }
 }
 
-// One look at a barrier among blocks that has not opened. It never will once a block has ended without coming to it; but
-// that is certain only after a while, because a block may end right behind the barrier.
-inline void wait_a_little(const char* hopeless) {
-  const Company& c = *block->company;
+// Called while a barrier among blocks is closed. It stays closed if a block has ended without reaching it; a block that ends
+// right after the barrier looks the same for a while, hence the patience.
+inline void yield_to_blocks(const char* hopeless) {
+  const Concurrent& c = *block->concurrent;
   if (c.failed) fail("");
   if (c.finished > 0 && --block->patience < 0) fail(hopeless);
   std::this_thread::yield();
 }
 
-// All blocks of the company, called by one fibre of each.
-inline void wait_for_company() {
-  Company& c = *block->company;
+// A barrier among all concurrent blocks, called by one fibre of each.
+inline void wait_for_blocks() {
+  Concurrent& c = *block->concurrent;
   c.met[size_t(block->rank)] = true;
   const unsigned before = c.generation;
   if (++c.arrived == c.size) {
@@ -149,7 +149,7 @@ inline void wait_for_company() {
     ++c.generation;
     return;
   }
-  while (c.generation == before) wait_a_little("a block of the cluster ended while others wait at a cluster barrier");
+  while (c.generation == before) yield_to_blocks("a block of the cluster ended while others wait at a cluster barrier");
 }
 
 inline void fibre_entry() {
@@ -170,7 +170,7 @@ inline std::vector<int> thread_order(int count, int order) {
   return sequence;
 }
 
-// Runs a block's fibres in turn until all have ended; nobody able to run is a deadlock.
+// Runs a block's fibres in turn until all have ended; if none can run, that is a deadlock.
 inline void run_block(Block& b, Stacks& stacks, int order) {
   const int count = int(b.block_dim.x);
   b.fibres.assign(size_t(count), Fibre{});
@@ -186,7 +186,7 @@ inline void run_block(Block& b, Stacks& stacks, int order) {
     ++f.warp->barrier.members;
     make_context(f.context, stacks.of(size_t(i)), Stacks::usable(size_t(i)), fibre_entry);
   }
-  memset(dynamic_shared, 0xff, sizeof dynamic_shared);  // not-a-numbers: what a block before left is not to be relied on
+  memset(dynamic_shared, 0xff, sizeof dynamic_shared);  // NaN: shared memory is not initialised
   block = &b;
   const std::vector<int> sequence = thread_order(count, order);
   for (int alive = count; alive > 0;) {
@@ -197,26 +197,26 @@ inline void run_block(Block& b, Stacks& stacks, int order) {
       progress = true;
       b.current = &f;
       switch_context(b.scheduler, f.context);
-      if (b.company->failed) return;
+      if (b.concurrent->failed) return;
       if (f.done) --alive;
     }
     if (progress) continue;
-    std::lock_guard<std::mutex> guard(b.company->lock);
-    b.company->message = "deadlock in block " + std::to_string(b.block_index.x) +
+    std::lock_guard<std::mutex> guard(b.concurrent->lock);
+    b.concurrent->message = "deadlock in block " + std::to_string(b.block_index.x) +
                          ": some threads wait at a barrier that the others never reach";
-    b.company->failed = true;
+    b.concurrent->failed = true;
     return;
   }
 }
 
-// A block begins when the one of the rank below has come to a barrier: whoever uses a block's shared memory before it
-// can be there is then always found out.
-inline void await_turn(Company& c, int rank) {
+// A block begins when the block of the rank below has reached a barrier, so that an access to the shared memory of a block
+// that has not begun is always detected.
+inline void await_turn(Concurrent& c, int rank) {
   while (rank > 0 && !c.met[size_t(rank - 1)] && !c.failed) std::this_thread::yield();
 }
 
-// The blocks of a round end together, so that the next round finds none of the last.
-inline void end_round(Company& c, int rank) {
+// The blocks of a round end together, so that none overlaps with the next round.
+inline void end_round(Concurrent& c, int rank) {
   c.met[size_t(rank)] = true;
   const unsigned round = c.round;
   if (++c.finished == c.size) {
@@ -228,12 +228,12 @@ inline void end_round(Company& c, int rank) {
   while (c.round == round && !c.failed) std::this_thread::yield();
 }
 
-inline void run_company_member(Company& c, int rank, unsigned companies, Block b, int order) {
+inline void run_blocks(Concurrent& c, int rank, unsigned rounds, Block b, int order) {
   Stacks stacks(b.block_dim.x);
   b.rank = rank;
-  b.company = &c;
+  b.concurrent = &c;
   c.mark[size_t(rank)] = mark;
-  for (unsigned k = 0; k < companies && !c.failed; ++k) {
+  for (unsigned k = 0; k < rounds && !c.failed; ++k) {
     b.block_index = dim3(k * unsigned(c.size) + unsigned(rank));
     await_turn(c, rank);
     c.running[size_t(rank)] = true;
@@ -242,20 +242,20 @@ inline void run_company_member(Company& c, int rank, unsigned companies, Block b
   }
 }
 
-// Runs a kernel. company: blocks that must live at the same time (a cluster, or the whole grid of a cooperative launch).
-inline void run_grid(dim3 grid, dim3 block_dim, int company, const std::function<void()>& body) {
-  if (grid.x % unsigned(company)) throw std::invalid_argument("the grid is not a multiple of the cluster's size");
+// Runs a kernel. concurrent: blocks that run at the same time (a cluster, or the whole grid of a cooperative launch).
+inline void run_grid(dim3 grid, dim3 block_dim, int concurrent, const std::function<void()>& body) {
+  if (grid.x % unsigned(concurrent)) throw std::invalid_argument("the grid is not a multiple of the cluster's size");
   if (block_dim.x % kWarp) throw std::invalid_argument("blocks must have whole warps");
   settings().grids.push_back(grid.x);
-  Company c(company);
+  Concurrent c(concurrent);
   Block prototype;
   prototype.block_dim = block_dim;
   prototype.grid_dim = grid;
   prototype.body = &body;
   const int order = settings().order;
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < company; ++rank)
-    threads.emplace_back(run_company_member, std::ref(c), rank, grid.x / unsigned(company), prototype, order);
+  for (int rank = 0; rank < concurrent; ++rank)
+    threads.emplace_back(run_blocks, std::ref(c), rank, grid.x / unsigned(concurrent), prototype, order);
   for (auto& t : threads) t.join();
   if (c.failed) throw std::runtime_error(c.message);
 }

@@ -1,7 +1,7 @@
-// Kernels that are wrong on purpose: the host-execution layer must say so.
+// Kernels with faults that the emulator must report.
 #pragma once
 
-#include "host_cuda.h"
+#include "../../../csrc/cuda/runtime.cuh"
 
 namespace faulty {
 

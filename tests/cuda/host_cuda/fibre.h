@@ -1,4 +1,4 @@
-// Fibres: stacks that a thread of the operating system switches between by hand. One serves one CUDA thread.
+// Fibres: stacks that a thread of the operating system switches between. One runs one CUDA thread.
 #pragma once
 
 #include <sys/mman.h>
@@ -18,8 +18,8 @@ namespace host_cuda {
 
 #if defined(__x86_64__)
 
-// Saves the callee-saved registers on the running stack and takes up those of another. Twenty times faster than
-// swapcontext, which asks the kernel for the signal mask at every switch.
+// Saves the callee-saved registers on the current stack and restores those of another. Twenty times faster than swapcontext,
+// which makes a system call for the signal mask.
 extern "C" void host_cuda_switch(void** save, void* load);
 asm(R"(
   .pushsection .text
@@ -49,7 +49,7 @@ struct Context {
 };
 inline void switch_context(Context& from, Context& to) { host_cuda_switch(&from.stack_pointer, to.stack_pointer); }
 inline void make_context(Context& c, char* stack, size_t bytes, void (*entry)()) {
-  // the address that `ret` takes lies where a call would have left it: 8 bytes off a multiple of 16 after the return
+  // `ret` finds the entry where a call would have put it: the stack pointer is then 8 bytes off a multiple of 16
   void** top = reinterpret_cast<void**>(stack + bytes) - 2;
   *top = reinterpret_cast<void*>(entry);
   for (int i = 1; i <= 6; ++i) top[-i] = nullptr;
@@ -83,13 +83,13 @@ class Stacks {
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
   ~Stacks() { munmap(base_, bytes_); }
-  // Fibres leave their stacks without returning; what the address sanitizer noted about their frames is out of date.
+  // Fibres leave their stacks without returning, so that the address sanitizer's record of their frames is stale.
   void forget() {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(base_, bytes_);
 #endif
   }
-  // Staggered, so that the stacks' tops do not all fall into one set of the cache.
+  // Staggered, so that the tops of the stacks do not all map to one cache set.
   char* of(size_t i) { return base_ + i * kBytes; }
   static size_t usable(size_t i) { return kBytes - (i % 16) * 64; }
 

@@ -1,7 +1,7 @@
-"""Builds csrc/cuda for the CPU, with this folder in place of a GPU, and calls its launchers.
+"""Builds csrc/cuda for the CPU, on the runtime of this folder, and calls its launchers.
 
 A :class:`Call` holds the tensors of one layer call and turns them into the launchers' problem:
-the walk (rows or columns), strides, parameters and noise, as the binding does on a GPU.
+layout, strides, parameters and noise, as the binding does on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LAYER = ROOT / "tests/cuda/host_cuda"
 # Without -g, which takes as long again: a report names the function, and UBSan's the line.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-RUNGS = {"auto": 0, "block": 1, "cluster": 2, "grid": 3, "streaming": 4}
+TIERS = {"auto": 0, "block": 1, "cluster": 2, "grid": 3, "streaming": 4}
 AFFINE = {"group": 0, "run": 1, "element": 2, "column": 3}
 
 
@@ -60,7 +60,7 @@ def flags(sanitize: bool = False) -> list[str]:
     return [
         *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DNDEBUG"),
         *(SANITIZE if sanitize else []),
-        *(f"-I{LAYER}", "-isystem", str(include)),
+        *(f"-I{LAYER}", "-DNN_CUDA_RUNTIME=<host_cuda.h>", "-isystem", str(include)),
     ]
 
 
@@ -163,9 +163,9 @@ def _merged(tensor: Tensor, begin: int, end: int) -> int:
 class Call:
     """A layer call: its tensors and options, and how the kernels are to serve it.
 
-    ``residual`` and ``relu`` stand behind the affine map, ``addend`` in front of the norm, and
-    ``grad_sum`` is the gradient that reached the sum itself. The forward pass leaves ``output`` and
-    ``sum`` here, for the backward pass and for :meth:`expected`.
+    ``residual`` and ``relu`` are the epilogue, ``addend`` is added before the norm, ``grad_sum`` is
+    the gradient of that sum. The forward pass leaves ``output`` and ``sum`` here, for the backward
+    pass and for :meth:`expected`.
     """
 
     kind: str
@@ -284,10 +284,10 @@ class Call:
             "grad_sum": operand(None),
             "grad_weight": nothing,
             "grad_bias": nothing,
-            "rung": RUNGS[self.force.get("rung", "auto")],
+            "tier": TIERS[self.force.get("tier", "auto")],
             "threads": self.force.get("threads", 0),
             "blocks": self.force.get("blocks", 0),
-            "teams": self.force.get("teams", 0),
+            "thread_groups": self.force.get("thread_groups", 0),
         }
 
     @property
@@ -356,13 +356,13 @@ class Call:
             noise_scale=None if self.noise_scale is None else self.noise_scale.double(),
             frozen=None if self.frozen is None else self.frozen.double(),
         )  # fmt: skip
-        joined = output.detach()
+        fused = output.detach()
         if self.residual is not None:
-            joined = joined + self.residual.double()
+            fused = fused + self.residual.double()
         if self.relu:
-            joined = joined.relu()
+            fused = fused.relu()
         if grad is None:
-            return joined, stats
+            return fused, stats
         wanted = [t for t in (leaf, weight, bias) if t is not None]
         if self.relu:
             grad = torch.where(self.output <= 0, 0.0, grad)
@@ -372,4 +372,4 @@ class Call:
             du = du + self.grad_sum.double()
         dw = got.pop(0) if weight is not None else None
         db = got.pop(0) if bias is not None else None
-        return joined, stats, du, dw, db
+        return fused, stats, du, dw, db

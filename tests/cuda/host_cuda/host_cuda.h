@@ -1,4 +1,5 @@
-// The part of CUDA that csrc/cuda uses, for a host compiler: the kernels' own source runs on the CPU under it.
+// The runtime of the tests: runs the kernels of csrc/cuda on the CPU, compiled by a host compiler with
+// -DNN_CUDA_RUNTIME=<host_cuda.h>. The names of csrc/cuda/runtime.cuh, and the part of CUDA that the kernels use.
 //
 // Not modelled: memory ordering and true concurrency within a block, divergence with partial masks, and the rounding
 // of special-function instructions.
@@ -35,7 +36,7 @@ inline std::string site_name(const Location& l) {
   return file.substr(file.find_last_of('/') + 1) + ":" + std::to_string(l.line());
 }
 
-// Notes the site; true where a mutation leaves this barrier out.
+// Records the barrier's site; true where a mutation leaves this barrier out.
 inline bool skipped(const Location& l) {
   Settings& s = settings();
   if (!s.watch) return false;
@@ -54,30 +55,30 @@ inline void wait_at(Barrier& b, const Location& l) {
 }
 
 inline unsigned cluster_rank() { return unsigned(block->rank); }
-inline unsigned cluster_size() { return unsigned(block->company->size); }
+inline unsigned cluster_size() { return unsigned(block->concurrent->size); }
 
 inline void cluster_sync(Location l = Location::current()) {
   if (skipped(l)) return;
   Barrier& b = block->cluster_barrier;
-  if (b.arrived + 1 == b.members) wait_for_company();  // the last of the block waits for the other blocks
+  if (b.arrived + 1 == b.members) wait_for_blocks();  // the block's last thread waits for the other blocks
   wait_at(b, l);
 }
 
 template <class T>
 T* in_block_of_cluster(T* p, unsigned rank) {
-  if (!block->company->running[rank]) fail("shared memory of a block that does not run is written");
-  return reinterpret_cast<T*>(reinterpret_cast<char*>(p) - mark + block->company->mark[rank]);
+  if (!block->concurrent->running[rank]) fail("shared memory of a block that does not run is written");
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(p) - mark + block->concurrent->mark[rank]);
 }
 
-// The counters of a grid barrier; a mutated one lets everybody through.
+// The counters of a grid barrier; one that is left out opens at once.
 inline void arrive(unsigned* counter) {
-  block->company->met[size_t(block->rank)] = true;
+  block->concurrent->met[size_t(block->rank)] = true;
   std::atomic_ref<unsigned>(*counter).fetch_add(1);
 }
 inline void wait_for_arrivals(unsigned* counter, unsigned count, Location l = Location::current()) {
   if (skipped(l)) return;
   while (std::atomic_ref<unsigned>(*counter).load() < count)
-    wait_a_little("a block of the grid ended while others wait at the grid barrier");
+    yield_to_blocks("a block of the grid ended while others wait at the grid barrier");
 }
 
 template <class T>
@@ -85,7 +86,7 @@ T exchange(T v, int source) {
   static_assert(sizeof(T) <= 8);
   Fibre& f = *block->current;
   Warp& w = *f.warp;
-  uint64_t* slot = w.slot[f.shuffles++ & 1];  // two in turn: no second wait
+  uint64_t* slot = w.slot[f.shuffles++ & 1];  // two in turn: no second barrier
   memcpy(&slot[f.lane], &v, sizeof v);
   wait_for(w.barrier);
   memcpy(&v, &slot[source], sizeof v);
@@ -110,3 +111,50 @@ T __ldcg(const T* p) {
   return std::atomic_ref<T>(*const_cast<T*>(p)).load();
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+using host_cuda::arrive;
+using host_cuda::cluster_rank;
+using host_cuda::cluster_size;
+using host_cuda::cluster_sync;
+using host_cuda::in_block_of_cluster;
+using host_cuda::wait_for_arrivals;
+
+inline uint32_t opaque(uint32_t v) { return v; }
+template <class T>
+const T* opaque_address(const T* p) {
+  return p;
+}
+inline uint4 load_global(const void* p) { return *static_cast<const uint4*>(p); }
+inline void store_global(void* p, const uint4& raw) { *static_cast<uint4*>(p) = raw; }
+inline void prefetch(const void*) {}
+
+constexpr int kNotCoResident = cudaErrorCooperativeLaunchTooLarge;
+
+template <class... P>
+bool are_co_resident(void (*)(P...), const Launch& l, const Device&) {
+  return int(l.cooperative ? l.grid : l.cluster) <= host_cuda::settings().co_resident;
+}
+template <class... P, class... A>
+int launch(void (*kernel)(P...), const Launch& l, A... arguments) {
+  const int concurrent = l.cooperative ? int(l.grid) : l.cluster;
+  if (l.shared > host_cuda::kDynamicShared) return cudaErrorInvalidValue;
+  if (l.cooperative && host_cuda::settings().refuse_cooperative) return kNotCoResident;
+  host_cuda::run_grid(dim3(l.grid), dim3(l.threads), concurrent, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+inline int zero(void* data, size_t bytes, void*) {
+  memset(data, 0, bytes);
+  return cudaSuccess;
+}
+inline int current_device(Device* out) {
+  *out = host_cuda::settings().device;
+  return cudaSuccess;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

@@ -1,10 +1,10 @@
-// What csrc/binding asks of the CUDA runtime, where the kernels run on the CPU, and what tests may set.
+// The CUDA runtime functions of csrc/binding for kernels that run on the CPU, and settings for tests.
 #include "../../../csrc/binding/cuda_device.h"
 #include "engine.h"
 
-const char* normnorm::cuda_error_text(int) { return "the host run knows no words for it"; }
+const char* normnorm::cuda_error_text(int) { return "an error of the host run"; }
 
-// Read through ctypes: the device that the ladder is told of, and the order of a block's threads.
+// Called through ctypes: the device that plans are made for, and the order of a block's threads.
 extern "C" __attribute__((visibility("default"))) void host_cuda_device(int multiprocessors, int shared_bytes,
                                                                          int clusters) {
   normnorm::cuda::Device& device = host_cuda::settings().device;

@@ -2,7 +2,7 @@
 
 ``csrc/binding/cuda.cpp`` and the kernels are compiled by g++ over the host-execution layer and
 their ops registered for the CPU, so that everything between a layer and a kernel is the code that
-serves a GPU: argument checks, the walk, copies, workspaces, statistics, running statistics.
+serves a GPU: argument checks, layout, copies, workspaces, statistics, running statistics.
 
 ``with served_by_host_run(): ...`` puts it in the registry under the CUDA backend's name, and
 ``NORMNORM_HOST_RUN=1 python -m pytest tests/...`` does so for all tests that run on every backend.
@@ -86,7 +86,7 @@ _loaded: ctypes.CDLL | None = None
 
 
 def load() -> ctypes.CDLL:
-    """Loads the ops into this process, and tells the ladder of a device of few multiprocessors:
+    """Loads the ops into this process; plans are made for a device of few multiprocessors, because
     every block is a thread of the operating system here."""
     global _loaded
     if _loaded is None:

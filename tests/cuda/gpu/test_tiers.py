@@ -1,7 +1,7 @@
-"""Every rung of the residency ladder: forced upon each kind of layer, and chosen by the ladder.
+"""Every tier: forced on each kind of layer, and planned automatically.
 
-The launchers are called past the ops (``forced.py``); what the ladder chooses for real shapes is
-read from the same table as ``normnorm doctor --plan``.
+Forced plans call the launchers directly (``forced.py``); automatic ones are those of
+``normnorm doctor --plan``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from host_cuda import harness
-from host_cuda.cases import COLUMN_RUNGS, COLUMNS, ROW_RUNGS, ROWS
+from host_cuda.cases import COLUMN_TIERS, COLUMNS, ROW_TIERS, ROWS
 
 from normnorm.backends import cuda
 
@@ -23,10 +23,13 @@ FORCED_ROWS = ("layer", "batch-ragged", "group") if DRY else tuple(ROWS)
 FORCED_COLUMNS = ("batch-ragged", "group") if DRY else tuple(COLUMNS)
 # As large as a device takes them: the small ones above are those of the run on the CPU.
 LARGE = {
-    "cluster of 8": {"rung": "cluster", "threads": 64 if DRY else 192, "blocks": 8, "teams": 2},
-    "grid of many": {"rung": "grid", "threads": 192, "blocks": 4 if DRY else 32, "teams": 2},
-    "one grid": {"rung": "grid", "threads": 192, "blocks": 8 if DRY else 64, "teams": 1},
-    "streaming": {"rung": "streaming", "blocks": 4 if DRY else 64, "teams": 4 if DRY else 16},
+    name: dict(zip(("tier", "threads", "blocks", "thread_groups"), plan, strict=True))
+    for name, plan in {
+        "cluster of 8": ("cluster", 64 if DRY else 192, 8, 2),
+        "grid of many": ("grid", 192, 4 if DRY else 32, 2),
+        "one grid": ("grid", 192, 8 if DRY else 64, 1),
+        "streaming": ("streaming", 0, 4 if DRY else 64, 4 if DRY else 16),
+    }.items()
 }
 
 
@@ -42,7 +45,7 @@ def _case(row: tuple) -> Case:
 
 
 def _run(kernels, call: Call, columns: bool, force: dict) -> dict[str, torch.Tensor]:
-    """Output and gradients by a forced rung, each element of which has to be written."""
+    """Output and gradients by a forced tier, each element of which has to be written."""
     case = call.case
     served = harness.Call(
         case.kind, call.input, call.weight, call.bias, num_groups=case.groups,
@@ -64,34 +67,34 @@ def _assert_served(rig, kernels, row: tuple, columns: bool, force: dict, dtype, 
 
 
 @pytest.mark.parametrize("dtype", FORCED_DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("rung", ROW_RUNGS)
+@pytest.mark.parametrize("tier", ROW_TIERS)
 @pytest.mark.parametrize("case", FORCED_ROWS)
-def test_forced_rungs_of_the_rows_walk(rig, kernels, case, rung, dtype):
-    _assert_served(rig, kernels, ROWS[case], False, ROW_RUNGS[rung], dtype)
+def test_forced_tiers_in_the_rows_layout(rig, kernels, case, tier, dtype):
+    _assert_served(rig, kernels, ROWS[case], False, ROW_TIERS[tier], dtype)
 
 
 @pytest.mark.parametrize("dtype", FORCED_DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
-    ("case", "rung"),
+    ("case", "tier"),
     # groups of several columns are only ever streamed
-    [(c, r) for c in FORCED_COLUMNS for r in COLUMN_RUNGS if "group" not in c or r == "streaming"],
+    [(c, r) for c in FORCED_COLUMNS for r in COLUMN_TIERS if "group" not in c or r == "streaming"],
 )
-def test_forced_rungs_of_the_columns_walk(rig, kernels, case, rung, dtype):
-    _assert_served(rig, kernels, COLUMNS[case], True, COLUMN_RUNGS[rung], dtype)
+def test_forced_tiers_in_the_columns_layout(rig, kernels, case, tier, dtype):
+    _assert_served(rig, kernels, COLUMNS[case], True, COLUMN_TIERS[tier], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("rung", LARGE)
+@pytest.mark.parametrize("tier", LARGE)
 @pytest.mark.parametrize("kind", ["layer", "batch"])
-def test_forced_rungs_at_size(rig, kernels, kind, rung, dtype):
+def test_forced_tiers_at_size(rig, kernels, kind, tier, dtype):
     row = {
         "layer": ("layer", rig.pick((13, 150_001), (3, 2500)), {"normalized_ndim": 1}),
         "batch": ("batch", rig.pick((37, 11, 64, 65), (5, 3, 9, 9)), {}),
     }[kind]
-    _assert_served(rig, kernels, row, False, LARGE[rung], dtype, noise=1.0)
+    _assert_served(rig, kernels, row, False, LARGE[tier], dtype, noise=1.0)
 
 
-# Shapes for which a GPU with clusters takes each of its rungs in turn.
+# Shapes for which a GPU with clusters takes each of its tiers in turn.
 AUTOMATIC = (
     Case("row-warp", "layer", (1000, 96), (3, 96), trailing=1),
     Case("row-block", "layer", (500, 4096), (3, 512), trailing=1),
@@ -114,25 +117,25 @@ AUTOMATIC = (
         for last in ((False,) if case.kind == "layer" else (False, True))
     ],
 )
-def test_rungs_that_the_ladder_chooses(rig, backend, case, last, dtype):
+def test_automatic_tiers(rig, backend, case, last, dtype):
     check(make(rig, case, dtype, channels_last=last, noise_train=0.7))
 
 
-def test_the_shapes_above_take_every_rung(rig):
-    """So that no rung goes untested on this device without being named."""
+def test_the_shapes_above_take_every_tier(rig):
+    """So that no tier of this device goes untested."""
     device = cuda.current_device()
     if device is None and cuda.missing() is None:
         device = cuda.DEVICE_MODELS["H200"]
     if device is None:
-        pytest.skip("no GPU, and no compiled CUDA kernels whose ladder could be asked")
-    rungs = set()
+        pytest.skip("no GPU, and no compiled CUDA kernels to plan with")
+    tiers = set()
     for case in AUTOMATIC:
         for backward in (False, True):
             x = torch.empty(case.gpu, device="meta", dtype=torch.bfloat16)
             found = cuda.plan(
                 x, case.kind, device, normalized_ndim=case.trailing, backward=backward
             )
-            rungs.add(found.rung.split(",")[0])
+            tiers.add(found.tier.split(",")[0])
     wanted = {"warp", "block", "co-operating blocks", "streaming"}
     wanted |= {"cluster"} if device.clusters else set()
-    assert wanted <= rungs, f"no shape takes {', '.join(wanted - rungs)}"
+    assert wanted <= tiers, f"no shape takes {', '.join(wanted - tiers)}"

@@ -1,10 +1,10 @@
-// Where a team keeps its group between the rounds: the first chunks of each thread in its registers, the rest in
-// shared memory, each thread in slots of its own, so that keeping needs no barrier.
+// What a thread group keeps of its group between the rounds: the first chunks of each thread in registers, the rest in
+// shared memory, in slots that only this thread uses, so that no barrier is needed.
 #pragma once
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "runtime.cuh"
 
 namespace normnorm {
 namespace cuda {
@@ -19,11 +19,11 @@ struct NoHint {
   __device__ void operator()(uint32_t) const {}
 };
 
-// Chunks asked for at a time on the way to shared memory, as registers allow.
+// Chunks loaded at a time on the way to shared memory, as many as there are registers for.
 template <int kInRegisters, int kPlanes, bool kNoise = false>
 constexpr uint32_t chunks_ahead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return kPlanes == 1 && !kNoise ? 4 : 1;  // beside the noise's keys there are not registers enough
+  return kPlanes == 1 && !kNoise ? 4 : 1;  // the keys of the noise take the other registers
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return kPlanes == 1 ? 4 : 1;
 #else
@@ -31,8 +31,8 @@ constexpr uint32_t chunks_ahead() {
 #endif
 }
 
-// The same of joined kernels, whose chunks are two or three tensors', and also on the way to registers.
-constexpr uint32_t joined_ahead() {
+// The same of fused kernels, which load chunks of two or three tensors, and also on the way to registers.
+constexpr uint32_t fused_ahead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   return 1;
 #else
@@ -40,99 +40,98 @@ constexpr uint32_t joined_ahead() {
 #endif
 }
 
-// kPlanes numbers an element; kRegister chunks of N elements a thread in registers; kShared: shared memory as well. Asked
-// for at a time: kAhead chunks on the way to shared memory, kAtOnce on the way to registers.
+// kPlanes numbers an element; kRegister chunks of N elements a thread in registers; kShared: more in shared memory. Loads
+// kAhead chunks at a time on the way to shared memory, kRegisterAhead on the way to registers.
 template <class Real, int N, int kRegister, int kPlanes, bool kShared = true,
-          uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>(), uint32_t kAtOnce = kRegister>
-class Held {
+          uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>(), uint32_t kRegisterAhead = kRegister>
+class TileCache {
  public:
   using Chunk = Real[kPlanes][N];
 
-  __device__ uint32_t mine() const { return mine_; }
+  __device__ uint32_t count() const { return count_; }  // this thread's chunks
 
-  __device__ Held(uint32_t chunks, uint32_t rank, uint32_t size)
-      : rank_(rank), size_(size), mine_(rank < chunks ? (chunks - rank + size - 1) / size : 0) {}
+  __device__ TileCache(uint32_t chunks, uint32_t rank, uint32_t size)
+      : rank_(rank), size_(size), count_(rank < chunks ? (chunks - rank + size - 1) / size : 0) {}
 
-  // f(values, chunk number, register slot or kRegister) for this thread's chunks. kRead: the values of the round before are
-  // wanted; kWrite: those that f leaves are to be kept.
+  // f(values, chunk number, register slot or kRegister) for this thread's chunks. kRead: f reads the values of the round
+  // before; kWrite: the values that f leaves are kept.
   template <bool kRead, bool kWrite, class F>
   __device__ __forceinline__ void each(F f) {
 #pragma unroll
     for (uint32_t i = 0; i < kRegister; ++i) {
-      if (i >= mine_) break;  // one way out, where a branch around each chunk would have to meet again after each
+      if (i >= count_) break;  // a single exit: a branch around each chunk would have to reconverge after each
       f(register_[i], rank_ + i * size_, i);
     }
     if constexpr (kShared) each_shared<kRead, kWrite>(f);
   }
 
-  // The first round: load(chunk number, raw) asks for a chunk, f(values, chunk number, register slot or kRegister, raw)
-  // leaves what is to be kept. As many chunks as fit are asked for before the first is waited for: a memory of
-  // 700 ns wants 26 KB under way in every multiprocessor.
-  // hint(chunk number) is called kHinted chunks before load().
+  // The first round: load(chunk number, raw) starts a load, f(values, chunk number, register slot or kRegister, raw) leaves
+  // the values to keep. Several loads are in flight before the first is waited for: a memory latency of 700 ns needs 26 KB
+  // in flight in every multiprocessor. hint(chunk number) is called kHinted chunks before load().
   template <class Raw, class Load, class F, class Hint = NoHint>
   __device__ __forceinline__ void fill(Load load, F f, Hint hint = {}) {
     if constexpr (kShared && !std::is_same_v<Hint, NoHint>)
-      for (uint32_t i = kRegister; i < kRegister + kHinted && i < mine_; ++i) hint(rank_ + i * size_);
-    registers_beside<kAtOnce, Raw>(load, f);
-    if constexpr (kShared) shared_beside<false, true, kAhead, Raw>(load, f, hint);
+      for (uint32_t i = kRegister; i < kRegister + kHinted && i < count_; ++i) hint(rank_ + i * size_);
+    registers_with<kRegisterAhead, Raw>(load, f);
+    if constexpr (kShared) shared_with<false, true, kAhead, Raw>(load, f, hint);
   }
 
-  // each<true, false>() where f wants a chunk of memory beside each of the values: load() and f() as in fill().
+  // each<true, false>() with a chunk loaded from memory beside each of the values: load() and f() as in fill().
   template <class Raw, class Load, class F>
-  __device__ __forceinline__ void each_beside(Load load, F f) {
+  __device__ __forceinline__ void each_with(Load load, F f) {
     if constexpr (std::is_empty_v<Raw>) {
       each<true, false>([&](Chunk& values, uint32_t chunk, uint32_t slot) { f(values, chunk, slot, Raw()); });
     } else {
-      registers_beside<kAhead, Raw>(load, f);
-      if constexpr (kShared) shared_beside<true, false, kAhead, Raw>(load, f, NoHint());
+      registers_with<kAhead, Raw>(load, f);
+      if constexpr (kShared) shared_with<true, false, kAhead, Raw>(load, f, NoHint());
     }
   }
 
  private:
   static constexpr uint32_t kHinted = 4;
 
-  // Of several planes found anew in each round: kept from round to round it would take one of their registers.
+  // With several planes recomputed in each round: kept between rounds it would take a register.
   static __device__ __forceinline__ Four<Real>* first_slot(unsigned char* shared) {
     return reinterpret_cast<Four<Real>*>(shared) + (kPlanes > 1 ? opaque(threadIdx.x) : threadIdx.x);
   }
 
   template <uint32_t kCount, class Raw, class Load, class F>
-  __device__ __forceinline__ void registers_beside(Load load, F f) {
+  __device__ __forceinline__ void registers_with(Load load, F f) {
 #pragma unroll
     for (uint32_t first = 0; first < kRegister; first += kCount) {
       Raw raw[kCount];
 #pragma unroll
       for (uint32_t k = 0; k < kCount && first + k < kRegister; ++k) {
-        if (first + k >= mine_) break;
+        if (first + k >= count_) break;
         load(rank_ + (first + k) * size_, raw[k]);
       }
 #pragma unroll
       for (uint32_t k = 0; k < kCount && first + k < kRegister; ++k) {
-        if (first + k >= mine_) break;
+        if (first + k >= count_) break;
         f(register_[first + k], rank_ + (first + k) * size_, first + k, raw[k]);
       }
     }
   }
 
   template <bool kRead, bool kWrite, uint32_t kCount, class Raw, class Load, class F, class Hint>
-  __device__ __forceinline__ void shared_beside(Load load, F f, Hint hint) {
+  __device__ __forceinline__ void shared_with(Load load, F f, Hint hint) {
     NN_DYNAMIC_SHARED(raw_shared);
     Four<Real>* slot = first_slot(raw_shared);
 #pragma unroll 1
-    for (uint32_t i = kRegister; i < mine_; i += kCount) {
+    for (uint32_t i = kRegister; i < count_; i += kCount) {
       Raw raw[kCount];
 #pragma unroll
       for (uint32_t k = 0; k < kCount; ++k) {
-        if (i + k + kHinted < mine_) hint(rank_ + (i + k + kHinted) * size_);
-        if (i + k < mine_) load(rank_ + (i + k) * size_, raw[k]);
+        if (i + k + kHinted < count_) hint(rank_ + (i + k + kHinted) * size_);
+        if (i + k < count_) load(rank_ + (i + k) * size_, raw[k]);
       }
 #pragma unroll
       for (uint32_t k = 0; k < kCount; ++k) {
-        if (i + k >= mine_) break;
+        if (i + k >= count_) break;
         Chunk values;
-        if constexpr (kRead) take(slot, values);
+        if constexpr (kRead) load_slot(slot, values);
         f(values, rank_ + (i + k) * size_, kRegister, raw[k]);
-        if constexpr (kWrite) keep(slot, values);
+        if constexpr (kWrite) store_slot(slot, values);
         slot += kFours * blockDim.x;
       }
     }
@@ -143,16 +142,16 @@ class Held {
     NN_DYNAMIC_SHARED(raw);
     Four<Real>* slot = first_slot(raw);
 #pragma unroll 1
-    for (uint32_t i = kRegister; i < mine_; ++i, slot += kFours * blockDim.x) {
+    for (uint32_t i = kRegister; i < count_; ++i, slot += kFours * blockDim.x) {
       Chunk values;
-      if constexpr (kRead) take(slot, values);
+      if constexpr (kRead) load_slot(slot, values);
       f(values, rank_ + i * size_, kRegister);
-      if constexpr (kWrite) keep(slot, values);
+      if constexpr (kWrite) store_slot(slot, values);
     }
   }
 
   static constexpr int kFours = kPlanes * N / 4;
-  static __device__ __forceinline__ void take(const Four<Real>* slot, Chunk& values) {
+  static __device__ __forceinline__ void load_slot(const Four<Real>* slot, Chunk& values) {
 #pragma unroll
     for (int q = 0; q < kFours; ++q) {
       const Four<Real> four = slot[q * blockDim.x];
@@ -160,7 +159,7 @@ class Held {
       for (int j = 0; j < 4; ++j) values[q / (N / 4)][q % (N / 4) * 4 + j] = four.v[j];
     }
   }
-  static __device__ __forceinline__ void keep(Four<Real>* slot, const Chunk& values) {
+  static __device__ __forceinline__ void store_slot(Four<Real>* slot, const Chunk& values) {
 #pragma unroll
     for (int q = 0; q < kFours; ++q) {
       Four<Real> four;
@@ -171,7 +170,7 @@ class Held {
   }
 
   Chunk register_[kRegister];
-  uint32_t rank_, size_, mine_;  // mine: how many chunks are this thread's
+  uint32_t rank_, size_, count_;  // count: this thread's chunks
 };
 
 }  // namespace

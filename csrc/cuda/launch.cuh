@@ -1,33 +1,32 @@
 // What a file that compiles one storage type's kernels includes: NN_PASSES(name, type).
 #pragma once
 
-#include "columns_passes.cuh"
-#include "kernels.h"
-#include "rows_passes.cuh"
+#include "columns_launch.cuh"
+#include "rows_launch.cuh"
 
 namespace normnorm {
 namespace cuda {
 namespace {
 
-// f(pass) with the walk that a problem asks for.
+// f(pass) in the layout of a problem.
 template <class T, class F>
-auto with_walk(const Problem& p, bool backward, const Device& device, void* stream, F f) {
+auto with_layout(const Problem& p, bool backward, const Device& device, void* stream, F f) {
   return p.geometry.columns ? f(ColumnsPass<T>(p, backward, device, stream)) : f(RowsPass<T>(p, backward, device, stream));
 }
 
 template <class T>
 Passes passes() {
   return {[](const Problem& p, bool backward, const Device& d) {
-            return with_walk<T>(p, backward, d, nullptr, [](const auto& pass) { return pass.plan(); });
+            return with_layout<T>(p, backward, d, nullptr, [](const auto& pass) { return pass.plan(); });
           },
           [](const Problem& p, bool backward, const Device& d) {
-            return with_walk<T>(p, backward, d, nullptr, [](const auto& pass) { return pass.workspace(); });
+            return with_layout<T>(p, backward, d, nullptr, [](const auto& pass) { return pass.workspace(); });
           },
           [](const Problem& p, const Device& d, void* stream) {
-            return with_walk<T>(p, false, d, stream, [](const auto& pass) { return pass.forward(); });
+            return with_layout<T>(p, false, d, stream, [](const auto& pass) { return pass.forward(); });
           },
           [](const Problem& p, const Device& d, void* stream) {
-            return with_walk<T>(p, true, d, stream, [](const auto& pass) { return pass.backward(); });
+            return with_layout<T>(p, true, d, stream, [](const auto& pass) { return pass.backward(); });
           }};
 }
 

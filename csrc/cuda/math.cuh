@@ -1,16 +1,16 @@
-// The five rounds of the forward pass and the two of the backward pass, for one element and for one group's totals.
-// Every rung of the ladder is made of these; what differs between rungs is where a group lives between the rounds.
+// The five rounds of the forward pass and the two of the backward pass, for one element and for one group's totals. All
+// tiers use them; the tiers differ in where a group is kept between the rounds.
 #pragma once
 
 #include "../math/device_math.h"
 #include "../common/stats.h"
-#include "device.cuh"
+#include "runtime.cuh"
 
 namespace normnorm {
 namespace cuda {
 namespace {
 
-// Round 1: moments. Taken around the rounded mean, so that an offset of the data costs no digits.
+// Round 1: moments around the rounded mean, so that an offset of the data costs no precision.
 template <class Real>
 struct Moments1 {
   Real mean, mean_low, rstd;
@@ -31,7 +31,7 @@ struct Estimate {
   Real lmbda, mean_hd, mean_d, curvature;
 };
 
-// From the totals of LambdaSums; the squares that they leave out have the mean v r^2 = 1 - eps r^2.
+// From the totals of LambdaSums, which omit t^2: its mean follows from the variance, v r^2 = 1 - eps r^2.
 template <class Real>
 __device__ inline Estimate<Real> finish_lambda(const Real* sums, Real rstd, Real inverse_count, Real alpha, int order,
                                                Real eps, Real root_eps) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void transform_chunk(Real (&signed_log)[N], const Exp
   for (int j = 0; j < N; ++j) signed_log[j] = transform_round<kPath>(signed_log[j], e);
 }
 
-// A group's precision path is known only at run time; f(path) is compiled once for each.
+// A group's precision path is known only at run time; f(tag) is compiled once for each.
 template <PrecisionPath kPath>
 struct PathTag {
   static constexpr PrecisionPath value = kPath;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void with_any_path(PrecisionPath path, F f) {
   else with_path(path, f);
 }
 
-// The backward pass's constants of a group, read from the statistics tensor.
+// A group's constants of the backward pass and the output, from the statistics tensor.
 template <class Real>
 struct GroupConstants {
   Real mean, rstd, shift, noise_scale;  // h = (u - mean) rstd + shift
@@ -105,22 +105,22 @@ __device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t
   return c;
 }
 
-// The backward reduction: adds an element's terms to sums[5], of which natural_sums() makes those of the definition.
-// g may lack a weight that is one number for the group: finish_gradient() puts it in.
+// The backward reduction: gradient_round() adds an element's terms to sums[5]; natural_sums() converts these to natural
+// logarithms. g may lack a weight that is the same for the whole group: finish_gradient() multiplies by it.
 template <class Real>
 struct Slopes {
   Real through_h;  // g psi_h
   Real w;          // n dlambda/dh
-  Real x;          // in the logarithms' unit
+  Real x;          // in the unit of the logarithms
 };
 
-// The exponent that gradient_round() wants: psi in the unit of the logarithms.
+// The signed exponent of gradient_round(): psi in the unit of the logarithms.
 template <class Real>
 __device__ inline SignedExponent<Real> gradient_exponent(const Exponents<Real>& e) {
   return signed_exponent(e, Real(1) / DeviceLog<Real>::kUnit);
 }
 
-// What of an element's slopes depends on its group's precision path: in the logarithms' unit, but psi_h.
+// The slopes that depend on the precision path: psi_h, and the others in the unit of the logarithms.
 template <class Real>
 struct PowerSlopes {
   Real psi_h, psi_lambda, x;
@@ -135,7 +135,7 @@ __device__ __forceinline__ PowerSlopes<Real> plain_slopes(Real h, Real log, Real
 }
 
 template <class Real>
-__device__ __forceinline__ PowerSlopes<Real> careful_slopes(Real h, Real log, Real reciprocal,
+__device__ __forceinline__ PowerSlopes<Real> series_slopes(Real h, Real log, Real reciprocal,
                                                             const Exponents<Real>& exponents) {
   constexpr Real unit = DeviceLog<Real>::kUnit;
   const Side<Real> side = side_of(h, exponents);
@@ -154,7 +154,7 @@ __device__ __forceinline__ Slopes<Real> gradient_round(PrecisionPath path, Real 
   const Real log = DeviceLog<Real>::of(t);
   const Real reciprocal = fast_reciprocal(t + Real(1));
   const PowerSlopes<Real> p = path == PrecisionPath::kPlain ? plain_slopes(h, log, reciprocal, exponent)
-                                                   : careful_slopes(h, log, reciprocal, exponents);
+                                                   : series_slopes(h, log, reciprocal, exponents);
   const Real through_h = rounded_product(g, p.psi_h);
   const Real w = device_lambda_weight(h, t, log, reciprocal, lmbda);
   sums[0] += through_h;
@@ -165,7 +165,7 @@ __device__ __forceinline__ Slopes<Real> gradient_round(PrecisionPath path, Real 
   return {through_h, w, p.x};
 }
 
-constexpr int kGradientSums = 7;  // the five of gradient_round(), then those of the bias and the weight: g, g x
+constexpr int kGradientSums = 7;  // the five of gradient_round(), then of the bias and the weight: g, g x
 
 template <class Real>
 __device__ inline void natural_sums(Real (&sums)[kGradientSums]) {
@@ -174,7 +174,7 @@ __device__ inline void natural_sums(Real (&sums)[kGradientSums]) {
   sums[6] *= unit;
 }
 
-// du = rstd (G psi_h + Lambda w - offset - slope h); the constants have absorbed rstd and their signs.
+// du = rstd (G psi_h + Lambda w - offset - slope h); the constants include rstd and the signs.
 template <class Real>
 struct InputGradient {
   Real through, lmbda, offset, slope;

@@ -1,15 +1,15 @@
-// The columns walk from device memory, a launch a round.
+// The columns layout, streaming: a launch a round, as rows_streaming.cuh.
 #pragma once
 
-#include "columns.cuh"
-#include "rows_stream.cuh"
+#include "columns_resident.cuh"
+#include "rows_streaming.cuh"
 
 namespace normnorm {
 namespace cuda {
 namespace {
 
-// Round 1: as stream_moments(), for each column around a pilot of its own.
-template <class T, bool kRagged, bool kJoined>
+// Round 1, as stream_moments(): each column around its own pilot.
+template <class T, bool kRagged, bool kFused>
 __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
   const ColumnPlace p = locate_column<T, kRagged>(a);
   Real pilot[2][N] = {};
   const uint32_t first = p.split * kColumnRows + p.y;
-  if (p.span.hi > 0 && first < a.walk.runs) {
-    read_row<T, kRagged>(a.walk.input, a.walk.at_input, p, first, pilot[0]);
-    join_addend<T, kJoined>(RowAt<T, kRagged>{p, first}, a.walk.joined, Fetched<T, true>(), pilot[0]);
+  if (p.span.hi > 0 && first < a.runs) {
+    read_row<T, kRagged>(a.input, a.at_input, p, first, pilot[0]);
+    add_addend<T, kFused>(RowAt<T, kRagged>{p, first}, a.fused, Fetched<T, true>(), pilot[0]);
 #pragma unroll
     for (int j = 0; j < N; ++j) pilot[1][j] = Real(1);
   }
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
     const Real count = totals[1][p.x * N + j];
     centre[j] = count > Real(0) ? totals[0][p.x * N + j] / count : Real(0);
   }
-  const auto add = [&](uint32_t row, Real (&u)[N], const Extra<T, kJoined, kRagged>& addend) {
-    keep_sum<T, kJoined>(RowAt<T, kRagged>{p, row}, a.walk.joined, addend, u);
+  const auto add = [&](uint32_t row, Real (&u)[N], const FusedFetch<T, kFused, kRagged>& addend) {
+    add_and_write_sum<T, kFused>(RowAt<T, kRagged>{p, row}, a.fused, addend, u);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const Real d = u[j] - centre[j];
@@ -40,18 +40,18 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
       sums[2][j] += d * d;
     }
   };
-  each_input_row<T, kRagged, kJoined>(a, p, a.walk.joined.addend, add);
+  each_input_row<T, kRagged, kFused>(a, p, a.fused.addend, add);
   column_totals<T, 3>(sums, totals);
-  Real* part = a.part + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
+  Real* partial = a.partial + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
   if (p.y > 0) return;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const int i = int(p.x) * N + j;
     const Real count = totals[0][i], shift = count > Real(0) ? totals[1][i] / count : Real(0);
-    part[i] = count;
-    part[kTileColumns<T> + i] = centre[j];
-    part[2 * kTileColumns<T> + i] = shift;
-    part[3 * kTileColumns<T> + i] = totals[2][i] - totals[1][i] * shift;
+    partial[i] = count;
+    partial[kTileColumns<T> + i] = centre[j];
+    partial[2 * kTileColumns<T> + i] = shift;
+    partial[3 * kTileColumns<T> + i] = totals[2][i] - totals[1][i] * shift;
   }
 }
 
@@ -65,10 +65,10 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const uint32_t column = p.column + j < a.columns ? p.column + j : a.columns - 1;
-    const Real* stats = a.walk.stats + p.outer * a.walk.inner.divisor + column / a.width;
-    mean[j] = stats[int64_t(kMean) * a.walk.groups];
-    rstd[j] = stats[int64_t(kRstd) * a.walk.groups];
-    shift[j] = -stats[int64_t(kMeanLow) * a.walk.groups] * rstd[j];
+    const Real* stats = a.stats + p.outer * a.inner.divisor + column / a.width;
+    mean[j] = stats[int64_t(kMean) * a.groups];
+    rstd[j] = stats[int64_t(kRstd) * a.groups];
+    shift[j] = -stats[int64_t(kMeanLow) * a.groups] * rstd[j];
   }
   LambdaSums<Real> terms[N];
   each_input_row<T, kRagged>(a, p, [&](uint32_t, const Real (&u)[N]) {
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
     for (int j = 0; j < N; ++j) terms[j].add((u[j] - mean[j]) * rstd[j] + shift[j]);
   });
   column_lambda_totals(terms, sums);
-  write_column_part<T, 4>(a, p, sums);
+  write_column_partial<T, 4>(a, p, sums);
 }
 
-// x of a row times the exponents' scale.
+// From a row of the input to x times the scale.
 template <PrecisionPath kMost, int N, class Real>
 __device__ __forceinline__ void reread_row(Real (&x)[N], const ColumnScales<N, Real>& scales,
                                            const ColumnExponents<N, Real>& exponents, const GroupConstants<Real>* constants,
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
   if (kDeviation) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      if (j < p.span.hi) mean[j] = a.mean[p.outer * a.walk.inner.divisor + (p.column + j) / a.width];
+      if (j < p.span.hi) mean[j] = a.mean[p.outer * a.inner.divisor + (p.column + j) / a.width];
   }
   Real ones[N];
 #pragma unroll
@@ -118,44 +118,44 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
       for (int j = 0; j < N; ++j) sums[0][j] += kDeviation ? absolute(x[j] - mean[j]) : x[j];
     });
   });
-  write_column_part<T, 1>(a, p, sums);
+  write_column_partial<T, 1>(a, p, sums);
 }
 
-// Round 5; also the whole of a frozen layer's forward pass.
-template <class T, bool kRagged, bool kNoise, bool kJoined>
+// Round 5; the only one of a frozen layer without noise.
+template <class T, bool kRagged, bool kNoise, bool kFused>
 __global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
   const ColumnPlace p = locate_column<T, kRagged>(a);
   load_tile<T>(a, p, tile);
-  const bool noisy = draws_noise<kNoise, kJoined>(a.walk);
-  const PhiloxSchedule keys(noisy ? uint64_t(*a.walk.seed) : 0);
+  const bool noisy = draws_noise<kNoise, kFused>(a);
+  const PhiloxSchedule keys(noisy ? uint64_t(*a.seed) : 0);
   Real weight[N], bias[N], noise[N];
-  column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
-  column_parameters<T>(a.walk.bias, a.walk.bias_in_storage, Real(0), p, bias);
+  column_parameters<T>(a.weight, a.weight_in_storage, Real(1), p, weight);
+  column_parameters<T>(a.bias, a.bias_in_storage, Real(0), p, bias);
   const GroupConstants<Real>* constants = tile + p.x * N;
 #pragma unroll
   for (int j = 0; j < N; ++j)
-    noise[j] = noisy ? a.walk.noise_train * kNormalUnit<Real> * constants[j].noise_scale * weight[j] : Real(0);
+    noise[j] = noisy ? a.noise_train * kNormalUnit<Real> * constants[j].noise_scale * weight[j] : Real(0);
   const ColumnScales<N, Real> scales(constants);
   const ColumnExponents<N, Real> exponents(constants, weight, p.span);
   with_any_path(exponents.path, [&](auto tag) {
-    const auto write = [&](uint32_t row, Real (&x)[N], const Extra<T, kJoined, kRagged>& residual) {
+    const auto write = [&](uint32_t row, Real (&x)[N], const FusedFetch<T, kFused, kRagged>& residual) {
       Real z[N] = {};
-      if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
+      if (noisy) row_normals<kRagged>(a, p, row, keys, z);
       reread_row<tag.value>(x, scales, exponents, constants, weight);
 #pragma unroll
       for (int j = 0; j < N; ++j) x[j] = (kNoise ? fused(noise[j], z[j], x[j]) : x[j]) + bias[j];
-      join_output<kJoined>(RowAt<T, kRagged>{p, row}, a.walk.joined, residual, x);
-      write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, x);
+      apply_epilogue<kFused>(RowAt<T, kRagged>{p, row}, a.fused, residual, x);
+      write_row<T, kRagged>(a.output, a.at_output, p, row, x);
     };
-    each_input_row<T, kRagged, kJoined>(a, p, a.walk.joined.residual, write);
+    each_input_row<T, kRagged, kFused>(a, p, a.fused.residual, write);
   });
 }
 
-// The backward reduction, and the gradient of the input from its totals.
-template <class T, bool kRagged, bool kSums, bool kJoined>
+// kSums: the backward reduction; else the gradient of the input from its totals.
+template <class T, bool kRagged, bool kSums, bool kFused>
 __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   using At = RowAt<T, kRagged>;
@@ -168,71 +168,71 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
     for (uint32_t i = threadIdx.x; i < kTileColumns<T>; i += kColumnThreads) {
       const uint32_t column = p.tile * kTileColumns<T> + i;
       if (column >= a.columns) break;
-      const size_t group = p.outer * a.walk.inner.divisor + column / a.width;
-      gradients[i] = finish_gradient(a.sums + group * kMaxSums, Real(1), a.walk.inverse_count, tile[i].rstd, a.walk.frozen);
+      const size_t group = p.outer * a.inner.divisor + column / a.width;
+      gradients[i] = finish_gradient(a.sums + group * kMaxSums, Real(1), a.inverse_count, tile[i].rstd, a.frozen);
     }
     __syncthreads();
   }
-  const bool noisy = kSums && a.walk.noise && a.walk.weight_part != nullptr;
-  const PhiloxSchedule keys(noisy ? uint64_t(*a.walk.seed) : 0);
+  const bool noisy = kSums && a.noise && a.weight_partials != nullptr;
+  const PhiloxSchedule keys(noisy ? uint64_t(*a.seed) : 0);
   const GroupConstants<Real>* constants = tile + p.x * N;
   Real weight[N];
-  column_parameters<T>(a.walk.weight, a.walk.weight_in_storage, Real(1), p, weight);
+  column_parameters<T>(a.weight, a.weight_in_storage, Real(1), p, weight);
   ColumnGradients<kRagged, N, Real> pass(constants, p.span);
   with_path(pass.path, [&](auto tag) {
     struct Raw {
       Fetched<T, kRagged> u, g;
-      Extra<T, kJoined, kRagged> activated;
-      Extra<T, kJoined && !kSums, kRagged> grad_sum;
+      FusedFetch<T, kFused, kRagged> activated;
+      FusedFetch<T, kFused && !kSums, kRagged> grad_sum;
     };
     const auto load = [&](uint32_t row, Raw& raw) {
-      const uint64_t ahead = row + 3ull * a.splits * kColumnRows;  // the sums leave few registers to read ahead
-      if (ahead < a.walk.runs) {
-        expect(row_address<T>(a.walk.input, a.walk.at_input, p, uint32_t(ahead)));
-        expect(row_address<T>(a.walk.grad, a.walk.at_grad, p, uint32_t(ahead)));
-        if constexpr (kJoined) At{p, uint32_t(ahead)}.expect(a.walk.joined.activated);
-        if constexpr (kJoined && !kSums) At{p, uint32_t(ahead)}.expect(a.walk.joined.grad_sum);
+      const uint64_t ahead = row + 3ull * a.splits * kColumnRows;  // the sums leave few registers for loads in flight
+      if (ahead < a.runs) {
+        prefetch(row_address<T>(a.input, a.at_input, p, uint32_t(ahead)));
+        prefetch(row_address<T>(a.grad, a.at_grad, p, uint32_t(ahead)));
+        if constexpr (kFused) At{p, uint32_t(ahead)}.prefetch(a.fused.activated);
+        if constexpr (kFused && !kSums) At{p, uint32_t(ahead)}.prefetch(a.fused.grad_sum);
       }
-      fetch_row<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u);
-      fetch_row<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g);
-      fetch_mask<kJoined>(At{p, row}, a.walk.joined.activated, raw.activated);
-      fetch_joined<kJoined && !kSums>(At{p, row}, a.walk.joined.grad_sum, raw.grad_sum);
+      fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
+      fetch_row<T, kRagged>(a.grad, a.at_grad, p, row, raw.g);
+      fetch_mask<kFused>(At{p, row}, a.fused.activated, raw.activated);
+      fetch_fused<kFused && !kSums>(At{p, row}, a.fused.grad_sum, raw.grad_sum);
     };
     each_row<Raw, kRagged || kSums ? 1 : 2>(a, p, load, [&](uint32_t row, const Raw& raw) {
       Real u[N], g[N], z[N] = {};
-      row_values<T, kRagged>(a.walk.input, a.walk.at_input, p, row, raw.u, u);
-      row_values<T, kRagged>(a.walk.grad, a.walk.at_grad, p, row, raw.g, g);
-      join_mask<kJoined>(At{p, row}, a.walk.joined, raw.activated, g);
-      if (noisy) row_normals<kRagged>(a.walk, p, row, keys, z);
+      row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
+      row_values<T, kRagged>(a.grad, a.at_grad, p, row, raw.g, g);
+      mask_gradient<kFused>(At{p, row}, a.fused, raw.activated, g);
+      if (noisy) row_normals<kRagged>(a, p, row, keys, z);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         if (kRagged && !p.span.has(j)) continue;
         const Real h = pass.standardize(j, u[j], constants);
-        const Real noise = kSums ? gradient_noise(a.walk, constants[j]) : Real(0);
+        const Real noise = kSums ? gradient_noise(a, constants[j]) : Real(0);
         const Slopes<Real> s = pass.template add<tag.value>(j, h, g[j], weight[j], noise, z[j], constants);
         if constexpr (!kSums) u[j] = gradients[p.x * N + j](s.through_h, s.w, h);
       }
       if constexpr (!kSums) {
-        join_sum_gradient<kJoined>(At{p, row}, a.walk.joined, raw.grad_sum, u);
-        write_row<T, kRagged>(a.walk.output, a.walk.at_output, p, row, u);
+        add_sum_gradient<kFused>(At{p, row}, a.fused, raw.grad_sum, u);
+        write_row<T, kRagged>(a.output, a.at_output, p, row, u);
       }
     });
   });
   if constexpr (kSums) {
     pass.natural();
-    write_column_part<T, kGradientSums>(a, p, pass.sums);
+    write_column_partial<T, kGradientSums>(a, p, pass.sums);
   }
 }
 
-// Where the parts of a group lie: entry i of its columns times splits.
+// The partials of a group: entry i of its columns times splits.
 template <class T>
-struct ColumnParts {
+struct ColumnPartials {
   const ColumnsArgs<RealOf<T>>& a;
   uint32_t outer, first;
   __device__ uint32_t entries() const { return a.width * a.splits; }
   __device__ const RealOf<T>* column(uint32_t c, uint32_t split) const {
     const uint32_t tile = (first + c) / kTileColumns<T>, at = (first + c) % kTileColumns<T>;
-    return a.part + (size_t(outer * a.tiles + tile) * a.splits + split) * kMaxSums * kTileColumns<T> + at;
+    return a.partial + (size_t(outer * a.tiles + tile) * a.splits + split) * kMaxSums * kTileColumns<T> + at;
   }
   __device__ RealOf<T> get(uint32_t i, int k) const {
     const uint32_t c = a.width == 1 ? 0 : i / a.splits;
@@ -240,36 +240,36 @@ struct ColumnParts {
   }
 };
 
-// A block a group, as stream_finish().
+// One block a group, as stream_finish().
 template <class T, Finish kFinish>
 __global__ void __launch_bounds__(kFinishThreads) column_finish(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
-  BlockTeam<Real> team({});
-  const uint32_t group = blockIdx.x, outer = group / a.walk.inner.divisor;
-  const ColumnParts<T> parts = {a, outer, (group - outer * a.walk.inner.divisor) * a.width};
+  BlockThreads<Real> threads({});
+  const uint32_t group = blockIdx.x, outer = group / a.inner.divisor;
+  const ColumnPartials<T> partials = {a, outer, (group - outer * a.inner.divisor) * a.width};
   if constexpr (kFinish == Finish::kMoments) {
-    const auto number = [&](uint32_t i, int k) { return parts.get(i, k); };
-    finish_moment_parts(a.walk, team, parts.entries(), number, group);
+    const auto number = [&](uint32_t i, int k) { return partials.get(i, k); };
+    finish_moments_of(a, threads, partials.entries(), number, group);
   } else {
     constexpr int K = kFinish == Finish::kLambda ? 4 : kFinish == Finish::kGradient ? 5 : 1;
     Real sums[K] = {};
-    for (uint32_t i = threadIdx.x; i < parts.entries(); i += blockDim.x)
+    for (uint32_t i = threadIdx.x; i < partials.entries(); i += blockDim.x)
 #pragma unroll
-      for (int k = 0; k < K; ++k) sums[k] += parts.get(i, k);
-    team.sum(sums);
-    if (threadIdx.x == 0) finish_sums<kFinish>(a.walk, sums, group, a.mean + group, a.sums + size_t(group) * kMaxSums);
+      for (int k = 0; k < K; ++k) sums[k] += partials.get(i, k);
+    threads.sum(sums);
+    if (threadIdx.x == 0) finish_sums<kFinish>(a, sums, group, a.mean + group, a.sums + size_t(group) * kMaxSums);
   }
   if constexpr (kFinish == Finish::kGradient) {
     for (uint32_t c = 0; c < a.width; ++c) {
       Real affine[2] = {};
       for (uint32_t split = threadIdx.x; split < a.splits; split += blockDim.x)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) affine[k] += parts.column(c, split)[(5 + k) * kTileColumns<T>];
-      team.sum(affine);
+        for (int k = 0; k < 2; ++k) affine[k] += partials.column(c, split)[(5 + k) * kTileColumns<T>];
+      threads.sum(affine);
       if (threadIdx.x > 0) continue;
-      const size_t at = size_t(outer) * a.columns + parts.first + c;
-      if (a.walk.bias_part) a.walk.bias_part[at] = affine[0];
-      if (a.walk.weight_part) a.walk.weight_part[at] = affine[1];
+      const size_t at = size_t(outer) * a.columns + partials.first + c;
+      if (a.bias_partials) a.bias_partials[at] = affine[0];
+      if (a.weight_partials) a.weight_partials[at] = affine[1];
     }
   }
 }

@@ -1,7 +1,7 @@
-// Chunks: what one thread reads, computes on and writes at a time, 16 bytes of storage as numbers of the compute type.
+// Loads and stores: a thread reads, computes and writes chunks, 16 bytes of storage as numbers of the compute type.
 #pragma once
 
-#include "device.cuh"
+#include "runtime.cuh"
 
 namespace normnorm {
 namespace cuda {
@@ -13,7 +13,7 @@ struct StorageTraits {
   static constexpr int kChunk = 16 / sizeof(T);
 };
 template <>
-struct StorageTraits<double> {  // the plain path: four elements, as many as one Philox counter serves
+struct StorageTraits<double> {  // four elements, as many as one Philox counter makes normals for
   using Real = double;
   static constexpr int kChunk = 4;
 };
@@ -68,10 +68,8 @@ __device__ inline uint32_t pack(const float* in, __half) {
   return word;
 }
 
-// A chunk as it lies in memory: what a thread asks for long before it computes on it.
-using Packed = uint4;
 template <class T>
-__device__ __forceinline__ void unpack_chunk(const Packed& raw, float (&out)[kChunkOf<T>]) {
+__device__ __forceinline__ void unpack_chunk(const uint4& raw, float (&out)[kChunkOf<T>]) {
   constexpr int per_word = kChunkOf<T> / 4;
   unpack(raw.x, out, T{});
   unpack(raw.y, out + per_word, T{});
@@ -79,21 +77,10 @@ __device__ __forceinline__ void unpack_chunk(const Packed& raw, float (&out)[kCh
   unpack(raw.w, out + 3 * per_word, T{});
 }
 
-// 16 bytes of global memory, aligned to 16. Spelt out, because an opaque address would be read as of any memory.
-__device__ __forceinline__ Packed load_packed(const void* p) {
-#if defined(__CUDA_ARCH__)
-  Packed raw;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(p));
-  return raw;
-#else
-  return *static_cast<const Packed*>(p);
-#endif
-}
-
 template <class T>
-__device__ __forceinline__ Packed pack_chunk(const float (&in)[kChunkOf<T>]) {
+__device__ __forceinline__ uint4 pack_chunk(const float (&in)[kChunkOf<T>]) {
   constexpr int per_word = kChunkOf<T> / 4;
-  Packed raw;
+  uint4 raw;
   raw.x = pack(in, T{});
   raw.y = pack(in + per_word, T{});
   raw.z = pack(in + 2 * per_word, T{});
@@ -101,28 +88,22 @@ __device__ __forceinline__ Packed pack_chunk(const float (&in)[kChunkOf<T>]) {
   return raw;
 }
 
-// Numbers as they come back from memory.
+// Rounds numbers as a store and a load do.
 template <class T, int N>
 __device__ __forceinline__ void round_chunk(RealOf<T> (&x)[N]) {
   if constexpr (sizeof(T) < sizeof(RealOf<T>)) unpack_chunk<T>(pack_chunk<T>(x), x);
 }
 
-// A whole chunk by one 128-bit access; p is aligned to 16 bytes.
+// A whole chunk in one 128-bit access; p is aligned to 16 bytes.
 template <class T>
 __device__ inline void load_chunk(const T* p, float (&out)[kChunkOf<T>]) {
-  unpack_chunk<T>(load_packed(p), out);
+  unpack_chunk<T>(load_global(p), out);
 }
 template <class T>
 __device__ inline void store_chunk(T* p, const float (&in)[kChunkOf<T>]) {
-  const Packed raw = pack_chunk<T>(in);
-#if defined(__CUDA_ARCH__)
-  // spelt out, because the optimiser tears a plain store to pieces where its words come out of a branch
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
-#else
-  *reinterpret_cast<Packed*>(p) = raw;
-#endif
+  store_global(p, pack_chunk<T>(in));
 }
-// float64 goes element by element: nothing about it is worth a wide path.
+// float64 goes element by element; it has no vectorized path.
 __device__ inline void load_chunk(const double* p, double (&out)[4]) {
   for (int j = 0; j < 4; ++j) out[j] = p[j];
 }
@@ -130,16 +111,34 @@ __device__ inline void store_chunk(double* p, const double (&in)[4]) {
   for (int j = 0; j < 4; ++j) p[j] = in[j];
 }
 
-// A chunk of a tensor in two steps, so that many can be asked for before the first is waited for: a walk's fetch() and, of
-// what it brought, values(). kLate: values() reads, where there are no registers to spare; so it is for ragged chunks.
+// A chunk loaded in two steps, so that several loads are in flight at once: the layout's fetch() starts the load, and its
+// values() converts what was loaded. kLate: values() loads too, for ragged chunks and where registers are short.
 template <class T, bool kLate>
 struct Fetched {
-  Packed raw;
+  uint4 raw;
 };
 template <class T>
 struct Fetched<T, true> {};
 
-// Elements [lo, hi) of a chunk; the others are zero, and neither read nor written.
+// f(i, raw) for i = first, first + step ... below end. load(i, raw) starts the loads of f; kAhead of them are in flight
+// before the first f.
+template <class Raw, int kAhead, class Load, class F>
+__device__ __forceinline__ void each_ahead(uint32_t first, uint32_t end, uint32_t step, Load load, F f) {
+#pragma unroll 1
+  for (uint32_t i = first; i < end; i += kAhead * step) {
+    Raw raw[kAhead];
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k)
+      if (i + k * step < end) load(i + k * step, raw[k]);
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) {
+      if (i + k * step >= end) break;
+      f(i + k * step, raw[k]);
+    }
+  }
+}
+
+// Elements [lo, hi) of a chunk; the others are zeros that are neither loaded nor stored.
 struct Span {
   int lo, hi;
   __device__ bool has(int j) const { return j >= lo && j < hi; }
@@ -158,7 +157,7 @@ __device__ inline void store_span(T* p, Span span, const RealOf<T> (&in)[kChunkO
     if (span.has(j)) p[j] = from_real<T>(in[j]);
 }
 
-// By halves: short chains, and the sum of equal numbers is exact.
+// Sums pairwise: short dependency chains, and the sum of equal numbers is exact.
 template <int N, class Real>
 __device__ inline Real chunk_sum(const Real (&x)[N]) {
   Real part[N / 2];
@@ -168,7 +167,7 @@ __device__ inline Real chunk_sum(const Real (&x)[N]) {
   else return chunk_sum(part);
 }
 
-// A parameter's element: parameters have the compute type or the storage type.
+// An element of a parameter in the compute type or the storage type.
 template <class T>
 __device__ inline RealOf<T> load_parameter(const void* data, bool in_storage_type, int64_t i) {
   return in_storage_type ? to_real(static_cast<const T*>(data)[i]) : static_cast<const RealOf<T>*>(data)[i];

@@ -1,0 +1,186 @@
+// The columns layout, launched: from a problem to kernel arguments, a plan, a workspace and launches.
+#pragma once
+
+#include "columns_streaming.cuh"
+#include "rows_launch.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+// The forward and backward passes of one storage type, as RowsPass.
+template <class T>
+class ColumnsPass {
+  using Real = RealOf<T>;
+  static constexpr int N = kChunkOf<T>;
+
+ public:
+  ColumnsPass(const Problem& p, bool backward, const Device& device, void* stream) : p_(p), stream_(stream) {
+    ragged_ = is_ragged(backward);
+    const Geometry& g = p.geometry;
+    static_cast<KernelArgs<Real>&>(a_) = kernel_args<T>(p, ChunkMode());
+    a_.width = uint32_t(g.length);
+    a_.columns = uint32_t(g.inner * g.length);
+    a_.tiles = uint32_t(ceil_div(a_.columns, kTileColumns<T>));
+    slabs_ = int64_t(a_.tiles) * g.outer;
+    Demand d;
+    d.groups = slabs_;
+    d.chunks = g.runs * kTileChunks;
+    d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
+    d.grouped_register_chunks = backward ? kColumnBackwardRegister<T> : kForwardRegister<T>;
+    d.largest_block = kColumnThreads;
+    d.static_shared = int(sizeof(TileShared<T>)) + kColumnWarps * kGradientSums * kTileColumns<T> * int(sizeof(Real));
+    chunk_bytes_ = size_t(d.chunk_bytes);
+    const bool resident = a_.width == 1 && !(p.frozen && !backward);
+    plan_ = resident ? choose_tile_plan(d, device, kColumnThreads, p.force) : Plan();
+    if (plan_.tier == Tier::kGrid && !are_co_resident(tile_kernel(backward), tile_launch(), device)) plan_ = Plan();
+    Workspace workspace(p.workspace);
+    if (plan_.tier == Tier::kGrid) {
+      sync_.blocks = unsigned(plan_.blocks);
+      sync_.counters = workspace.take<unsigned>(plan_.thread_groups);
+      sync_.partial = workspace.take<Real>(int64_t(plan_.thread_groups) * 2 * plan_.blocks * kMaxSums * kTileColumns<T>);
+    }
+    place_stream(workspace, device);  // also for co-operating blocks, whose launch the device may refuse
+    if (backward) {
+      a_.weight_partials = partials_of(workspace, p.grad_weight);
+      a_.bias_partials = partials_of(workspace, p.grad_bias);
+    }
+    workspace_bytes_ = workspace.used();
+  }
+
+  Plan plan() const { return plan_; }
+  size_t workspace() const { return workspace_bytes_; }
+  int forward() const { return ragged_ ? forward_as<true>() : forward_as<sizeof(T) == 8>(); }
+
+  int backward() const {
+    int e = ragged_ ? backward_as<true>() : backward_as<sizeof(T) == 8>();
+    if (e == 0) e = reduce(a_.weight_partials, p_.grad_weight);
+    if (e == 0) e = reduce(a_.bias_partials, p_.grad_bias);
+    return e;
+  }
+
+ private:
+  void place_stream(Workspace& workspace, const Device& device) {
+    const int64_t most = ceil_div(p_.geometry.runs, kColumnRows);
+    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * (2048 / kColumnThreads), slabs_);
+    a_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : wanted < most ? wanted : most);
+    blocks_ = unsigned(slabs_ * a_.splits);
+    if (plan_.tier != Tier::kGrid) plan_ = {Tier::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
+    a_.partial = workspace.take<Real>(int64_t(blocks_) * kMaxSums * kTileColumns<T>);
+    a_.mean = workspace.take<Real>(p_.geometry.groups());
+    a_.sums = workspace.take<Real>(p_.geometry.groups() * kMaxSums);
+  }
+
+  // Whether a chunk of some tensor is not 16 aligned bytes, or begins within a counter of the noise.
+  bool is_ragged(bool backward) const {
+    bool ragged = p_.geometry.inner * p_.geometry.length % N != 0;
+    const auto aligned = [&](const Strides& s, int64_t to) {
+      return (p_.geometry.outer == 1 || s.outer % to == 0) && (p_.geometry.runs == 1 || s.run % to == 0);
+    };
+    each_operand(p_, backward, [&](const Operand& t) {
+      ragged = ragged || elements_past_boundary<T>(t.data) != 0 || !aligned(t.stride, N);
+    });
+    return ragged || (p_.noise.on && !aligned(p_.noise.position, 4));
+  }
+
+  Real* partials_of(Workspace& workspace, const Parameter& gradient) const {
+    return gradient.data ? gradient_partials<T>(workspace, gradient, p_.geometry.outer, a_.columns) : nullptr;
+  }
+  int reduce(const Real* partial, const Parameter& gradient) const {
+    return reduce_gradient<T>(partial, p_.geometry.outer, a_.columns, gradient, stream_);
+  }
+
+  using Kernel = void (*)(const ColumnsArgs<Real>);
+  int round(Kernel kernel, const ColumnsArgs<Real>& a) const {
+    Launch l;
+    l.threads = kColumnThreads;
+    l.grid = blocks_;
+    l.stream = stream_;
+    return launch(kernel, l, a);
+  }
+  int round(Kernel kernel, Kernel finish, const ColumnsArgs<Real>& a) const {
+    if (const int e = round(kernel, a)) return e;
+    Launch l;
+    l.threads = finish_threads(int64_t(a.width) * a.splits);
+    l.grid = unsigned(p_.geometry.groups());
+    l.stream = stream_;
+    return launch(finish, l, a);
+  }
+
+  using TileKernel = void (*)(const ColumnsArgs<Real>, typename TileThreads<T>::Sync);
+  Launch tile_launch() const {
+    Launch l;
+    l.threads = kColumnThreads;
+    l.grid = unsigned(plan_.thread_groups * plan_.blocks);
+    l.shared = size_t(plan_.shared_chunks) * chunk_bytes_ * kColumnThreads;
+    l.cooperative = true;
+    l.stream = stream_;
+    return l;
+  }
+  TileKernel tile_kernel(bool backward) const {
+    return ragged_ ? tile_kernel_as<true>(backward) : tile_kernel_as<sizeof(T) == 8>(backward);
+  }
+  template <bool kRagged>
+  TileKernel tile_kernel_as(bool backward) const {
+    const bool fused = is_fused(p_, backward);
+    if (backward) return fused ? column_backward<T, kRagged, true> : column_backward<T, kRagged, false>;
+    if (fused) return column_forward<T, kRagged, true, true>;
+    return p_.noise.on ? column_forward<T, kRagged, true, false> : column_forward<T, kRagged, false, false>;
+  }
+  int launch_tiles(TileKernel kernel) const {
+    if (const int e = zero(sync_.counters, size_t(plan_.thread_groups) * sizeof(unsigned), stream_)) return e;
+    return launch(kernel, tile_launch(), a_, sync_);
+  }
+
+  template <bool kRagged>
+  int forward_as() const {
+    int e = kNotCoResident;
+    if (plan_.tier == Tier::kGrid) e = launch_tiles(tile_kernel(false));
+    if (e != kNotCoResident) return e;
+    e = 0;
+    ColumnsArgs<Real> a = a_;
+    if (!p_.frozen) {
+      const Kernel fused = column_moments<T, kRagged, true>, plain = column_moments<T, kRagged, false>;
+      e = round(fuses_prologue(p_, false) ? fused : plain, column_finish<T, Finish::kMoments>, a);
+      read_sum_as_input(a);
+      if (!e) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>, a);
+    }
+    if (!e && p_.noise.on && !p_.noise.given_scale) {
+      e = round(column_sum_x<T, kRagged, false>, column_finish<T, Finish::kMean>, a);
+      if (!e) e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>, a);
+    }
+    if (e) return e;
+    if (fuses_epilogue(p_, false)) return round(column_output<T, kRagged, true, true>, a);
+    return round(p_.noise.on ? column_output<T, kRagged, true, false> : column_output<T, kRagged, false, false>, a);
+  }
+
+  template <bool kRagged>
+  int backward_as() const {
+    int e = kNotCoResident;
+    if (plan_.tier == Tier::kGrid) e = launch_tiles(tile_kernel(true));
+    if (e != kNotCoResident) return e;
+    const Kernel sums = gradient_kernel<kRagged, true>(fuses_prologue(p_, true));
+    e = round(sums, column_finish<T, Finish::kGradient>, a_);
+    if (e || !p_.output.data) return e;
+    return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), a_);
+  }
+  template <bool kRagged, bool kSums>
+  static Kernel gradient_kernel(bool fused) {
+    return fused ? column_gradient<T, kRagged, kSums, true> : column_gradient<T, kRagged, kSums, false>;
+  }
+
+  const Problem& p_;
+  ColumnsArgs<Real> a_ = {};
+  void* stream_;
+  bool ragged_ = false;
+  Plan plan_;
+  typename TileThreads<T>::Sync sync_ = {};
+  int64_t slabs_ = 1;
+  size_t chunk_bytes_ = 0;
+  unsigned blocks_ = 1;
+  size_t workspace_bytes_ = 0;
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm

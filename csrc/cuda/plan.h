@@ -1,0 +1,234 @@
+// Execution plans: where a group stays between the rounds, by its size, and how many threads process it.
+//
+//   group fits in                              tier       thread group                              device memory
+//   registers of one block                     kBlock     one block, of as many warps as needed     1 read, 1 write
+//   registers + shared memory of half a        kBlock     one block of half the threads             1 read, 1 write
+//     multiprocessor
+//   the same of a cluster, up to 8 blocks      kCluster   a cluster of such blocks (sm_90 on)       1 read, 1 write
+//   the same of many co-operating blocks       kGrid      a share of a cooperative launch's blocks  1 read, 1 write
+//   none of these                              kStreaming many blocks, a launch a round             4-5 reads, 1 write
+//
+// Two blocks share a multiprocessor, so that one computes while the other waits for memory or at a barrier. Where there
+// are too few groups to fill the device, a group is spread over more blocks than it needs.
+#pragma once
+
+#include <string>
+
+#include "params.h"
+
+namespace normnorm {
+namespace cuda {
+
+struct Plan {
+  Tier tier = Tier::kStreaming;
+  int threads = 512;      // of a block
+  int blocks = 1;         // of a thread group
+  int thread_groups = 1;  // running at the same time
+  int shared_chunks = 0;  // chunks a thread keeps in shared memory
+};
+
+// One kernel launch.
+struct Launch {
+  unsigned grid = 1, threads = 32;  // blocks; threads of a block
+  size_t shared = 0;                // bytes of dynamic shared memory
+  int cluster = 1;                  // blocks of a cluster
+  bool cooperative = false;
+  void* stream = nullptr;
+};
+
+// What one pass keeps of a group.
+struct Demand {
+  int64_t groups = 0, chunks = 0;  // chunks of a group
+  int chunk_bytes = 0;             // of one chunk, as kept
+  int register_chunks = 0;         // of a thread
+  int grouped_register_chunks = 0;    // the same where blocks share a group, which lies mostly in shared memory
+  int largest_block = 0;           // the most threads for which the kernel has registers
+  int static_shared = 0;           // bytes of the kernel's static shared memory
+  bool sums_elements = false;      // gradients of a weight per element are summed too, where all chunks are in registers
+};
+
+// Threads of a block; more would spill. A fused backward pass loads a third tensor, for which twelve warps lack one or two
+// registers; the next smaller number is eight, because registers belong to quarters of a multiprocessor.
+constexpr int kForwardBlock = 512, kBackwardBlock = 384, kFusedBackwardBlock = 256;
+constexpr int kLargestBlock = 512, kLargestCluster = 8;
+constexpr int kBlocksPerMultiprocessor = 2;  // where blocks wait for one another
+constexpr int kGridMargin = 3;               // multiprocessors that a cooperative launch leaves to other streams
+
+// Chunks that a thread must keep in shared memory.
+inline int shared_chunks(const Demand& d, Tier tier, int threads, int blocks) {
+  const int64_t each = ceil_div(d.chunks, int64_t(threads) * blocks);
+  const int in_registers = tier == Tier::kBlock ? d.register_chunks : d.grouped_register_chunks;
+  return each > in_registers ? int(each - in_registers) : 0;
+}
+// Whether `co_resident` such blocks fit on a multiprocessor.
+inline bool fits(const Demand& d, const Device& device, Tier tier, int threads, int blocks, int co_resident) {
+  const int64_t bytes = int64_t(shared_chunks(d, tier, threads, blocks)) * d.chunk_bytes * threads;
+  const int64_t share = device.multiprocessor_shared / co_resident - 1024;
+  return bytes <= (share < device.shared_bytes ? share : device.shared_bytes) - d.static_shared;
+}
+
+inline int block_threads(const Demand& d) {
+  const int64_t warps = ceil_div(d.chunks, 32 * d.register_chunks);
+  return int(warps * 32 < d.largest_block ? warps * 32 : d.largest_block);
+}
+
+inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks) {
+  Plan p;
+  p.tier = tier;
+  p.threads = threads;
+  p.blocks = blocks;
+  p.shared_chunks = shared_chunks(d, tier, threads, blocks);
+  return p;
+}
+
+// The smallest number of blocks that fits, doubling from `least` up to `most`; 0 where none does.
+inline int fitting_blocks(const Demand& d, const Device& device, int threads, int least, int most) {
+  for (int blocks = least; blocks <= most; blocks *= 2)
+    if (fits(d, device, blocks == 1 ? Tier::kBlock : Tier::kCluster, threads, blocks, kBlocksPerMultiprocessor)) return blocks;
+  return 0;
+}
+
+// Blocks of a cooperative launch, divided into thread groups: the smallest thread group that fits decides how many groups
+// each one processes in turn; then as few thread groups as need no more turns, of as many blocks as have a chunk for every
+// thread, because every block reads the sums of all others.
+inline int grid_blocks(const Device& device) {
+  const int multiprocessors = device.multiprocessors - kGridMargin;
+  return device.cooperative && multiprocessors > 0 ? multiprocessors * kBlocksPerMultiprocessor : 0;
+}
+inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
+  const int all = grid_blocks(device);
+  for (int blocks = 1; blocks <= all; ++blocks) {
+    if (!fits(d, device, Tier::kGrid, threads, blocks, kBlocksPerMultiprocessor)) continue;
+    const int64_t turns = ceil_div(d.groups, all / blocks), thread_groups = ceil_div(d.groups, turns);
+    const int64_t busy = ceil_div(d.chunks, threads);
+    Plan p = with_blocks(d, Tier::kGrid, threads, int(all / thread_groups < busy ? all / thread_groups : busy));
+    p.thread_groups = int(thread_groups);
+    return p;
+  }
+  return Plan();
+}
+
+inline Plan resident_plan(const Demand& d, const Device& device) {
+  const int whole = block_threads(d), half = whole < d.largest_block / 2 ? whole : d.largest_block / 64 * 32;
+  const bool in_registers = d.chunks <= int64_t(whole) * d.register_chunks;
+  if (d.sums_elements && in_registers) return with_blocks(d, Tier::kBlock, whole, 1);
+  if (d.sums_elements && device.clusters)
+    for (int blocks = 2; blocks <= kLargestCluster; blocks *= 2) {
+      if (d.chunks > int64_t(whole) * blocks * d.register_chunks) continue;
+      Plan p = with_blocks(d, Tier::kCluster, whole, blocks);
+      p.shared_chunks = 0;  // the kernel that sums elements keeps as many chunks in registers as a single block does
+      return p;
+    }
+  // too few groups to fill the device: more blocks a group than it needs
+  int least = 1;
+  while (device.clusters && least < kLargestCluster && d.groups * least <= device.multiprocessors &&
+         d.chunks >= int64_t(half) * least * 2)
+    least *= 2;
+  if (least == 1 && in_registers) return with_blocks(d, Tier::kBlock, whole, 1);
+  if (const int blocks = fitting_blocks(d, device, half, least, device.clusters ? kLargestCluster : 1))
+    return with_blocks(d, blocks == 1 ? Tier::kBlock : Tier::kCluster, half, blocks);
+  if (!device.clusters && fits(d, device, Tier::kBlock, d.largest_block, 1, 1))
+    return with_blocks(d, Tier::kBlock, d.largest_block, 1);
+  return grid_plan(d, device, half);
+}
+
+// Thread groups of the block and cluster tiers: enough to fill the device several times over, no more than there are groups.
+inline int count_thread_groups(const Demand& d, const Device& device, int threads, int blocks) {
+  const int64_t co_resident = int64_t(device.multiprocessors) * ceil_div(d.largest_block, threads) / blocks;
+  const int64_t wanted = d.sums_elements ? co_resident : co_resident * 16;  // the parameter sums of each take memory
+  const int64_t count = d.groups < wanted ? d.groups : wanted;
+  return int(count < 1 ? 1 : count);
+}
+
+inline Plan choose_plan(const Demand& d, const Device& device, const Override& force) {
+  Plan p;
+  if (force.tier == Tier::kAuto) {
+    p = resident_plan(d, device);
+  } else {
+    const int threads = force.threads ? force.threads : block_threads(d);
+    p = with_blocks(d, force.tier, threads, force.blocks ? force.blocks : 1);
+  }
+  if (p.tier == Tier::kBlock || p.tier == Tier::kCluster) p.thread_groups = count_thread_groups(d, device, p.threads, p.blocks);
+  if (force.thread_groups) p.thread_groups = force.thread_groups;
+  if (p.thread_groups > d.groups) p.thread_groups = int(d.groups);
+  return p;
+}
+
+// Of tiles in the columns layout: co-operating blocks or streaming.
+inline Plan choose_tile_plan(const Demand& d, const Device& device, int threads, const Override& force) {
+  Plan p;
+  if (force.tier == Tier::kGrid) {
+    p = with_blocks(d, Tier::kGrid, threads, force.blocks ? force.blocks : 1);
+    p.thread_groups = grid_blocks(device) / p.blocks;
+  } else if (force.tier == Tier::kAuto) {
+    p = grid_plan(d, device, threads);
+  }
+  if (p.tier != Tier::kGrid) return p;
+  if (force.thread_groups) p.thread_groups = force.thread_groups;
+  if (p.thread_groups > d.groups) p.thread_groups = int(d.groups);
+  if (p.thread_groups < 1) p.thread_groups = 1;
+  return p;
+}
+
+// Divides a workspace among its parts, each aligned to 16 bytes; with a null base it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  template <class U>
+  U* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (size_t(count) * sizeof(U) + 15) / 16 * 16;
+    return base_ ? reinterpret_cast<U*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Empty, or a sentence that says what of a geometry exceeds the kernels' 32-bit counters. Offsets in memory have 64 bits
+// everywhere.
+inline std::string refusal(const Geometry& g) {
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
+  const auto too_many = [](int64_t n, const char* of) {
+    return "got " + std::to_string(n) + " " + of + ", wanted at most 2147483647";
+  };
+  if (g.groups() > kMost) return too_many(g.groups(), "groups");
+  if (g.columns) {
+    if (g.outer * g.inner * g.length > kMost) return too_many(g.outer * g.inner * g.length, "columns");
+    // a thread computes the index of a row up to four strides of the launch ahead
+    if (g.runs > kMost / 2) return "got " + std::to_string(g.runs) + " rows, wanted at most 1073741823";
+    return "";
+  }
+  // a chunk has at least four elements; a run that begins anywhere takes one more chunk
+  const int64_t per_run = g.length / 4 + 2;
+  if (per_run > kMost / g.runs) return too_many(per_run * g.runs, "chunks of four elements in a group");
+  if (g.groups() > kMost / g.runs) return too_many(g.groups() * g.runs, "runs");
+  return "";
+}
+
+// The passes of one storage type, each compiled in its own file.
+struct Passes {
+  Plan (*plan)(const Problem&, bool backward, const Device&);
+  size_t (*workspace)(const Problem&, bool backward, const Device&);
+  int (*forward)(const Problem&, const Device&, void* stream);
+  int (*backward)(const Problem&, const Device&, void* stream);
+};
+
+const Passes& float32_passes();
+const Passes& float64_passes();
+const Passes& bfloat16_passes();
+const Passes& float16_passes();
+
+inline const Passes& passes_for(Storage storage) {
+  switch (storage) {
+    case Storage::kFloat64: return float64_passes();
+    case Storage::kBFloat16: return bfloat16_passes();
+    case Storage::kFloat16: return float16_passes();
+    default: return float32_passes();
+  }
+}
+
+}  // namespace cuda
+}  // namespace normnorm

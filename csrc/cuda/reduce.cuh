@@ -1,0 +1,215 @@
+// Thread groups: the threads that process one group together, and reductions over them.
+//
+// A thread group is a block, a cluster of blocks, or several co-operating blocks anywhere on the device. All have the same
+// interface, so that a kernel is written once: rank() and size() divide a group's chunks, index() and count() the groups,
+// and sum() replaces each thread's addends by the totals, the same bits in every thread and run.
+#pragma once
+
+#include "io.cuh"
+#include "plan.h"
+#include "runtime.cuh"
+
+namespace normnorm {
+namespace cuda {
+namespace {
+
+constexpr int kMaxWarps = kLargestBlock / 32;  // of a block
+constexpr int kMaxSums = 8;                    // of one reduction; half as many doubles where Real is float
+constexpr int kMaxCluster = kLargestCluster;
+// Numbers in the static shared memory of a cluster's block; a single block needs fewer.
+constexpr int kReduceNumbers = 2 * kMaxSums * kMaxCluster * kMaxWarps;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class V>
+__device__ inline V warp_sum(V v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(kAllLanes, v, offset);
+  return v;
+}
+
+template <class Real>
+class BlockThreads {
+ public:
+  struct Sync {};  // what the launcher provides
+
+  __device__ explicit BlockThreads(Sync) {
+    alignas(16) __shared__ Real partial[2 * kMaxSums * kMaxWarps];
+    partial_ = partial;
+  }
+  __device__ unsigned rank() const { return threadIdx.x; }
+  __device__ unsigned size() const { return blockDim.x; }
+  __device__ unsigned index() const { return blockIdx.x; }
+  __device__ unsigned count() const { return gridDim.x; }
+
+  // Two buffers in turn: a warp that runs ahead into the next sum writes to the other buffer, and reaches this one again
+  // only after the next barrier, which every warp passes after having read it.
+  template <class V, int K>
+  __device__ void sum(V (&v)[K]) {
+    static_assert(K * sizeof(V) <= kMaxSums * sizeof(Real), "the shared buffer is too small");
+    const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] = warp_sum(v[k]);
+    if (warps == 1) return;
+    V* buffer = reinterpret_cast<V*>(partial_ + turn_ * kMaxSums * kMaxWarps);
+    turn_ ^= 1;
+    if (lane == 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) buffer[k * kMaxWarps + warp] = v[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] = warp_sum(lane < warps ? buffer[k * kMaxWarps + lane] : V(0));
+  }
+
+ private:
+  Real* partial_;
+  unsigned turn_ = 0;
+};
+
+template <class Real>
+class ClusterThreads {
+ public:
+  struct Sync {};
+
+  __device__ explicit ClusterThreads(Sync) {
+    alignas(16) __shared__ Real partial[kReduceNumbers];
+    partial_ = partial;
+    cluster_sync();  // no block's shared memory may be written before that block runs
+  }
+  __device__ unsigned rank() const { return cluster_rank() * blockDim.x + threadIdx.x; }
+  __device__ unsigned size() const { return cluster_size() * blockDim.x; }
+  __device__ unsigned index() const { return blockIdx.x / cluster_size(); }
+  __device__ unsigned count() const { return gridDim.x / cluster_size(); }
+
+  // Each warp writes its total to every block of the cluster, so that one barrier is enough. Two buffers in turn, as in
+  // BlockThreads.
+  template <class V, int K>
+  __device__ void sum(V (&v)[K]) {
+    static_assert(K * sizeof(V) <= kMaxSums * sizeof(Real), "the shared buffer is too small");
+    const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] = warp_sum(v[k]);
+    V* buffer = reinterpret_cast<V*>(partial_ + turn_ * kMaxSums * kMaxCluster * kMaxWarps);
+    turn_ ^= 1;
+    const unsigned entries = cluster_size() * warps;
+    if (lane < cluster_size()) {
+      V* remote = in_block_of_cluster(buffer, lane) + opaque(cluster_rank() * warps + warp);
+#pragma unroll
+      for (int k = 0; k < K; ++k) remote[k * kMaxCluster * kMaxWarps] = v[k];
+    }
+    cluster_sync();
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      V total = 0;
+#pragma unroll 1  // unrolled, its bounds would take five registers throughout the kernel
+      for (unsigned i = lane; i < entries; i += 32) total += buffer[k * kMaxCluster * kMaxWarps + i];
+      v[k] = warp_sum(total);
+    }
+  }
+
+ private:
+  Real* partial_;
+  unsigned turn_ = 0;
+};
+
+// Neighbouring blocks of a cooperative launch, which guarantees that all of them run at the same time. Devices assign
+// successive blocks to different multiprocessors, so that the two blocks of a multiprocessor belong to different thread
+// groups, and one computes while the other waits.
+template <class Real>
+class GridThreads {
+ public:
+  struct Sync {
+    unsigned* counters;  // one a thread group, zeroed before the launch
+    Real* partial;       // [thread group][2][kMaxSums][blocks]
+    unsigned blocks;     // of a thread group
+  };
+
+  __device__ explicit GridThreads(Sync sync) : block_({}), sync_(sync) {}
+  __device__ unsigned rank() const { return block() * blockDim.x + threadIdx.x; }
+  __device__ unsigned size() const { return sync_.blocks * blockDim.x; }
+  __device__ unsigned index() const { return blockIdx.x / sync_.blocks; }
+  __device__ unsigned count() const { return gridDim.x / sync_.blocks; }
+
+  // Two buffers in turn, as in BlockThreads. Blocks exchange data through L2: the loads bypass L1 (__ldcg).
+  template <class V, int K>
+  __device__ void sum(V (&v)[K]) {
+    block_.sum(v);
+    // recomputed: kept between sums these would take registers
+    const unsigned at = opaque(blockIdx.x), index = at / sync_.blocks, block = at % sync_.blocks;
+    V* buffer = reinterpret_cast<V*>(sync_.partial + size_t(index * 2 + turn_) * kMaxSums * sync_.blocks);
+    turn_ ^= 1;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) buffer[k * sync_.blocks + block] = v[k];
+      barrier(sync_.counters + index);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      V total = 0;
+      for (unsigned i = threadIdx.x % 32; i < sync_.blocks; i += 32) total += __ldcg(buffer + k * sync_.blocks + i);
+      v[k] = warp_sum(total);
+    }
+  }
+
+ private:
+  __device__ unsigned block() const { return blockIdx.x % sync_.blocks; }
+
+  // The counter only grows: barrier number e opens when it reaches e times the number of blocks.
+  __device__ void barrier(unsigned* counter) {
+    passed_ += sync_.blocks;
+    arrive(counter);
+    wait_for_arrivals(counter, passed_);
+  }
+
+  BlockThreads<Real> block_;
+  Sync sync_;
+  unsigned turn_ = 0, passed_ = 0;
+};
+
+constexpr int kReduceColumns = 32, kReduceRows = 8;  // of a block
+
+// out[i] = sum over p of partial[p][i], in a fixed order; a block takes kReduceColumns neighbouring columns.
+template <class T>
+__global__ void __launch_bounds__(kReduceColumns* kReduceRows)
+reduce_partials(const RealOf<T>* partial, int64_t partials, int64_t count, void* out, bool in_storage) {
+  using Real = RealOf<T>;
+  __shared__ Real sums[kReduceRows][kReduceColumns];
+  const unsigned column = threadIdx.x % kReduceColumns, row = threadIdx.x / kReduceColumns;
+  const int64_t i = int64_t(blockIdx.x) * kReduceColumns + column;
+  Real total = 0;
+  if (i < count)
+    for (int64_t p = row; p < partials; p += kReduceRows) total += partial[p * count + i];
+  sums[row][column] = total;
+  __syncthreads();
+  if (row > 0 || i >= count) return;
+  total = 0;
+#pragma unroll
+  for (int r = 0; r < kReduceRows; ++r) total += sums[r][column];
+  if (in_storage) static_cast<T*>(out)[i] = from_real<T>(total);
+  else static_cast<Real*>(out)[i] = total;
+}
+
+// Memory for `count` partial gradients of a parameter; a single one is the gradient itself where the types agree.
+template <class T>
+RealOf<T>* gradient_partials(Workspace& workspace, const Parameter& gradient, int64_t count, int64_t elements) {
+  using Real = RealOf<T>;
+  if (count == 1 && (!gradient.in_storage_type || sizeof(T) == sizeof(Real))) return static_cast<Real*>(gradient.data);
+  Real* partial = workspace.take<Real>(count * elements);
+  static Real counted;  // not null while the workspace is only counted: the gradient is wanted
+  return partial ? partial : &counted;
+}
+
+template <class T>
+int reduce_gradient(const RealOf<T>* partial, int64_t count, int64_t elements, const Parameter& gradient, void* stream) {
+  if (gradient.data == nullptr || partial == gradient.data) return 0;
+  Launch l;
+  l.threads = kReduceColumns * kReduceRows;
+  l.grid = unsigned(ceil_div(elements, kReduceColumns));
+  l.stream = stream;
+  return launch(reduce_partials<T>, l, partial, count, elements, gradient.data, gradient.in_storage_type);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace normnorm
