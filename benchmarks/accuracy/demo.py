@@ -205,7 +205,7 @@ def _run(args: argparse.Namespace) -> int:
     comparisons = [asdict(replace(side, runs=[])) for side in found]
     for written, side in zip(comparisons, found, strict=True):
         written["runs"] = [
-            {"qq_r2": run.qq_r2, "epochs": list(map(asdict, run.epochs))} for run in side.runs
+            {"qq_r2": run.qq_r2, "epochs": [e._asdict() for e in run.epochs]} for run in side.runs
         ]
     content = {"environment": around, "seconds": seconds, "layers": comparisons,
                "judged": not args.quick, "failures": failures}  # fmt: skip

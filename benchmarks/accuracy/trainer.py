@@ -6,10 +6,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,7 @@ _NO_MIRROR = ("digits", "mnist", "svhn")
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """This process among those that train together."""
 
     rank: int
@@ -81,9 +79,8 @@ def process_group(device: str | None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave.
+class Epoch(NamedTuple):
+    """The numbers of one epoch.
 
     Attributes:
         epoch: counted from 1.
@@ -102,9 +99,8 @@ class Trainer:
     """A network with its data, optimizer and place in the run.
 
     Augmentation, noise and directions of a step are drawn from a seed made of the experiment's
-    seed, the step and the rank; the order of the data from the seed and the epoch. A run that
-    resumes from a checkpoint therefore repeats what it would have done, bit for bit, without the
-    state of any generator.
+    seed, the step and the rank; the order of the data from the seed and the epoch. A resumed run
+    therefore equals an uninterrupted one bit for bit, and no generator's state is saved.
 
     Args:
         experiment: what to train.
@@ -115,7 +111,8 @@ class Trainer:
 
     Attributes:
         steps: of an epoch.
-        step: how many have been done, of ``steps * epochs``.
+        step: how many have been done, of ``steps * experiment.epochs``.
+        epochs: the numbers of those that have been done.
 
     Raises:
         CommandError: the experiment means nothing, its batch does not divide among the processes
@@ -161,6 +158,7 @@ class Trainer:
         if experiment.compile:
             self._forward = torch.compile(self._forward)
         self.step = 0
+        self.epochs: list[Epoch] = []
         self._losses: list[float] = []
 
     def _build(self) -> nn.Module:
@@ -191,42 +189,29 @@ class Trainer:
         every = choice.step_epochs * self.steps
         return LambdaLR(self._optimizer, lambda n: choice.gamma ** (n // every) if every else 1.0)
 
-    # A run.
-
-    def train(
-        self,
-        on_step: Callable[[], object] = lambda: None,
-        on_epoch: Callable[[Epoch], object] = lambda _: None,
-    ) -> list[Epoch]:
-        """Trains from the current step to the end.
+    def train(self, on_step: Callable[[], object] = lambda: None) -> list[Epoch]:
+        """Trains from the current step to the end; all epochs.
 
         Args:
-            on_step: called after every step; :meth:`save` may be called in it.
-            on_epoch: called with each epoch's numbers, before the ``on_step`` of its last step.
-
-        Returns:
-            the numbers of the remaining epochs.
+            on_step: called after every step, and after the evaluation behind an epoch's last one;
+                :meth:`save` may be called in it.
         """
-        epochs = []
         while self.step < self.experiment.epochs * self.steps:
-            epochs.append(self._train_epoch(on_step))
-            on_epoch(epochs[-1])
+            self.network.train()
+            times = []
+            for images, labels in self._batches():
+                began = time.perf_counter()
+                self._losses.append(self._train_step(images, labels))
+                times.append(1e3 * (time.perf_counter() - began))
+                self.step += 1
+                if self.step % self.steps:
+                    on_step()
+            loss, count = self.world.total(sum(self._losses), len(self._losses))
+            self._losses = []
+            number = len(self.epochs) + 1
+            self.epochs.append(Epoch(number, loss / count, self.accuracy(), median(times)))
             on_step()
-        return epochs
-
-    def _train_epoch(self, on_step: Callable[[], object]) -> Epoch:
-        self.network.train()
-        times = []
-        for images, labels in self._batches():
-            began = time.perf_counter()
-            self._losses.append(self._train_step(images, labels))
-            times.append(1e3 * (time.perf_counter() - began))
-            self.step += 1
-            if self.step % self.steps:  # `train` calls it after the last one
-                on_step()
-        loss, count = self.world.total(sum(self._losses), len(self._losses))
-        self._losses = []
-        return Epoch(self.step // self.steps, loss / count, self.accuracy(), median(times))
+        return self.epochs
 
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
         torch.manual_seed(self._seed(self.step, self.world.rank))
@@ -300,8 +285,6 @@ class Trainer:
         rights, total = self.world.total(right, count)
         return 100.0 * rights / total
 
-    # Checkpoints.
-
     def _stateful(self) -> dict[str, Any]:
         return {
             "network": self.network, "optimizer": self._optimizer, "schedule": self._schedule,
@@ -317,6 +300,7 @@ class Trainer:
                 "processes": self.world.size,
                 "step": self.step,
                 "losses": self._losses,
+                "epochs": [tuple(epoch) for epoch in self.epochs],
                 **{name: part.state_dict() for name, part in self._stateful().items()},
             },
             half,
@@ -333,6 +317,7 @@ class Trainer:
         for name, part in self._stateful().items():
             part.load_state_dict(saved[name])
         self.step, self._losses = saved["step"], saved["losses"]
+        self.epochs = [Epoch(*epoch) for epoch in saved["epochs"]]
 
 
 def read_checkpoint(path: Path, wanted: Experiment, world: World) -> dict[str, Any]:

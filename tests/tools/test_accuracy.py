@@ -190,18 +190,19 @@ def test_the_papers_networks_have_their_size() -> None:
 def test_options_reach_the_layers() -> None:
     layer = norms.make_norm("batchnormal", False, alpha=0.5, noise_train=0.0)(4)
     assert (layer.alpha, layer.noise_train) == (0.5, 0.0)
-    assert norms.make_norm("layernormal", True)(4).noise_train == 1.0
     assert norms.make_norm("decorrelatednormal", False, noise_train=0.1)(4).after.noise_train == 0.1
 
 
 def test_the_papers_recipes() -> None:
-    resnet = Experiment(**recipe("cifar10", "resnet18"))
-    assert (resnet.optimizer, resnet.learning_rate, resnet.momentum) == ("sgd", 0.1, 0.9)
-    assert (resnet.weight_decay, resnet.batch_size, resnet.epochs) == (5e-4, 128, 200)
-    assert resnet.step_epochs == 60
-    vit = Experiment(**recipe("cifar10", "vit"))
-    assert (vit.optimizer, vit.learning_rate, vit.weight_decay) == ("adamw", 1e-3, 0.05)
-    assert vit.batch_size == 32
+    found = Experiment(**recipe("cifar10", "resnet18"))
+    assert found == Experiment(
+        model="resnet18", epochs=200, batch_size=128, learning_rate=0.1, momentum=0.9,
+        weight_decay=5e-4, step_epochs=60, gamma=0.1, augment=True,
+    )  # fmt: skip
+    assert Experiment(**recipe("cifar10", "vit")) == Experiment(
+        model="vit", epochs=200, batch_size=32, optimizer="adamw", learning_rate=1e-3,
+        weight_decay=0.05, augment=True,
+    )  # fmt: skip
 
 
 # Training.
@@ -241,7 +242,7 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
         torch.randn(17)  # whatever a new process drew before
         resumed.resume(tmp_path / "checkpoint.pt")
         last = resumed.train()[-1]
-        assert replace(last, step_ms=0.0) == replace(epochs[-1], step_ms=0.0)
+        assert last._replace(step_ms=0.0) == epochs[-1]._replace(step_ms=0.0)
         for name, value in whole.network.state_dict().items():
             assert torch.equal(value, resumed.network.state_dict()[name]), name
 
@@ -302,14 +303,11 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     # A norm without statistics of the batch, which are each process's own.
-    words = ["--norm", "group", "--epochs", "1", "--limit", "700", "--batch-size", "64",
-             "--learning-rate", "0.02"]  # fmt: skip
-    torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(SCRIPT),
-    ]  # fmt: skip
+    words = ["--norm", "group", "--epochs", "1", "--limit", "700", "--learning-rate", "0.02"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+              "--rdzv-endpoint", "localhost:0"]  # fmt: skip
     done = subprocess.run(
-        [*torchrun, *words, "--out", str(tmp_path / "two")],
+        [sys.executable, *launch, str(SCRIPT), *words, "--out", str(tmp_path / "two")],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -447,8 +445,7 @@ def test_what_is_not_installed_or_cannot_run_gets_a_sentence(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "model", "norm"),
-    [("cifar10", "resnet18", "batchnormal"), ("tinyimagenet", "wrn28-2", "decorrelatednormal"),
-     ("cifar100", "vit", "layernormal")],
+    [("tinyimagenet", "resnet18", "decorrelatednormal"), ("cifar100", "vit", "layernormal")],
 )  # fmt: skip
 def test_the_papers_networks_train_on_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, model: str, norm: str
