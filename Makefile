@@ -203,7 +203,7 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.dev
 	    'torchvision, and timm and the models of transformers with it, can be imported here by the' \
 	    'tests alone, which stand in for its compiled part: that is made for' \
 	    "another build of torch than $$($(PY) -c 'import torch; print(torch.__version__)')." \
-	    'README.md, "In models you already have", says where the right one is.'
+	    'README.md, "Existing models", names the right one.'
 	@touch $@
 
 FORCE:
