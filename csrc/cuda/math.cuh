@@ -127,7 +127,8 @@ struct PowerSlopes {
 };
 
 template <class Real>
-__device__ __forceinline__ PowerSlopes<Real> plain_slopes(Real h, Real log, Real reciprocal, const SignedExponent<Real>& exponent) {
+__device__ __forceinline__ PowerSlopes<Real> plain_slopes(Real h, Real log, Real reciprocal,
+                                                          const SignedExponent<Real>& exponent) {
   const Real signed_log = signed_as(log, h);
   const Real inverse = exponent.inverse(h);
   const PowerPsi<Real> p = plain_power_psi<false>(signed_log, inverse, exponent.tilt);

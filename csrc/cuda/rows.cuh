@@ -126,7 +126,8 @@ __device__ inline ChunkPlace locate_chunk(const KernelArgs<Real>& a, const Group
 
 // The address of a chunk in a tensor. Aligned: 32 bits count the chunks of a group, which reaches 64 GiB.
 template <class T, bool kRagged>
-__device__ __forceinline__ const T* chunk_address(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c) {
+__device__ __forceinline__ const T* chunk_address(const void* tensor, int64_t group, const ChunkStrides& s,
+                                                 const ChunkPlace& c) {
   const T* p = static_cast<const T*>(tensor) + group;
   if constexpr (kRagged) return p + (int64_t(c.run) * s.run + c.first);
   p = opaque_address(p);  // else the compiler adds the offset to `group` first, in four instructions a chunk instead of two

@@ -182,7 +182,8 @@ class RowsPass {
   void choose(const Demand& d, Device device) {
     for (;;) {
       plan_ = choose_plan(d, device, p_.force);
-      sums_elements_ = d.sums_elements && plan_.shared_chunks == 0 && (plan_.tier == Tier::kBlock || plan_.tier == Tier::kCluster);
+      const bool in_blocks = plan_.tier == Tier::kBlock || plan_.tier == Tier::kCluster;
+      sums_elements_ = d.sums_elements && plan_.shared_chunks == 0 && in_blocks;
       if (p_.frozen && !backward_) plan_.tier = Tier::kStreaming;
       if (plan_.tier != Tier::kCluster && plan_.tier != Tier::kGrid) return;
       if (is_co_resident(device)) return;

@@ -272,8 +272,8 @@ inline unsigned finish_threads(int64_t partials) {
 // Combines the moments of a group's partials around the first one's pilot, so that nothing cancels. partial(i, k) is number
 // k of partial i: count, pilot, mean less the pilot, sum of squares around the mean.
 template <class Real, class Partial>
-__device__ inline void finish_moments_of(const KernelArgs<Real>& a, BlockThreads<Real>& threads, uint32_t partials, Partial partial,
-                                           uint32_t group) {
+__device__ inline void finish_moments_of(const KernelArgs<Real>& a, BlockThreads<Real>& threads, uint32_t partials,
+                                         Partial partial, uint32_t group) {
   const Real pilot = partial(0, 1);
   Real sums[2] = {};
   for (uint32_t i = threadIdx.x; i < partials; i += blockDim.x) {
@@ -348,8 +348,8 @@ __global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamingA
 // g and g (x + noise z) of a chunk. kAligned: a counter of the noise begins with the chunk.
 template <class T, bool kRagged, bool kAligned, class Real>
 __device__ __forceinline__ void parameter_terms(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
-                                                const GroupConstants<Real>& k, const PhiloxSchedule& keys, Real (&grad)[kChunkOf<T>],
-                                                Real (&x)[kChunkOf<T>]) {
+                                                const GroupConstants<Real>& k, const PhiloxSchedule& keys,
+                                                Real (&grad)[kChunkOf<T>], Real (&x)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
   read_chunk<T, kRagged>(a.grad, g.grad, a.at_grad, c, grad);
   mask_gradient<true>(ChunkAt<T, kRagged>{g, c}, a.fused, Fetched<T, true>(), grad);

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
@@ -34,9 +33,8 @@ from host_cuda.cases import (
     make,
     same,
 )
-from host_cuda.harness import Call, Tensor
+from host_cuda.harness import Call, HostKernels, Tensor
 
-from normnorm.noise import standard_normals
 from normnorm.statistics import Row
 
 pytestmark = pytest.mark.skipif(
@@ -46,8 +44,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="session")
-def kernels() -> ModuleType:
-    return harness.load(harness.build())
+def kernels() -> HostKernels:
+    return HostKernels()
 
 
 @pytest.fixture(autouse=True)
@@ -55,30 +53,8 @@ def _plain_run(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "kernels" in request.fixturenames:
         module = request.getfixturevalue("kernels")
-        module.configure(0, False, "")
+        module.configure(0)
         module.device(4, 232448, True)
-
-
-# --- the layer that runs the kernels -----------------------------------------------------------
-
-
-def test_the_layer_reports_broken_kernels(kernels):
-    with pytest.raises(RuntimeError, match="different barriers"):
-        kernels.run_faulty("diverging")
-    with pytest.raises(RuntimeError, match="deadlock"):
-        kernels.run_faulty("deadlocked")
-    with pytest.raises(RuntimeError, match="ended while others wait"):
-        kernels.run_faulty("uneven_cluster")
-
-
-def test_a_missing_barrier_depends_on_the_order(kernels):
-    results = {}
-    for name in ("racing", "orderly"):
-        for order in ORDERS:
-            kernels.configure(order, False, "")
-            results[name, order] = tuple(kernels.run_faulty(name))
-    assert len({results["orderly", order] for order in ORDERS}) == 1
-    assert len({results["racing", order] for order in ORDERS}) > 1
 
 
 # --- every tier against float64 ----------------------------------------------------------------
@@ -92,16 +68,11 @@ def test_rows(kernels, case, tier, dtype, noise):
     check(kernels, *make(ROWS[case], dtype, noise_train=noise, force=ROW_TIERS[tier]))
 
 
-def _layouts(*names: str) -> list[tuple[str, bool]]:
-    """Each kind by rows and by columns; a layer's rows are always rows."""
-    return [(n, columns) for n in names for columns in (False, True) if n != "layer" or not columns]
-
-
 @pytest.mark.parametrize("noise", [0.0, 0.7], ids=["plain", "noise"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("case", "tier"),
-    # groups of several columns are only ever streamed
+    # groups of several columns are always streamed
     [(c, r) for c in COLUMNS for r in COLUMN_TIERS if "group" not in c or r == "streaming"],
 )
 def test_columns(kernels, case, tier, dtype, noise):
@@ -119,11 +90,11 @@ def test_columns(kernels, case, tier, dtype, noise):
     ],
 )
 def test_many_blocks_to_a_group(kernels, kind, shape, tier, dtype):
-    """So many that more than a warp finishes a group."""
+    """More than a warp of partial sums a group."""
     options = {"num_groups": 4} if kind == "group" else {}
     columns = (kind, len(shape)) != ("batch", 4)
     for order in ORDERS[:2]:
-        kernels.configure(order, False, "")
+        kernels.configure(order)
         call, g = make(
             (kind, shape, options), dtype, columns, noise_train=0.7,
             force={"tier": tier, "blocks": 37, "thread_groups": 1},
@@ -155,8 +126,9 @@ WAITING = {  # cases whose blocks wait for one another, by the tier of their pla
 TIER_OF = {"cluster": 2, "grid": 3, "tiles": 3}
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("case", WAITING)
-def test_blocks_that_are_not_co_resident_are_never_launched(kernels, case):
+def test_blocks_that_are_not_co_resident_are_never_launched(kernels, case, fused):
     """Their barriers would never open; a tier without them is planned instead."""
     shape, columns, shared = WAITING[case]
 
@@ -166,7 +138,7 @@ def test_blocks_that_are_not_co_resident_are_never_launched(kernels, case):
         if not columns:
             call.weight = call.bias = None
         tier = kernels.plan(call._problem(call.input, None), False)[0]
-        check(kernels, call, g)
+        check(kernels, fuse(call, FUSIONS["both"] if fused else ()), g)
         return tier
 
     assert serve() == TIER_OF[case]
@@ -176,8 +148,8 @@ def test_blocks_that_are_not_co_resident_are_never_launched(kernels, case):
         assert serve(refuse_cooperative=True) == 3  # planned, refused at the launch, and streamed
 
 
-def _run(kernels: ModuleType, call: Call, g: Tensor) -> list[list[int]]:
-    """Checks both passes; the blocks of each launch, forward and backward."""
+def _run(kernels: HostKernels, call: Call, g: Tensor) -> list[list[int]]:
+    """Checks both passes; returns the blocks of each launch, forward and backward."""
     kernels.grids()
     found = []
     output, stats = call.forward(kernels)
@@ -191,9 +163,8 @@ def _run(kernels: ModuleType, call: Call, g: Tensor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (100, 40)], ids=str)
-def test_a_team_has_no_blocks_without_rows(kernels, shape):
-    """On a device of 132 multiprocessors, 258 blocks of which could run at once: a block takes 16
-    rows at a time of a tile of 32 columns."""
+def test_a_thread_group_has_no_blocks_without_rows(kernels, shape):
+    """A block takes 16 rows at a time of a tile of 32 columns; the device could run 258 blocks."""
     kernels.device(132, 232448, True)
     blocks = -(-shape[0] // 16) * -(-shape[1] // 32)
     forward, backward = _run(kernels, *make(("batch", shape, {}), torch.float32, True))
@@ -203,7 +174,7 @@ def test_a_team_has_no_blocks_without_rows(kernels, shape):
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 def test_evaluation_is_one_launch(kernels, columns):
-    """Of all groups, also where they are more than the L2 cache holds."""
+    """Of all groups, also where the L2 cache does not hold them."""
     kernels.device(132, 232448, True)
     large = Call("batch", torch.empty(256, 256, 56, 56), frozen=torch.empty(len(Row), 256))
     _, threads, blocks, groups, _ = kernels.plan(large._problem(large.input, None), False)
@@ -220,8 +191,8 @@ def test_evaluation_is_one_launch(kernels, columns):
 
 
 @pytest.mark.parametrize("shared", [48_192, 56_384])
-def test_a_team_of_doubles_has_room_for_its_totals(kernels, shared):
-    """A block of a cluster keeps 16 KB of totals of its warps beside the chunks of its group."""
+def test_a_cluster_has_shared_memory_for_the_totals_of_doubles(kernels, shared):
+    """A block of a cluster has 16 KB of totals of its warps beside the chunks of its group."""
     kernels.device(132, shared, True)
     clusters = 0
     for length in range(4000, 80_000, 1000):
@@ -235,24 +206,20 @@ def test_a_team_of_doubles_has_room_for_its_totals(kernels, shared):
     assert clusters > 10
 
 
-@pytest.mark.parametrize("order", ORDERS[1:])
-@pytest.mark.parametrize("tier", ROW_TIERS)
-def test_thread_orders_agree_bitwise(kernels, tier, order):
-    for name in ("layer", "batch"):
-        call, g = make(ROWS[name], torch.bfloat16, noise_train=1.0, force=ROW_TIERS[tier])
-        kernels.configure(0, False, "")
-        first = check(kernels, call, g)
-        kernels.configure(order, False, "")
-        assert same(first, check(kernels, call, g))
-
-
-@pytest.mark.parametrize("tier", COLUMN_TIERS)
-def test_columns_agree_bitwise_in_all_orders(kernels, tier):
-    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_TIERS[tier])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    ("case", "tier", "columns"),
+    [(c, r, False) for c in ("layer", "batch") for r in ROW_TIERS]
+    + [("batch", r, True) for r in COLUMN_TIERS],
+)
+def test_thread_orders_agree_bitwise(kernels, case, tier, columns, fused):
+    dtype = torch.float32 if columns else torch.bfloat16
+    names = FUSIONS["both"] if fused else ()
+    call, g = _make_fused(case, tier, columns, dtype, names, noise_train=1.0)
     results = []
     for order in ORDERS:
-        kernels.configure(order, False, "")
-        results.append(check(kernels, call, g))
+        kernels.configure(order)
+        results.append((*check(kernels, call, g), call.sum))
     assert all(same(results[0], r) for r in results[1:])
 
 
@@ -279,12 +246,12 @@ def programs() -> dict[str, tuple[Call, Tensor]]:
             ("batch", (40, 100, 2, 2), {}), torch.float32, True, noise_train=1.0,
             force={"tier": tier, "blocks": 2, "thread_groups": 2}, parameter_dtype=torch.float32,
         )  # fmt: skip
-    half = ("instance", (3, 4, 16, 16), {})  # its parameter gradients take a second reduction
+    half = ("instance", (3, 4, 16, 16), {})  # with reduce_partials()
     made["fold"] = make(half, torch.float32, force={"tier": "block"})
     return made
 
 
-def run_quietly(kernels: ModuleType, call: Call, g: Tensor) -> tuple[Tensor, ...] | None:
+def run_quietly(kernels: HostKernels, call: Call, g: Tensor) -> tuple[Tensor, ...] | None:
     try:
         output, stats = call.forward(kernels)
         return (output, stats, *call.backward(kernels, g, stats))
@@ -293,10 +260,10 @@ def run_quietly(kernels: ModuleType, call: Call, g: Tensor) -> tuple[Tensor, ...
 
 
 def test_every_barrier_is_needed(kernels):
-    """Leaving out any one barrier changes a result, or ends in an error, in some thread order."""
+    """Leaving out any barrier changes a result, or ends in an error, in some thread order."""
     needed, met = set(), set()
     for call, g in programs().values():
-        kernels.configure(0, True, "")
+        kernels.configure(0, True)
         right = run_quietly(kernels, call, g)
         assert right is not None
         sites = set(kernels.sites())
@@ -370,101 +337,38 @@ def test_strided_images(kernels):
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_offsets_beyond_32_bits(kernels, dtype, columns):
-    """Where the kernels find an element of a tensor that could not be allocated here."""
+    """The addresses of elements of a tensor that is too large to allocate here."""
     outer, inner, runs, length = 3, 5, 70_001, 4096
     run = 16 * 5 * 4096 * 5  # elements from one run to the next: the last one begins beyond 2^36
     strides = (runs * run, 1 if columns else length, run)
-    problem = {
-        "storage": harness.STORAGE[dtype],
-        "geometry": [int(columns), outer, inner, runs, 1 if columns else length],
-        "position": tuple(s * 3 for s in strides),
-        "input": (0, strides),
-    }
+    geometry = (columns, outer, inner, runs, 1 if columns else length)
+    numbers = (harness.STORAGE[dtype], *geometry, *(s * 3 for s in strides), *strides)
     per_chunk = 4 if columns or dtype == torch.float64 else 16 // dtype.itemsize
     last = 0 if columns else 4096 - 8
     for o, i, r, at in [(0, 0, 0, 0), (2, 4, 70_000, last), (1, 3, 69_999, 0)]:
         element = o * strides[0] + i * strides[1] + r * run + at
         start = 3 * (o * strides[0] + r * run)
         noise = start + (i if columns else 3 * i * strides[1] + at)
-        got = kernels.offsets(problem, o * inner + i, r, at // per_chunk if not columns else 0)
+        chunk = 0 if columns else at // per_chunk
+        got = kernels.offsets((*numbers, o * inner + i, r, chunk))
         assert got == (element * dtype.itemsize, noise // 4), (o, i, r, at)
 
 
 def test_sizes_that_are_refused(kernels):
-    """By a sentence, and by the launchers: what 32 bits could not count."""
-    small = [0, 3, 5, 7, 64]
-    assert kernels.refusal({"geometry": small}) is None
+    """Sizes that exceed 32-bit counters, by a sentence and by the launchers."""
+    call, _ = make(ROWS["layer"], torch.float32)
+    problem = call._problem(call.input, None)
+    assert kernels.refusal(problem) is None
     for geometry, said in (
         ([0, 2**20, 2**12, 1, 8], "4294967296 groups"),
         ([0, 1, 1, 2**20, 2**15], "chunks"),
         ([1, 1, 2**21, 4, 2**10], "2147483648 columns"),
         ([1, 1, 4, 2**31, 1], "2147483648 rows"),
     ):
-        assert said in kernels.refusal({"geometry": geometry})
-    call, _ = make(ROWS["layer"], torch.float32)
-    problem = call._problem(call.input, None)
-    problem["geometry"] = [0, 2**20, 2**12, 1, 8]
-    with pytest.raises(RuntimeError, match="CUDA error 1"):
-        kernels.forward(problem)
-
-
-# --- options -----------------------------------------------------------------------------------
-
-
-OPTIONS = {
-    "order 1": {"order": 1, "alpha": 0.3},
-    "alpha 0": {"alpha": 0.0},
-    "shifted": {"transform_eps": 1e-5**0.5},
-    "stream and seed": {"stream": 3, "seed": -(2**62) - 5, "noise_train": 1.0},
-}
-
-
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options(kernels, option, columns):
-    case = (COLUMNS if columns else ROWS)["batch"]
-    check(kernels, *make(case, torch.float32, columns, **OPTIONS[option]))
-
-
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_given_noise_scale(kernels, dtype, columns):
-    call, g = make((COLUMNS if columns else ROWS)["batch"], dtype, columns, noise_train=1.0)
-    call.noise_scale = torch.rand(call.groups) + 0.5
-    check(kernels, call, g)
-
-
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_frozen_statistics(kernels, columns):
-    call, g = make((COLUMNS if columns else ROWS)["batch"], torch.float32, columns)
-    frozen = torch.zeros(len(Row), call.groups)
-    frozen[Row.MEAN].normal_()
-    frozen[Row.RSTD] = torch.rand(call.groups) + 0.5
-    frozen[Row.LMBDA] = torch.linspace(-1, 3, call.groups)
-    call.frozen = frozen
-    check(kernels, call, g)
-    call.input = call.input * 1e6  # far outside: finite all the same
-    assert call.forward(kernels)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("present", ["neither", "weight", "bias"])
-@pytest.mark.parametrize(("name", "columns"), _layouts("batch", "group", "layer"))
-def test_absent_parameters(kernels, name, present, columns):
-    call, g = make((COLUMNS if columns else ROWS)[name], torch.float32, columns, noise_train=1.0)
-    if present != "weight":
-        call.weight = None
-    if present != "bias":
-        call.bias = None
-    check(kernels, call, g)
-
-
-@pytest.mark.parametrize(("name", "columns"), _layouts("batch", "group", "layer", "instance"))
-def test_parameters_of_the_storage_type(kernels, name, columns):
-    case = (COLUMNS if columns else ROWS)[name]
-    check(
-        kernels,
-        *make(case, torch.bfloat16, columns, noise_train=1.0, parameter_dtype=torch.bfloat16),
-    )
+        refused = problem | {"geometry": geometry}
+        assert said in kernels.refusal(refused)
+        with pytest.raises(RuntimeError, match="CUDA error 1"):
+            kernels.forward(refused)
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
@@ -512,9 +416,8 @@ def test_fused(kernels, case, tier, columns, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("case", "tier", "columns"), _fused_layouts())
-def test_fused_is_the_plain_pass_and_steps_bitwise(kernels, case, tier, columns, dtype):
-    """Where nothing is rounded on the way to storage; with noise, without which plain kernels save
-    a round."""
+def test_fused_equals_separate_operations_bitwise(kernels, case, tier, columns, dtype):
+    """Without rounding to storage; with noise, because plain kernels without it skip a round."""
     call, g = _make_fused(case, tier, columns, dtype, FUSIONS["both"], noise_train=0.7)
     output, stats = call.forward(kernels)
     gradients = call.backward(kernels, g, stats)
@@ -529,22 +432,11 @@ def test_fused_is_the_plain_pass_and_steps_bitwise(kernels, case, tier, columns,
     assert same(gradients, (du + call.grad_sum, *parameters))
 
 
-@pytest.mark.parametrize(("case", "tier", "columns"), _fused_layouts()[:5] + _fused_layouts()[-3:])
-def test_fused_agrees_bitwise_in_all_orders(kernels, case, tier, columns):
-    made = _make_fused(case, tier, columns, torch.bfloat16, FUSIONS["both"], noise_train=1.0)
-    call, g = made
-    results = []
-    for order in ORDERS:
-        kernels.configure(order, False, "")
-        results.append((*check(kernels, call, g), call.sum))
-    assert all(same(results[0], r) for r in results[1:])
-
-
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("tier", ["grid", "streaming"])
 @pytest.mark.parametrize("odd", ["residual", "addend", "grad_sum", "gradient"])
-def test_fused_tensors_that_begin_and_step_anywhere(kernels, tier, columns, odd):
-    """One that is not aligned makes the whole pass ragged."""
+def test_fused_tensors_of_any_offset_and_stride(kernels, tier, columns, odd):
+    """A tensor that is not aligned makes the whole pass ragged."""
 
     def shifted(t: Tensor) -> Tensor:
         wide = torch.empty(t.size(0), t.size(1) + 3, *t.shape[2:]).to(t.dtype)
@@ -564,7 +456,7 @@ def test_fused_tensors_that_begin_and_step_anywhere(kernels, tier, columns, odd)
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_frozen_statistics_and_what_stands_behind(kernels, columns):
+def test_frozen_statistics_with_an_epilogue(kernels, columns):
     call, g = make((COLUMNS if columns else ROWS)["batch"], torch.bfloat16, columns)
     call.frozen = torch.zeros(len(Row), call.groups)
     call.frozen[Row.RSTD] = torch.rand(call.groups) + 0.5
@@ -587,32 +479,6 @@ def test_a_nan_passes_through_the_activation(kernels, case, tier, columns):
     torch.testing.assert_close(db, masked.sum(dims))
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_fused_blocks_that_are_not_co_resident_are_never_launched(kernels, columns):
-    shape, _, shared = WAITING["tiles" if columns else "grid"]
-    for options in ({}, {"cooperative": False}, {"refuse_cooperative": True}):
-        kernels.device(8, shared, True, **options)
-        call, g = make(shape, torch.float32, columns, noise_train=1.0)
-        check(kernels, fuse(call, FUSIONS["both"]), g)
-
-
-# --- noise -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_noise_is_the_stream(kernels, dtype):
-    """With s given as 1 and alpha 0, output minus h is the noise itself."""
-    call, _ = make(("layer", (3, 1025), {"normalized_ndim": 1}), dtype, alpha=0.0, noise_train=1.0)
-    call.weight = call.bias = None
-    call.noise_scale = torch.ones(3, dtype=dtype)
-    noisy, _ = call.forward(kernels)
-    call.noise_train, call.noise_scale = 0.0, None
-    plain, _ = call.forward(kernels)
-    z = standard_normals((3, 1025), torch.tensor([call.seed]))
-    error = ((noisy - plain).double() - z).abs().max().item()
-    assert error < (2e-6 if dtype == torch.float32 else 1e-13)
-
-
 # --- hard data ---------------------------------------------------------------------------------
 
 
@@ -623,7 +489,7 @@ def test_constant_and_broken_groups(kernels, tier):
     x[1] = 3.3
     x[2, 7] = float("nan")
     x[3, 8] = float("inf")
-    x[4] *= 1e20  # finite, and not its squares
+    x[4] *= 1e20  # finite, but its squares are not
     output, stats = call.forward(kernels)
     assert torch.equal(output[1], call.bias)
     assert stats[Row.LMBDA, 1] == 1
@@ -659,7 +525,7 @@ def test_large_offsets_cost_no_digits(kernels, tier, columns, offset):
     assert_close(stats[Row.RSTD], want[1][Row.RSTD], torch.float32, "rstd", 4)
 
 
-NEIGHBOURS = {  # what becomes of a column that lies between others
+NEIGHBOURS = {  # values of a column between others
     "nan": lambda x: x.index_fill(0, torch.tensor([1]), float("nan")),
     "infinity": lambda x: x.index_fill(0, torch.tensor([1]), float("inf")),
     "lambda near 0": lambda x: torch.empty(x.shape).exponential_(),
@@ -668,10 +534,10 @@ NEIGHBOURS = {  # what becomes of a column that lies between others
 
 
 def _alone_and_beside(
-    kernels: ModuleType, call: Call, g: Tensor, spoil: Callable[[Call, Tensor], None]
+    kernels: HostKernels, call: Call, g: Tensor, spoil: Callable[[Call, Tensor], None]
 ) -> tuple[Tensor, ...]:
-    """Before and after spoil(call, mask of channels) has had every third group, the kernels must
-    give the same bits for the others. Returns their statistics, and those of the spoilt."""
+    """The kernels must give the same bits for all other groups before and after spoil(call, mask of
+    channels) changes every third group. Returns the statistics of the others and the spoilt."""
     channels = call.input.size(1)
     groups = call.num_groups or channels  # of a sample
     group = torch.arange(groups) % 3 == 1
@@ -710,7 +576,7 @@ BESIDE = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "tier"), BESIDE)
 def test_a_column_does_not_depend_on_its_neighbours(kernels, case, tier, dtype, neighbour):
-    """Bitwise, though neighbouring columns run the same code, which takes care of all of them."""
+    """Bitwise, although neighbouring columns run the code of the most precise path among them."""
 
     def spoil(call: Call, column: Tensor) -> None:
         call.input = call.input.clone()
@@ -765,54 +631,12 @@ def test_hard_laws(kernels, law):
     assert_close(du, want[2], torch.float32, "gradient of the input", 25)
 
 
-# --- running statistics ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_running_statistics(kernels, dtype, momentum):
-    channels, groups, count, eps = 5, 15, 40, 1e-5
-    stats = torch.rand(len(Row), groups, dtype=compute_dtype(dtype)) + 0.5
-    mean, var, lmbda = (torch.rand(channels).to(dtype) for _ in range(3))
-    tracked = torch.tensor(3)
-    want = []
-    factor = 0.25 if momentum is None else momentum
-    s = stats.double()
-    biased = (s[Row.RSTD] ** -2 - eps).clamp_min(0)
-    batch = (s[Row.MEAN] + s[Row.MEAN_LOW], biased * count / (count - 1), s[Row.LMBDA])
-    for old, new in zip((mean, var, lmbda), batch, strict=True):
-        want.append(old.double().lerp(new.reshape(3, channels).mean(0), factor))
-    arguments = {
-        name: (t.data_ptr(), harness.STORAGE[dtype], 1)
-        for name, t in (("mean", mean), ("var", var), ("lmbda", lmbda))
-    }
-    arguments |= {
-        "channels": channels, "eps": eps, "double_stats": stats.dtype == torch.float64,
-        "stats": stats.data_ptr(), "groups": groups, "tracked": tracked.data_ptr(),
-        "momentum": momentum, "count": count,
-    }  # fmt: skip
-    kernels.fold_running(arguments)
-    for got, expected in zip((mean, var, lmbda), want, strict=True):
-        assert_close(got, expected, dtype, "running statistics")
-    assert tracked.item() == 4
-
-    packed = torch.full((len(Row), channels), float("nan"), dtype=stats.dtype)
-    kernels.pack_running(arguments | {"stats": packed.data_ptr(), "groups": channels})
-    assert torch.equal(packed[Row.MEAN], mean.to(packed.dtype))
-    assert torch.equal(packed[Row.LMBDA], lmbda.to(packed.dtype))
-    torch.testing.assert_close(packed[Row.RSTD], (var.to(packed.dtype) + eps).rsqrt())
-    var[0] = float("inf")
-    kernels.pack_running(arguments | {"stats": packed.data_ptr(), "groups": channels})
-    assert packed[Row.RSTD].isnan().tolist() == [True] + [False] * (channels - 1)
-    assert not packed[[Row.MEAN_LOW, Row.NOISE_SCALE, Row.MEAN_HD, Row.MEAN_D, Row.CURVATURE]].any()
-
-
 # --- sanitizers --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
-    """This file once more in a process of its own, all kernels under ASan and UBSan."""
+    """This file again in another process, with all kernels under ASan and UBSan."""
     libraries = [
         subprocess.run(
             ["g++", f"-print-file-name={name}"], capture_output=True, text=True
@@ -826,7 +650,7 @@ def test_sanitizers_find_nothing(tmp_path):
         UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
         NORMNORM_HOST_CUDA_SANITIZED="1",
     )
-    # Those of neighbouring columns want equal bits of kernels and memory that others reach too.
+    # The tests of neighbouring columns are slow under sanitizers and reach no other code.
     chosen = ["-m", "not slow", "-k", "not neighbours"]
     pytest_ = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, __file__]
     command = [sys.executable, *pytest_]

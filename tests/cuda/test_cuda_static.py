@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels: registers, memory accesses, instruction counts. No GPU."""
+"""Registers, memory accesses and instruction counts of the CUDA kernels' machine code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cuda_static import sass
 
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 
-# float64 is the plain path: the C library's sine alone takes a stack frame.
+# Without float64, whose sine of the C library takes a stack frame.
 STORAGES = ("float32", "bfloat16", "float16")
 # One type and architecture in the default set, all of them in the exhaustive one: 80 seconds each.
 BUILDS = [
@@ -41,7 +41,7 @@ def moves_chunks(name: str) -> bool:
 
 @pytest.mark.parametrize(("storage", "architecture"), BUILDS)
 def test_aligned_kernels_move_128_bits(storage, architecture):
-    """Tensors by 128-bit accesses alone; only parameters and statistics are read by the number."""
+    """Tensors in 128-bit accesses; only parameters and statistics are read number by number."""
     cubin = sass.compile_cubin(sass.ROOT / f"csrc/cuda/{storage}.cu", architecture)
     kernels = {n: c for n, c in sass.instructions(cubin).items() if moves_chunks(n)}
     assert len(kernels) >= 15

@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda: cubins, their machine code, and what a chunk of elements costs.
+"""The machine code that nvcc makes of csrc/cuda, and its instructions an element.
 
 ``python .../sass.py`` prints the counts of the probes; with ``--update`` it stores
 them as the budgets that ``test_cuda_static.py`` holds the kernels to.
@@ -26,9 +26,9 @@ PROBES = Path(__file__).with_name("probes.cu")
 BUDGETS = ROOT / "tests/data/sass_budgets.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FLAGS = ("-std=c++20", "-O3")
-# Compiled with its host code, which is the same for all architectures.
+# Compiled with host code, which is the same for all architectures.
 HOST = "sm_90"
-# the elements of a thread by which a probe "many" exceeds the probe "few"
+# elements of a thread in the probe "many" minus those in "few"
 PROBE_ELEMENTS = {"forward": 32, "backward": 16}
 
 
@@ -45,7 +45,7 @@ def tool(name: str) -> str | None:
 
 
 def missing() -> str | None:
-    """Why machine code cannot be looked at here, or None."""
+    """Why machine code cannot be read here, or None."""
     absent = [t for t in ("nvcc", "cuobjdump", "nvdisasm", "c++filt") if not tool(t)]
     return f"not found: {', '.join(absent)}" if absent else None
 
@@ -110,14 +110,14 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 
 def demangled(names: list[str]) -> list[str]:
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
-    # in this order: what is left of an enumerator is its number
+    # an enumerator is left as its number
     noise = re.compile(r"normnorm::cuda::|\(anonymous namespace\)::|^void ")
     plain = (noise.sub("", line).replace("(Finish)", "") for line in done.stdout.splitlines())
     return [line.partition("(")[0] for line in plain]
 
 
 def instructions(cubin: Path) -> dict[str, list[str]]:
-    """Each kernel's instructions, without predicates; names as in the source."""
+    """Each kernel's instructions without predicates, by its name in the source."""
     functions: dict[str, list[str]] = {}
     current: list[str] | None = None
     for line in _cuobjdump("-sass", cubin).splitlines():
@@ -162,7 +162,7 @@ def launch_bounds(cubin: Path) -> dict[str, int]:
 
 
 def per_element(cubin: Path) -> dict[str, dict[str, float]]:
-    """What an element costs in each probe: instructions, and those of special functions."""
+    """Instructions an element in each probe, and those of special functions."""
     functions = instructions(cubin)
     counts = {}
     for name, code in functions.items():

@@ -37,9 +37,8 @@ struct Region {
 Model model;
 std::map<const void*, Kernel> kernels;
 std::map<std::pair<int, const void*>, int> dynamic_limit;
-std::vector<Region> regions;  // of the pass at hand
+std::vector<Region> regions;  // of the current pass
 std::vector<std::string> problems;
-std::string mutation;
 
 void report(const Kernel& k, const std::string& what) { problems.push_back(k.symbol + ": " + what); }
 
@@ -190,7 +189,6 @@ class Look {
     };
     const auto operand = [&](const char* name, const void* p, const Strides& s) {
       if (!p) return;
-      if (mutation == "address") p = static_cast<const char*>(p) + 8;
       const int64_t in_group = int64_t(a.runs - 1) * s.run + length;
       const size_t bytes = size_t((outer - 1) * s.outer + (inner - 1) * s.inner + in_group) * sizeof(T);
       const bool sum = p == a.fused.sum.data && inside("sum", p, bytes);  // the input of a later round
@@ -314,11 +312,6 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, 
     else if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
     else report(k, "an unknown attribute");
   }
-  if (mutation == "grid") grid *= 3;
-  if (mutation == "no blocks") grid = 0;
-  if (mutation == "cluster" && cluster > 1) cluster = 16;
-  if (mutation == "shared") dynamic += 128 << 10;
-  if (mutation == "threads") threads += 16;
   const auto require = [&](bool holds, const std::string& what) {
     std::ostringstream s;
     s << what << " [grid " << grid << ", threads " << threads << ", shared " << k.shared << " + " << dynamic << ", cluster "
@@ -351,7 +344,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, 
 
 }  // extern "C"
 
-// --- what the tests call ---------------------------------------------------------------------------
+// --- called by the tests ---------------------------------------------------------------------------
 
 // Mirrored by test_cuda_launches.py.
 struct Tensor {
@@ -386,7 +379,6 @@ void set_kernel(int i, const char* name, int registers, int shared, int threads)
   k.registers = registers, k.shared = shared, k.threads = threads;
 }
 void set_model(const Model* m) { model = *m; }
-void set_mutation(const char* m) { mutation = m; }
 // The oldest problem not yet returned, or null.
 const char* problem() {
   static std::string text;
@@ -477,7 +469,7 @@ int run_pass(const Pass* given, int plan[5]) {
   }
   size_t bytes = 0;
   int e = normnorm_cuda_workspace(&p, backward, &bytes);
-  if (bytes > 0) p.workspace = take("workspace", int64_t(mutation == "workspace" ? bytes / 2 : bytes), 0);
+  if (bytes > 0) p.workspace = take("workspace", int64_t(bytes), 0);
   if (e == 0) e = normnorm_cuda_plan(&p, backward, plan);
   if (e == 0) e = backward ? normnorm_cuda_backward(&p, nullptr) : normnorm_cuda_forward(&p, nullptr);
   return e;

@@ -1,11 +1,11 @@
-"""Compiles what a check on a GPU needs into ``build/gpu``, on a machine with or without one.
+"""Compiles the programs of a check on a GPU into ``build/gpu``, with or without a GPU.
 
     python tests/cuda/gpu/build.py [--arch 9.0] [--install]
 
 The folder holds the extension (stable ABI: any Python and any torch from 2.10 load it), the
-launchers that take a forced plan (``forced.cpp``), the program for compute-sanitizer
-(``sanitized.cpp``) with its problems, and what they were made of. Nothing is compiled where that
-is still so. ``--install`` copies the extension into the package.
+launchers that take a forced plan (``launchers.cpp``), the program for compute-sanitizer
+(``sanitized.cpp``) with its problems, and a hash of the sources, without a change of which nothing
+is compiled. ``--install`` copies the extension into the package.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ FOLDER = ROOT / "build/gpu"
 OBJECTS = ROOT / "build/gpu-objects"
 ON_CPU = ROOT / "build/gpu-on-cpu"
 HERE = Path(__file__).resolve().parent
+LAUNCHERS = HERE.parent / "host_cuda/launchers.cpp"
 LIBRARY = "_C.abi3.so"
 PROBLEMS = "problems.txt"
-MADE = (LIBRARY, "forced.so", "sanitized", PROBLEMS)
+MADE = (LIBRARY, "launchers.so", "sanitized", PROBLEMS)
 
 
 def made_of(arch: str) -> dict[str, Any]:
-    """What decides about the build beside the compiler: sources and the target."""
+    """What the build depends on beside the compiler: sources and target."""
     digest = hashlib.sha256()
     kept = [*(ROOT / "csrc").rglob("*"), ROOT / "setup.py", *HERE.glob("*.cpp"), HERE / "build.py"]
-    kept += [HERE / "forced.py", *(ROOT / "tests/cuda/host_cuda").glob("*.py")]
+    host = ROOT / "tests/cuda/host_cuda"
+    kept += [*host.glob("*.py"), *host.glob("launchers.cpp")]
     for path in sorted(p for p in kept if p.is_file()):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return {
@@ -46,7 +48,7 @@ def made_of(arch: str) -> dict[str, Any]:
 
 
 def run(command: list[str], **variables: str) -> str:
-    """What the program printed; ends this one where it fails."""
+    """The program's output; exits if it fails."""
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
     )
@@ -57,7 +59,7 @@ def run(command: list[str], **variables: str) -> str:
 
 
 def build(arch: str) -> dict[str, Any]:
-    """Everything anew; what it was made of, and how."""
+    """Compiles everything; returns what it was made of."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     library = OBJECTS / "lib"
@@ -70,34 +72,32 @@ def build(arch: str) -> dict[str, Any]:
     objects = OBJECTS / "objects"
     kernels = sorted(map(str, objects.glob("cuda_*.o")))
     (nvcc,) = re.findall(r"^nvcc = (.*)$", (objects / "build.ninja").read_text(), re.MULTILINE)
-    # By the compiler of the kernels, which knows where its runtime is.
-    link = [nvcc, "-std=c++20", "-O1", "-cudart", "static", *kernels, str(HERE / "forced.cpp")]
+    # nvcc links, because it finds its runtime.
+    link = [nvcc, "-std=c++20", "-O1", "-cudart", "static", *kernels, str(LAUNCHERS)]
     hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs,ALL,-s"]
-    run([*link, "-shared", *hidden, "-o", str(FOLDER / "forced.so")])
+    run([*link, "-shared", *hidden, "-o", str(FOLDER / "launchers.so")])
     run([*link, str(HERE / "sanitized.cpp"), "-Xlinker", "-s", "-o", str(FOLDER / "sanitized")])
     said = run([nvcc, "--version"]).splitlines()
     return {**made_of(arch), "nvcc": next((line for line in said if "release" in line), "")}
 
 
 def build_for_the_cpu() -> None:
-    """What a dry run runs: the kernels compiled for the CPU, their op, the sanitizers' program."""
+    """The programs of a dry run: the kernels on the CPU, their ops, the sanitizers' program."""
     from host_cuda import harness, torch_library
 
     ON_CPU.mkdir(parents=True, exist_ok=True)
     harness.build()
     torch_library.build()
     program = ON_CPU / "sanitized"
-    words = [*harness.flags(), "-DNN_ON_CPU", str(HERE / "forced.cpp"), str(HERE / "sanitized.cpp")]
+    words = [*harness.flags(), "-DNN_ON_CPU", str(LAUNCHERS), str(HERE / "sanitized.cpp")]
     run(["g++", *words, *map(str, harness.kernel_objects()), "-lpthread", "-o", str(program)])
 
 
 def write_problems(path: Path) -> None:
-    """The launchers' arguments for small layers on every path of a plan, by the code that the tests
-    of forced plans go through: numbers as they are, and buffers in place of tensors."""
+    """Writes the launchers' arguments for small layers in every tier, with buffers in place of
+    tensors."""
     import torch
     from host_cuda import cases, harness
-
-    from gpu import forced
 
     torch.manual_seed(20260105)
     words: list[object] = []
@@ -128,7 +128,7 @@ def write_problems(path: Path) -> None:
             for i, tensor in enumerate(t for t in [*given, *written] if t is not None):
                 words += [harness.STORAGE[tensor.dtype], tensor.numel(), int(i < len(given))]
             for backward, problem in enumerate(passes):
-                numbers, reals, pointers = forced.arrays({**problem, "seed": 0})
+                numbers, reals, pointers = harness.arrays({**problem, "seed": 0})
                 places = [buffers.get(pointer, -1) for pointer in pointers]
                 for part in (numbers, reals, places):
                     words += [len(part), *part]
@@ -151,7 +151,7 @@ def main() -> int:
     fits = {name: stored.get(name) for name in made_of("")} == made_of(options.arch)
     fits = fits and all((FOLDER / name).exists() for name in MADE)
     if fits and options.install:
-        fits = not install()  # compiled on a machine with newer libraries, say
+        fits = not install()  # compiled with newer libraries, for example
     if not fits:
         stored = build(options.arch)
         write_problems(FOLDER / PROBLEMS)
@@ -165,7 +165,7 @@ def main() -> int:
 
 
 def install() -> str:
-    """Copies the extension into the package; why it does not load there, or nothing."""
+    """Copies the extension into the package; returns why it does not load, or nothing."""
     partial = ROOT / "normnorm" / f".{LIBRARY}.partial"
     shutil.copy(FOLDER / LIBRARY, partial)
     os.replace(

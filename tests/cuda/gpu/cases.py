@@ -1,9 +1,9 @@
-"""What the GPU tests share: shapes, a call of the public functions, and the bounds of its results.
+"""Shapes, calls of the public functions and bounds of their results for the GPU tests.
 
-A result is compared with the definition in float64 on the same device, with the same noise. The
-bounds are made of the storage dtype's rounding, 64 units of the arithmetic's relative to the
-largest value (as in ``host_cuda/cases.py``, where a unit is 2^-24), and what the normals may
-differ by; on a GPU a unit is what its special-function instructions err by, 2^-22.
+A result is compared with the reference in float64 on the same device, with the same noise. Its
+bound is the rounding to storage, 64 rounding units relative to the largest value, and the error of
+the normals. A unit is 2^-22 on a GPU, the error of its special-function instructions, and 2^-24 in
+a dry run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNITS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A layer kind with shapes, for a GPU and for the CPU in its place.
+    """A layer kind, with its shapes on a GPU and in a dry run.
 
     Attributes:
         name: of the test's parameter.
@@ -75,8 +75,11 @@ class Call:
         rig, case: where and what.
         input, grad, weight, bias: the operands; ``grad`` is the output's gradient.
         running: (mean, var, lmbda) of a batch layer in evaluation; else None.
-        options: ``noise_train`` and the other numbers of the function; a ``seed`` other than
-            :data:`SEED` is not what ``expected`` takes.
+        options: ``noise_train`` and the other numbers of the function; ``expected`` takes the
+            seed :data:`SEED`.
+        residual, relu: the epilogue.
+        grad_sum: a gradient that is added to the input's.
+        found: with ``relu``, the output, whose sign decides where the gradient passes.
     """
 
     rig: Rig
@@ -87,10 +90,16 @@ class Call:
     bias: Tensor | None
     running: tuple[Tensor, Tensor, Tensor] | None = None
     options: dict[str, Any] = field(default_factory=lambda: {"noise_train": 0.0})
+    residual: Tensor | None = None
+    relu: bool = False
+    grad_sum: Tensor | None = None
+    found: Tensor | None = None
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         common = dict(self.options)
-        if "seed" not in common:  # made here, it could not be captured
+        if self.residual is not None or self.relu:
+            common |= {"residual": self.residual, "activation": "relu" if self.relu else None}
+        if "seed" not in common:  # not made here under capture
             common["seed"] = torch.tensor([SEED], device=x.device)
         kind = self.case.kind
         if kind == "batch":
@@ -110,33 +119,35 @@ class Call:
         )
 
     def results(self) -> dict[str, Tensor]:
-        """Output and gradients by the backend that is chosen."""
-        leaves = {
-            name: t.detach().requires_grad_()
-            for name, t in (("input", self.input), ("weight", self.weight), ("bias", self.bias))
-            if t is not None
-        }
+        """Output and gradients by the chosen backend."""
+        leaves = self.leaves()
         y = self(leaves["input"], leaves.get("weight"), leaves.get("bias"))
+        self.found = y.detach()
         gradients = torch.autograd.grad(y, list(leaves.values()), self.grad)
         return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Those of input, weight and bias that are given, as leaves."""
+        given = {"input": self.input, "weight": self.weight, "bias": self.bias}
+        return {
+            name: t.detach().to(dtype or t.dtype).requires_grad_()
+            for name, t in given.items()
+            if t is not None
+        }
+
     @property
     def channels_last(self) -> bool:
-        """Whether the noise counts in that order."""
+        """Whether the noise counts in channels_last order."""
         dense = self.input.dim() in (4, 5) and not self.input.is_contiguous()
         return dense and self.input.movedim(1, -1).is_contiguous()
 
     def expected(self) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """(results, statistics, noise) of the definition in float64."""
+        """(results, statistics, noise) of the reference in float64."""
         z = None
         if self.options.get("noise_train"):
             seed = torch.tensor([SEED], device=self.input.device)
             z = standard_normals(self.input.shape, seed, 0, self.channels_last)
-        leaves = {
-            name: t.detach().double().requires_grad_()
-            for name, t in (("input", self.input), ("weight", self.weight), ("bias", self.bias))
-            if t is not None
-        }
+        leaves = self.leaves(torch.float64)
         frozen = None
         if self.running is not None:
             running = (t.double() for t in self.running)
@@ -146,8 +157,16 @@ class Call:
             num_groups=self.case.groups, normalized_ndim=self.case.trailing, z=z, frozen=frozen,
             **self.options,
         )  # fmt: skip
-        gradients = torch.autograd.grad(y, list(leaves.values()), self.grad.double())
-        return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}, stats, z
+        g, output = self.grad.double(), y.detach()
+        if self.residual is not None:
+            output = output + self.residual.double()
+        if self.relu:
+            g, output = torch.where(self.found <= 0, 0.0, g), output.relu()
+        gradients = torch.autograd.grad(y, list(leaves.values()), g)
+        want = {"output": output, **dict(zip(leaves, gradients, strict=True))}
+        if self.grad_sum is not None:
+            want["input"] = want["input"] + self.grad_sum.double()
+        return want, stats, z
 
 
 def make(
@@ -196,7 +215,7 @@ def arithmetic_unit(rig: Rig, dtype: torch.dtype) -> float:
 
 
 def normal_error(z: Tensor, unit: float, channels_last: bool) -> Tensor:
-    """What each normal may differ by from the exact one.
+    """The error bound of each normal.
 
     A pair is a radius r = sqrt(-2 log u) at an angle. The logarithm errs absolutely near u = 1, by
     two units in r^2, so that r is off by that over r, yet at most by its root; sine and cosine err
@@ -218,8 +237,8 @@ def assert_close(
     got: Tensor, want: Tensor, unit: float, what: str, *, times: float = 1.0, least: float = 0.0,
     extra: Tensor | float = 0.0,
 ) -> None:  # fmt: skip
-    """``least``: the size of what the result is a difference of, where that may cancel; ``extra``:
-    what else it may differ by."""
+    """``least``: the size of the terms, where the result is a difference that may cancel;
+    ``extra``: a further allowed error."""
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
     exact, value = want.double(), got.double()
     scale = exact.abs().max().clamp_min(least)
@@ -239,14 +258,14 @@ def assert_close(
 
 
 def check(call: Call) -> dict[str, Tensor]:
-    """The chosen backend's output and gradients within their bounds; what it gave."""
+    """Compares the chosen backend's output and gradients with the reference; returns them."""
     got = call.results()
     compare(call, got)
     return got
 
 
 def compare(call: Call, got: dict[str, Tensor]) -> None:
-    """Results of whatever computed ``call``, against the definition's."""
+    """Compares results of ``call`` with the reference."""
     if mode() == "compile":
         return
     want, stats, z = call.expected()

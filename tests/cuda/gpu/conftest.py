@@ -1,9 +1,9 @@
-"""The rig that the tests run on, the backends that serve there, and a line for each test.
+"""The rig that the tests run on, its backends, and a record of each test.
 
-Without a GPU nothing but ``test_device.py`` is collected, whose one test says so; ``rig.VARIABLE``
-puts the CPU in the GPU's place. Where ``NORMNORM_GPU_CHECK_LINES`` names a file, each test adds
-JSON lines to it as it is planned, begins and ends; tests that have begun by it are left out. What
-a process found outlives it, and another goes on behind the test that was at work when it ended.
+Without a GPU only ``test_device.py`` is collected, unless ``rig.VARIABLE`` selects the CPU. Where
+``NORMNORM_GPU_CHECK_LINES`` names a file, each test appends JSON lines to it when it is planned,
+begins and ends, and tests that the file says have begun are left out. So the record survives a
+process that dies, and the next process continues after the test that killed it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DRY = MODE == "dry"
 HAS_RIG = MODE != "gpu" or torch.cuda.is_available()
 collect_ignore_glob = [] if HAS_RIG else ["test_[!d]*.py"]
 LINES = os.environ.get("NORMNORM_GPU_CHECK_LINES")
-# "2/5": the second of five parts of the tests, neighbours together.
+# "2/5": the second of five consecutive parts of the tests.
 SHARE = os.environ.get("NORMNORM_GPU_CHECK_SHARE", "1/1")
 
 
@@ -37,7 +37,7 @@ def rig() -> Rig:
 
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The same random numbers for each test; what it left running is its own failure."""
+    """Seeds each test, and waits for its work, so that errors are reported for this test."""
     torch.manual_seed(20250705)
     yield
     if "rig" in request.fixturenames:
@@ -47,7 +47,7 @@ def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _under_test() -> list[str]:
-    """The CUDA kernels whether they can run or not, and what else serves here."""
+    """The CUDA kernels, even if they cannot run, and the other backends of this rig."""
     if not HAS_RIG:
         return []
     if MODE == "compile":
@@ -58,7 +58,7 @@ def _under_test() -> list[str]:
 
 @pytest.fixture(params=_under_test())
 def backend(request: pytest.FixtureRequest, rig: Rig) -> Iterator[str]:
-    """Each backend that serves a GPU's tensors, chosen for the length of the test."""
+    """Each backend that serves a GPU's tensors, chosen during the test."""
     from normnorm import use_backend
 
     reason = rig.reasons()[request.param]

@@ -1,5 +1,5 @@
-"""The CUDA kernels' first launches on a device: each way in which a group can live there, forward
-and backward, against the definition in float64.
+"""The CUDA kernels' first launches on a device: each tier, forward and backward, against the
+reference in float64.
 
     python tests/cuda/gpu/first_contact.py [NAME ...]
 
@@ -27,7 +27,7 @@ from host_cuda import harness
 from gpu import cases, forced
 from gpu.rig import Hang, Rig
 
-# Case, the forced plan, whether groups lie in columns; what can hang comes last.
+# Case, forced plan, whether the layout is columns; tiers that can hang come last.
 PATHS = {
     "one block": ("layer", small.ROW_TIERS["block"], False),
     "one block, shared memory": ("layer", small.ROW_TIERS["shared"], False),
@@ -40,7 +40,7 @@ PATHS = {
 
 
 def check(rig: Rig, kernels: object, name: str) -> str | None:
-    """What is wrong with a path; None where nothing is."""
+    """The error of a path, or None."""
     case, plan, columns = PATHS[name]
     kind, shape, options = (small.COLUMNS if columns else small.ROWS)[case]
     groups, trailing = options.get("num_groups", 0), options.get("normalized_ndim", 0)

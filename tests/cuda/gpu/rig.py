@@ -1,7 +1,7 @@
 """The device that the tests run on.
 
 :class:`Rig` is a CUDA device or, where the environment's :data:`VARIABLE` says so, the CPU in its
-place: "dry" runs the CUDA kernels' own source compiled for the CPU (``host_cuda``) on small
+place: "dry" runs the CUDA kernels compiled for the CPU (``host_cuda``) on small
 tensors; "compile sm_90" compiles the Triton kernels that the tests would launch on a GPU of that
 architecture, with the tensors of full size on the CPU, and runs none.
 """
@@ -29,9 +29,9 @@ __all__ = ["BACKENDS", "VARIABLE", "Hang", "NoGpu", "Rig", "mode", "wait", "work
 T = TypeVar("T")
 
 VARIABLE = "NORMNORM_GPU_CHECK"
-# Those that serve a GPU's tensors.
+# The backends that serve a GPU's tensors.
 BACKENDS = ("cuda", "triton")
-# What a profile calls work of a device, and what stands for it on a CPU.
+# The profiler's names of a device's work, and the ops that ask for it in a dry run.
 _DEVICE_WORK = {"kernel", "gpu_memset", "gpu_memcpy"}
 _HOST_WORK = ("normnorm", "aten::random_")
 
@@ -41,7 +41,7 @@ class NoGpu(RuntimeError):
 
 
 class Hang(RuntimeError):
-    """A kernel has not ended in its time."""
+    """A kernel has not ended in time."""
 
 
 def mode() -> str:
@@ -50,7 +50,7 @@ def mode() -> str:
 
 
 def wait(device: torch.device, seconds: float = 10.0) -> None:
-    """Waits for the device's work by asking for it, since a wait in the driver cannot be ended.
+    """Polls the device's work, because a wait in the driver cannot be interrupted.
 
     Raises:
         Hang: it has not ended in so many seconds.
@@ -104,11 +104,11 @@ class Rig:
         return dry if self.small else gpu
 
     def serving(self) -> list[str]:
-        """The backends under test that can run here."""
+        """The backends that can run here."""
         return [name for name, reason in self.reasons().items() if reason is None]
 
     def reasons(self) -> dict[str, str | None]:
-        """Those backends, with None or why they cannot run."""
+        """The backends under test, with None or the reason why they cannot run."""
         found = normnorm.available_backends()
         reasons = {name: found[name] for name in BACKENDS}
         for name, reason in reasons.items():
@@ -124,7 +124,7 @@ class Rig:
         return 2.0**-24 if self.dry else 2.0**-22
 
     def synchronize(self) -> None:
-        """Waits for the device; raises what went wrong on it."""
+        """Waits for the device; raises its errors."""
         if not self.dry:
             torch.cuda.synchronize(self.device)
 
@@ -158,7 +158,7 @@ class Rig:
         return replay
 
     def stream(self) -> Any:
-        """A block on a stream of its own, which starts after what was asked for so far."""
+        """A context on a new stream that starts after the work so far."""
         if self.dry:
             return nullcontext()
         stream = torch.cuda.Stream(self.device)
@@ -166,14 +166,12 @@ class Rig:
         return torch.cuda.stream(stream)
 
     def work_of(self, step: Callable[[], Any]) -> list[str]:
-        """The names of the kernels, copies and fills that ``step`` has the device do.
-
-        On a CPU the ops that would launch them.
+        """The names of the kernels, copies and fills of ``step``; on a CPU, of its ops.
         """
         activities = [torch.profiler.ProfilerActivity.CPU]
         if not self.dry:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        step()  # what happens once is not counted
+        step()  # warm up
         self.synchronize()
         with torch.profiler.profile(activities=activities) as profile:
             step()
@@ -184,17 +182,17 @@ class Rig:
             return work_in(json.loads(path.read_text(encoding="utf-8")), self.dry)
 
     def allocated(self) -> int:
-        """Bytes of tensors alive on the device; 0 on a CPU, which does not count them."""
+        """Bytes of live tensors on the device; 0 on a CPU."""
         return 0 if self.dry else torch.cuda.memory_allocated(self.device)
 
     def free_cache(self) -> None:
-        """Gives memory of dead tensors back, so that the next shape finds room."""
+        """Frees cached memory for the next shape."""
         if not self.dry:
             torch.cuda.empty_cache()
 
 
 def work_in(trace: dict[str, Any], dry: bool) -> list[str]:
-    """What a device did by a profile in Chrome's format; in a dry run, the ops that ask for it."""
+    """A device's work in a profile in Chrome's format; in a dry run, the ops."""
     events = trace["traceEvents"]
     if dry:
         ops = [e["name"] for e in events if e.get("cat") == "cpu_op"]
@@ -204,7 +202,7 @@ def work_in(trace: dict[str, Any], dry: bool) -> list[str]:
 
 @cache
 def _register_host_build() -> None:
-    """Backend "cuda" for CPU tensors: the kernels' source, compiled by the host's compiler."""
+    """Registers backend "cuda" for CPU tensors: the kernels compiled for the CPU."""
     from host_cuda import torch_library
 
     reason = torch_library.missing()
@@ -226,4 +224,4 @@ def _register_compilation(target: str) -> AbstractContextManager[Any]:
     triton.device_type = lambda: "cpu"
     backends._late.pop("triton", None)
     triton.register()
-    return compiling  # in the cache: collected, it would undo itself
+    return compiling  # kept in the cache, because it ends when it is collected

@@ -1,6 +1,6 @@
-// Runs the problems of a file through the launchers, without torch: what compute-sanitizer watches. Inputs are written by
-// copies from the host, and what a pass writes is left as cudaMalloc gives it, so that initcheck sees any element that is
-// read before it was written. The file is build.py's: for each case its buffers, then a forward and a backward pass.
+// Runs the problems of a file through the launchers under compute-sanitizer, without torch. Inputs are copied from the host;
+// outputs are not initialised, so that initcheck reports elements that are read before they are written. build.py writes the
+// file: for each case its buffers, then a forward and a backward pass.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,8 +20,8 @@ inline int cudaDeviceSynchronize() { return 0; }
 inline int copy(void* to, const void* from, size_t n) { return cudaMemcpy(to, from, n, cudaMemcpyDefault); }
 #endif
 
-extern "C" int forced_workspace(const int64_t*, const double*, void* const*, int backward, size_t* bytes);
-extern "C" int forced_run(const int64_t*, const double*, void* const*, int backward, void* stream);
+extern "C" int launcher_workspace(const int64_t*, const double*, void* const*, int backward, size_t* bytes);
+extern "C" int launcher_run(const int64_t*, const double*, void* const*, int backward, void* stream);
 
 namespace {
 
@@ -37,8 +37,7 @@ void* device_memory(size_t bytes) {
   return p;
 }
 
-// Float32, float64, bfloat16, float16: the size, and the bits of sign and mantissa and of an exponent that make random
-// bits a number of magnitude [0.5, 1).
+// Float32, float64, bfloat16, float16: the size, and the masks that make random bits a number of magnitude [0.5, 1).
 constexpr size_t kBytes[] = {4, 8, 2, 2};
 constexpr uint64_t kFree[] = {0x807fffff, 0x800fffffffffffff, 0x807f, 0x83ff};
 constexpr uint64_t kFixed[] = {0x3f000000, 0x3fe0000000000000, 0x3f00, 0x3800};
@@ -62,7 +61,7 @@ void fill(const Buffer& b) {
   must(copy(b.data, bytes.data(), bytes.size()), "copy to the device");
 }
 
-// Elements that are infinite or no number.
+// The number of infinities and NaNs.
 size_t bad(const Buffer& b) {
   std::vector<unsigned char> bytes(b.count * kBytes[b.storage]);
   must(copy(bytes.data(), b.data, bytes.size()), "copy to the host");
@@ -84,7 +83,7 @@ std::vector<T> numbers(std::ifstream& file) {
   return read;
 }
 
-// In the order of the pointers that forced.cpp takes: the seed and the workspace.
+// In the order of the pointers that launchers.cpp takes: the seed and the workspace.
 constexpr size_t kSeed = 12, kWorkspace = 14;
 
 void pass(std::ifstream& file, const std::vector<Buffer>& buffers, void* seed, int backward) {
@@ -95,9 +94,9 @@ void pass(std::ifstream& file, const std::vector<Buffer>& buffers, void* seed, i
   for (int place : places) pointers.push_back(place < 0 ? nullptr : buffers[size_t(place)].data);
   pointers[kSeed] = seed;
   size_t bytes = 0;
-  must(forced_workspace(whole.data(), reals.data(), pointers.data(), backward, &bytes), "workspace");
+  must(launcher_workspace(whole.data(), reals.data(), pointers.data(), backward, &bytes), "workspace");
   pointers[kWorkspace] = device_memory(bytes);
-  must(forced_run(whole.data(), reals.data(), pointers.data(), backward, nullptr), "launch");
+  must(launcher_run(whole.data(), reals.data(), pointers.data(), backward, nullptr), "launch");
   must(int(cudaDeviceSynchronize()), "kernel");
   must(int(cudaFree(pointers[kWorkspace])), "cudaFree");
 }

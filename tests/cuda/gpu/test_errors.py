@@ -1,4 +1,4 @@
-"""Bad calls raise a sentence, change nothing, and leave the device in order."""
+"""Bad calls raise a sentence, change no tensor, and leave the device usable."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BAD = {
     "order": lambda d: {"order": 3},
     "one value a channel": lambda d: {"input": torch.ones(1, 6, 1, 1, device=d)},
 }
-# A tensor of the meta device, the other one in a dry run, has no value to be compared afterwards.
+# In a dry run the other device is meta, whose tensors have no values to compare.
 ELSEWHERE = ("weight", "bias", "seed", *(() if DRY else ("running_mean", "num_batches_tracked")))
 
 
@@ -84,7 +84,7 @@ def test_a_backend_refuses_tensors_of_another_device(rig, backend):
             normnorm.LayerNormalNorm(8, device=rig.device)(torch.randn(3, 8, device=rig.device))
 
 
-def test_the_device_serves_after_all_that(rig, backend):
+def test_the_device_is_usable_afterwards(rig, backend):
     y = F.batch_normal_norm(**_batch(rig))
     rig.synchronize()
     assert y.isfinite().all()

@@ -1,4 +1,4 @@
-"""Capture into a CUDA graph, and replay: fresh noise each time, buffers that move on."""
+"""CUDA graphs: each replay draws new noise and updates the buffers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_each_replay_of_a_training_step_draws_fresh_noise(rig, backend, kind):
     assert all(y.isfinite().all() for y in outputs)
     for i, y in enumerate(outputs):
         assert not any(torch.equal(y, other) for other in outputs[:i]), "noise was repeated"
-        # the gradient of the input does not see the noise
+        # the gradients of input and bias do not depend on the noise
         assert torch.equal(found[i][1], found[0][1])
         assert torch.equal(found[i][3], found[0][3])
     if before is not None:
@@ -52,7 +52,7 @@ def test_each_replay_of_a_training_step_draws_fresh_noise(rig, backend, kind):
 
 
 @pytest.mark.parametrize("name", ["batch-2d", "layer", "layer-long"])
-def test_a_replay_computes_what_eager_mode_does(rig, backend, name):
+def test_a_replay_equals_eager_mode(rig, backend, name):
     call = make(rig, case_named(name), torch.bfloat16, noise_train=0.7)
     seed = torch.tensor([SEED], device=rig.device)
     call.options["seed"] = seed

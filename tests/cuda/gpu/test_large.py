@@ -1,4 +1,4 @@
-"""More than 2^31 elements: every offset that counts elements has to be 64 bits wide."""
+"""More than 2^31 elements: offsets in elements need 64 bits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_rows_beyond_2_to_the_31(rig, backend):
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 def test_channels_beyond_2_to_the_31(rig, backend, last):
-    """One channel of the last sample lies beyond; the reference takes the first and last."""
+    """The last sample lies beyond; compares the first and last channel."""
     channels, side = 64, rig.pick(512, 4)
     samples = rig.pick(2**31 // (channels * side * side) + 2, 3)
     _enough_memory(rig, 8 * samples * channels * side * side * 2)

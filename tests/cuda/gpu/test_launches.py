@@ -1,4 +1,4 @@
-"""What one training step asks of the device: kernels, and memory kept for the backward pass."""
+"""Kernels of a step, and memory kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _step(layer: nn.Module, x: torch.Tensor, g: torch.Tensor):
 def test_a_batch_layers_training_step_is_four_kernels(rig, backend, name):
     """The seed, forward, fold, backward."""
     if backend != "cuda":
-        pytest.skip("the count is the CUDA kernels' promise")
+        pytest.skip("of the CUDA kernels alone")
     make, shape = SMALL[name]
     x = torch.randn(shape, device=rig.device, requires_grad=True)
     work = rig.work_of(_step(make(rig.device), x, torch.randn(shape, device=rig.device)))
@@ -37,9 +37,9 @@ def test_a_batch_layers_training_step_is_four_kernels(rig, backend, name):
 
 
 def test_a_layers_evaluation_is_at_most_two_kernels(rig, backend):
-    """Running statistics are packed, then everything is one pass."""
+    """Packing of the running statistics, and the forward pass."""
     if backend != "cuda":
-        pytest.skip("the count is the CUDA kernels' promise")
+        pytest.skip("of the CUDA kernels alone")
     layer = normnorm.BatchNormalNorm2d(64, device=rig.device).eval()
     x = torch.randn(32, 64, 8, 8, device=rig.device)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_a_layers_evaluation_is_at_most_two_kernels(rig, backend):
 
 
 def _kept(layer: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of all storages that autograd keeps, each once, the layer's own not counted."""
+    """Bytes of all distinct storages that autograd keeps, without the layer's own."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     storages: dict[int, int] = {}
 
@@ -75,7 +75,7 @@ def test_the_backward_pass_keeps_what_batchnorms_does(rig, backend, dtype):
 
 
 def test_allocated_memory_after_the_forward_pass(rig, backend):
-    """As the allocator counts it: the output, and a few numbers a channel."""
+    """By the allocator's count: the output, and a few numbers a channel."""
     layer = normnorm.BatchNormalNorm2d(64, device=rig.device)
     x = torch.randn(rig.pick(64, 4), 64, 28, 28, device=rig.device, requires_grad=True)
     layer(x)

@@ -1,4 +1,4 @@
-"""Each layer kind, dtype and memory format against the definition in float64."""
+"""Each layer kind, dtype and memory format against the reference in float64."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_parameters_in_half_precision(rig, backend, name):
 
 @pytest.mark.parametrize("name", ["batch-2d", "layer"])
 def test_slices_of_larger_tensors(rig, backend, name):
-    """No dense copy is promised, but the right numbers are: offset and stepped inputs."""
+    """Inputs with an offset and a stride."""
     call = make(rig, case_named(name), torch.bfloat16, noise_train=0.5)
     if name == "layer":
         rows, length = call.input.shape
@@ -71,7 +71,7 @@ def test_slices_of_larger_tensors(rig, backend, name):
 
 
 def test_expanded_gradient(rig, backend):
-    """The gradient of a mean is one number seen everywhere."""
+    """The gradient of a mean has stride 0."""
     call = make(rig, case_named("batch-2d"), noise_train=0.5)
     call.grad = (torch.ones((), device=rig.device) / call.input.numel()).expand_as(call.input)
     assert set(call.grad.stride()) == {0}

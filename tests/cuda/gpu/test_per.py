@@ -1,5 +1,4 @@
-"""The projected error function loss against its float64 definition on the same device, bit for bit
-the same each time, with no more than a block of projections at a time."""
+"""The projected error function loss against its definition in float64; the same bits each time."""
 
 from __future__ import annotations
 

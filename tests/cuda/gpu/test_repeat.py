@@ -1,4 +1,4 @@
-"""The same call gives the same bits, however often."""
+"""Repeated calls give the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two streams at work at the same time do not disturb each other."""
+"""Two streams at the same time give the results of one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_two_streams_give_what_one_gives(rig, backend, names):
         for name in names
     ]  # fmt: skip
     for call in calls:
-        call.options["seed"] = torch.tensor([SEED], device=rig.device)  # no copy, no waiting
+        call.options["seed"] = torch.tensor([SEED], device=rig.device)  # so that no call waits
     alone = [call.results() for call in calls]
     rig.synchronize()
     streams = [rig.stream() for _ in calls]

@@ -6,22 +6,24 @@ Forced plans call the launchers directly (``forced.py``); automatic ones are tho
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from host_cuda import harness
-from host_cuda.cases import COLUMN_TIERS, COLUMNS, ROW_TIERS, ROWS
+from host_cuda.cases import COLUMN_TIERS, COLUMNS, FUSIONS, ROW_TIERS, ROWS, fuse
 
 from normnorm.backends import cuda
 
 from . import forced
-from .cases import DTYPES, SEED, Call, Case, assert_same, check, compare, make
+from .cases import DTYPES, SEED, Case, assert_same, check, compare, make
 from .conftest import DRY
 
-# On the CPU tests/cuda/test_cuda_host.py has them all; here a few go through what is new to them.
+# A dry run has a few; tests/cuda/test_cuda_host.py has them all on the CPU.
 FORCED_DTYPES = DTYPES[:1] if DRY else DTYPES
 FORCED_ROWS = ("layer", "batch-ragged", "group") if DRY else tuple(ROWS)
 FORCED_COLUMNS = ("batch-ragged", "group") if DRY else tuple(COLUMNS)
-# As large as a device takes them: the small ones above are those of the run on the CPU.
+# With as many threads and blocks as a device takes; those above are small for the run on the CPU.
 LARGE = {
     name: dict(zip(("tier", "threads", "blocks", "thread_groups"), plan, strict=True))
     for name, plan in {
@@ -38,49 +40,55 @@ def kernels(rig):
     return forced.kernels(rig)
 
 
-def _case(row: tuple) -> Case:
+def _assert_served(
+    rig, kernels, row: tuple, columns: bool, force: dict, dtype, noise=0.7, fused=False
+) -> None:
+    """Output and gradients of a forced plan are right, and the same again, bit for bit."""
     kind, shape, extra = row
     groups, trailing = extra.get("num_groups", 0), extra.get("normalized_ndim", 0)
-    return Case(kind, kind, shape, shape, groups, trailing)
-
-
-def _run(kernels, call: Call, columns: bool, force: dict) -> dict[str, torch.Tensor]:
-    """Output and gradients by a forced tier, each element of which has to be written."""
-    case = call.case
-    served = harness.Call(
-        case.kind, call.input, call.weight, call.bias, num_groups=case.groups,
-        normalized_ndim=case.trailing, noise_train=call.options["noise_train"], seed=SEED,
-        columns=columns, force=force,
+    call = make(
+        rig, Case(kind, kind, shape, shape, groups, trailing), dtype,
+        channels_last=columns and len(shape) == 4, noise_train=noise,
     )  # fmt: skip
-    with call.input.device:  # where the harness makes its tensors
-        output, stats = served.forward(kernels)
-        du, dw, db = served.backward(kernels, call.grad, stats)
-    return {"output": output, "input": du, "weight": dw, "bias": db}
+    served = harness.Call(
+        kind, call.input, call.weight, call.bias, num_groups=groups, normalized_ndim=trailing,
+        noise_train=noise, seed=SEED, columns=columns, force=force,
+    )  # fmt: skip
+    if fused:
+        served = fuse(served, FUSIONS["both"])
+    results = []
+    for _ in range(2):
+        with call.input.device:  # where the harness makes its tensors
+            output, stats = served.forward(kernels)
+            du, dw, db = served.backward(kernels, call.grad, stats)
+        results.append({"output": output, "input": du, "weight": dw, "bias": db})
+    if fused:
+        assert torch.equal(served.sum, call.input + served.addend)
+        call = replace(
+            call, input=served.sum, residual=served.residual, relu=True, grad_sum=served.grad_sum,
+            found=output,
+        )  # fmt: skip
+    compare(call, results[0])
+    assert_same(*results, "the same again")
 
 
-def _assert_served(rig, kernels, row: tuple, columns: bool, force: dict, dtype, noise=0.7) -> None:
-    case = _case(row)
-    call = make(rig, case, dtype, channels_last=columns and len(case.gpu) == 4, noise_train=noise)
-    results = _run(kernels, call, columns, force)
-    compare(call, results)
-    assert_same(results, _run(kernels, call, columns, force), "the same again")
-
-
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("dtype", FORCED_DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("tier", ROW_TIERS)
 @pytest.mark.parametrize("case", FORCED_ROWS)
-def test_forced_tiers_in_the_rows_layout(rig, kernels, case, tier, dtype):
-    _assert_served(rig, kernels, ROWS[case], False, ROW_TIERS[tier], dtype)
+def test_forced_tiers_in_the_rows_layout(rig, kernels, case, tier, dtype, fused):
+    _assert_served(rig, kernels, ROWS[case], False, ROW_TIERS[tier], dtype, fused=fused)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("dtype", FORCED_DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
     ("case", "tier"),
-    # groups of several columns are only ever streamed
-    [(c, r) for c in FORCED_COLUMNS for r in COLUMN_TIERS if "group" not in c or r == "streaming"],
+    # groups of several columns are always streamed
+    [(c, t) for c in FORCED_COLUMNS for t in COLUMN_TIERS if "group" not in c or t == "streaming"],
 )
-def test_forced_tiers_in_the_columns_layout(rig, kernels, case, tier, dtype):
-    _assert_served(rig, kernels, COLUMNS[case], True, COLUMN_TIERS[tier], dtype)
+def test_forced_tiers_in_the_columns_layout(rig, kernels, case, tier, dtype, fused):
+    _assert_served(rig, kernels, COLUMNS[case], True, COLUMN_TIERS[tier], dtype, fused=fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -94,7 +102,7 @@ def test_forced_tiers_at_size(rig, kernels, kind, tier, dtype):
     _assert_served(rig, kernels, row, False, LARGE[tier], dtype, noise=1.0)
 
 
-# Shapes for which a GPU with clusters takes each of its tiers in turn.
+# Shapes whose plans are of all tiers on a GPU with clusters.
 AUTOMATIC = (
     Case("row-warp", "layer", (1000, 96), (3, 96), trailing=1),
     Case("row-block", "layer", (500, 4096), (3, 512), trailing=1),

@@ -1,12 +1,11 @@
-"""What the tests of the CUDA kernels share: tiers, shapes, tolerances and the comparison."""
+"""Tiers, shapes, tolerances and the comparison for the tests of the CUDA kernels."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
-from host_cuda.harness import Call
+from host_cuda.harness import Call, Launchers
 from torch import Tensor
 
 from normnorm.statistics import Row
@@ -79,7 +78,7 @@ def make(case: tuple, dtype: torch.dtype, columns: bool = False, **options) -> t
 def assert_close(
     got: Tensor, want: Tensor, dtype: torch.dtype, what: str, times: float = 1, least: float = 0
 ) -> None:
-    """``least``: the size of what the result is a difference of, where that may cancel."""
+    """``least``: the size of the terms, where the result is a difference that may cancel."""
     got, want = got.double(), want.double()
     scale = want.abs().max().clamp_min(least)
     allowed = ROUNDING[dtype] * want.abs() + times * ABSOLUTE[dtype] * scale + 1e-30
@@ -88,7 +87,7 @@ def assert_close(
 
 
 def assert_statistics(got: Tensor, want: Tensor, x: Tensor) -> None:
-    """Row by row; the mean is what its two rows hold together."""
+    """Row by row; the mean is the sum of its two rows."""
     tolerance = ABSOLUTE[got.dtype]
     mean, expected = (s.double()[Row.MEAN] + s.double()[Row.MEAN_LOW] for s in (got, want))
     assert (mean - expected).abs().max() <= tolerance * x.double().abs().max(), "mean"
@@ -114,8 +113,8 @@ def fuse(call: Call, names: tuple[str, ...]) -> Call:
     return replace(call, relu="relu" in names, **tensors)
 
 
-def check(kernels: ModuleType, call: Call, g: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward against the definition in float64; returns what the kernels gave."""
+def check(kernels: Launchers, call: Call, g: Tensor) -> tuple[Tensor, ...]:
+    """Compares forward and backward with the reference in float64; returns the results."""
     output, stats = call.forward(kernels)
     du, dw, db = call.backward(kernels, g, stats)
     want = call.expected(g)

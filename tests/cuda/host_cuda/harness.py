@@ -6,22 +6,19 @@ layout, strides, parameters and noise, as the binding does on a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
-import importlib.util
 import math
 import os
 import shlex
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from normnorm.statistics import Row, statistics_dtype
 ROOT = Path(__file__).resolve().parents[3]
 CUDA = ROOT / "csrc/cuda"
 LAYER = ROOT / "tests/cuda/host_cuda"
-# Without -g, which takes as long again: a report names the function, and UBSan's the line.
+# Without -g, which doubles the time: a report names the function, and UBSan's the line.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 TIERS = {"auto": 0, "block": 1, "cluster": 2, "grid": 3, "streaming": 4}
@@ -54,7 +51,7 @@ def cuda_include() -> Path | None:
 
 
 def flags(sanitize: bool = False) -> list[str]:
-    """How the kernels and what calls them are compiled."""
+    """Compiler flags of the kernels and their callers."""
     include = cuda_include()
     assert include is not None
     return [
@@ -65,8 +62,8 @@ def flags(sanitize: bool = False) -> list[str]:
 
 
 def made(name: str, make: Callable[[Path], object]) -> Path:
-    """The file of that name in the folder where builds are kept, made where it is not there yet:
-    by one process, for which others wait, and whole or not at all."""
+    """The file of that name in the folder of builds. If it is missing, one process makes it and the
+    others wait."""
     folder = Path(tempfile.gettempdir()) / f"normnorm-host-cuda-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     target = folder / name
@@ -80,7 +77,7 @@ def made(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def digest(files: Iterable[Path], *words: object) -> str:
-    """Of what a build is made from."""
+    """A hash of the sources and options of a build."""
     found = hashlib.sha256(repr(words).encode())
     for path in files:
         found.update(path.read_bytes())
@@ -88,13 +85,13 @@ def digest(files: Iterable[Path], *words: object) -> str:
 
 
 def sources_in(*folders: Path) -> list[Path]:
-    """What the compilers read there."""
+    """The C++ sources in these folders."""
     python = (".py", ".pyc")
     return sorted(p for f in folders for p in f.iterdir() if p.is_file() and p.suffix not in python)
 
 
 def _sources() -> list[Path]:
-    """What the kernels and their launchers are made from."""
+    """The sources of the kernels and their launchers."""
     return sources_in(CUDA, ROOT / "csrc/common", ROOT / "csrc/math", LAYER)
 
 
@@ -108,8 +105,7 @@ def compile_object(source: Path, target: Path, words: Sequence[str]) -> None:
 
 
 def kernel_objects(sanitize: bool = False) -> list[Path]:
-    """The kernels' compiled files, built anew where a source or a flag has changed; whatever binds
-    them is linked with them."""
+    """The kernels' object files, rebuilt where a source or a flag has changed."""
     words = flags(sanitize)
     state = digest(_sources(), words)
 
@@ -122,35 +118,124 @@ def kernel_objects(sanitize: bool = False) -> list[Path]:
 
 
 def build() -> Path:
-    """The kernels as a Python extension.
+    """The kernels and their launchers as a library for ctypes.
 
     With sanitizers where the environment says that this process has them loaded.
     """
-    import pybind11
-
     sanitize = bool(os.environ.get("NORMNORM_HOST_CUDA_SANITIZED"))
-    objects = kernel_objects(sanitize)
-    name = f"host_cuda_{digest(_sources(), flags(sanitize), sys.version)}"
+    objects, words = kernel_objects(sanitize), flags(sanitize)
 
     def make(target: Path) -> None:
-        python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        binding = target.with_suffix(".o")
-        words = [*flags(sanitize), *python, f"-DNN_MODULE={name}"]
-        compile_object(LAYER / "bind.cpp", binding, words)
-        link = ["g++", "-shared", *(SANITIZE if sanitize else []), *map(str, objects), str(binding)]
-        run([*link, "-lpthread", "-o", str(target)])
-        binding.unlink()
+        sources = [str(LAYER / name) for name in ("launchers.cpp", "host.cpp")]
+        link = ["-shared", *sources, *map(str, objects), "-lpthread", "-o", str(target)]
+        run(["g++", *words, *link])
 
-    return made(f"{name}.so", make)
+    return made(f"host_cuda_{digest(_sources(), words)}.so", make)
 
 
-def load(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(library.stem, library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+_PARAMETERS = ("weight", "bias", "grad_weight", "grad_bias")
+_OPERANDS = ("input", "output", "grad_output", "residual", "activated", "addend", "sum", "grad_sum")
+
+
+def arrays(problem: dict[str, Any]) -> tuple[list[int], list[float], list[int]]:
+    """(numbers, reals, pointers) of a problem, in the order of ``launchers.cpp``."""
+    p = problem
+    numbers = [
+        p["storage"], *p["geometry"], p["affine"], p["noise"], p["given_scale"], p["stream"],
+        *p["position"], p["order"], p["frozen"], *(p[name][1] for name in _PARAMETERS),
+        *(stride for name in _OPERANDS for stride in p[name][1]), p["relu"], p["tier"],
+        p["threads"], p["blocks"], p["thread_groups"],
+    ]  # fmt: skip
+    reals = [p["noise_train"], p["eps"], p["alpha"], p["transform_eps"]]
+    pointers = [p[name][0] for name in (*_PARAMETERS, *_OPERANDS)]
+    pointers += [p["seed"], p["stats"], p.get("workspace", 0)]
+    return [int(n) for n in numbers], [float(r) for r in reals], pointers
+
+
+class Launchers:
+    """The launchers in a library with ``launchers.cpp``, for tensors of a device."""
+
+    def __init__(self, library: Path, device: torch.device) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.launcher_message.restype = ctypes.c_char_p
+        self._library.launcher_refusal.restype = ctypes.c_char_p
+        self._device = device
+
+    def forward(self, problem: dict[str, Any]) -> None:
+        self._run(problem, False)
+
+    def backward(self, problem: dict[str, Any]) -> None:
+        self._run(problem, True)
+
+    def plan(self, problem: dict[str, Any], backward: bool) -> list[int]:
+        """Tier, threads, blocks of a thread group, thread groups, chunks in shared memory."""
+        plan = (ctypes.c_int * 5)()
+        self._call("launcher_plan", problem, backward, plan)
+        return list(plan)
+
+    def refusal(self, problem: dict[str, Any]) -> str | None:
+        said = self._library.launcher_refusal(*_as_c(problem))
+        return None if said is None else said.decode()
+
+    def _run(self, problem: dict[str, Any], backward: bool) -> None:
+        size = ctypes.c_size_t()
+        self._call("launcher_workspace", problem, backward, ctypes.byref(size))
+        # NaN, in whatever type it is read
+        workspace = torch.full((size.value + 16,), 0xFF, dtype=torch.uint8, device=self._device)
+        problem = {**problem, "workspace": (workspace.data_ptr() + 15) // 16 * 16}
+        self._call("launcher_run", problem, backward, ctypes.c_void_p(self._stream()))
+
+    def _stream(self) -> int:
+        return 0
+
+    def _call(self, name: str, problem: dict[str, Any], backward: bool, last: Any) -> None:
+        error = getattr(self._library, name)(*_as_c(problem), int(backward), last)
+        if error:
+            said = self._library.launcher_message().decode() if error < 0 else f"CUDA error {error}"
+            raise RuntimeError(f"{name}: {said}")
+
+
+def _as_c(problem: dict[str, Any]) -> tuple[Any, ...]:
+    types = (ctypes.c_int64, ctypes.c_double, ctypes.c_void_p)
+    return tuple((t * len(a))(*a) for t, a in zip(types, arrays(problem), strict=True))
+
+
+class HostKernels(Launchers):
+    """The launchers with the kernels on the CPU, and the emulator's settings (``host.cpp``)."""
+
+    def __init__(self, library: Path | None = None) -> None:
+        super().__init__(library or build(), torch.device("cpu"))
+        self._library.host_sites.restype = ctypes.c_char_p
+        self._library.host_offsets.restype = ctypes.c_uint64
+
+    def device(
+        self, multiprocessors: int, shared_bytes: int, clusters: bool, cooperative: bool = True,
+        co_resident: int = 1 << 30, refuse_cooperative: bool = False,
+    ) -> None:  # fmt: skip
+        self._library.host_device(
+            multiprocessors, shared_bytes, clusters, cooperative, co_resident, refuse_cooperative
+        )
+
+    def configure(self, order: int, watch: bool = False, skip: str = "") -> None:
+        self._library.host_configure(order, watch, skip.encode())
+
+    def sites(self) -> set[str]:
+        """The barriers that the kernels have reached, "file:line"."""
+        return set(self._library.host_sites().decode().split())
+
+    def grids(self) -> list[int]:
+        """The blocks of each launch since the last call."""
+        blocks = (ctypes.c_uint * 64)()
+        count = self._library.host_grids(blocks, len(blocks))
+        return list(blocks[:count])
+
+    def offsets(self, numbers: Sequence[int]) -> tuple[int, int]:
+        """As host_offsets()."""
+        at = ctypes.c_int64()
+        counter = self._library.host_offsets(
+            (ctypes.c_int64 * len(numbers))(*numbers), ctypes.byref(at)
+        )
+        return at.value, counter
 
 
 def _merged(tensor: Tensor, begin: int, end: int) -> int:
@@ -161,7 +246,7 @@ def _merged(tensor: Tensor, begin: int, end: int) -> int:
 
 @dataclass
 class Call:
-    """A layer call: its tensors and options, and how the kernels are to serve it.
+    """A layer call: its tensors and options, and a forced plan.
 
     ``residual`` and ``relu`` are the epilogue, ``addend`` is added before the norm, ``grad_sum`` is
     the gradient of that sum. The forward pass leaves ``output`` and ``sum`` here, for the backward
@@ -237,7 +322,7 @@ class Call:
 
     @property
     def normalized(self) -> Tensor:
-        """What is normalized: the sum, where the forward pass has left one."""
+        """The normalized tensor: the sum, where the forward pass has left one."""
         return self.input if self.addend is None or self.sum is None else self.sum
 
     def _problem(self, output: Tensor | None, stats: Tensor | None) -> dict[str, Any]:
@@ -294,7 +379,7 @@ class Call:
     def groups(self) -> int:
         return self.geometry[0] * self.geometry[1]
 
-    def forward(self, module: ModuleType) -> tuple[Tensor, Tensor]:
+    def forward(self, launchers: Launchers) -> tuple[Tensor, Tensor]:
         output = torch.full_like(self.input, math.nan)
         stats = torch.full(
             (len(Row), self.groups), math.nan, dtype=statistics_dtype(self.input.dtype)
@@ -310,12 +395,12 @@ class Call:
             self.sum = torch.full_like(self.input, math.nan)
             problem["addend"] = self._operand(self.addend)
             problem["sum"] = self._operand(self.sum)
-        module.forward(problem)
+        launchers.forward(problem)
         self.output = output
         return output, stats
 
     def backward(
-        self, module: ModuleType, grad: Tensor, stats: Tensor, needs_input: bool = True
+        self, launchers: Launchers, grad: Tensor, stats: Tensor, needs_input: bool = True
     ) -> tuple[Tensor | None, ...]:
         du = torch.full_like(self.input, math.nan) if needs_input else None
         dw, db = (
@@ -331,13 +416,13 @@ class Call:
         for name, p in (("grad_weight", dw), ("grad_bias", db)):
             if p is not None:
                 problem[name] = (p.data_ptr(), p.dtype == self.input.dtype)
-        module.backward(problem)
+        launchers.backward(problem)
         return du, dw, db
 
     def expected(self, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(output, stats, du, dw, db) of the definition, in float64.
+        """(output, stats, du, dw, db) of the reference, in float64.
 
-        The gradient passes where the output that the kernels left is positive.
+        With relu, the gradient passes where the kernels' output is positive.
         """
         leaf = self.normalized.double().requires_grad_()
         weight, bias = (

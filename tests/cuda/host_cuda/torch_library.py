@@ -1,8 +1,8 @@
 """The ops of namespace ``normnorm_cuda`` on CPU tensors: the CUDA backend without a GPU.
 
-``csrc/binding/cuda.cpp`` and the kernels are compiled by g++ over the host-execution layer and
-their ops registered for the CPU, so that everything between a layer and a kernel is the code that
-serves a GPU: argument checks, layout, copies, workspaces, statistics, running statistics.
+``csrc/binding/cuda.cpp`` and the kernels are compiled by g++ with the emulator, and their ops are
+registered for the CPU, so that everything between a layer and a kernel is the code that serves a
+GPU: argument checks, layout, copies, workspaces, statistics, running statistics.
 
 ``with served_by_host_run(): ...`` puts it in the registry under the CUDA backend's name, and
 ``NORMNORM_HOST_RUN=1 python -m pytest tests/...`` does so for all tests that run on every backend.
@@ -46,13 +46,13 @@ def missing() -> str | None:
 
 
 def _sources() -> list[Path]:
-    """Beside the kernels."""
+    """The sources other than the kernels."""
     csrc = ROOT / "csrc"
     return [
         *(csrc / f"binding/{name}.cpp" for name in BINDING),
         csrc / "common/checks.cpp",
         csrc / "common/layout.cpp",
-        harness.LAYER / "torch_host.cpp",
+        harness.LAYER / "host.cpp",
     ]
 
 
@@ -94,12 +94,12 @@ def load() -> ctypes.CDLL:
         library = build()
         torch.ops.load_library(str(library))
         _loaded = ctypes.CDLL(str(library))
-        _loaded.host_cuda_device(4, 232448, 1)
+        _loaded.host_device(4, 232448, 1, 1, 1 << 30, 0)
     return _loaded
 
 
 def register() -> None:
-    """Makes it the CUDA backend of this process; ``auto`` does not choose it."""
+    """Registers it as the CUDA backend of this process, which ``auto`` does not choose."""
     load()
     backends._late.pop("cuda", None)
     backends.register_compiled("cuda", "cpu")
@@ -107,7 +107,7 @@ def register() -> None:
 
 @contextmanager
 def served_by_host_run() -> Iterator[None]:
-    """The CUDA backend serves CPU tensors in this block, where it is asked for by name."""
+    """In this block the CUDA backend, chosen by name, serves CPU tensors."""
     saved = {name: dict(getattr(backends, name)) for name in ("_backends", "_automatic", "_late")}
     register()
     try:

@@ -1,16 +1,33 @@
-// The launchers of csrc/cuda, for a test to call with a tier of its choice: three arrays in place of a Problem,
-// with elements in the order of forced.py.
+// The launchers of csrc/cuda for ctypes, with a plan of the caller's choice: three arrays in place of a Problem, whose
+// elements harness.arrays() puts in this order.
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
+#include <string>
 
 #include "../../../csrc/cuda/launch.h"
 
 using namespace normnorm;
 using namespace normnorm::cuda;
 
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace {
 
-// Hands out the elements of an array in turn.
+std::string message;
+
+// Returns what f returns, a CUDA error; -1 and the message of an exception, which kernels on the CPU raise.
+template <class F>
+int guarded(F f) {
+  try {
+    return f();
+  } catch (const std::exception& e) {
+    message = e.what();
+    return -1;
+  }
+}
+
+// Returns the elements of an array in turn.
 template <class T>
 class Next {
  public:
@@ -64,21 +81,27 @@ Problem problem_of(const int64_t* numbers, const double* reals, void* const* poi
 
 }  // namespace
 
-#define FORCED extern "C" __attribute__((visibility("default"))) int
+EXPORT const char* launcher_message() { return message.c_str(); }
 
-FORCED forced_workspace(const int64_t* numbers, const double* reals, void* const* pointers, int backward,
-                        size_t* bytes) {
+EXPORT int launcher_workspace(const int64_t* numbers, const double* reals, void* const* pointers, int backward,
+                              size_t* bytes) {
   const Problem p = problem_of(numbers, reals, pointers);
   return normnorm_cuda_workspace(&p, backward, bytes);
 }
 
-FORCED forced_run(const int64_t* numbers, const double* reals, void* const* pointers, int backward, void* stream) {
+EXPORT int launcher_run(const int64_t* numbers, const double* reals, void* const* pointers, int backward, void* stream) {
   const Problem p = problem_of(numbers, reals, pointers);
-  return backward ? normnorm_cuda_backward(&p, stream) : normnorm_cuda_forward(&p, stream);
+  return guarded([&] { return backward ? normnorm_cuda_backward(&p, stream) : normnorm_cuda_forward(&p, stream); });
 }
 
 // As normnorm_cuda_plan().
-FORCED forced_plan(const int64_t* numbers, const double* reals, void* const* pointers, int backward, int plan[5]) {
+EXPORT int launcher_plan(const int64_t* numbers, const double* reals, void* const* pointers, int backward, int plan[5]) {
   const Problem p = problem_of(numbers, reals, pointers);
   return normnorm_cuda_plan(&p, backward, plan);
+}
+
+// The refusal of the problem's geometry, or null.
+EXPORT const char* launcher_refusal(const int64_t* numbers, const double* reals, void* const* pointers) {
+  const Problem p = problem_of(numbers, reals, pointers);
+  return normnorm_cuda_refusal(&p);
 }
