@@ -3,7 +3,7 @@
     python benchmarks/callgrind_cpu.py [--no-save]
 
 Prints a table, with what was stored before beside it, and writes
-``benchmarks/results/callgrind_cpu.json``. :mod:`speed.callgrind` does the counting;
+``benchmarks/results/callgrind_cpu.json``. :mod:`speed.counts` does the counting;
 ``bench.py --callgrind`` puts the same counts into a result file.
 """
 
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from speed.callgrind import CallgrindError, count
-from speed.results import Count, write_atomically
+from speed import tables
+from speed.counts import CallgrindError, count_cpu
+from speed.results import Count, json_text, write_atomically
 
 STORED = Path(__file__).resolve().parent / "results" / "callgrind_cpu.json"
 
@@ -34,20 +35,20 @@ def main() -> int:
     parser.add_argument("--no-save", action="store_true", help="print the table alone")
     arguments = parser.parse_args()
     try:
-        counts = count()
+        counts = count_cpu()
     except CallgrindError as error:
         print(f"callgrind_cpu: {error}", file=sys.stderr)
         return 1
     before = stored()
-    print("| kernel (AVX2, float32) | mode | operation | instructions an element | before |")
-    print("|---|---|---|---|---|")
+    head = ("kernel (AVX2, float32)", "mode", "operation", "instructions an element", "before")
+    lines = []
     for c in counts:
         old = before.get((c.work, c.mode, c.operation))
         was = "" if old is None else f"{old:.2f}"
-        print(f"| {c.work} | {c.mode} | {c.operation} | {c.instructions:.2f} | {was} |")
+        lines.append((c.work, c.mode, c.operation, f"{c.instructions:.2f}", was))
+    print(tables.table(head, lines, 3))
     if not arguments.no_save:
-        text = msgspec.json.format(msgspec.json.encode(counts), indent=1)
-        write_atomically(STORED, text + b"\n")
+        write_atomically(STORED, json_text(counts))
     return 0
 
 

@@ -1,9 +1,9 @@
-"""What joining saves: a norm with its residual and activation in one pass, beside steps.
+"""What fusing saves: a norm with its residual and activation in one pass, beside separate steps.
 
     python benchmarks/fused.py [--device cpu] [--threads 2] [--dtype float32] [--budget 3]
 
-Forward and backward passes in training, called in alternation: ours joined, ours in steps, torch's
-layer in steps.
+Forward and backward passes in training, interleaved: ours fused, ours in steps, torch's layer in
+steps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import normnorm
 import record
-from speed.memory import kept_bytes
-from speed.timing import Timing, copies_beyond_cache, interleaved
+from speed import tables
+from speed.results import input_words
+from speed.timing import Timing, copies_beyond_cache, interleaved, kept_bytes
 
 IMAGES = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14))
 TOKENS = ((6304, 384), (2048, 4096))
@@ -35,7 +36,7 @@ class Row:
 
     Attributes:
         what: "relu", "residual + relu" or "residual stream".
-        way: "joined", "in steps" or "torch" (its plain norm, in steps).
+        way: "fused", "in steps" or "torch" (its plain norm, in steps).
         moved: tensors that a kernel with its groups on chip reads and writes; None for torch's.
         kept_bytes: what autograd keeps of the forward pass.
     """
@@ -51,24 +52,24 @@ class Row:
     kept_bytes: int
 
 
-def image_steps(channels: int, joins_residual: bool, device: torch.device) -> dict[str, Step]:
-    joined = normnorm.BatchNormalNormAct2d(channels, device=device)
+def image_steps(channels: int, with_residual: bool, device: torch.device) -> dict[str, Step]:
+    fused = normnorm.BatchNormalNormAct2d(channels, device=device)
     ours = normnorm.BatchNormalNorm2d(channels, device=device)
     torchs = nn.BatchNorm2d(channels, device=device)
 
     def after(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         y = norm(x)
-        return (torch.relu_(y + residual if joins_residual else y),)
+        return (torch.relu_(y + residual if with_residual else y),)
 
     return {
-        "joined": lambda x, r: (joined(x, r if joins_residual else None),),
+        "fused": lambda x, r: (fused(x, r if with_residual else None),),
         "in steps": partial(after, ours),
         "torch": partial(after, torchs),
     }
 
 
 def token_steps(width: int, device: torch.device) -> dict[str, Step]:
-    joined = normnorm.AddLayerNormalNorm(width, device=device)
+    fused = normnorm.AddLayerNormalNorm(width, device=device)
     ours, torchs = (
         normnorm.LayerNormalNorm(width, device=device),
         nn.LayerNorm(width, device=device),
@@ -78,7 +79,7 @@ def token_steps(width: int, device: torch.device) -> dict[str, Step]:
         stream = x + residual
         return norm(stream), stream
 
-    return {"joined": joined, "in steps": partial(after, ours), "torch": partial(after, torchs)}
+    return {"fused": fused, "in steps": partial(after, ours), "torch": partial(after, torchs)}
 
 
 def measure(
@@ -124,7 +125,7 @@ def measure(
     for way, timing in timings.items():
         if isinstance(timing, Exception):
             raise timing
-        moved = {"in steps": MOVED[what][0], "joined": MOVED[what][1]}.get(way)
+        moved = {"in steps": MOVED[what][0], "fused": MOVED[what][1]}.get(way)
         rows.append(
             Row(
                 what=what, way=way, shape=shape, dtype=str(dtype).removeprefix("torch."),
@@ -137,24 +138,22 @@ def measure(
 
 
 def table(rows: list[Row]) -> str:
-    heads = ("what", "input", "joined, ms", "in steps, ms", "ratio", "ratio of what is moved",
-             "joined / torch in steps")  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
+    head = ("what", "input", "fused, ms", "in steps, ms", "ratio", "ratio of what is moved",
+            "fused / torch in steps")  # fmt: skip
     cases: dict[object, dict[str, Row]] = {}
     for row in rows:
         cases.setdefault((row.what, row.shape, row.memory_format), {})[row.way] = row
+    lines = []
     for ways in cases.values():
-        joined, steps, torchs = ways["joined"], ways["in steps"], ways.get("torch")
-        ms = joined.timing.median_ms
-        layout = "" if joined.memory_format == "contiguous" else f" {joined.memory_format}"
-        moved = MOVED[joined.what][1] / MOVED[joined.what][0]
-        lines.append(
-            f"| {joined.what} | {'x'.join(map(str, joined.shape))}{layout} | {ms:.3g} | "
-            f"{steps.timing.median_ms:.3g} | {ms / steps.timing.median_ms:.2f} | "
-            f"{moved:.2f} | "
-            f"{f'{ms / torchs.timing.median_ms:.2f}' if torchs else '-'} |"
-        )
-    return "\n".join(lines)
+        fused, (moved_in_steps, moved) = ways["fused"], MOVED[ways["fused"].what]
+        ms, in_steps = fused.timing.median_ms, ways["in steps"].timing.median_ms
+        to_torch = f"{ms / ways['torch'].timing.median_ms:.2f}" if "torch" in ways else "-"
+        lines.append((
+            fused.what, input_words(fused.shape, 0, fused.dtype, fused.memory_format),
+            f"{ms:.3g}", f"{in_steps:.3g}", f"{ms / in_steps:.2f}",
+            f"{moved / moved_in_steps:.2f}", to_torch,
+        ))  # fmt: skip
+    return tables.table(head, lines, 2)
 
 
 def main() -> int:

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_bench.py --part cuda|triton|networks --seconds 60 --json FILE [--dry]
 
-The engine is that of ``bench.py``, and so is the file: each provider is checked against
-float64 before it is timed, and rows are on disk as soon as they are there. Works for which no time
-is left are named under "problems". Status 1 where a provider of ours failed or was wrong.
+The engine and the file are those of ``bench.py``: each provider is checked against float64 before
+it is timed, and rows are on disk after each work. Works for which no time is left are named under
+"problems". Status 1 where a provider of ours failed or was wrong.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from speed import environment
-from speed.machine_code import cuda_counts
-from speed.measure import Settings, measure, sentence
-from speed.networks import Network, measure_network
-from speed.networks import networks as of_preset
+from speed.measure import Run, Settings
+from speed.networks import Network, networks
 from speed.providers import PROVIDERS
-from speed.results import Results, save
+from speed.results import Row
 from speed.work import RESNET50, Work
 
 FORMATS = ("contiguous", "channels_last")
@@ -83,8 +80,8 @@ def headline() -> Iterator[Work]:
 
 
 def works(part: str) -> Iterator[tuple[Work, tuple[str, ...]]]:
-    """Works with who does them: the CUDA kernels without those of Triton, whose compilation would
-    take their time, and beside the definition last of all, since that is compiled too."""
+    """Works and the providers to time: the CUDA kernels without those of Triton, whose compilation
+    would take their time; the compiled definition comes after the other works of interest."""
     if part == "networks":
         return
     ours = f"normnorm-{part}"
@@ -127,68 +124,50 @@ def main() -> int:
     options = parser.parse_args()
     began = time.monotonic()
     device = torch.device("cpu" if options.dry else "cuda")
+    # A training step takes longer than a layer.
+    budget = 3.0 if options.part == "networks" else 0.3
+    settings = Settings(budget_s=budget, min_rounds=5, max_rounds=60)
+    items = works(options.part)
+    nets: list[Network] = []
+    if options.part == "networks":
+        known = {net.name: net for net in networks("default", "cuda")}
+        nets = [known[name] for name in NETWORKS]
     if options.dry:
         from host_cuda import torch_library
 
         torch_library.register()
-    settings = Settings(budget_s=0.3, min_rounds=5, max_rounds=60)
-    networks: list[Network] = []
-    if options.dry:
         settings = Settings(budget_s=0.004, min_rounds=2, max_rounds=3)
-    if options.part == "networks":
-        known = {net.name: net for net in of_preset("default", "cuda")}
-        networks = [known[name] for name in NETWORKS]
-        if options.dry:
-            networks = [replace(net, batch=1) for net in of_preset("quick", "cpu")]
-    items = tiny(options.part) if options.dry else works(options.part)
-    found = Results(environment=environment.before(device, settings.seed))
-    wrong = 0
-
-    def keep(what: object, measured: list) -> None:
-        nonlocal wrong
-        for row in measured:
-            if row.status in ("wrong", "failed"):
-                found.problems.append(f"{row.provider} on {what}: {row.status}: {row.message}")
-                wrong += row.provider.startswith("normnorm-")
-            elif row.ratio is not None and row.provider.startswith("normnorm-"):
-                ratio = f"{row.ratio:.2f} x {row.peer}"
-                print(f"{row.provider} {what} {row.status}: {row.median_ms:.4f} ms, {ratio}")
-        if found.complete or found.environment.seconds is None:  # asking the driver takes a while
-            seconds = time.monotonic() - began
-            found.environment = environment.after(found.environment, device, seconds)
-        save(found, options.json)
+        items = iter(tiny(options.part))
+        nets = [replace(net, batch=1) for net in networks("quick", "cpu")] if nets else []
+    run = Run(device, settings, options.json, print)
 
     def left(seconds: float, what: object) -> bool:
         if options.seconds - (time.monotonic() - began) > seconds:
             return True
-        found.problems.append(f"{what}: not measured: no time was left")
+        run.problem(f"{what}: not measured: no time was left")
         return False
 
-    if not options.dry:
-        found.counts = cuda_counts(torch.cuda.get_device_capability())
+    def show(rows: Sequence[Row], what: object) -> None:
+        for row in rows:
+            if row.ratio is not None and row.provider.startswith("normnorm-"):
+                ratio = f"{row.ratio:.2f} x {row.peer}"
+                print(f"{row.provider} {what}: {row.median_ms:.4f} ms, {ratio}")
+
     for work, names in items:
         # Beside the samples: inputs, the reference in float64, and compilation.
         if left(1.0 + work.elements * 2e-8 + 20 * any(PROVIDERS[n].compiled for n in names), work):
-            try:
-                measured = measure(work, names, device, settings)
-                found.measurements += measured
-                keep(work, measured)
-            except (RuntimeError, MemoryError) as error:  # out of memory, say: the rest counts
-                found.problems.append(f"{work}: not measured: {sentence(error)}")
-                torch.cuda.synchronize() if device.type == "cuda" else None
-    for network in networks:
+            show(run.layer(work, names), work)
+    names = tuple(
+        name for name in ("torch", "normnorm-cuda", "normnorm-triton")
+        if PROVIDERS[name].missing(device) is None
+    )  # fmt: skip
+    for network in nets:
         if left(25.0 if not options.dry else 0.0, network):
-            names = tuple(
-                name for name in ("torch", "normnorm-cuda", "normnorm-triton")
-                if PROVIDERS[name].missing(device) is None
-            )  # fmt: skip
-            longer = replace(settings, budget_s=10 * settings.budget_s)
-            trained = measure_network(network, names, device, longer)
-            found.networks += trained
-            keep(network, trained)
-    found.complete = True
-    keep("", [])
-    return int(wrong > 0)
+            show(run.network(network, names), network)
+    run.finish(complete=True)
+    rows = [*run.results.measurements, *run.results.networks]
+    bad = [row for row in rows if row.status in ("wrong", "failed")]
+    return int(any(row.provider.startswith("normnorm-") for row in bad))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/per.py [--threads 1 2] [--budget 10] [--output FILE]
 
-Forward and backward passes with fresh directions in each, on this machine's CPU, called in
-alternation; and the most memory that one allocates. "products" are the two matrix products of every
+Forward and backward passes with fresh directions in each, on this machine's CPU, interleaved; and
+the most memory that one allocates. "products" are the two matrix products of every
 block alone, which none can do without.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 import normnorm
 import record
 from normnorm import per
-from speed.memory import peak_bytes
-from speed.timing import Timing, interleaved
+from speed import tables
+from speed.timing import Timing, interleaved, peak_bytes
 
 SHAPES = ((1024, 64), (8192, 256), (65536, 128))
 SLICES = 256
@@ -101,16 +101,16 @@ def measure(vectors: int, features: int, budget_s: float) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| vectors x features | threads | way | ms | of the definition | peak, MB |"]
-    lines.append("| --- | --: | --- | --: | --: | --: |")
     whole = {(r.vectors, r.features, r.threads): r for r in rows if r.way == "definition"}
+    lines = []
     for r in rows:
         ratio = r.timing.median_ms / whole[r.vectors, r.features, r.threads].timing.median_ms
-        lines.append(
-            f"| {r.vectors} x {r.features} | {r.threads} | {r.way} | {r.timing.median_ms:.3g} | "
-            f"{ratio:.2f} | {r.peak_bytes / 1e6:.1f} |"
-        )
-    return "\n".join(lines)
+        lines.append((
+            f"{r.vectors} x {r.features}", str(r.threads), r.way, f"{r.timing.median_ms:.3g}",
+            f"{ratio:.2f}", f"{r.peak_bytes / 1e6:.1f}",
+        ))  # fmt: skip
+    head = ("vectors x features", "threads", "way", "ms", "of the definition", "peak, MB")
+    return tables.table(head, lines, 3)
 
 
 def main() -> int:

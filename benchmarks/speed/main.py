@@ -1,95 +1,38 @@
-"""``bench.py``: measures a plan under a progress bar, keeps what it has, says what failed."""
+"""What the scripts do: measure under a progress bar, compare two runs, render stored results."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from speed import environment
-from speed.compare import changes, report
-from speed.machine_code import cuda_counts
-from speed.measure import measure, sentence
-from speed.networks import measure_network
-from speed.plan import Plan, UsageError, make_plan
-from speed.report import write_plots
-from speed.results import (
-    Measurement,
-    NetworkMeasurement,
-    Results,
-    ResultsError,
-    load,
-    save,
-    write_atomically,
-)
-from speed.tables import csv_text, markdown, text, work_name
+from speed import tables
+from speed.counts import CallgrindError, count_cpu
+from speed.measure import Run
+from speed.options import Plan, UsageError, make_plan
+from speed.results import Results, ResultsError, load, save, write_atomically
 
-__all__ = ["UsageError", "bench", "compare"]
+__all__ = ["bench", "compare", "report"]
 
 
 @contextmanager
 def _threads(wanted: int | None) -> Iterator[None]:
     """That many of torch's threads inside; afterwards those of before."""
     before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
+    torch.set_num_threads(wanted or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _partial(path: Path) -> Path:
-    """Where results go while the run is on: what stands at ``path`` stays until it is over."""
-    return path.with_name(path.name + ".partial")
-
-
-class _Run:
-    """A run in progress: its results so far, on disk too where a JSON file was asked for."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.started = time.monotonic()
-        self.results = Results(environment=environment.before(plan.device, plan.settings.seed))
-
-    def keep(self, rows: list[Measurement] | list[NetworkMeasurement]) -> None:
-        """Takes in what one work or network gave."""
-        for row in rows:
-            if isinstance(row, Measurement):
-                self.results.measurements.append(row)
-                name = f"{row.provider} on {work_name(row)}"
-            else:
-                self.results.networks.append(row)
-                name = f"{row.provider} in {row.network}"
-            if row.status in ("failed", "wrong"):
-                self.problem(f"{name}: {row.status}: {row.message}")
-        if "json" in self.plan.outputs:
-            save(self.results, _partial(self.plan.outputs["json"]))
-
-    def problem(self, words: str) -> None:
-        """Remembers what went wrong and says it at once, above the bar; once each."""
-        if words not in self.results.problems:
-            self.results.problems.append(words)
-            tqdm.write(f"bench.py: {words}", file=sys.stderr)
-
-    def finish(self, complete: bool) -> None:
-        seconds = time.monotonic() - self.started
-        around = environment.after(self.results.environment, self.plan.device, seconds)
-        self.results.environment = around
-        if around.gpu is not None:
-            self.results.counts += cuda_counts(around.gpu.capability)
-        self.results.complete = complete
-
-
-def _measure_all(run: _Run) -> None:
+def _measure_all(plan: Plan, run: Run) -> None:
     """Everything in the plan. The bar counts seconds as estimated, since works differ so."""
-    plan = run.plan
     with tqdm(
         total=plan.seconds(),
         bar_format="{percentage:3.0f} %|{bar}| {elapsed} passed, {remaining} left{postfix}",
@@ -99,52 +42,23 @@ def _measure_all(run: _Run) -> None:
     ) as bar:
         for work in plan.works:
             bar.set_postfix_str(str(work))
-            try:
-                run.keep(measure(work, plan.providers_for(work), plan.device, plan.settings))
-            except (RuntimeError, MemoryError) as error:  # its inputs do not fit into memory, say
-                run.problem(f"{work}: not measured: {sentence(error)}")
+            run.layer(work, plan.providers_for(work))
             bar.update(plan.work_seconds(work))
         for network in plan.networks:
             bar.set_postfix_str(str(network))
-            run.keep(measure_network(network, plan.network_providers, plan.device, plan.settings))
+            run.network(network, plan.network_providers)
             bar.update(plan.network_seconds())
         if plan.callgrind:
-            from speed.callgrind import CallgrindError, count
-
             bar.set_postfix_str("callgrind")
             try:
-                run.results.counts += count()
+                run.results.counts += count_cpu()
             except CallgrindError as error:
                 run.problem(f"callgrind: {error}")
 
 
-def _write(results: Results, outputs: dict[str, Path]) -> None:
-    """The files that were asked for, each whole or not at all, and the folder of plots.
-
-    Raises:
-        ResultsError: some cannot be written; the others have been.
-    """
-    failures = []
-    for name, path in outputs.items():
-        try:
-            if name == "json":
-                save(results, path)
-                with suppress(OSError):
-                    _partial(path).unlink(missing_ok=True)
-            elif name == "csv":
-                write_atomically(path, csv_text(results))
-            elif name == "markdown":
-                write_atomically(path, markdown(results))
-            else:
-                write_plots([results], path)
-        except (ResultsError, OSError) as error:
-            failures.append(str(error))
-    if failures:
-        raise ResultsError("; ".join(failures))
-
-
 def bench(args: argparse.Namespace) -> int:
-    """Measures what the options ask for; the exit status.
+    """Measures what the options ask for; the exit status: 1 where a provider failed or gave wrong
+    numbers. A sentence on stderr says which.
 
     Raises:
         UsageError: the options make no sense; nothing was measured.
@@ -152,25 +66,60 @@ def bench(args: argparse.Namespace) -> int:
         KeyboardInterrupt: with the file that holds what was measured, if one was asked for.
     """
     plan = make_plan(args)
+    if "png" in plan.outputs:
+        import speed.plots  # noqa: F401  (a missing package is to be said before the run)
+    json = plan.outputs.get("json")
+    # What stands at the JSON's path stays until the run is over.
+    partial = json and json.with_name(json.name + ".partial")
     with _threads(args.threads):
-        run = _Run(plan)
+        run = Run(
+            plan.device, plan.settings, partial,
+            lambda words: tqdm.write(f"bench.py: {words}", file=sys.stderr),
+        )  # fmt: skip
         try:
-            _measure_all(run)
+            _measure_all(plan, run)
         except KeyboardInterrupt:
             run.finish(complete=False)
-            where = ""
-            if "json" in plan.outputs:
-                partial = _partial(plan.outputs["json"])
-                save(run.results, partial)
-                where = f"what was measured is in {partial}"
-            print(text(run.results), end="")
+            print(tables.text(run.results), end="")
+            where = f"what was measured is in {partial}" if partial else ""
             raise KeyboardInterrupt(where) from None
         run.finish(complete=True)
     try:  # first the files: nobody may be reading what is printed
-        _write(run.results, plan.outputs)
+        _write([run.results], plan.outputs)
+        if partial:
+            with suppress(OSError):
+                partial.unlink()
     finally:
-        print(text(run.results), end="")
+        print(tables.text(run.results), end="")
     return 1 if run.results.problems else 0
+
+
+def _write(runs: Sequence[Results], outputs: dict[str, Path]) -> list[Path]:
+    """The files that were asked for, each whole or not at all, and the folder of plots.
+
+    Raises:
+        ResultsError: some cannot be written; the others have been.
+    """
+    written, failures = [], []
+    for name, path in outputs.items():
+        try:
+            if name == "json":
+                save(runs[0], path)
+            elif name == "csv":
+                write_atomically(path, tables.csv_text(runs[0]))
+            elif name == "markdown":
+                write_atomically(path, "\n".join(map(tables.markdown, runs)))
+            else:
+                from speed.plots import write_plots
+
+                written += write_plots(runs, path)
+                continue
+            written.append(path)
+        except ResultsError as error:
+            failures.append(str(error))
+    if failures:
+        raise ResultsError("; ".join(failures))
+    return written
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -181,8 +130,33 @@ def compare(args: argparse.Namespace) -> int:
         UsageError: they have nothing in common.
     """
     before, after = load(args.before), load(args.after)
-    if not changes(before, after):
+    if not tables.changes(before, after):
         raise UsageError(f"{args.before} and {args.after} have no measurement in common")
-    words, worse = report(before, after)
+    words, worse = tables.comparison(before, after)
     print(words, end="")
     return 1 if worse else 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Renders stored results; everything is read before anything is written.
+
+    Raises:
+        ResultsError: something cannot be read or written.
+    """
+    outputs = {name: getattr(args, name) for name in ("markdown", "png")}
+    outputs = {name: path for name, path in outputs.items() if path is not None}
+    if not outputs and args.readme is None:
+        raise ResultsError("nothing to write: give --png, --markdown or --readme")
+    runs, written = [load(path) for path in args.results], []
+    if args.readme is not None:
+        try:
+            before = args.readme.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ResultsError(f"cannot read {args.readme}: {reason}") from None
+        section = tables.readme_section(args.results, args.readme.parent)
+        write_atomically(args.readme, tables.with_section(before, section, str(args.readme)))
+        written.append(args.readme)
+    for path in [*written, *_write(runs, outputs)]:
+        print(f"wrote {path}")
+    return 0

@@ -1,45 +1,100 @@
-"""Measures one work: every provider checked against the float64 reference, then timed in
-alternation with the others."""
+"""Measures layers and networks: every provider checked against the float64 reference, then timed
+in alternation with the others; results are on disk after each work."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from speed import environment
 from speed.case import Case, Runner, bound, worst_error
-from speed.memory import kept_bytes, peak_bytes
+from speed.counts import count_cuda
+from speed.networks import Network, measure_network
 from speed.providers import PROVIDERS, Provider, Unavailable
-from speed.results import Measurement, Operation, Status
-from speed.timing import Call, Timing, capture_stream, copies_beyond_cache, interleaved
+from speed.results import Measurement, Operation, Results, Row, Status, save
+from speed.timing import (
+    Call,
+    Settings,
+    Timing,
+    capture_stream,
+    copies_beyond_cache,
+    interleaved,
+    kept_bytes,
+    peak_bytes,
+    sentence,
+)
 from speed.work import Work
 
-__all__ = ["Settings", "estimated_seconds", "measure", "sentence"]
+__all__ = ["Run", "Settings", "measure", "sentence"]
 
-# Who may stand for torch's layer; the faster one does.
+# The faster of these stands for torch's layer.
 _PEERS = ("torch", "cudnn")
-_COMPILATION_S = 4.0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How much is measured.
+class Run:
+    """A run in progress: its results so far, kept in a file too.
 
     Attributes:
-        budget_s: seconds for the samples of one operation, all providers together.
-        min_rounds, max_rounds: fewest and most samples of a provider.
-        seed: of inputs and noise.
+        results: what is known by now.
     """
 
-    budget_s: float = 1.5
-    min_rounds: int = 5
-    max_rounds: int = 100
-    seed: int = 20250505
+    def __init__(
+        self, device: torch.device, settings: Settings, file: Path | None,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """``say`` gets each sentence about something that failed or was wrong, once."""
+        self._device, self._settings, self._file, self._say = device, settings, file, say
+        self._started = time.monotonic()
+        around = environment.before(device, settings.seed)
+        counts = count_cuda(around.gpu.capability) if around.gpu else []
+        self.results = Results(environment=around, counts=counts)
+
+    def layer(self, work: Work, providers: Sequence[str]) -> Sequence[Row]:
+        """A work's rows; none, but a problem, where its inputs do not fit into memory."""
+        try:
+            rows = measure(work, providers, self._device, self._settings)
+        except (RuntimeError, MemoryError) as error:
+            self.problem(f"{work}: not measured: {sentence(error)}")
+            return []
+        self.results.measurements += rows
+        return self._keep(rows, str(work))
+
+    def network(self, network: Network, providers: Sequence[str]) -> Sequence[Row]:
+        rows = measure_network(network, providers, self._device, self._settings)
+        self.results.networks += rows
+        return self._keep(rows, str(network))
+
+    def _keep(self, rows: Sequence[Row], name: str) -> Sequence[Row]:
+        for row in rows:
+            if row.status in ("failed", "wrong"):
+                self.problem(f"{row.provider} on {name}: {row.status}: {row.message}")
+        self._save()
+        return rows
+
+    def _save(self) -> None:
+        if self._file is not None:
+            save(self.results, self._file)
+
+    def problem(self, words: str) -> None:
+        if words not in self.results.problems:
+            self.results.problems.append(words)
+            self._say(words)
+
+    def finish(self, complete: bool) -> None:
+        """Adds the run's duration, and load and clocks at its end."""
+        seconds = time.monotonic() - self._started
+        around = environment.after(self.results.environment, self._device, seconds)
+        self.results.environment = around
+        self.results.complete = complete
+        self._save()
 
 
 @dataclass
@@ -58,13 +113,6 @@ class _Candidate:
 
     def fail(self, status: Status, message: str) -> None:
         self.status, self.message, self.runner = status, message, None
-
-
-def estimated_seconds(work: Work, providers: Sequence[str], settings: Settings) -> float:
-    """Roughly how long :func:`measure` takes: what a progress bar needs."""
-    compiled = sum(PROVIDERS[name].compiled for name in providers)
-    check = work.elements * (5e-7 if work.method == "wall" else 1e-8)
-    return settings.budget_s * len(work.operations) + compiled * _COMPILATION_S + check + 0.1
 
 
 def measure(
@@ -109,12 +157,6 @@ def _case(work: Work, device: torch.device, seed: int) -> Case:
         tensors = 1 if work.mode == "eval" else 2
         copies = copies_beyond_cache(tensors * work.elements * work.torch_dtype.itemsize, device)
     return Case(work, device, copies, seed)
-
-
-def sentence(error: Exception) -> str:
-    """The exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _compare(
@@ -165,7 +207,7 @@ def _check(candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Ten
 def _check_again(
     candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Tensor]]
 ) -> None:
-    """After thousands of calls: who is wrong by now has no times."""
+    """After thousands of calls: a provider that is wrong by now has no times."""
     if candidate.runner is None:
         return
     try:
@@ -231,19 +273,20 @@ def _time(
             by_name[name].fail("failed", sentence(timing))
 
 
+_OF_WORK = (
+    "layer", "shape", "groups", "dtype", "memory_format", "mode", "method", "suite", "x_name",
+    "x_value",
+)  # fmt: skip
+
+
 def _row(candidate: _Candidate, work: Work, operation: Operation) -> Measurement:
     timing = candidate.timings.get(operation)
     return Measurement(
-        layer=work.layer, shape=work.shape, groups=work.groups, dtype=work.dtype,
-        memory_format=work.memory_format, mode=work.mode, operation=operation, method=work.method,
-        provider=candidate.provider.name, suite=work.suite, x_name=work.x_name,
-        x_value=work.x_value, status=candidate.status, message=candidate.message,
-        median_ms=timing and timing.median_ms, p20_ms=timing and timing.p20_ms,
-        p80_ms=timing and timing.p80_ms, rounds=timing and timing.rounds,
-        calls=timing and timing.calls, warm_up=timing and timing.warm_up,
-        model_bytes=work.model_bytes(operation), kept_bytes=candidate.kept,
-        peak_bytes=candidate.peaks.get(operation),
-        error=candidate.error, bound=candidate.bound,
+        provider=candidate.provider.name, operation=operation, status=candidate.status,
+        message=candidate.message, model_bytes=work.model_bytes(operation),
+        kept_bytes=candidate.kept, peak_bytes=candidate.peaks.get(operation),
+        error=candidate.error, bound=candidate.bound, **(timing._asdict() if timing else {}),
+        **{name: getattr(work, name) for name in _OF_WORK},
     )  # fmt: skip
 
 

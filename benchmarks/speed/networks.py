@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from accuracy.nets import Block, ConvNet, Norm, Transformer
-from speed.measure import Settings, sentence
-from speed.memory import peak_bytes
 from speed.providers import PROVIDERS
-from speed.results import NetworkMeasurement, Status
-from speed.timing import Timing, interleaved
-from speed.work import DTYPES, LAYERS, MemoryFormat, Preset
+from speed.results import MemoryFormat, NetworkMeasurement, Status
+from speed.timing import Settings, Timing, interleaved, peak_bytes, sentence
+from speed.work import DTYPES, LAYERS, Preset
 
 __all__ = ["NETWORK_PROVIDERS", "Network", "measure_network", "networks"]
 
@@ -157,10 +155,9 @@ def networks(preset: Preset, device: str) -> list[Network]:
     return [_CONV, *found, replace(_vit_small(256), dtype="bfloat16"), wide]
 
 
-def _norm(network: Network, provider: str) -> Norm:
+def _layer(network: Network, provider: str) -> type[nn.Module]:
     about = LAYERS[network.layer]
-    layer = about.torchs if provider == "torch" else about.ours
-    return partial(layer, **dict(about.keywords))
+    return about.torchs if provider == "torch" else about.ours
 
 
 class _Training:
@@ -171,8 +168,11 @@ class _Training:
         self.device, self.dtype = device, DTYPES[network.dtype]
         channels_last = network.memory_format == "channels_last"
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        net: Any = network.build(_norm(network, provider)).to(device)
+        norm = _layer(network, provider)
+        net: Any = network.build(partial(norm, **dict(LAYERS[network.layer].keywords))).to(device)
         self.net = net.to(memory_format=layout).train()
+        self.norm_layers = sum(type(module) is norm for module in self.net.modules())
+        self.peak_bytes: int | None = None
         # Momentum 0.9 and a rate at which nothing diverges in however many steps are timed.
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9)
         generator = torch.Generator().manual_seed(seed)
@@ -187,11 +187,6 @@ class _Training:
         self.target = torch.randint(network.classes, targets, generator=generator).to(device)
         self.loss = torch.full((), math.nan)
 
-    def norm_layers(self, layer: str, provider: str) -> int:
-        about = LAYERS[layer]
-        wanted = about.torchs if provider == "torch" else about.ours
-        return sum(type(module) is wanted for module in self.net.modules())
-
     def __call__(self, copy: int = 0) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -202,16 +197,7 @@ class _Training:
         self.loss = loss.detach()
 
 
-@dataclass
-class _Candidate:
-    """A provider on its way through one network."""
-
-    training: _Training
-    norm_layers: int
-    peak: int
-
-
-def _prepare(network: Network, provider: str, device: torch.device, seed: int) -> _Candidate:
+def _prepare(network: Network, provider: str, device: torch.device, seed: int) -> _Training:
     """Builds the network and trains it for some steps.
 
     Raises:
@@ -222,8 +208,8 @@ def _prepare(network: Network, provider: str, device: torch.device, seed: int) -
         training()
     if not math.isfinite(training.loss.item()):
         raise ArithmeticError(f"the loss is {training.loss.item()} after {_WARM_UP_STEPS} steps")
-    layers = training.norm_layers(network.layer, provider)
-    return _Candidate(training, layers, peak_bytes(training, device))
+    training.peak_bytes = peak_bytes(training, device)
+    return training
 
 
 def measure_network(
@@ -234,63 +220,57 @@ def measure_network(
     Args:
         providers: names among :data:`NETWORK_PROVIDERS`.
     """
-    candidates: dict[str, _Candidate] = {}
-    failures: dict[str, tuple[str, Status]] = {}
     missing = network.missing()
     if missing is not None:
-        failures = dict.fromkeys(providers, (missing, "unavailable"))
-        return list(_rows(network, providers, {}, {}, failures))
-    within = {name: _within(name) for name in providers}
+        return [_row(network, name, None, None, ("unavailable", missing)) for name in providers]
+    trainings: dict[str, _Training] = {}
+    failures: dict[str, tuple[Status, str]] = {}
+    # torch's own choice of cuDNN is what a user has.
+    within = {n: nullcontext if n == "torch" else PROVIDERS[n].within for n in providers}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for name in providers:
             try:
                 with within[name]():
-                    candidates[name] = _prepare(network, name, device, settings.seed)
+                    trainings[name] = _prepare(network, name, device, settings.seed)
             except ArithmeticError as error:
-                failures[name] = (str(error), "wrong")
+                failures[name] = "wrong", str(error)
             except Exception as error:  # whatever a provider raises is its result
-                failures[name] = (sentence(error), "failed")
+                failures[name] = "failed", sentence(error)
         found = interleaved(
-            {name: candidate.training for name, candidate in candidates.items()}, device,
-            method="wall" if device.type == "cpu" else "stream", within=within,
+            trainings, device, method="wall" if device.type == "cpu" else "stream", within=within,
             budget_s=settings.budget_s * 2, min_rounds=settings.min_rounds,
             max_rounds=settings.max_rounds,
         )  # fmt: skip
-    timings: dict[str, Timing] = {}
+    timings = {name: t for name, t in found.items() if isinstance(t, Timing)}
     for name, timing in found.items():
-        if isinstance(timing, Timing):
-            timings[name] = timing
-        else:
-            failures[name] = (sentence(timing), "failed")
-    return list(_rows(network, providers, candidates, timings, failures))
+        if isinstance(timing, Exception):
+            failures[name] = "failed", sentence(timing)
+    rows = [
+        _row(network, name, trainings.get(name), timings.get(name), failures.get(name))
+        for name in providers
+    ]
+    peer = timings.get("torch")
+    return [
+        replace(row, ratio=row.median_ms / peer.median_ms, peer="torch")
+        if row.median_ms and peer
+        else row
+        for row in rows
+    ]
 
 
-def _within(name: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The provider's context; none for torch, whose own choice of cuDNN is what a user has."""
-    return nullcontext if name == "torch" else PROVIDERS[name].within
-
-
-def _rows(
+def _row(
     network: Network,
-    providers: Sequence[str],
-    candidates: Mapping[str, _Candidate],
-    timings: Mapping[str, Timing],
-    failures: Mapping[str, tuple[str, Status]],
-) -> Iterator[NetworkMeasurement]:
-    about, peer = LAYERS[network.layer], timings.get("torch")
-    for name in providers:
-        timing, candidate = timings.get(name), candidates.get(name)
-        message, status = failures.get(name) or (None, "ok")
-        yield NetworkMeasurement(
-            network=network.name, source=network.source,
-            norm=(about.torchs if name == "torch" else about.ours).__name__, provider=name,
-            norm_layers=candidate.norm_layers if candidate else 0, batch=network.batch,
-            sample_shape=network.sample_shape, unit=network.unit, units=network.units,
-            dtype=network.dtype, memory_format=network.memory_format, status=status,
-            message=message, median_ms=timing and timing.median_ms,
-            p20_ms=timing and timing.p20_ms, p80_ms=timing and timing.p80_ms,
-            rounds=timing and timing.rounds,
-            ratio=timing.median_ms / peer.median_ms if timing and peer else None,
-            peer="torch" if timing and peer else None,
-            peak_bytes=candidate.peak if candidate else None,
-        )  # fmt: skip
+    provider: str,
+    training: _Training | None,
+    timing: Timing | None,
+    failure: tuple[Status, str] | None,
+) -> NetworkMeasurement:
+    status, message = failure or ("ok", None)
+    return NetworkMeasurement(
+        network=network.name, source=network.source, norm=_layer(network, provider).__name__,
+        provider=provider, norm_layers=training.norm_layers if training else 0,
+        batch=network.batch, sample_shape=network.sample_shape, unit=network.unit,
+        units=network.units, dtype=network.dtype, memory_format=network.memory_format,
+        status=status, message=message, peak_bytes=training.peak_bytes if training else None,
+        **(timing._asdict() if timing else {}),
+    )  # fmt: skip

@@ -1,32 +1,42 @@
-"""The command line of the benchmark: ``python benchmarks/bench.py --help``."""
+"""From the command line to what is going to be measured; refuses what makes no sense."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-__all__ = ["parser"]
+import torch
+
+from normnorm.commands import CommandError, check_output, usable_device
+from speed.measure import Settings
+from speed.networks import NETWORK_PROVIDERS, Network, networks
+from speed.providers import PROVIDERS, runnable
+from speed.results import MODES, PASSES, MemoryFormat
+from speed.work import DTYPES, LAYERS, Preset, Work, WorkError, named_shapes, preset
+
+__all__ = ["Plan", "UsageError", "make_plan", "parser"]
+
+_COMPILATION_S = 4.0
 
 
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
-    return number
+class UsageError(CommandError):
+    """Something that cannot be measured, as a sentence for the user."""
 
 
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0; got {text!r}")
-    return number
+def _positive(kind: type[int] | type[float], words: str) -> Callable[[str], Any]:
+    def parse(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {words}; got {text!r}")
+        return number
+
+    return parse
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -38,7 +48,11 @@ def _shape(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
+def parser() -> argparse.ArgumentParser:
+    """The benchmark's options and its ``compare``, for :func:`normnorm.commands.execute`."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description="Times every layer beside torch's, compiled and copied."
+    )
     select = parser.add_argument_group("what is measured")
     size = select.add_mutually_exclusive_group()
     size.add_argument(
@@ -59,7 +73,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--modes", **some, help="noise (training), quiet (training without noise), eval"
     )
     select.add_argument("--operations", **some, help="forward, backward, full")
-    select.add_argument("--providers", **some, help="who takes part; an unknown name lists them")
+    select.add_argument("--providers", **some, help="an unknown name lists them")
     select.add_argument(
         "--networks", nargs="*", metavar="NAME",
         help="train these networks (without names: the preset's), and measure layers only if a "
@@ -70,27 +84,18 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--callgrind", action="store_true",
         help="count the instructions of the CPU kernels too (needs valgrind and a C++ compiler)",
     )  # fmt: skip
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("how")
     method.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    method.add_argument("--threads", type=_positive, metavar="N", help="torch's threads")
     method.add_argument(
-        "--budget", type=_seconds, metavar="SECONDS",
+        "--threads", metavar="N", type=_positive(int, "a whole number of at least 1"),
+        help="torch's threads",
+    )  # fmt: skip
+    method.add_argument(
+        "--budget", metavar="SECONDS", type=_positive(float, "a number of seconds above 0"),
         help="time for the samples of one operation, all providers together (default: 1.5; "
         "0.4 with --quick, 3 with --full; 0.4 times that on a GPU)",
     )  # fmt: skip
     method.add_argument("--seed", type=int, default=20250505, help="of the random inputs")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The benchmark's options and its ``compare``, for :func:`normnorm.commands.execute`."""
-    parser = argparse.ArgumentParser(
-        prog="bench.py", description="Times every layer beside torch's, compiled and copied."
-    )
-    _add_selection(parser)
-    _add_method(parser)
     out = parser.add_argument_group("files")
     out.add_argument("--json", type=Path, metavar="FILE", help="everything, environment included")
     out.add_argument("--csv", type=Path, metavar="FILE", help="layers, in Liger's columns")
@@ -109,6 +114,183 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from speed.main import bench, compare
+    from speed.main import bench, compare  # needs the packages of the extra
 
     return compare(args) if args.action == "compare" else bench(args)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be measured.
+
+    Attributes:
+        device: where.
+        works, providers: layers, and the implementations to time.
+        compile_all: whether compiled providers do all of the work, or training with noise alone.
+        networks, network_providers: whole networks, and whose norm layers they get.
+        callgrind: whether to count instructions.
+        settings: how much.
+        outputs: files to write, by format.
+    """
+
+    device: torch.device
+    works: list[Work]
+    providers: list[str]
+    compile_all: bool
+    networks: list[Network]
+    network_providers: list[str]
+    callgrind: bool
+    settings: Settings
+    outputs: dict[str, Path]
+
+    def providers_for(self, work: Work) -> list[str]:
+        """Compiling takes longer than measuring: unless it was asked for by name or the preset is
+        the full one, only training with noise is compiled."""
+        return [
+            name
+            for name in self.providers
+            if self.compile_all or work.mode == "noise" or not PROVIDERS[name].compiled
+        ]
+
+    def work_seconds(self, work: Work) -> float:
+        """Roughly how long a work takes: what a progress bar needs."""
+        compiled = sum(PROVIDERS[name].compiled for name in self.providers_for(work))
+        check = work.elements * (5e-7 if work.method == "wall" else 1e-8)
+        samples = self.settings.budget_s * len(work.operations)
+        return samples + compiled * _COMPILATION_S + check + 0.1
+
+    def network_seconds(self) -> float:
+        return 2 * self.settings.budget_s + 3 * len(self.network_providers)
+
+    def seconds(self) -> float:
+        layers = sum(map(self.work_seconds, self.works))
+        return layers + len(self.networks) * self.network_seconds() + 60 * self.callgrind
+
+
+def _chosen(given: Sequence[str] | None, known: Collection[str], what: str) -> list[str]:
+    """The names that were given, separated by spaces or commas, each once.
+
+    Raises:
+        UsageError: one of them is not known.
+    """
+    names = [name for part in given or () for name in part.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown {what} {name!r}; there are {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _providers(args: argparse.Namespace, device: torch.device, size: Preset) -> list[str]:
+    can = runnable(device)
+    chosen = _chosen(args.providers, PROVIDERS, "provider")
+    for name in chosen:
+        if can[name] is not None:
+            raise UsageError(f"provider {name!r} cannot run here: {can[name]}")
+    return chosen or [
+        name
+        for name, reason in can.items()
+        if reason is None
+        # The backend that is written to be right, not fast, takes part in the full preset alone.
+        and (size == "full" or name != "normnorm-reference")
+        and (size != "quick" or not PROVIDERS[name].compiled)
+    ]
+
+
+def _works(args: argparse.Namespace, device: torch.device, size: Preset) -> list[Work]:
+    chosen = {
+        "layer": _chosen(args.layers, LAYERS, "layer"),
+        "mode": _chosen(args.modes, MODES, "mode"),
+        "memory_format": _chosen(args.memory_format, get_args(MemoryFormat), "memory format"),
+    }
+    operations = _chosen(args.operations, PASSES, "operation") or list(PASSES)
+    dtypes = _chosen(args.dtype, DTYPES, "dtype")
+    layers = chosen["layer"]
+    if args.shape:
+        if args.suites:
+            raise UsageError("--suites are parts of a preset; --shape replaces the preset's shapes")
+        works = named_shapes(layers, args.shape, size, device.type)
+    else:
+        works = preset(size, device.type)
+        # A layer that the quick preset leaves out is taken from the default one.
+        if size == "quick" and not {work.layer for work in works} >= set(layers):
+            works = preset("default", device.type)
+        chosen["suite"] = _chosen(args.suites, dict.fromkeys(w.suite for w in works), "suite")
+    works = [
+        replace(work, operations=tuple(o for o in work.operations if o in operations))
+        for work in works
+        if all(getattr(work, name) in names for name, names in chosen.items() if names)
+    ]
+    if dtypes:  # also those that the preset leaves out
+        works = list(dict.fromkeys(replace(w, dtype=dtype) for w in works for dtype in dtypes))
+    works = [work for work in works if work.operations]
+    if not works:
+        raise UsageError("nothing is left to measure: no work of the preset fits every option")
+    return works
+
+
+def _networks(args: argparse.Namespace, device: torch.device, size: Preset) -> list[Network]:
+    if args.networks is not None and args.no_networks:
+        raise UsageError("--networks and --no-networks contradict each other")
+    narrowed = args.layers or args.shape or args.suites or args.modes or args.operations
+    if args.no_networks or (args.networks is None and narrowed):
+        return []
+    there = networks(size, device.type)
+    chosen = _chosen(args.networks, dict.fromkeys(net.name for net in there), "network")
+    found = [net for net in there if not chosen or net.name in chosen]
+    dtypes = _chosen(args.dtype, DTYPES, "dtype")
+    if dtypes == ["float16"]:
+        raise UsageError("networks train in float32 or bfloat16; add --no-networks for layers")
+    if dtypes:
+        wanted = [dtype for dtype in dtypes if dtype != "float16"]
+        found = list(dict.fromkeys(replace(n, dtype=dtype) for n in found for dtype in wanted))
+    return found
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files to write. Refused now if they cannot be, not when everything is measured."""
+    given = {name: getattr(args, name) for name in ("json", "csv", "markdown", "png")}
+    outputs = {name: path for name, path in given.items() if path is not None}
+    seen: dict[Path, str] = {}
+    for name, path in outputs.items():
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise UsageError(f"--{other} and --{name} name the same file: {path}")
+        if name != "png":
+            check_output(f"--{name}", path)
+        elif path.exists() and not path.is_dir():
+            raise UsageError(f"--png {path} is a file; a folder's name is wanted")
+        elif not path.resolve().parent.is_dir():
+            raise UsageError(f"--png {path}: there is no folder {path.resolve().parent}")
+    return outputs
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """What the options ask for.
+
+    Raises:
+        UsageError: something unknown, something that cannot run or be written here, a shape that
+            does not fit its layer, or nothing at all.
+    """
+    size: Preset = "quick" if args.quick else "full" if args.full else "default"
+    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda; got {args.device!r}")
+    device = usable_device(args.device, backend=False)  # every provider chooses its own
+    budget, rounds = {"quick": (0.4, 3), "default": (1.5, 5), "full": (3.0, 7)}[size]
+    if device.type == "cuda":
+        budget *= 0.4  # device times scatter less
+    try:
+        providers = _providers(args, device, size)
+        nets = _networks(args, device, size)
+        layers_too = args.networks is None or args.layers or args.shape or args.suites
+        works = _works(args, device, size) if layers_too else []
+    except WorkError as error:
+        raise UsageError(str(error)) from None
+    network_providers = [name for name in NETWORK_PROVIDERS if name in providers]
+    if nets and not network_providers:
+        raise UsageError(f"networks need a provider among {', '.join(NETWORK_PROVIDERS)}")
+    return Plan(
+        device=device, works=works, providers=providers,
+        compile_all=size == "full" or args.providers is not None, networks=nets,
+        network_providers=network_providers, callgrind=args.callgrind,
+        settings=Settings(args.budget or budget, rounds, 100, args.seed), outputs=_outputs(args),
+    )  # fmt: skip

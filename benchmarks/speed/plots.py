@@ -1,161 +1,270 @@
-"""The figures of one benchmark run: ratios, time and rate against size, networks."""
+"""Plots of one run, as PNG: ratios to torch's layer, time and rate against size, networks."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from speed.figures import (
-    Plot,
-    in_order,
-    label_ends,
-    legend,
-    look,
-    new_figure,
-    no_ticks,
-    number,
-    ours,
-    plain,
-    plain_log_ticks,
-    styled,
-    times,
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from speed.results import (
+    MODES,
+    PASSES,
+    Measurement,
+    Mode,
+    NetworkMeasurement,
+    Operation,
+    Results,
+    ResultsError,
+    write_atomically,
 )
-from speed.results import Measurement, NetworkMeasurement, Results
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["Look", "Plot", "in_order", "look", "plots_of", "write_plots"]
 
-__all__ = ["plots_of"]
-
-_MOST_BARS = 20  # works in one figure
+_MOST_WORKS = 20  # in one figure of ratios
 _BAR = 0.66  # of a work's height that its bars fill
-_DTYPES = ("float32", "bfloat16", "float16")
+_WIDTH = 7.6  # inches: at the width of a phone its text can still be read
+_STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+}
+
+
+class Look(NamedTuple):
+    """A provider's appearance.
+
+    Attributes:
+        label: its name for readers.
+        colour: told apart from the others by every common kind of colour vision (Okabe and Ito's
+            palette, the yellow darkened), and by its marker without any.
+        marker: matplotlib's letter.
+    """
+
+    label: str
+    colour: str
+    marker: str
+
+
+_LOOKS = {
+    "normnorm-cpu": Look("normnorm (CPU)", "#0072B2", "o"),
+    "normnorm-cuda": Look("normnorm (CUDA)", "#0072B2", "o"),
+    "normnorm-triton": Look("normnorm (Triton)", "#56B4E9", "D"),
+    "normnorm-reference": Look("normnorm (reference)", "#7B4FA3", "p"),
+    "torch": Look("torch", "#1a1a1a", "s"),
+    "cudnn": Look("torch (cuDNN)", "#777777", "X"),
+    "compiled-torch": Look("torch, compiled", "#E69F00", "v"),
+    "compiled-reference": Look("definition, compiled", "#009E73", "^"),
+    "reference": Look("definition, eager", "#CC79A7", "P"),
+    "liger": Look("Liger", "#D55E00", "<"),
+    "quack": Look("quack", "#8A7A00", ">"),
+    "copy": Look("device copy", "#8c8c8c", "_"),
+}
+_OTHERS = ("#5B7083", "#A0522D", "#3B7A57", "#B03060")
+
+
+def look(provider: str) -> Look:
+    """A provider's look; one that is not listed gets a colour by its name."""
+    other = Look(provider, _OTHERS[sum(provider.encode()) % len(_OTHERS)], "h")
+    return _LOOKS.get(provider, other)
+
+
+def in_order(providers: Iterable[str]) -> list[str]:
+    """Each once, ours first, the copy last."""
+    known = list(_LOOKS)
+    return sorted(
+        set(providers), key=lambda p: (known.index(p) if p in known else len(known) - 1.5, p)
+    )
+
+
+def _ours(provider: str) -> bool:
+    return provider.startswith("normnorm-")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and the name of its file, without suffix; the title stands above the figure."""
+
+    name: str
+    title: str
+    figure: Figure
 
 
 def plots_of(results: Results) -> Iterator[Plot]:
-    """Every figure that a run has the numbers for."""
-    for make in (_ratios, _sizes, _sweeps, _networks):
-        yield from make(results)
+    """Every figure that a run has the numbers for, in this module's style."""
+    with matplotlib.rc_context(_STYLE):
+        for make in (_ratios, _sizes, _sweeps, _networks):
+            yield from make(results)
 
 
-def _describe(row: Measurement) -> str:
-    """The work in few words."""
-    words = [row.layer, "x".join(map(str, row.shape))]
-    if row.groups:
-        words.append(f"{row.groups} groups")
-    if row.memory_format == "channels_last":
-        words.append("channels_last")
-    if row.method == "stream":
-        words.append("with launches")
-    return " ".join(words)
+def write_plots(runs: Sequence[Results], folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes every plot of every run as PNG, the same bytes for the same numbers; with several
+    runs, their numbers lead the names.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        ResultsError: the folder cannot be made or written to.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResultsError(f"cannot write to {folder}: {error.strerror or error}") from None
+    written = []
+    for number, results in enumerate(runs, start=1):
+        prefix = f"{number}_" if len(runs) > 1 else ""
+        for plot in plots_of(results):
+            out = io.BytesIO()
+            plot.figure.suptitle(plot.title, fontsize=10.5, weight="bold")
+            plot.figure.savefig(out, format="png", metadata={"Software": "normnorm"}, dpi=160)
+            written.append(Path(folder) / f"{prefix}{plot.name}.png")
+            write_atomically(written[-1], out.getvalue())
+    return written
+
+
+# Shared by all
+
+
+def _figure(rows: int, height: float, **keywords: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, one below the other. No window system is touched."""
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, squeeze=False, **keywords)[:, 0]
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _plain(value: float, _: object = None) -> str:
+    """A tick in few characters: 65k."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.4g}"
+
+
+def _log_ticks(axis: Any, low: float, high: float) -> None:
+    """Plain numbers on a log axis, at 1, 2 and 5 times powers of ten where there is room."""
+    steps = (1, 1.5, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5) if high < 300 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: Figure, providers: Iterable[str]) -> None:
+    """Below everything, in the providers' own colours and markers."""
+    handles = [
+        Line2D(
+            [], [], color=look(p).colour, marker=look(p).marker, linestyle="", label=look(p).label
+        )
+        for p in in_order(providers)
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=min(4, len(handles)), fontsize=9.5,
+        handletextpad=0.5, columnspacing=1.4, frameon=False,
+    )  # fmt: skip
+
+
+def _by_dtype(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        yield dtype, [row for row in rows if row.dtype == dtype]
 
 
 # Ratios
 
 
-_WHAT = {
-    ("noise", "full"): "forward + backward, training with noise",
-    ("quiet", "full"): "forward + backward, training without noise",
-    ("eval", "forward"): "forward, evaluation",
-}
-
-
 def _ratios(results: Results) -> Iterator[Plot]:
-    for (mode, operation), what in _WHAT.items():
+    wanted: tuple[tuple[Mode, Operation], ...] = (
+        ("noise", "full"), ("quiet", "full"), ("eval", "forward"),
+    )  # fmt: skip
+    for mode, operation in wanted:
         rows = [
             row
             for row in results.select(mode=mode, operation=operation, status="ok")
-            if row.ratio is not None and "sweep" not in row.suite and row.provider != row.peer
+            if row.ratio is not None
+            and "sweep" not in row.suite
+            and row.provider not in ("copy", "torch", "cudnn")
         ]
-        rows = [row for row in rows if row.provider not in ("copy", "torch", "cudnn")]
-        for dtype, mine in _groups_of_dtypes(rows):
-            works = list(_by_work(mine).values())
-            parts = [works[i : i + _MOST_BARS] for i in range(0, len(works), _MOST_BARS)]
-            for number_, part in enumerate(parts, start=1):
-                which = f", {number_} of {len(parts)}" if len(parts) > 1 else ""
+        for dtype, mine in _by_dtype(rows):
+            # A work that two suites measured counts once.
+            works: dict[tuple[object, ...], dict[str, Measurement]] = {}
+            for row in mine:
+                works.setdefault(row.work, {}).setdefault(row.provider, row)
+            groups = list(works.values())
+            parts = [groups[i : i + _MOST_WORKS] for i in range(0, len(groups), _MOST_WORKS)]
+            for number, part in enumerate(parts, start=1):
+                which = f", {number} of {len(parts)}" if len(parts) > 1 else ""
+                what = f"{PASSES[operation]}, {MODES[mode]}, {dtype}{which}"
                 yield Plot(
-                    f"ratio_{mode}_{dtype}" + (f"_{number_}" if number_ > 1 else ""),
-                    f"Time relative to torch's layer: {what}, {dtype}{which}",
-                    _ratio_figure([row for rows_ in part for row in rows_]),
+                    f"ratio_{mode}_{dtype}" + (f"_{number}" if number > 1 else ""),
+                    f"Time relative to torch's layer: {what}",
+                    _ratio_figure(part),
                 )
 
 
-def _by_work(rows: Sequence[Measurement]) -> dict[tuple[object, ...], list[Measurement]]:
-    """Rows to be compared; a work that two suites measured counts once."""
-    works: dict[tuple[object, ...], dict[str, Measurement]] = {}
-    for row in rows:
-        works.setdefault(row.work, {}).setdefault(row.provider, row)
-    return {work: list(found.values()) for work, found in works.items()}
-
-
-def _reach(row: Measurement) -> tuple[float, float]:
-    """The ratios of the percentiles."""
-    median, low, high = times(row)
-    scale = (row.ratio or math.nan) / median
-    return scale * low, scale * high
-
-
-def _whiskers(row: Measurement) -> list[list[float]]:
-    """Distances from the ratio to those of the percentiles, as errorbar wants them."""
-    low, high = _reach(row)
-    ratio = row.ratio or math.nan
-    return [[ratio - low], [high - ratio]]
-
-
-def _draw_bar(axes: Any, y: float, row: Measurement, thickness: float) -> None:
-    """From 1 to the ratio, with its number beyond the whisker."""
-    ratio, colour = row.ratio or math.nan, look(row.provider).colour
-    axes.barh(y, ratio - 1, 0.92 * thickness, left=1, color=colour, alpha=0.9)
-    axes.errorbar(ratio, y, xerr=_whiskers(row), color="#222222", linewidth=1, capsize=2)
-    slower = ratio >= 1
-    axes.annotate(
-        number(ratio), (_reach(row)[slower], y), (5 if slower else -5, 0), fontsize=9.5,
-        textcoords="offset points", va="center", ha="left" if slower else "right", weight="bold",
-        color=colour,
-    )  # fmt: skip
-
-
-def _draw_marker(axes: Any, y: float, row: Measurement) -> None:
-    style = look(row.provider)
-    axes.errorbar(
-        row.ratio, y, xerr=_whiskers(row), color=style.colour, marker=style.marker, markersize=6.5,
-        linewidth=1, markeredgecolor="white", markeredgewidth=0.5,
-    )  # fmt: skip
-
-
-@styled
-def _ratio_figure(rows: Sequence[Measurement]) -> Figure:
-    works = _by_work(rows)
-    bars = max(1, max(sum(ours(row.provider) for row in group) for group in works.values()))
-    figure, grid = new_figure(height=1.4 + 0.42 * len(works) * (1 + 0.45 * (bars - 1)))
-    axes = grid[0, 0]
-    lowest, highest = 1.0, 1.0
-    for position, group in enumerate(works.values()):
-        order = in_order(row.provider for row in group)
-        mine = [provider for provider in order if ours(provider)]
-        for row in group:
-            if row.provider in mine:
-                bar = mine.index(row.provider) - (bars - 1) / 2
-                _draw_bar(axes, position + bar * _BAR / bars, row, _BAR / bars)
-            else:
-                _draw_marker(axes, position, row)
-            below, above = _reach(row)
-            lowest, highest = min(lowest, below), max(highest, above)
+def _ratio_figure(works: Sequence[dict[str, Measurement]]) -> Figure:
+    """A line a work: our backends as bars from 1, the others as markers."""
+    bars = max(1, max(sum(map(_ours, group)) for group in works))
+    figure, (axes,) = _figure(1, 1.4 + 0.42 * len(works) * (1 + 0.45 * (bars - 1)))
+    ends = [1.0]
+    for position, group in enumerate(works):
+        mine = [provider for provider in in_order(group) if _ours(provider)]
+        for provider, row in group.items():
+            style, ratio = look(provider), row.ratio or math.nan
+            low, high = (ratio * t / row.times[0] for t in row.times[1:])
+            ends += [low, high]
+            whiskers = {"xerr": [[ratio - low], [high - ratio]], "linewidth": 1}
+            if provider not in mine:
+                axes.errorbar(
+                    ratio, position, color=style.colour, marker=style.marker, markersize=6.5,
+                    **whiskers,
+                )  # fmt: skip
+                continue
+            y = position + (mine.index(provider) - (bars - 1) / 2) * _BAR / bars
+            axes.barh(y, ratio - 1, 0.92 * _BAR / bars, left=1, color=style.colour, alpha=0.9)
+            axes.errorbar(ratio, y, color="#222222", capsize=2, **whiskers)
+            slower = ratio >= 1
+            axes.annotate(
+                _number(ratio), (high if slower else low, y), (5 if slower else -5, 0),
+                textcoords="offset points", va="center", ha="left" if slower else "right",
+                fontsize=9.5, weight="bold", color=style.colour,
+            )  # fmt: skip
     axes.axvline(1, color="#1a1a1a", linewidth=1.4)
     axes.set_xscale("log")
     # Room for the numbers beside the bars, in proportion to what the axis spans.
-    room = 1.25 * (highest / lowest) ** 0.12
-    low, high = lowest / (1.35 if lowest == 1 else room), highest * room
+    low, high = min(ends), max(ends)
+    room = 1.25 * (high / low) ** 0.12
+    low, high = low / (1.35 if low == 1 else room), high * room
     axes.set_xlim(low, high)
-    plain_log_ticks(axes.xaxis, low, high)
-    axes.set_yticks(
-        range(len(works)), [_describe(group[0]) for group in works.values()], fontsize=9
-    )
+    _log_ticks(axes.xaxis, low, high)
+    labels = []
+    for group in works:
+        row = next(iter(group.values()))
+        launches = " with launches" if row.method == "stream" else ""
+        labels.append(f"{row.layer} {row.input}{launches}")
+    axes.set_yticks(range(len(works)), labels, fontsize=9)
     axes.set_ylim(len(works) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("time / torch's time (log scale; 1 = torch's layer)")
-    legend(figure, (row.provider for row in rows), bars=True)
+    _legend(figure, (provider for group in works for provider in group))
     return figure
 
 
@@ -163,184 +272,119 @@ def _ratio_figure(rows: Sequence[Measurement]) -> Figure:
 
 
 def _drawn(results: Results, **fields: object) -> list[Measurement]:
-    return [r for r in results.select(status="ok", **fields) if r.gb_per_s]
-
-
-def _copies(
-    results: Results, rows: Sequence[Measurement], by_size: bool
-) -> list[tuple[float, float]]:
-    """(x, GB/s) of the device's copies of the same inputs."""
-    found = {}
-    for row in rows:
-        for copy in results.select(
-            provider="copy", status="ok", shape=row.shape, dtype=row.dtype,
-            memory_format=row.memory_format, method=row.method,
-        ):  # fmt: skip
-            if copy.gb_per_s:
-                found[float(row.elements if by_size else row.x_value)] = copy.gb_per_s
-    return sorted(found.items())
-
-
-def _lines(
-    axes: Any, rows: Sequence[Measurement], y: Callable[[Measurement], tuple[float, float, float]],
-    x: Callable[[Measurement], float], joined: bool,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """One line a provider with its percentiles; where each ends."""
-    ends = {}
-    for provider in reversed(in_order(row.provider for row in rows)):
-        mine = sorted((row for row in rows if row.provider == provider), key=x)
-        xs = [x(row) for row in mine]
-        middle, low, high = zip(*map(y, mine), strict=True)
-        style = look(provider)
-        width = 2.4 if ours(provider) else 1.6
-        axes.plot(
-            xs, middle, color=style.colour, marker=style.marker, linewidth=width if joined else 0,
-            markersize=5.5, markeredgecolor="white", markeredgewidth=0.6,
-            zorder=3 if ours(provider) else 2,
-        )  # fmt: skip
-        if joined:
-            axes.fill_between(xs, low, high, color=style.colour, alpha=0.16, linewidth=0)
-        ends[provider] = (xs[-1], middle[-1])
-    return ends
-
-
-def _rate(row: Measurement) -> tuple[float, float, float]:
-    return tuple(row.model_bytes / ms * 1e-6 for ms in times(row))  # type: ignore[return-value]
-
-
-@styled
-def _time_and_rate(
-    results: Results, rows: Sequence[Measurement], x_name: str, joined: bool
-) -> Figure:
-    def x(row: Measurement) -> float:
-        return float(row.x_value if joined else row.elements)
-
-    figure, grid = new_figure(2, 1, height=7.2, sharex=True)
-    time, rate = grid[0, 0], grid[1, 0]
-    ends = _lines(time, rows, times, x, joined)
-    rate_ends = _lines(rate, rows, _rate, x, joined)
-    roof = _copies(results, rows, by_size=not joined)
-    if roof:
-        xs, ys = zip(*roof, strict=True)
-        how = {"linestyle": (0, (5, 2))} if joined else {"linestyle": "", "marker": "_", "ms": 14}
-        rate.plot(xs, ys, color=look("copy").colour, linewidth=1.5, **how)
-        rate_ends["copy"] = (xs[-1], ys[-1])
-    for axes, values in ((time, [times(r)[0] for r in rows]), (rate, [_rate(r)[0] for r in rows])):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        if axes is rate:
-            values += [y for _, y in roof]
-        low, high = min(values) / 1.5, max(values) * 1.5
-        axes.set_ylim(low, high)
-        plain_log_ticks(axes.yaxis, low, high, most=8)
-    xs_all = sorted({x(row) for row in rows})
-    if joined:
-        rate.set_xticks(xs_all, [plain(v) for v in xs_all])
-        rate.xaxis.set_minor_locator(no_ticks())
-    else:
-        rate.set_xlim(xs_all[0] / 1.6, xs_all[-1] * 1.6)
-        plain_log_ticks(rate.xaxis, xs_all[0] / 1.6, xs_all[-1] * 1.6)
-    time.set(title="Time", ylabel="ms a call (log scale)")
-    rate.set(title="Rate, by the bytes of one read and one write a pass", ylabel="GB/s (log scale)")
-    rate.set_xlabel(f"{x_name} (log scale)")
-    if joined:
-        label_ends(time, ends)
-        label_ends(rate, rate_ends)
-    else:
-        copies = ["copy"] if roof else []
-        legend(figure, [*(row.provider for row in rows), *copies])
-    return figure
-
-
-def _groups_of_dtypes(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
-    for dtype in _DTYPES:
-        mine = [row for row in rows if row.dtype == dtype]
-        if mine:
-            yield dtype, mine
+    rows = results.select(status="ok", mode="noise", operation="full", **fields)
+    return [row for row in rows if row.median_ms and row.provider != "copy"]
 
 
 def _sizes(results: Results) -> Iterator[Plot]:
     """Everything outside the sweeps over its number of elements."""
-    rows = [
-        row
-        for row in _drawn(results, mode="noise", operation="full")
-        if "sweep" not in row.suite and row.provider != "copy"
-    ]
-    for dtype, mine in _groups_of_dtypes(rows):
+    rows = [row for row in _drawn(results) if "sweep" not in row.suite]
+    for dtype, mine in _by_dtype(rows):
         if len({row.elements for row in mine}) > 1:
-            yield Plot(
-                f"size_{dtype}",
-                f"Every layer by its size, {dtype}",
-                _time_and_rate(results, mine, "elements", joined=False),
-            )
+            figure = _size_figure(results, mine, "elements", lambda row: row.elements, False)
+            yield Plot(f"size_{dtype}", f"Every layer by its size, {dtype}", figure)
 
 
 def _sweeps(results: Results) -> Iterator[Plot]:
-    suites = dict.fromkeys(row.suite for row in results.measurements if "sweep" in row.suite)
-    for suite in suites:
-        rows = [
-            row
-            for row in _drawn(results, suite=suite, mode="noise", operation="full")
-            if row.provider != "copy" and row.memory_format == "contiguous"
-        ]
-        for dtype, mine in _groups_of_dtypes(rows):
+    for suite in dict.fromkeys(r.suite for r in results.measurements if "sweep" in r.suite):
+        rows = _drawn(results, suite=suite, memory_format="contiguous")
+        for dtype, mine in _by_dtype(rows):
             if len({row.x_value for row in mine}) < 2:
                 continue
             first = mine[0]
-            sizes = [
-                "·" if len({row.shape[i] for row in mine}) > 1 else str(size)
-                for i, size in enumerate(first.shape)
-            ]
+            sizes = ["·" if len(set(s)) > 1 else str(s[0]) for s in zip(*(r.shape for r in mine))]  # noqa: B905
             yield Plot(
                 f"{suite.replace(' ', '_')}_{dtype}",
                 f"{first.layer} {'x'.join(sizes)} against {first.x_name}, {dtype}",
-                _time_and_rate(results, mine, first.x_name, joined=True),
+                _size_figure(results, mine, first.x_name, lambda row: row.x_value, True),
             )
+
+
+def _size_figure(
+    results: Results,
+    rows: Sequence[Measurement],
+    x_name: str,
+    x: Callable[[Measurement], float],
+    lines: bool,
+) -> Figure:
+    """Times above, rates below, by provider; ``lines`` connects the points of a sweep."""
+    figure, (time, rate) = _figure(2, 7.2, sharex=True)
+    for provider in reversed(in_order(row.provider for row in rows)):
+        mine = sorted((row for row in rows if row.provider == provider), key=x)
+        xs, style = [x(row) for row in mine], look(provider)
+        for axes in (time, rate):
+            ys = [
+                [row.model_bytes / t * 1e-6 if axes is rate else t for t in row.times]
+                for row in mine
+            ]
+            middle, low, high = zip(*ys, strict=True)
+            axes.plot(
+                xs, middle, color=style.colour, marker=style.marker, markersize=5.5,
+                linewidth=lines * (2.4 if _ours(provider) else 1.6), markeredgecolor="white",
+                markeredgewidth=0.6, zorder=3 if _ours(provider) else 2,
+            )  # fmt: skip
+            if lines:
+                axes.fill_between(xs, low, high, color=style.colour, alpha=0.16, linewidth=0)
+    copies = {x(row): copy.gb_per_s for row in rows if (copy := results.copy_of(row))}
+    if copies:
+        roof = zip(*sorted(copies.items()), strict=True)
+        how = {"linestyle": (0, (5, 2))} if lines else {"linestyle": "", "marker": "_", "ms": 14}
+        rate.plot(*roof, color=look("copy").colour, linewidth=1.5, **how)
+    for axes in (time, rate):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _log_ticks(axes.yaxis, *axes.get_ylim())
+    _log_ticks(rate.xaxis, *rate.get_xlim())
+    if lines:
+        rate.set_xticks(sorted({x(row) for row in rows}))
+    time.set(title="Time", ylabel="ms a call (log scale)")
+    rate.set(title="Rate, by the bytes of one read and one write a pass", ylabel="GB/s (log scale)")
+    rate.set_xlabel(f"{x_name} (log scale)")
+    _legend(figure, [*(row.provider for row in rows), *(["copy"] if copies else [])])
+    return figure
 
 
 # Networks
 
 
 def _networks(results: Results) -> Iterator[Plot]:
-    rows = [row for row in results.networks if row.status == "ok"]
-    if rows:
-        yield Plot(
-            "networks",
-            "Training steps of whole networks",
-            _network_figure(rows),
-        )
-
-
-@styled
-def _network_figure(rows: Sequence[NetworkMeasurement]) -> Figure:
     works: dict[tuple[object, ...], list[NetworkMeasurement]] = {}
-    for row in rows:
-        works.setdefault(row.work, []).append(row)
-    figure, grid = new_figure(len(works), 1, height=0.9 + 0.5 * (len(rows) + 1.6 * len(works)))
-    for axes, group in zip(grid[:, 0], works.values(), strict=True):
-        top = max(times(row)[2] for row in group)
+    for row in results.networks:
+        if row.status == "ok":
+            works.setdefault(row.work, []).append(row)
+    if works:
+        figure = _network_figure(list(works.values()))
+        yield Plot("networks", "Training steps of whole networks", figure)
+
+
+def _network_figure(works: Sequence[Sequence[NetworkMeasurement]]) -> Figure:
+    bars = sum(map(len, works))
+    figure, grid = _figure(len(works), 0.9 + 0.5 * (bars + 1.6 * len(works)))
+    for axes, group in zip(grid, works, strict=True):
         for i, row in enumerate(group):
-            style, (median, low, high) = look(row.provider), times(row)
-            whiskers = [[median - low], [high - median]]
+            style, (median, low, high) = look(row.provider), row.times
             axes.barh(i, median, 0.62, color=style.colour, alpha=0.9)
-            axes.errorbar(median, i, xerr=whiskers, color="#444444", linewidth=1, capsize=2)
-            text = f"{row.rate:,.0f} {row.unit}/s" if row.rate else ""
+            axes.errorbar(
+                median, i, xerr=[[median - low], [high - median]], color="#444444", linewidth=1,
+                capsize=2,
+            )  # fmt: skip
+            text = f"{row.rate:,.0f} {row.unit}/s"
             if row.ratio is not None and row.provider != row.peer:
-                text += f", {number(row.ratio)}x"
+                text += f", {_number(row.ratio)}x"
             axes.annotate(
-                text, (high, i), (6, 0), textcoords="offset points",
-                va="center", fontsize=9, color=style.colour,
+                text, (high, i), (6, 0), textcoords="offset points", va="center", fontsize=9,
+                color=style.colour,
             )  # fmt: skip
         names = [f"{row.norm}\n{look(row.provider).label}" for row in group]
         axes.set_yticks(range(len(group)), names, fontsize=9)
         axes.set_ylim(len(group) - 0.4, -0.6)
-        axes.set_xlim(0, 1.35 * top)
+        axes.set_xlim(0, 1.35 * max(row.times[2] for row in group))
         axes.grid(visible=False, axis="y")
         first = group[0]
         sample = "x".join(map(str, first.sample_shape))
         axes.set_title(
             f"{first.network} ({first.source}), batch {first.batch} of {sample}, {first.dtype}"
         )
-    grid[-1, 0].set_xlabel("ms a step")
+    grid[-1].set_xlabel("ms a step")
     figure.align_ylabels()
     return figure

@@ -5,7 +5,8 @@ A result file is JSON: ``{"format": "normnorm-bench", "version": 1, "environment
 The classes below are its schema, field by field; :func:`load` checks a file against them. Times
 are milliseconds, sizes are bytes, rates are decimal (1 GB/s is 1e9 bytes a second).
 
-What follows from other fields (GB/s, shares) is a property here and is not stored.
+What follows from other fields (GB/s, shares) is a property here and is not stored. Measuring and
+writing need torch alone; :func:`load` needs msgspec.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import contextlib
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,8 @@ from normnorm.environment import Gpu
 __all__ = [
     "FORMAT",
     "LANES",
+    "MODES",
+    "PASSES",
     "VERSION",
     "Count",
     "Environment",
@@ -33,14 +34,16 @@ __all__ = [
     "NetworkMeasurement",
     "Results",
     "ResultsError",
+    "Row",
+    "input_words",
     "json_text",
     "load",
     "save",
     "write_atomically",
 ]
 
-FORMAT = "normnorm-bench"
-VERSION = 1
+FORMAT: Literal["normnorm-bench"] = "normnorm-bench"
+VERSION: Literal[1] = 1
 
 LANES = 128  # instructions of single elements that a multiprocessor issues in a clock
 
@@ -48,6 +51,14 @@ Mode = Literal["noise", "quiet", "eval"]
 Operation = Literal["forward", "backward", "full"]
 Status = Literal["ok", "wrong", "failed", "unavailable"]
 Method = Literal["wall", "graph", "stream"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+MODES: dict[Mode, str] = {
+    "noise": "training with noise", "quiet": "training without noise", "eval": "evaluation",
+}  # fmt: skip
+PASSES: dict[Operation, str] = {
+    "forward": "forward", "backward": "backward", "full": "forward + backward",
+}  # fmt: skip
 
 
 class ResultsError(CommandError):
@@ -76,7 +87,7 @@ class Environment:
         load_before, load_after: load average of the last minute; None where unknown.
         seconds: how long the whole run took.
         device: "cpu" or "cuda", where the tensors lay.
-        gpu: the accelerator; None on a CPU.
+        gpu: the accelerator, with its clocks right after the run; None on a CPU.
         seed: of the random inputs.
     """
 
@@ -109,63 +120,39 @@ class Environment:
         return self.cpu if self.gpu is None else self.gpu.name
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One provider's time for one pass of one layer.
+def input_words(shape: tuple[int, ...], groups: int, dtype: str, memory_format: str) -> str:
+    """An input for readers: "32x64x56x56 float32 channels_last"."""
+    words = ["x".join(map(str, shape)), *([f"{groups} groups"] if groups else []), dtype]
+    return " ".join([*words, *([memory_format] if memory_format != "contiguous" else [])])
 
-    The first eight fields say what was done (the *work*); rows with equal work are to be
-    compared with each other.
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One provider's time for one piece of work.
 
     Attributes:
-        layer: the normality layer's class name; for other providers its counterpart stands in.
-        shape: the input's, logical, (N, C, ...) or (..., features).
-        groups: channel groups of a GroupNormalNorm; 0 for other layers.
-        dtype: "float32", "bfloat16" or "float16".
+        provider: "normnorm-cpu", "normnorm-cuda", "normnorm-triton", "normnorm-reference" (our
+            backends), "reference" (the definition in eager mode), "compiled-reference", "torch"
+            (torch's layer; on a GPU without cuDNN), "cudnn", "compiled-torch", "liger", "quack",
+            or "copy" (a device copy of the input: the roof).
+        dtype: "float32", "bfloat16" or "float16"; for a network of the autocast region.
         memory_format: "contiguous" or "channels_last".
-        mode: "noise" (training as published), "quiet" (training with ``noise_train=0``) or
-            "eval". Providers without noise do the same work in the first two.
-        operation: "forward", "backward" or "full" (forward and backward).
-        method: "wall" (CPU, wall clock), "graph" (device time of a replayed CUDA graph whose
-            inputs rotate) or "stream" (GPU, wall clock of calls from Python: what small tensors
-            cost, launches included).
-        provider: who did it: "normnorm-cpu", "normnorm-cuda", "normnorm-triton",
-            "normnorm-reference" (our backends), "reference" (the definition in eager mode),
-            "compiled-reference", "torch" (torch's layer; on a GPU without cuDNN), "cudnn",
-            "compiled-torch", "liger", "quack", or "copy" (a device copy of the input: the roof).
-        suite: which question the work belongs to, such as "resnet", "features", "tokens",
-            "batch sweep", "channel sweep", "row sweep", "small".
-        x_name, x_value: the quantity a sweep varies and its value; "elements" otherwise.
         status: "ok"; "wrong" (it missed the bound against the float64 reference and was not
             timed), "failed" (it raised) or "unavailable" (it does not do this work, or is not
-            installed). The other measured fields are None then, or what was known by then.
+            installed). The measured fields below are None then, or what was known by then.
         message: the sentence that belongs to a status other than "ok".
-        median_ms, p20_ms, p80_ms: of the samples, milliseconds a call.
+        median_ms, p20_ms, p80_ms: of the samples, milliseconds a call or training step.
         rounds: samples taken.
         calls: calls within one sample.
         warm_up: calls before the first sample, beside those of the check.
-        model_bytes: bytes that a kernel of one read and one write a pass moves: twice the input
-            for a forward, three times for a backward, the sum for both.
         ratio: median over that of ``peer`` in the same run; None without a peer.
         peer: the provider that stands for torch's layer: the faster of "torch" and "cudnn".
-        kept_bytes: what autograd keeps between forward and backward, each storage once.
         peak_bytes: the most that one call had allocated at a time, its inputs not counted.
-        error: largest difference from the float64 reference over results, relative to the
-            largest value of each.
-        bound: what ``error`` had to stay under.
     """
 
-    layer: str
-    shape: tuple[int, ...]
-    groups: int = 0
-    dtype: str
-    memory_format: Literal["contiguous", "channels_last"]
-    mode: Mode
-    operation: Operation
-    method: Method
     provider: str
-    suite: str
-    x_name: str
-    x_value: float
+    dtype: str
+    memory_format: MemoryFormat
     status: Status
     message: str | None = None
     median_ms: float | None = None
@@ -174,21 +161,73 @@ class Measurement:
     rounds: int | None = None
     calls: int | None = None
     warm_up: int | None = None
-    model_bytes: int
     ratio: float | None = None
     peer: str | None = None
-    kept_bytes: int | None = None
     peak_bytes: int | None = None
+
+    @property
+    def times(self) -> tuple[float, float, float]:
+        """Median, 20th and 80th percentile in ms; NaN for what is not known."""
+        median, low, high = (t or math.nan for t in (self.median_ms, self.p20_ms, self.p80_ms))
+        return median, low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Row):
+    """One pass of one layer.
+
+    Attributes:
+        layer: the normality layer's class name; for other providers its counterpart stands in.
+        shape: the input's, logical, (N, C, ...) or (..., features).
+        groups: channel groups of a GroupNormalNorm; 0 for other layers.
+        mode: "noise" (training as published), "quiet" (training with ``noise_train=0``) or
+            "eval". Providers without noise do the same work in the first two.
+        operation: "forward", "backward" or "full" (forward and backward).
+        method: "wall" (CPU, wall clock), "graph" (device time of a replayed CUDA graph whose
+            inputs rotate) or "stream" (GPU, wall clock of calls from Python: what small tensors
+            cost, launches included).
+        suite: which question the work belongs to, such as "resnet", "features", "tokens",
+            "batch sweep", "channel sweep", "row sweep", "small".
+        x_name, x_value: the quantity a sweep varies and its value; "elements" otherwise.
+        model_bytes: bytes that a kernel of one read and one write a pass moves: twice the input
+            for a forward, three times for a backward, the sum for both.
+        kept_bytes: what autograd keeps between forward and backward, each storage once.
+        error: largest difference from the float64 reference over results, relative to the
+            largest value of each.
+        bound: what ``error`` had to stay under.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    groups: int = 0
+    mode: Mode
+    operation: Operation
+    method: Method
+    suite: str
+    x_name: str
+    x_value: float
+    model_bytes: int
+    kept_bytes: int | None = None
     error: float | None = None
     bound: float | None = None
 
     @property
     def work(self) -> tuple[object, ...]:
-        """What was done, by whomever: equal for rows that may be compared."""
+        """What was done, by any provider: equal for rows that may be compared."""
         return (
             self.layer, self.shape, self.groups, self.dtype, self.memory_format, self.mode,
             self.operation, self.method,
         )  # fmt: skip
+
+    @property
+    def input(self) -> str:
+        return input_words(self.shape, self.groups, self.dtype, self.memory_format)
+
+    @property
+    def name(self) -> str:
+        """The work for readers, its operation left out."""
+        launches = ", launches included" if self.method == "stream" else ""
+        return f"{self.layer} {self.input}, {MODES[self.mode]}{launches}"
 
     @property
     def elements(self) -> int:
@@ -201,55 +240,43 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkMeasurement:
+class NetworkMeasurement(Row):
     """One training step (forward, loss, backward, optimizer) of a whole network.
 
     Attributes:
         network: its name, such as "resnet50" or "vit_small".
         source: where it comes from: "torchvision", "timm" or "normnorm" (a small one of ours).
         norm: class name of its normalization layers.
-        provider: as in :class:`Measurement`: whose norm layers they are.
-        norm_layers: how many were swapped.
+        norm_layers: how many of them it has.
         batch: samples a step.
         sample_shape: the shape of one.
         unit: what ``rate`` counts a second: "images" or "tokens".
         units: of them a step.
-        dtype: of the autocast region; "float32" without autocast.
-        memory_format: of the images.
-        status, message, median_ms, p20_ms, p80_ms, rounds: as in :class:`Measurement`; a round
-            is one step.
-        ratio: median over that of ``peer``, the same network with torch's layer.
-        peak_bytes: the most memory allocated during a step; None where it is not known.
     """
 
     network: str
     source: Literal["torchvision", "timm", "normnorm"]
     norm: str
-    provider: str
     norm_layers: int
     batch: int
     sample_shape: tuple[int, ...]
     unit: Literal["images", "tokens"]
     units: int
-    dtype: str
-    memory_format: Literal["contiguous", "channels_last"]
-    status: Status
-    message: str | None = None
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    rounds: int | None = None
-    ratio: float | None = None
-    peer: str | None = None
-    peak_bytes: int | None = None
 
     @property
     def work(self) -> tuple[object, ...]:
-        """What was done, by whomever: equal for rows that may be compared."""
+        """What was done, by any provider: equal for rows that may be compared."""
         return (
             self.network, self.source, self.batch, self.sample_shape, self.dtype,
             self.memory_format,
         )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """The work for readers."""
+        words = [self.network, f"({self.source})", f"batch {self.batch}", self.dtype]
+        words += [self.memory_format] if self.memory_format != "contiguous" else []
+        return f"{' '.join(words)}, a training step"
 
     @property
     def rate(self) -> float | None:
@@ -295,6 +322,8 @@ class Results:
         complete: False while the run goes on, and for ever if it was interrupted.
     """
 
+    format: Literal["normnorm-bench"] = FORMAT
+    version: Literal[1] = VERSION
     environment: Environment
     measurements: list[Measurement] = field(default_factory=list)
     networks: list[NetworkMeasurement] = field(default_factory=list)
@@ -309,20 +338,21 @@ class Results:
         """
         return [m for m in self.measurements if all(getattr(m, k) == v for k, v in fields.items())]
 
-    def share_of_copy(self, measurement: Measurement) -> float | None:
-        """Its GB/s over those of a copy of the same input in this run: 1 is the roof.
-
-        The copy of the same mode where there is one, else of any. None without one.
-        """
+    def copy_of(self, row: Measurement) -> Measurement | None:
+        """The device's copy of the same input: of the same mode where there is one."""
         same = ("shape", "dtype", "memory_format", "method")
-        key = {name: getattr(measurement, name) for name in same}
+        key = {name: getattr(row, name) for name in same}
         copies = self.select(provider="copy", status="ok", **key)
-        copies.sort(key=lambda copy: copy.mode != measurement.mode)
-        if not copies or copies[0].gb_per_s is None or measurement.gb_per_s is None:
-            return None
-        return measurement.gb_per_s / copies[0].gb_per_s
+        return min(copies, key=lambda copy: copy.mode != row.mode, default=None)
 
-    def share_of_issue(self, measurement: Measurement) -> float | None:
+    def share_of_copy(self, row: Measurement) -> float | None:
+        """Its GB/s over those of a copy of the same input in this run: 1 is the roof."""
+        copy = self.copy_of(row)
+        if copy is None or copy.gb_per_s is None or row.gb_per_s is None:
+            return None
+        return row.gb_per_s / copy.gb_per_s
+
+    def share_of_issue(self, row: Measurement) -> float | None:
         """The time in which the multiprocessors could issue its instructions, over its time.
 
         The second roof of a GPU's kernels: counted instructions, every one of the 128 lanes of a
@@ -330,88 +360,48 @@ class Results:
         the instructions were not counted.
         """
         gpu = self.environment.gpu
-        if gpu is None or not gpu.max_clock_mhz or not measurement.median_ms:
+        if gpu is None or not gpu.max_clock_mhz or not row.median_ms:
             return None
-        if measurement.provider != "normnorm-cuda":
-            return None
-        key = (measurement.mode, f"sm_{gpu.capability[0]}{gpu.capability[1]}", measurement.dtype)
-        counts = [c for c in self.counts if (c.mode, c.isa, c.dtype) == key]
-        counted = {count.operation: count.instructions for count in counts}
-        passes: tuple[Operation, ...] = (measurement.operation,)
-        if measurement.operation == "full":
+        key = (row.mode, f"sm_{gpu.capability[0]}{gpu.capability[1]}", row.dtype)
+        counted = {
+            c.operation: c.instructions for c in self.counts if (c.mode, c.isa, c.dtype) == key
+        }
+        passes: tuple[Operation, ...] = (row.operation,)
+        if row.operation == "full":
             passes = ("forward", "backward")
-        if not all(operation in counted for operation in passes):
+        if row.provider != "normnorm-cuda" or not counted.keys() >= set(passes):
             return None
         each = sum(counted[operation] for operation in passes)
         per_ms = gpu.multiprocessors * LANES * gpu.max_clock_mhz * 1e3
-        return measurement.elements * each / per_ms / measurement.median_ms
-
-
-@dataclass
-class _File:
-    """The file itself: a mark and a version before the results."""
-
-    format: str
-    version: int
-
-
-def _bad_numbers(results: Results) -> Iterable[str]:
-    rows: list[tuple[str, Measurement | NetworkMeasurement]] = [
-        *((f"measurements[{i}]", row) for i, row in enumerate(results.measurements)),
-        *((f"networks[{i}]", row) for i, row in enumerate(results.networks)),
-    ]
-    for name, row in rows:
-        times = (row.median_ms, row.p20_ms, row.p80_ms)
-        if row.status == "ok" and any(t is None or not t > 0 for t in times):
-            yield f"{name} says ok, but its times are {times}"
-        elif row.status != "ok" and not row.message:
-            yield f"{name} says {row.status}, but not why"
+        return row.elements * each / per_ms / row.median_ms
 
 
 def load(path: str | os.PathLike[str]) -> Results:
     """Reads a result file.
 
     Raises:
-        ResultsError: the file cannot be read, is damaged, was written by something else or by a
-            newer version, or contradicts itself. The sentence names the file and what is wrong.
+        ResultsError: the file cannot be read, is damaged, or was written by something else or by
+            a newer version. The sentence names the file and what is wrong.
     """
-    import msgspec  # checks what is read; measuring and writing do without it
+    import msgspec
 
     try:
-        text = Path(path).read_bytes()
+        return msgspec.json.decode(Path(path).read_bytes(), type=Results)
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror or error}") from None
-    try:
-        head = msgspec.json.decode(text, type=_File)
-    except msgspec.ValidationError:
-        raise ResultsError(f'{path} is not a result file: it has no "format": "{FORMAT}"') from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} is damaged or not JSON at all: {error}") from None
-    if head.format != FORMAT:
         raise ResultsError(
-            f'{path} is not a result file: its format is {head.format!r}, not "{FORMAT}"'
-        )
-    if head.version != VERSION:
-        raise ResultsError(
-            f"{path} is of version {head.version} of the format; this normnorm reads {VERSION}"
-        )
-    try:
-        results = msgspec.json.decode(text, type=Results)
-    except msgspec.ValidationError as error:
-        raise ResultsError(f"{path} is damaged: {error}") from None
-    for sentence in _bad_numbers(results):
-        raise ResultsError(f"{path} is damaged: {sentence}")
-    return results
+            f'{path} is damaged, or no "{FORMAT}" file of version {VERSION}: {error}'
+        ) from None
 
 
 def save(results: Results, path: str | os.PathLike[str]) -> None:
-    """Writes a result file, whole or not at all: whatever stood there stays until it is written.
+    """Writes a result file, whole or not at all.
 
     Raises:
         ResultsError: it cannot be written there; what stood there is unchanged.
     """
-    data = {"format": FORMAT, "version": VERSION, **vars(results)}
-    write_atomically(path, json_text(data))
+    write_atomically(path, json_text(results))
 
 
 def _plain(value: Any) -> Any:
@@ -436,26 +426,12 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     Raises:
         ResultsError: it cannot be written there; what stood there is unchanged.
     """
-    data = content.encode() if isinstance(content, str) else content
     target = Path(os.path.realpath(path))  # through a link: what it points to is replaced
-    temporary = None
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        os.chmod(temporary, mode)
-        os.replace(temporary, target)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, target)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,5 +1,5 @@
-"""Results as text: tables for the terminal and for Markdown, the README's performance section, and
-CSV in Liger's columns."""
+"""Results as text: tables for the terminal and for Markdown, the comparison of two runs, the
+README's performance section, and CSV in Liger's columns."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
-from tabulate import tabulate
-
-from speed.figures import in_order, look, ours
 from speed.results import (
+    MODES,
+    PASSES,
     Environment,
     Measurement,
     NetworkMeasurement,
     Operation,
     Results,
     ResultsError,
+    Row,
     load,
 )
 
@@ -29,27 +31,45 @@ __all__ = [
     "BEGIN",
     "CSV_COLUMNS",
     "END",
+    "Change",
+    "changes",
+    "comparison",
     "csv_text",
-    "environment_lines",
     "markdown",
     "readme_files",
     "readme_section",
+    "table",
     "text",
     "with_section",
-    "work_name",
 ]
 
-_OPERATIONS: tuple[Operation, ...] = ("forward", "backward", "full")
-_MODES = {
-    "noise": "training with noise",
-    "quiet": "training without noise",
-    "eval": "evaluation",
-}
-_METHODS = {"wall": "", "graph": "", "stream": ", launches included"}
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, markdown: bool = True
+) -> str:
+    """A Markdown table, or one aligned for a terminal; columns after the first ``words`` of them
+    hold numbers and are aligned to the right."""
+    lines = [list(head), *map(list, rows)]
+    if markdown:
+        lines.insert(1, ["---" if i < words else "--:" for i in range(len(head))])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
-def size(count: float | None) -> str:
-    """Bytes as people read them: 1.6 MB."""
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _size(count: float | None) -> str:
+    """Bytes for readers: 1.6 MB."""
     if count is None:
         return ""
     for unit in ("B", "kB", "MB"):
@@ -59,128 +79,82 @@ def size(count: float | None) -> str:
     return f"{count:.3g} GB"
 
 
-def milliseconds(median: float | None, p20: float | None, p80: float | None) -> str:
+def _milliseconds(row: Row | None) -> str:
     """The median, with half the distance between the percentiles as the spread."""
-    if median is None or p20 is None or p80 is None:
+    if row is None or row.median_ms is None:
         return ""
-    return f"{median:.4g} ±{50 * (p80 - p20) / median:.0f}%"
-
-
-def work_name(row: Measurement) -> str:
-    """The work in a few words, its operation left out."""
-    words = [row.layer, "x".join(map(str, row.shape)), row.dtype]
-    if row.groups:
-        words.insert(2, f"{row.groups} groups")
-    if row.memory_format != "contiguous":
-        words.append(row.memory_format)
-    return f"{' '.join(words)}, {_MODES[row.mode]}{_METHODS[row.method]}"
-
-
-def _network_name(row: NetworkMeasurement) -> str:
-    words = [row.network, f"({row.source})", f"batch {row.batch}", row.dtype]
-    if row.memory_format != "contiguous":
-        words.append(row.memory_format)
-    return f"{' '.join(words)}, a training step"
+    median, low, high = row.times
+    return f"{median:.4g} ±{50 * (high - low) / median:.0f}%"
 
 
 def environment_lines(environment: Environment) -> list[str]:
-    """What a reader has to know of the machine and the run."""
+    """What a reader has to know of the machine and the run; the command line is the last."""
     e = environment
     device = [e.device_name]
     if e.gpu is not None:
         clock = "" if e.gpu.clock_mhz is None else f" at {e.gpu.clock_mhz:.0f} MHz"
         device += [f"{e.gpu.multiprocessors} multiprocessors{clock}"]
-        if e.gpu.driver:
-            device.append(f"driver {e.gpu.driver}")
+        device += [f"driver {e.gpu.driver}"] if e.gpu.driver else []
     else:
         device += [f"{e.threads} thread{'s' * (e.threads != 1)} on {e.cores} cores"]
-        if e.isa:
-            device.append(f"CPU kernels for {e.isa}")
+        device += [f"CPU kernels for {e.isa}"] if e.isa else []
     packages = [f"{name} {number}" for name, number in e.packages.items()]
-    versions = [f"torch {e.torch}", *packages, f"Python {e.python}"]
     commit = "" if e.commit is None else f" ({e.commit}{', changed' if e.uncommitted else ''})"
+    versions = [f"normnorm {e.normnorm}{commit}", f"torch {e.torch}", *packages]
     loads = [f"{load:.1f}" for load in (e.load_before, e.load_after) if load is not None]
-    when = [e.timestamp]
-    if e.seconds is not None:
-        when.append(f"{e.seconds:.0f} s")
-    if loads:
-        when.append(f"load average {' to '.join(loads)}")
-    return [
-        ", ".join(device),
-        f"normnorm {e.normnorm}{commit}, {', '.join(versions)}",
-        ", ".join(when),
-        e.command_line,
-    ]
+    when = [e.timestamp, *([] if e.seconds is None else [f"{e.seconds:.0f} s"])]
+    when += [f"load average {' to '.join(loads)}"] if loads else []
+    lines = [device, [*versions, f"Python {e.python}"], when, [e.command_line]]
+    return [", ".join(line) for line in lines]
 
 
-def _groups(rows: Iterable[Measurement]) -> dict[tuple[object, ...], list[Measurement]]:
-    """Rows of one work, all its operations, by suite and work in the order of the run."""
-    found: dict[tuple[object, ...], list[Measurement]] = {}
-    for row in rows:
-        found.setdefault((row.suite, work_name(row)), []).append(row)
-    return found
+# All tables of a run
 
 
-def _layer_table(results: Results, rows: Sequence[Measurement], style: str) -> str:
+def _remarks(rows: Iterable[Row], markdown: bool) -> list[str]:
+    """Why providers have no numbers, once each."""
+    bad = [f"{row.provider}: {row.status}: {row.message}" for row in rows if row.status != "ok"]
+    lines = list(dict.fromkeys(bad))
+    return ["", *(f"* {line}" for line in lines)] if markdown and lines else lines
+
+
+def _layer_table(results: Results, rows: Sequence[Measurement], markdown: bool) -> str:
     """Providers down, operations across."""
-    operations = [o for o in _OPERATIONS if any(row.operation == o for row in rows)]
+    operations: list[Operation] = [o for o in PASSES if any(row.operation == o for row in rows)]
     last = operations[-1]
-    on_gpu = results.environment.gpu is not None
+    issue = results.environment.gpu is not None
     head = [
         "provider", *(f"{o} ms" for o in operations), f"{last} / torch's", "GB/s", "of copy",
-        *(["of issue"] if on_gpu else []), "kept", "peak", "error",
+        *(["of issue"] if issue else []), "kept", "peak", "error",
     ]  # fmt: skip
-    body, remarks = [], []
+    body, judged = [], []
     for provider in dict.fromkeys(row.provider for row in rows):
         mine = {row.operation: row for row in rows if row.provider == provider}
-        times = [mine.get(o) for o in operations]
-        judged = mine.get(last, next(iter(mine.values())))
-        shares = [results.share_of_copy(judged)]
-        if on_gpu:
-            shares.append(results.share_of_issue(judged))
-        if judged.status != "ok":
-            remarks.append(f"{provider}: {judged.status}: {judged.message}")
+        row = mine.get(last, next(iter(mine.values())))
+        shares = [results.share_of_copy(row), *([results.share_of_issue(row)] if issue else [])]
+        judged.append(row)
         body.append([
-            provider,
-            *(milliseconds(t.median_ms, t.p20_ms, t.p80_ms) if t else "" for t in times),
-            "" if judged.ratio is None else f"{judged.ratio:.2f}",
-            "" if judged.gb_per_s is None else f"{judged.gb_per_s:.3g}",
-            *("" if share is None else f"{100 * share:.0f}%" for share in shares),
-            size(judged.kept_bytes),
-            size(judged.peak_bytes),
-            "" if judged.error is None else f"{judged.error:.0e}",
+            provider, *(_milliseconds(mine.get(o)) for o in operations), _number(row.ratio, ".2f"),
+            _number(row.gb_per_s, ".3g"), *(_number(share, ".0%") for share in shares),
+            _size(row.kept_bytes), _size(row.peak_bytes), _number(row.error, ".0e"),
         ])  # fmt: skip
-    return "\n".join([_tabulate(body, head, style), *_remarks(remarks, style)])
+    return "\n".join([table(head, body, 1, markdown), *_remarks(judged, markdown)])
 
 
-def _network_table(rows: Sequence[NetworkMeasurement], style: str) -> str:
+def _network_table(rows: Sequence[NetworkMeasurement], markdown: bool) -> str:
     unit = f"{rows[0].unit}/s"
     head = ["provider", "norm", "layers", "ms a step", unit, "/ torch's", "peak"]
-    body, remarks = [], []
-    for row in rows:
-        if row.status != "ok":
-            remarks.append(f"{row.provider}: {row.status}: {row.message}")
-        body.append([
-            row.provider, row.norm, str(row.norm_layers),
-            milliseconds(row.median_ms, row.p20_ms, row.p80_ms),
-            "" if row.rate is None else f"{row.rate:.4g}",
-            "" if row.ratio is None else f"{row.ratio:.3f}",
-            size(row.peak_bytes),
-        ])  # fmt: skip
-    return "\n".join([_tabulate(body, head, style), *_remarks(remarks, style)])
+    body = [
+        [
+            row.provider, row.norm, str(row.norm_layers), _milliseconds(row),
+            _number(row.rate, ".4g"), _number(row.ratio, ".3f"), _size(row.peak_bytes),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return "\n".join([table(head, body, 2, markdown), *_remarks(rows, markdown)])
 
 
-def _tabulate(body: Sequence[Sequence[str]], head: Sequence[str], style: str) -> str:
-    align = ("left", *("right" for _ in head[1:]))
-    return tabulate(body, headers=head, tablefmt=style, colalign=align, disable_numparse=True)
-
-
-def _remarks(remarks: Sequence[str], style: str) -> list[str]:
-    lines = list(dict.fromkeys(remarks))
-    return ["", *(f"* {line}" for line in lines)] if style == "github" and lines else lines
-
-
-def _suite_ratios(results: Results) -> list[list[str]]:
+def _means(results: Results) -> list[list[str]]:
     """Geometric means of the ratio to torch's layer: suite, dtype, format, mode by provider."""
     cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in results.measurements:
@@ -188,18 +162,18 @@ def _suite_ratios(results: Results) -> list[list[str]]:
             work = (row.suite, row.dtype, row.memory_format, row.mode)
             cells.setdefault(work, {}).setdefault(row.provider, []).append(row.ratio)
     providers = list(dict.fromkeys(p for cell in cells.values() for p in cell if p != "torch"))
-    table = [["suite", "dtype", "format", "mode", "works", *providers]]
+    lines = [["suite", "dtype", "format", "mode", "works", *providers]]
     for key, cell in cells.items():
         most = max(map(len, cell.values()))
         means = []
         for provider in providers:
             ratios = cell.get(provider, [])
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+            mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if ratios else None
             # A mean over fewer works than its neighbours' is not comparable with them.
-            fewer = f" ({len(ratios)})" if len(ratios) < most else ""
-            means.append("" if mean is None else f"{mean:.2f}{fewer}")
-        table.append([*key, str(most), *means])
-    return table
+            fewer = f" ({len(ratios)})" if 0 < len(ratios) < most else ""
+            means.append(_number(mean, ".2f") + fewer)
+        lines.append([*key, str(most), *means])
+    return lines
 
 
 _LEGEND = (
@@ -208,48 +182,48 @@ _LEGEND = (
     "of issue: of what the multiprocessors could issue. kept: for the backward pass. error: "
     "against the float64 reference, relative to the largest value."
 )
-_MEANS = (
-    "Time over that of torch's layer, geometric means: forward and backward in training, forward "
-    "in evaluation; below 1 is faster"
-)
 
 
-def _sections(results: Results, style: str) -> list[tuple[str, str]]:
-    """(heading, table) for every work and network, and the means."""
-    sections = [
-        (work_name(rows[0]), _layer_table(results, rows, style))
-        for rows in _groups(results.measurements).values()
-    ]
-    networks: dict[str, list[NetworkMeasurement]] = {}
-    for row in results.networks:
-        networks.setdefault(_network_name(row), []).append(row)
-    sections += [(name, _network_table(rows, style)) for name, rows in networks.items()]
+def _sections(results: Results, markdown: bool) -> Iterator[tuple[str, str]]:
+    """(heading, table) for every work and network, the counts and the means."""
+    layers: dict[tuple[str, str], list[Measurement]] = {}
+    for row in results.measurements:
+        layers.setdefault((row.suite, row.name), []).append(row)
+    for (_, name), rows in layers.items():
+        yield name, _layer_table(results, rows, markdown)
+    for name, nets in groupby(results.networks, lambda row: row.name):
+        yield name, _network_table(list(nets), markdown)
     if results.counts:
         body = [
             [c.work, c.mode, c.operation, c.isa, f"{c.instructions:.2f}"] for c in results.counts
         ]
         head = ["kernel", "mode", "operation", "ISA", "instructions an element"]
-        sections.append(("Instructions, counted", _tabulate(body, head, style)))
-    means = _suite_ratios(results)
-    if len(means) > 1:
-        sections.append((_MEANS, _tabulate(means[1:], means[0], style)))
-    return sections
+        yield "Instructions, counted", table(head, body, 4, markdown)
+    head, *body = _means(results)
+    if body:
+        heading = (
+            "Time over that of torch's layer, geometric means: forward and backward in training, "
+            "forward in evaluation; below 1 is faster"
+        )
+        yield heading, table(head, body, 4, markdown)
 
 
 def text(results: Results) -> str:
     """Everything, for a terminal."""
-    parts = [f"{name}\n\n{table}" for name, table in _sections(results, "simple")]
+    parts = [f"{name}\n\n{lines}" for name, lines in _sections(results, markdown=False)]
     return "\n\n".join([*parts, _LEGEND, "\n".join(environment_lines(results.environment))]) + "\n"
 
 
 def markdown(results: Results) -> str:
-    """Everything, as Markdown with a heading a work."""
-    lines = environment_lines(results.environment)
-    around = "\n".join(f"* {line}" for line in (*lines[:-1], f"`{lines[-1]}`"))
-    parts = [f"### {name}\n\n{table}" for name, table in _sections(results, "github")]
-    problems = "".join(f"* {problem}\n" for problem in results.problems)
-    return "\n\n".join([around, *parts, _LEGEND, *([problems] if problems else [])]).strip() + "\n"
+    """Everything, as Markdown with a heading for each work."""
+    *lines, command = environment_lines(results.environment)
+    around = "\n".join(f"* {line}" for line in (*lines, f"`{command}`"))
+    parts = [f"### {name}\n\n{lines}" for name, lines in _sections(results, markdown=True)]
+    problems = "\n".join(f"* {problem}" for problem in results.problems)
+    return "\n\n".join([around, *parts, _LEGEND, problems]).strip() + "\n"
 
+
+# CSV
 
 # The columns of linkedin/Liger-Kernel's benchmark/data/all_benchmark_data.csv.
 CSV_COLUMNS = (
@@ -257,29 +231,6 @@ CSV_COLUMNS = (
     "x_name", "x_label", "x_value", "y_value_50", "y_value_20", "y_value_80",
     "extra_benchmark_config_str", "gpu_name", "timestamp", "liger_version",
 )  # fmt: skip
-
-
-def _csv_rows(results: Results) -> Iterable[list[object]]:
-    around = results.environment
-    # The last column's name is Liger's; its value says whose version it is.
-    last = [around.device_name, around.timestamp, f"normnorm {around.normnorm}"]
-    for row in results.measurements:
-        if row.status != "ok":
-            continue
-        config = {
-            "shape": row.shape, "dtype": row.dtype, "memory_format": row.memory_format,
-            "mode": row.mode, "groups": row.groups, "method": row.method, "suite": row.suite,
-        }  # fmt: skip
-        if around.gpu is None:
-            config["threads"] = around.threads
-        extra = json.dumps(config)
-        start = [row.layer, row.provider, row.operation]
-        x = [row.x_name.replace(" ", "_"), row.x_name, f"{row.x_value:g}"]
-        times = [row.median_ms, row.p20_ms, row.p80_ms]
-        yield [*start, "speed", "ms", *x, *times, extra, *last]
-        if row.peak_bytes is not None:
-            peak = row.peak_bytes / 2**20
-            yield [*start, "memory", "MB", *x, peak, peak, peak, extra, *last]
 
 
 def csv_text(results: Results) -> str:
@@ -290,18 +241,140 @@ def csv_text(results: Results) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    writer.writerows(_csv_rows(results))
+    around = results.environment
+    # The last column's name is Liger's; its value says whose version it is.
+    last = [around.device_name, around.timestamp, f"normnorm {around.normnorm}"]
+    for row in results.select(status="ok"):
+        names = ("shape", "dtype", "memory_format", "mode", "groups", "method", "suite")
+        config = {name: getattr(row, name) for name in names}
+        if around.gpu is None:
+            config["threads"] = around.threads
+        start = [row.layer, row.provider, row.operation]
+        x = [row.x_name.replace(" ", "_"), row.x_name, f"{row.x_value:g}"]
+        end = [json.dumps(config), *last]
+        writer.writerow([*start, "speed", "ms", *x, *row.times, *end])
+        if row.peak_bytes is not None:
+            writer.writerow([*start, "memory", "MB", *x, *[row.peak_bytes / 2**20] * 3, *end])
     return out.getvalue()
+
+
+# Comparison of two runs
+
+SMALLEST = 0.05  # a smaller relative change is not called one, however quiet the machine was
+
+
+class Change(NamedTuple):
+    """One measurement in two runs.
+
+    Attributes:
+        name: work, operation and provider.
+        before_ms, after_ms: medians; ``ratio``: after over before.
+        noise: half the distance of the 20th and 80th percentiles over the median, the larger of
+            the two runs.
+        against_torch: how the ratio to torch's layer changed, after over before, which leaves out
+            what made the whole machine slower; None where it was not known.
+        significant: whether the time moved by more than 5 % and by more than the noise, and the
+            ranges between the 20th and 80th percentiles of the two runs do not touch.
+    """
+
+    name: str
+    before_ms: float
+    after_ms: float
+    ratio: float
+    noise: float
+    against_torch: float | None
+    significant: bool
+
+
+def _rows(results: Results) -> list[Measurement | NetworkMeasurement]:
+    return [*results.measurements, *results.networks]
+
+
+def _key(row: Measurement | NetworkMeasurement) -> tuple[object, ...]:
+    return (*row.work, row.provider)
+
+
+def _full_name(row: Measurement | NetworkMeasurement) -> str:
+    operation = f", {row.operation}" if isinstance(row, Measurement) else ""
+    return f"{row.name}{operation}, {row.provider}"
+
+
+def _timed(results: Results) -> dict[tuple[object, ...], Measurement | NetworkMeasurement]:
+    """Rows with a time, by what they measure; the first where suites share a work."""
+    return {_key(row): row for row in reversed(_rows(results)) if row.median_ms is not None}
+
+
+def _change(old: Row, new: Row, name: str) -> Change:
+    (a, a20, a80), (b, b20, b80) = old.times, new.times
+    noise = max((a80 - a20) / (2 * a), (b80 - b20) / (2 * b))
+    apart = b20 > a80 or a20 > b80
+    against = new.ratio / old.ratio if new.ratio and old.ratio else None
+    moved = abs(math.log(b / a)) > math.log1p(max(SMALLEST, noise))
+    return Change(name, a, b, b / a, noise, against, apart and moved)
+
+
+def changes(before: Results, after: Results) -> list[Change]:
+    """Everything that both runs timed, the largest slowdown first."""
+    old, new = _timed(before), _timed(after)
+    found = [_change(old[key], new[key], _full_name(new[key])) for key in old if key in new]
+    return sorted(found, key=lambda change: -change.ratio)
+
+
+_COMPARED = ("cpu", "cores", "threads", "isa", "device", "platform", "torch", "cuda", "cudnn")
+
+
+def differences(before: Environment, after: Environment) -> list[str]:
+    """Where the two runs' machines or versions differ: then the change is not the code's alone."""
+    both = [
+        {name: getattr(e, name) for name in _COMPARED}
+        | {"gpu": e.gpu.name if e.gpu else None}
+        | e.packages
+        for e in (before, after)
+    ]
+    pairs = {name: (both[0].get(name), both[1].get(name)) for name in both[0] | both[1]}
+    return [f"{name}: {a} before, {b} after" for name, (a, b) in pairs.items() if a != b]
+
+
+def _change_table(found: Iterable[Change]) -> str:
+    head = ["work", "before ms", "after ms", "change", "noise", "against torch's"]
+    body = [
+        [
+            c.name, f"{c.before_ms:.4g}", f"{c.after_ms:.4g}", f"{c.ratio - 1:+.0%}",
+            f"±{c.noise:.0%}", "" if c.against_torch is None else f"{c.against_torch - 1:+.0%}",
+        ]
+        for c in found
+    ]  # fmt: skip
+    return table(head, body, markdown=False)
+
+
+def comparison(before: Results, after: Results) -> tuple[str, bool]:
+    """The comparison in words, and whether something became slower or stopped working."""
+    found, old = changes(before, after), _timed(before)
+    failures = [
+        f"{_full_name(row)}: {row.status}: {row.message}"
+        for row in _rows(after)
+        if _key(row) in old and row.status in ("failed", "wrong")
+    ]
+    worse = [change for change in found if change.significant and change.ratio > 1]
+    better = [change for change in reversed(found) if change.significant and change.ratio < 1]
+    other = [f"  {line}" for line in differences(before.environment, after.environment)]
+    parts = ["\n".join(["The runs differ in more than the code:", *other])] if other else []
+    parts += [f"slower\n\n{_change_table(worse)}"] if worse else []
+    parts += [f"faster\n\n{_change_table(better)}"] if better else []
+    parts += ["\n".join(["no longer measured", *failures])] if failures else []
+    same = len(found) - len(worse) - len(better)
+    only = len(old) - len(found), len(_timed(after)) - len(found)
+    parts.append(
+        f"{len(found)} times compared: {len(worse)} slower, {len(better)} faster, {same} within "
+        f"{SMALLEST:.0%} or the noise; {only[0]} only before, {only[1]} only after"
+    )
+    return "\n\n".join(parts) + "\n", bool(worse or failures)
 
 
 # The README's performance section
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 _FROM = re.compile(r"<!-- rendered by `report.py` from (.+) -->")
-_SECTION_MODES = {
-    "noise": ("full", "forward + backward, training with noise"),
-    "eval": ("forward", "forward, evaluation"),
-}
 
 
 def readme_section(paths: Sequence[Path], folder: Path) -> str:
@@ -319,65 +392,62 @@ def readme_section(paths: Sequence[Path], folder: Path) -> str:
         parts.append("; ".join(lines) + f". All rows: [{path.name}]({link}).")
         if not results.complete:
             parts.append("The run was interrupted; the file has the rows up to then.")
-        for words, rows in (
+        numbers = ("torch, ms", "ms", "ratio")
+        for head, rows in (
             (("network", "provider"), list(_network_ratios(results))),
             (("layer", "input", "operation", "provider"), list(_layer_ratios(results))),
         ):
             if rows:
-                parts.append(_pipes(words, ("torch, ms", "ms", "ratio"), rows))
+                parts.append(table((*head, *numbers), rows, len(head)))
         failed = sum(row.status in ("failed", "wrong") for row in results.measurements)
         if failed:
             parts.append(f"{failed} measurements failed or were wrong; the file says which.")
     return "\n\n".join(parts)
 
 
+def _ours(provider: str) -> str | None:
+    """For readers, the name of a backend of this project's; None for another provider."""
+    names = {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton", "reference": "reference"}
+    name = names.get(provider.removeprefix("normnorm-"))
+    return f"normnorm ({name})" if provider.startswith("normnorm-") else None
+
+
 def _network_ratios(results: Results) -> Iterator[tuple[str, ...]]:
     peers = {row.work: row for row in results.networks if row.provider == "torch"}
     for row in results.networks:
-        peer = peers.get(row.work)
-        if ours(row.provider) and peer is not None and row.ratio:
-            yield _network_name(row), look(row.provider).label, *_pair(peer, row)
+        ours, peer = _ours(row.provider), peers.get(row.work)
+        if ours and peer is not None and row.ratio:
+            yield row.name, ours, *_pair(peer, row)
 
 
 def _layer_ratios(results: Results) -> Iterator[tuple[str, ...]]:
     """The largest input of each layer, suite, dtype, memory format and mode, sweeps left out."""
     largest: dict[tuple[object, ...], list[Measurement]] = {}
-    for mode, (operation, _) in _SECTION_MODES.items():
+    wanted: tuple[tuple[str, Operation], ...] = (("noise", "full"), ("eval", "forward"))
+    for mode, operation in wanted:
         works: dict[tuple[object, ...], list[Measurement]] = {}
         for row in results.select(mode=mode, operation=operation, status="ok"):
             if "sweep" not in row.suite:
                 works.setdefault(row.work, []).append(row)
         for rows in works.values():
             first = rows[0]
-            if not any(ours(row.provider) and row.ratio for row in rows):
-                continue
             line = (first.layer, first.suite, first.dtype, first.memory_format, mode)
-            if line not in largest or first.elements > largest[line][0].elements:
+            bigger = line not in largest or first.elements > largest[line][0].elements
+            if bigger and any(_ours(row.provider) and row.ratio for row in rows):
                 largest[line] = rows
     for rows in largest.values():
         by_provider = {row.provider: row for row in rows}
-        for provider in in_order(by_provider):
-            row = by_provider[provider]
-            if ours(provider) and row.peer in by_provider:
-                words = ["x".join(map(str, row.shape)), row.dtype]
-                words += [row.memory_format] if row.memory_format != "contiguous" else []
-                what = _SECTION_MODES[row.mode][1]
-                pair = _pair(by_provider[row.peer], row)
-                yield row.layer, " ".join(words), what, look(provider).label, *pair
+        for provider, row in by_provider.items():
+            ours = _ours(provider)
+            if ours and row.peer in by_provider:
+                what = f"{PASSES[row.operation]}, {MODES[row.mode]}"
+                yield row.layer, row.input, what, ours, *_pair(by_provider[row.peer], row)
 
 
-def _pair(
-    peer: Measurement | NetworkMeasurement, row: Measurement | NetworkMeasurement
-) -> tuple[str, str, str]:
+def _pair(peer: Row, row: Row) -> tuple[str, str, str]:
     """Torch's median, ours, and their ratio."""
     digits = [f"{ms:#.3g}".removesuffix(".") for ms in (peer.median_ms or 0, row.median_ms or 0)]
     return digits[0], digits[1], f"{row.ratio:.2f}"
-
-
-def _pipes(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with columns of words, then columns of numbers."""
-    rule = [*("---" for _ in words), *("--:" for _ in numbers)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in ((*words, *numbers), rule, *rows))
 
 
 def with_section(text: str, section: str, name: str = "README.md") -> str:

@@ -1,4 +1,4 @@
-"""How long calls take: several at once, in alternation, by medians and percentiles.
+"""How long calls take, several interleaved, by medians and percentiles; and how much memory.
 
 Everything compared is timed in one process, call after call in a shuffled order, so that a clock
 that drifts or a neighbour that wakes up meets all of them. Three ways to take one sample:
@@ -18,27 +18,35 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from speed.results import Method
 
 __all__ = [
     "Call",
-    "Method",
+    "Settings",
     "Timing",
     "capture_stream",
     "copies_beyond_cache",
     "cuda_graph",
     "interleaved",
+    "kept_bytes",
+    "peak_bytes",
+    "sentence",
 ]
 
 Call = Callable[[int], object]
-Method = Literal["wall", "graph", "stream"]
 Sample = Callable[[], float]
 Within = Callable[[], AbstractContextManager[Any]]
 
@@ -51,6 +59,28 @@ _MOST_COPIES = 256
 _PATIENCE = 2.0
 # Clock cycles that keep the device busy while the host enqueues the events and the graph.
 _BACKLOG_CYCLES = 200_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        budget_s: seconds for the samples of one operation, all providers together.
+        min_rounds, max_rounds: fewest and most samples of a provider.
+        seed: of inputs and noise.
+    """
+
+    budget_s: float = 1.5
+    min_rounds: int = 5
+    max_rounds: int = 100
+    seed: int = 20250505
+
+
+def sentence(error: Exception) -> str:
+    """The exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class Timing(NamedTuple):
@@ -280,3 +310,60 @@ def interleaved(
         else:
             found[name] = Timing.of(taken, samplers[name].calls, samplers[name].warm_up)
     return {name: found[name] for name in calls}
+
+
+# Memory
+
+
+def kept_bytes(call: Callable[[], object]) -> int:
+    """Bytes that autograd keeps of a forward pass for its backward pass, each storage once.
+
+    The input and the parameters count where they are kept.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storages.values())
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that a call has allocated at a time, beyond those allocated before it.
+
+    On a GPU by the caching allocator's statistics, on a CPU by the allocations that torch's
+    profiler sees; memory that is taken past torch's allocator is in neither.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _silent_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    assert profile.kineto_results is not None
+    now = peak = 0
+    for event in sorted(profile.kineto_results.events(), key=lambda event: event.start_ns()):
+        now += event.nbytes()  # 0 for events that are no allocation and no release
+        peak = max(peak, now)
+    return peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without what the profiler's library writes past Python to the process's standard error."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

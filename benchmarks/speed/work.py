@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 import normnorm
-from speed.results import Method, Mode, Operation
+from speed.results import MemoryFormat, Method, Mode, Operation, input_words
 
 __all__ = ["DTYPES", "LAYERS", "Layer", "Work", "WorkError", "named_shapes", "preset"]
 
-MemoryFormat = Literal["contiguous", "channels_last"]
 Preset = Literal["quick", "default", "full"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,14 +162,9 @@ class Work:
         return sizes, {**keywords, "eps": EPS}
 
     def __str__(self) -> str:
-        words = [self.layer, self.shape_text, self.dtype]
-        if self.groups:
-            words.insert(2, f"{self.groups} groups")
-        if self.memory_format != "contiguous":
-            words.append(self.memory_format)
-        if self.method == "stream":
-            words.append("with launches")
-        return " ".join((*words, self.mode))
+        words = input_words(self.shape, self.groups, self.dtype, self.memory_format)
+        launches = " with launches" if self.method == "stream" else ""
+        return f"{self.layer} {words}{launches} {self.mode}"
 
 
 # Inputs of ResNet's batch layers on 224 x 224 images, (channels, height, width), each shape once.

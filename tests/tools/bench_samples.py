@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 
 from normnorm.commands import execute
@@ -9,17 +12,11 @@ from normnorm.environment import Gpu
 from speed.measure import Settings
 from speed.options import parser
 from speed.providers import PROVIDERS, runnable
-from speed.results import (
-    Environment,
-    Measurement,
-    NetworkMeasurement,
-    Results,
-)  # fmt: skip
+from speed.results import Count, Environment, Measurement, NetworkMeasurement, Results
 from speed.work import Work
 
 CPU = torch.device("cpu")
-ON_CPU = [name for name, reason in runnable(CPU).items() if reason is None]
-EAGER = [name for name in ON_CPU if not PROVIDERS[name].compiled]
+EAGER = [n for n, why in runnable(CPU).items() if why is None and not PROVIDERS[n].compiled]
 DTYPES = ("float32", "bfloat16", "float16")
 BRIEF = Settings(budget_s=0.02, min_rounds=2, max_rounds=5)
 
@@ -38,7 +35,7 @@ GPU = Gpu(
 
 
 def row(provider="torch", median=1.0, spread=0.01, **fields):
-    """A measurement of the tiny work."""
+    """A measurement of the tiny work, or of other fields."""
     times = {} if median is None else {
         "median_ms": median, "p20_ms": median * (1 - spread), "p80_ms": median * (1 + spread),
         "rounds": 10, "calls": 1,
@@ -63,6 +60,50 @@ def network_row(provider="torch", median=10.0, **fields):
 
 def some_results(*rows, **fields):
     return Results(environment=ENVIRONMENT, measurements=list(rows), complete=True, **fields)
+
+
+_SLOWNESS = {
+    "normnorm-cpu": 1.3, "normnorm-cuda": 0.8, "normnorm-triton": 0.95, "torch": 1.0, "cudnn": 1.1,
+    "compiled-torch": 0.9, "reference": 30.0, "copy": 0.2,
+}  # fmt: skip
+
+
+def whole_run(gpu=False):
+    """A complete run: works of two layers, a sweep, networks, a provider that was wrong."""
+    providers = ("normnorm-cpu", "torch", "compiled-torch", "reference", "copy")
+    if gpu:
+        providers = ("normnorm-cuda", "normnorm-triton", "torch", "cudnn", "copy")
+    works = [
+        {"shape": shape, "mode": mode, "operation": operation, "suite": "images"}
+        for shape in ((8, 64, 28, 28), (8, 128, 14, 14), (512, 384))
+        for mode, operation in (("noise", "full"), ("quiet", "full"), ("eval", "forward"))
+    ] + [
+        {"shape": (batch, 64, 14, 14), "suite": "batch sweep", "x_name": "batch size"}
+        for batch in (1, 4, 16)
+    ]
+    rows = []
+    for work in works:
+        size = math.prod(work["shape"])
+        for provider in providers:
+            slow, copy = _SLOWNESS[provider], provider == "copy"
+            rows.append(row(
+                provider, slow * size * 1e-6, 0.1, error=1e-6, kept_bytes=4 * size,
+                model_bytes=20 * size, ratio=None if copy else slow, peer=None if copy else "torch",
+                method="graph" if gpu else "wall",
+                **{"x_value": work["shape"][0] if "x_name" in work else size, **work},
+                **({"layer": "BatchNormalNorm2d"} if len(work["shape"]) == 4 else {}),
+            ))  # fmt: skip
+    rows.append(row("broken", None, status="wrong", message="it was off", suite="images"))
+    networks = [
+        network_row(provider, ms, norm=norm, ratio=ms / 100, peer="torch")
+        for norm, provider, ms in (
+            ("BatchNorm2d", "torch", 100.0), ("BatchNormalNorm2d", "normnorm-cpu", 112.0)
+        )
+    ]  # fmt: skip
+    counts = [Count(work="batch", mode="noise", operation="forward", isa="avx2", instructions=21.5)]
+    found = some_results(*rows, networks=networks, counts=counts, problems=["broken: it was off"])
+    found.environment = replace(ENVIRONMENT, gpu=GPU, device="cuda") if gpu else ENVIRONMENT
+    return found
 
 
 def bench(*arguments):

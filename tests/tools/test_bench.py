@@ -6,7 +6,6 @@ import csv
 import fcntl
 import io
 import itertools
-import json
 import math
 import os
 import struct
@@ -16,20 +15,17 @@ import termios
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from bench_samples import CPU, EAGER, bench, row, some_results
 
-from speed import callgrind, environment, measure
+import normnorm.environment
+from speed import counts, environment, measure
 from speed.providers import PROVIDERS, Provider, Unavailable
-from speed.results import (
-    load,
-    save,
-)  # fmt: skip
+from speed.results import load, save
 from speed.tables import CSV_COLUMNS
 
-BENCH = Path(__file__).parents[2] / "benchmarks/bench.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 # The command as a whole
 
@@ -62,6 +58,7 @@ def test_the_quick_bench_measures_three_layers_and_two_networks_within_a_minute(
         assert 0 < m.p20_ms <= m.median_ms <= m.p80_ms
         assert m.error <= m.bound
     assert {n.unit for n in found.networks} == {"images", "tokens"}
+    assert "images/s" in output.out
     assert all(n.status == "ok" and n.rate > 0 for n in found.networks)
     assert found.environment.threads == 1
     assert found.environment.seconds > 0
@@ -99,7 +96,7 @@ def test_a_selection_is_measured_and_nothing_else(tmp_path, capsys):
 def test_a_terminal_sees_the_progress_and_the_remaining_time():
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    command = [sys.executable, BENCH, "--quick", "--shape", "4x8", "5x8"]
+    command = [sys.executable, ROOT / "benchmarks/bench.py", "--quick", "--shape", "4x8", "5x8"]
     options = ["--layers", "LayerNormalNorm", "--providers", "torch", "--budget", "0.01"]
     done = subprocess.run(
         [*command, *options, "--device", "cpu"], stdout=subprocess.PIPE, stderr=theirs, check=True
@@ -111,16 +108,6 @@ def test_a_terminal_sees_the_progress_and_the_remaining_time():
     assert "left, LayerNormalNorm 4x8 float32 noise" in seen
     assert "100 %|" in seen
     assert b"left" not in done.stdout
-
-
-def test_networks_alone(tmp_path, capsys):
-    path = tmp_path / "nets.json"
-    arguments = ["--quick", "--networks", "conv_net", "--device", "cpu", "--budget", "0.01"]
-    assert bench(*arguments, "--json", path) == 0
-    found = load(path)
-    assert found.measurements == []
-    assert {n.network for n in found.networks} == {"conv_net"}
-    assert "images/s" in capsys.readouterr().out
 
 
 BAD_OPTIONS = {
@@ -143,6 +130,7 @@ BAD_OPTIONS = {
     "no layer takes an input of 6 dimensions": ["--shape", "1x2x3x4x5x6"],
     "must be sizes joined by x": ["--shape", "8,16"],
     "--device must be cpu or cuda; got 'tpu'": ["--device", "tpu"],
+    "torch sees no CUDA device here": ["--device", "cuda"],
     "must be a whole number of at least 1; got '0'": ["--threads", "0"],
     "must be a number of seconds above 0; got 'nan'": ["--budget", "nan"],
     "nothing is left to measure": ["--modes", "eval", "--operations", "backward"],
@@ -157,14 +145,12 @@ BAD_OPTIONS = {
 def test_bad_options_are_refused_before_anything_is_measured(
     sentence, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setattr("speed.main.measure", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr("speed.measure.measure", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     there = tmp_path / "there.json"
     there.write_text("precious")
-    arguments = ["--quick", "--json", there, *BAD_OPTIONS[sentence]]
-    if "--device" not in arguments:
-        arguments += ["--device", "cpu"]
     try:
-        status = bench(*arguments)
+        status = bench("--quick", "--device", "cpu", "--json", there, *BAD_OPTIONS[sentence])
     except SystemExit as stop:  # argparse's own
         status = stop.code
     assert status == 2
@@ -178,12 +164,6 @@ def test_files_that_cannot_be_written_are_refused_at_once(tmp_path, capsys):
     assert "--json and --csv name the same file" in capsys.readouterr().err
     assert bench("--quick", "--markdown", tmp_path) == 2
     assert "is a folder" in capsys.readouterr().err
-
-
-def test_a_missing_gpu_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench("--quick", "--device", "cuda") == 2
-    assert "torch sees no CUDA device here" in capsys.readouterr().err
 
 
 def test_without_its_packages_the_command_says_what_to_install():
@@ -239,16 +219,15 @@ def test_a_provider_with_wrong_numbers_is_not_timed(wrong, monkeypatch, tmp_path
 
 
 def test_wrong_gradients_are_seen_too(monkeypatch, tmp_path):
-    class Doubled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    def doubled(forward):
+        def call(x):
+            y = forward(x)
+            y.register_hook(lambda grad: 2 * grad)
+            return y
 
-        @staticmethod
-        def backward(ctx, grad):
-            return 2 * grad
+        return call
 
-    providing("broken", lambda forward: lambda x: Doubled.apply(forward(x)), monkeypatch)
+    providing("broken", doubled, monkeypatch)
     assert run_tiny(tmp_path / "wrong.json", "broken") == 1
     broken = load(tmp_path / "wrong.json").measurements
     assert {m.status for m in broken} == {"wrong"}
@@ -302,7 +281,7 @@ def test_work_that_does_not_fit_is_said_and_the_rest_is_measured(monkeypatch, tm
             raise torch.OutOfMemoryError("CUDA out of memory.\nAnd much advice.")
         return real(work, *arguments)
 
-    monkeypatch.setattr("speed.main.measure", first_too_large)
+    monkeypatch.setattr("speed.measure.measure", first_too_large)
     path = tmp_path / "rest.json"
     status = bench(
         "--shape", "8x32", "4x32", "--layers", "LayerNormalNorm", "--modes", "noise", "--device",
@@ -337,7 +316,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_what_stood_there(monkeypatch, 
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("speed.main.measure", interrupted)
+    monkeypatch.setattr("speed.measure.measure", interrupted)
     status = bench(
         "--quick", "--shape", "8x32", "--layers", "LayerNormalNorm", "--providers", "torch",
         "--device", "cpu", "--budget", "0.01", "--json", path,
@@ -363,53 +342,55 @@ def test_files_are_written_though_nobody_reads_the_table(monkeypatch, tmp_path):
 # Environment and counts
 
 
-def test_the_environment_is_this_one():
+def test_the_environment_is_this_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/bench.py", "--csv", "a b"])
     found = environment.after(environment.before(CPU, 5), CPU, 1.25)
+    assert found.command_line == "bench.py --csv 'a b'"
     assert found.torch == torch.__version__
     assert found.threads == torch.get_num_threads()
     assert found.cores >= 1
     assert found.cpu
-    assert found.seed == 5
-    assert found.seconds == 1.2
-    assert found.gpu is None
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout
-        assert commit.startswith(found.commit)
-    assert json.loads(msgspec.json.encode(found))["seed"] == 5
+    assert (found.seed, found.seconds, found.gpu) == (5, 1.2, None)
+    if (ROOT / ".git").exists():
+        command = ["git", "rev-parse", "HEAD"]
+        at = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert at.startswith(found.commit)
+    monkeypatch.setattr(sys, "argv", ["/lib/normnorm/__main__.py", "doctor"])
+    assert normnorm.environment.command_line() == "normnorm doctor"
 
 
-@pytest.mark.parametrize(
-    ("argv", "typed"),
-    [
-        (["benchmarks/bench.py", "--csv", "a b"], "bench.py --csv 'a b'"),
-        (["/lib/normnorm/__main__.py", "doctor"], "normnorm doctor"),
-    ],
-)
-def test_the_command_line_is_kept_as_it_was_typed(argv, typed, monkeypatch):
-    monkeypatch.setattr(sys, "argv", argv)
-    assert environment.before(CPU, 1).command_line == typed
+@pytest.mark.parametrize("answer", ["580.1, 1700, 2600, 1980, 700.00", None])
+def test_a_gpu_is_asked_for_its_driver_and_clocks(answer, monkeypatch):
+    class Properties:
+        name, major, minor, uuid = "a GPU", 9, 0, "u"
+        multi_processor_count, total_memory, L2_cache_size = 132, 150, 60
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(normnorm.environment, "_run", lambda *c: (asked.append(c), answer)[1])
+    found = normnorm.environment.gpu(torch.device("cuda"))
+    assert (found.name, found.capability, found.multiprocessors) == ("a GPU", (9, 0), 132)
+    known = (found.driver, found.clock_mhz, found.max_clock_mhz, found.power_limit_w)
+    assert known == (("580.1", 1700, 1980, 700) if answer else (None,) * 4)
+    assert asked[0][-1] == "--id=GPU-u"
 
 
-def test_counting_without_valgrind_is_said(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(callgrind.shutil, "which", lambda name: None)
-    with pytest.raises(callgrind.CallgrindError, match=r"needs a C\+\+ compiler and valgrind"):
-        callgrind.count()
+def test_counting_without_valgrind_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(counts.shutil, "which", lambda name: None)
     arguments = ["--quick", "--shape", "4x8", "--layers", "LayerNormalNorm", "--providers", "torch"]
     assert bench(*arguments, "--device", "cpu", "--budget", "0.01", "--callgrind") == 1
-    assert "callgrind: counting needs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "callgrind: counting needs a C++ compiler and valgrind" in said
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(callgrind.shutil.which("valgrind") is None, reason="needs valgrind")
+@pytest.mark.skipif(counts.shutil.which("valgrind") is None, reason="needs valgrind")
 def test_instructions_of_the_cpu_kernels_repeat_exactly():
-    counts = callgrind.count()
-    assert len(counts) == 23
-    assert {(c.mode, c.operation) for c in counts} == {
+    found = counts.count_cpu()
+    assert len(found) == 23
+    assert {(c.mode, c.operation) for c in found} == {
         ("quiet", "forward"), ("quiet", "backward"), ("noise", "forward"), ("noise", "backward"),
         ("eval", "forward"),
     }  # fmt: skip
-    assert all(5 < c.instructions < 200 for c in counts)
-    assert callgrind.count() == counts
+    assert all(5 < c.instructions < 200 for c in found)
+    assert counts.count_cpu() == found

@@ -31,7 +31,7 @@ def run(monkeypatch, module, output, *words):
 
 
 @pytest.mark.parametrize("script", ["fused"], indirect=True)
-def test_what_joining_saves_is_stored_and_printed(script, monkeypatch, tmp_path, capsys):
+def test_what_fusing_saves_is_stored_and_printed(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "IMAGES", ((2, 3, 4, 5),))
     monkeypatch.setattr(script, "TOKENS", ((3, 8),))
     words = ["--budget", "0.001", "--threads", "1"]
@@ -42,8 +42,8 @@ def test_what_joining_saves_is_stored_and_printed(script, monkeypatch, tmp_path,
     assert len(stored["rows"]) == 3 * (1 + 2 * 2)
     kept = {(r["what"], r["way"]): r["kept_bytes"] for r in stored["rows"]}
     # The activation's output is kept either way; of a sum and its parts the sum alone.
-    assert kept["relu", "joined"] == kept["relu", "in steps"]
-    assert kept["residual stream", "joined"] == kept["residual stream", "in steps"]
+    assert kept["relu", "fused"] == kept["relu", "in steps"]
+    assert kept["residual stream", "fused"] == kept["residual stream", "in steps"]
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("| r")]) == 5
 

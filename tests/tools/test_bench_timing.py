@@ -11,7 +11,7 @@ import pytest
 import torch
 from bench_samples import CPU
 
-from speed import memory, timing
+from speed import timing
 from speed.timing import Timing, copies_beyond_cache, cuda_graph, interleaved
 
 # Timing
@@ -238,15 +238,15 @@ def test_graphs_time_the_device_and_rotate_over_more_than_the_cache():
 
 def test_kept_bytes_count_each_storage_once():
     x = torch.randn(10, 20, requires_grad=True)
-    assert memory.kept_bytes(lambda: x * x) == 800
+    assert timing.kept_bytes(lambda: x * x) == 800
     y = torch.randn(10, 20)
-    assert memory.kept_bytes(lambda: (x * y, x * 3.0)) == 800
+    assert timing.kept_bytes(lambda: (x * y, x * 3.0)) == 800
 
 
 def test_peak_bytes_of_a_chain_of_temporaries(capfd):
     x = torch.randn(1000)
-    assert memory.peak_bytes(lambda: x.clone(), CPU) == 4000
-    assert memory.peak_bytes(lambda: x.clone().clone().clone(), CPU) == 8000
-    assert memory.peak_bytes(lambda: [x.clone(), x.clone(), x.clone()], CPU) == 12000
-    assert memory.peak_bytes(lambda: None, CPU) == 0
+    assert timing.peak_bytes(lambda: x.clone(), CPU) == 4000
+    assert timing.peak_bytes(lambda: x.clone().clone().clone(), CPU) == 8000
+    assert timing.peak_bytes(lambda: [x.clone(), x.clone(), x.clone()], CPU) == 12000
+    assert timing.peak_bytes(lambda: None, CPU) == 0
     assert capfd.readouterr().err == ""

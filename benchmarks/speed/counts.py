@@ -1,13 +1,15 @@
-"""Instructions an element of the CPU kernels, counted by callgrind: a measure without noise.
+"""Instructions an element of the kernels: a measure without noise.
 
-The kernels are compiled without torch into a small program that valgrind runs; only the calls of
-the kernels are counted. valgrind knows no AVX-512, so that the counts are those of the AVX2 path
-(eight lanes). Counts are not time (a division counts as an addition), but they repeat exactly:
-a change of a per cent is a change of the code.
+Counts are not time (a division counts as an addition), but they repeat exactly: a change of a per
+cent is a change of the code. The CUDA kernels' counts are those of their machine code that the
+tests keep. The CPU kernels are compiled without torch into a small program that valgrind runs; only
+the calls of the kernels are counted. valgrind knows no AVX-512, so that the counts are those of the
+AVX2 path (eight lanes).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -17,8 +19,9 @@ from typing import get_args
 
 from speed.results import Count, Mode, Operation
 
-__all__ = ["CallgrindError", "count"]
+__all__ = ["CallgrindError", "count_cpu", "count_cuda"]
 
+_ROOT = Path(__file__).resolve().parents[2]
 _ISA = "avx2"
 _FLAGS = ["-std=c++20", "-O3", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
@@ -34,6 +37,7 @@ _PROGRAM = """
 #include <cstdio>
 #include <vector>
 #include "csrc/cpu/problem.h"
+using namespace normnorm;
 using namespace normnorm::cpu;
 namespace normnorm::cpu { const Kernels* avx512_kernels() { return nullptr; } }
 
@@ -91,11 +95,12 @@ int main() {
 def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise CallgrindError(f"{command[0]} failed: {last[0]}")
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise CallgrindError(f"{command[0]} failed: {first}")
 
 
-def _build(root: Path, folder: Path) -> Path:
+def _build(folder: Path) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++")
     needed = {"a C++ compiler": compiler, "valgrind": shutil.which("valgrind")}
     missing = [name for name, path in needed.items() if path is None]
@@ -106,12 +111,12 @@ def _build(root: Path, folder: Path) -> Path:
     for isa, flags in (("generic", ["-DNN_GENERIC"]), (_ISA, _AVX2)):
         target = folder / f"{isa}.o"
         names = [f"-DNN_KERNEL_TABLE={isa}_kernels", f'-DNN_ISA_NAME="{isa}"']
-        kernels = str(root / "csrc/cpu/kernels.cpp")
+        kernels = str(_ROOT / "csrc/cpu/kernels.cpp")
         _run([compiler, *_FLAGS, *flags, *names, "-c", kernels, "-o", str(target)], folder)
         objects.append(str(target))
     program = folder / "program"
-    sources = [str(folder / "program.cpp"), str(root / "csrc/cpu/dispatch.cpp")]
-    _run([compiler, *_FLAGS, f"-I{root}", *sources, *objects, "-o", str(program)], folder)
+    sources = [str(folder / "program.cpp"), str(_ROOT / "csrc/cpu/dispatch.cpp")]
+    _run([compiler, *_FLAGS, f"-I{_ROOT}", *sources, *objects, "-o", str(program)], folder)
     return program
 
 
@@ -129,21 +134,50 @@ def _read(path: Path) -> Count | None:
     return Count(work=work, mode=mode, operation=operation, isa=_ISA, instructions=round(each, 3))  # type: ignore[arg-type]
 
 
-def count() -> list[Count]:
+def count_cpu() -> list[Count]:
     """Compiles the kernels and counts: about a minute.
 
     Raises:
         CallgrindError: there is no valgrind or compiler, or one of them fails.
     """
-    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         out = folder / "counts"
-        program = _build(root, folder)
+        program = _build(folder)
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no"]
         _run([*command, f"--callgrind-out-file={out}", str(program)], folder)
         dumps = sorted(folder.glob("counts.*"), key=lambda path: int(path.suffix[1:]))
         counts = [found for found in map(_read, dumps) if found is not None]
     if not counts:
         raise CallgrindError("valgrind wrote no counts")
+    return counts
+
+
+# How the counts are named, and which pass and mode of a layer with a weight each stands for.
+_PASSES: dict[str, tuple[Operation, Mode]] = {
+    "forward": ("forward", "quiet"),
+    "forward_noise": ("forward", "noise"),
+    "backward_weight": ("backward", "quiet"),
+    "backward_noise": ("backward", "noise"),
+}
+
+
+def count_cuda(capability: tuple[int, int]) -> list[Count]:
+    """The stored counts for an architecture, of a group that one block holds in registers; none
+    for an architecture that was not counted."""
+    stored = _ROOT / "tests/data/sass_budgets.json"
+    by_compiler = json.loads(stored.read_text(encoding="utf-8"))
+    newest = max(by_compiler, key=lambda version: tuple(map(int, version.split("."))))
+    isa = f"sm_{capability[0]}{capability[1]}"
+    counts = []
+    for name, found in by_compiler[newest].get(isa, {}).items():
+        kernel, _, dtype = name.rpartition("_")
+        if kernel in _PASSES:
+            operation, mode = _PASSES[kernel]
+            counts.append(
+                Count(
+                    work=f"CUDA kernel, {dtype}, group in registers", mode=mode,
+                    operation=operation, isa=isa, dtype=dtype, instructions=found["instructions"],
+                )
+            )  # fmt: skip
     return counts
