@@ -1,13 +1,13 @@
-"""The ops with the weight of the noise as a tensor, for compiled graphs in which it changes.
+"""The ops with ``noise_train`` as a tensor, for compiled graphs in which it changes.
 
-A compiler takes a float argument of an op for a constant: each new value would compile the graph
-again. A one-element tensor is an input like any other. So the first graph of a layer has its
-``noise_train`` as a constant, which costs nothing; once the attribute has changed, the compiler
-makes it symbolic, and the graph then takes it through these ops. The tensor lives on the host,
-where reading it waits for no device.
+A compiler treats a float argument of an op as a constant, so each new value would recompile the
+graph; a one-element tensor is an ordinary input. The first graph of a layer has ``noise_train`` as
+a constant, which costs nothing. Once the attribute has changed, the compiler makes it symbolic, and
+the graph takes it through these ops. The tensor is on the host, where reading it does not
+synchronize.
 
-``normnorm::normal_norm_forward.annealed`` and ``normnorm::normal_norm_backward.annealed`` have
-the schemas of :mod:`normnorm.ops` in all else, and hand over to those ops.
+``normnorm::normal_norm_forward.annealed`` and ``normnorm::normal_norm_backward.annealed`` otherwise
+have the schemas of :mod:`normnorm.ops` and call those ops.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from normnorm.config import Config
 
 __all__ = ["as_tensor", "is_symbolic", "normal_norm_forward"]
 
-# Where noise_train stands, from the end of every argument list.
+# Index of noise_train from the end of every argument list.
 _NOISE_TRAIN = Config._fields.index("noise_train") - len(Config._fields)
 
 
 def is_symbolic(noise_train: float) -> bool:
-    """Whether the compiler at work treats the number as one that changes."""
-    # Here and not above, since it imports sympy, which a compiler has done long since.
+    """Whether the active compiler treats the value as variable."""
+    # Local import: it imports sympy, which a compiler has already done.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not has_static_value(noise_train)
 
 
 def as_tensor(noise_train: float) -> Tensor:
-    """A symbolic number as a tensor, by an operation that compilers turn into an input."""
+    """A symbolic value as a tensor, by an operation that compilers turn into an input."""
     return torch.ones((), dtype=torch.float64) * noise_train
 
 
 def _with_number(arguments: tuple[Any, ...], noise_train: float | None = None) -> tuple[Any, ...]:
-    """The arguments of the op itself: the tensor's number, or the one given."""
+    """The arguments of the plain op, with the tensor's value or the given one."""
     number = float(arguments[_NOISE_TRAIN]) if noise_train is None else noise_train
     return (*arguments[:_NOISE_TRAIN], number, *arguments[_NOISE_TRAIN + 1 :])
 
@@ -51,7 +51,7 @@ def _implementation(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fake(fake: Callable[..., Any]) -> Callable[..., Any]:
-    # A fake tensor has no number; any weight of noise gives the same shapes.
+    # A fake tensor has no value; shapes do not depend on noise_train.
     return lambda *arguments: fake(*_with_number(arguments, 1.0))
 
 

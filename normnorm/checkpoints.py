@@ -1,7 +1,7 @@
-"""What a layer with running statistics takes from a checkpoint, and does for what is missing there.
+"""Loading of checkpoints by layers with running statistics, with or without lambda.
 
-A checkpoint of torch's layer has no lambda. 1, the identity, stands for it wherever the checkpoint
-has the layer's other statistics; a layer of which it says nothing keeps its own.
+A checkpoint of torch's layer has no lambda. It is set to 1, the identity, if the checkpoint has the
+layer's other statistics; otherwise the layer keeps its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 __all__ = ["INITIAL", "Loading"]
 
-# What a new layer's tensors are filled with.
+# Initial values of a new layer's tensors.
 INITIAL = {
     "weight": 1.0,
     "bias": 0.0,
@@ -32,7 +32,7 @@ _RUNNING = ("running_mean", "running_var", "running_lmbda")
 class Loading(_NormBase):
     """Base of the layers with running statistics: loads checkpoints with and without lambda."""
 
-    # 3: has running_lmbda. Torch's own checkpoints are of version 2; the authors' have none.
+    # Version 3 has running_lmbda. Torch's checkpoints have version 2, the authors' none.
     _version = 3
 
     def _load_from_state_dict(
@@ -44,13 +44,14 @@ class Loading(_NormBase):
     ) -> None:
         version = local_metadata.get("version")
         foreign = version is None or version < 3
-        if foreign:  # the authors' layer carries a running_norm that no formula reads
+        if foreign:  # the authors' layer has a running_norm that no formula reads
             state_dict.pop(prefix + "running_norm", None)
         if self._buffers.get("running_lmbda") is not None:
             mean, var, lmbda = (state_dict.get(prefix + name) for name in _RUNNING)
-            # torch.distributed.checkpoint fills gaps with the model's own tensors, on meta too.
+            # torch.distributed.checkpoint fills missing keys with the model's own tensors, on meta
+            # too.
             missing = foreign if lmbda is None else getattr(lmbda, "is_meta", False)
-            # Both, for there are loaders that bring one tensor at a time.
+            # Requires both, because some loaders load one tensor at a time.
             if missing and isinstance(mean, Tensor) and isinstance(var, Tensor):
                 state_dict[prefix + "running_lmbda"] = _ones_like(mean)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
@@ -63,14 +64,14 @@ class Loading(_NormBase):
     @property
     def running_lmbda(self) -> Tensor | None:
         """(C,), or None without running statistics."""
-        if "running_lmbda" not in self._buffers:  # while the base constructs
+        if "running_lmbda" not in self._buffers:  # in the base constructor
             raise AttributeError(f"'{type(self).__name__}' object has no attribute 'running_lmbda'")
         self._complete()
         return self._buffers["running_lmbda"]
 
     def _complete(self) -> None:
-        """Lambda 1 where the mean has been loaded onto a layer made on the meta device, tensor by
-        tensor, as accelerate does, and lambda was not."""
+        """Sets lambda to 1 if a loader such as accelerate's has loaded the mean, but not lambda,
+        onto a layer made on the meta device."""
         mean, lmbda = self._buffers.get("running_mean"), self._buffers.get("running_lmbda")
         if lmbda is not None and lmbda.is_meta and mean is not None and not mean.is_meta:
             self._buffers["running_lmbda"] = torch.ones_like(lmbda, device=mean.device)
@@ -78,10 +79,11 @@ class Loading(_NormBase):
     @torch.jit.unused  # type: ignore[prop-decorator]
     @property
     def _is_hf_initialized(self) -> bool:
-        """transformers' mark of a layer that needs no initial values.
+        """transformers' mark for a layer that needs no initialization.
 
-        Its ``from_pretrained`` gives tensors that the checkpoint lacks uninitialized memory, and
-        asks for this mark before it initializes the layers that it knows. Ours it does not know.
+        ``from_pretrained`` gives tensors that the checkpoint lacks uninitialized memory, and reads
+        this mark before it initializes the layers that it knows. It does not know normnorm's, so
+        reading the mark initializes them.
         """
         marked: bool = vars(self).get("_is_hf_initialized", False)
         if not marked and _transformers_is_loading(sys._getframe(1)):
@@ -98,15 +100,15 @@ class Loading(_NormBase):
 
 
 def _ones_like(mean: Tensor) -> Tensor:
-    if is_lazy(mean):  # in the state of a lazy layer of torch's
+    if is_lazy(mean):  # in the state of torch's lazy layer
         unsized: Any = UninitializedBuffer
         return unsized(device=mean.device, dtype=mean.dtype)
     return torch.ones_like(mean)
 
 
 def _transformers_is_loading(frame: Any) -> bool:
-    """Whether the frame is where transformers initializes what a checkpoint lacked: private to it,
-    and a frame of any other kind must change nothing."""
+    """Whether the frame is transformers' private initialization of keys missing from a checkpoint.
+    In any other frame, reading the mark must change nothing."""
     if frame.f_code.co_name != "_initialize_weights":
         return False
     while frame is not None and frame.f_code.co_name != "_initialize_missing_keys":

@@ -31,5 +31,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit status (:func:`normnorm.commands.execute`)."""
+    """Runs one command and returns its exit status (:func:`normnorm.commands.execute`)."""
     return execute(_parser(), arguments)

@@ -1,5 +1,5 @@
-"""Shared by the command line and the scripts in benchmarks/: one way from arguments to an exit
-status, and checks of devices and files before any work is done."""
+"""Shared by the command line and the scripts in benchmarks/: from arguments to an exit status, and
+checks of devices and files before any work."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from normnorm import backends
 
 __all__ = ["CommandError", "check_folder", "check_output", "execute", "usable_device"]
 
-# What a shell shows for a program that SIGINT or SIGPIPE ended.
+# Shell statuses of programs that SIGINT or SIGPIPE ended.
 _INTERRUPTED, _NO_READER = 130, 141
 
 
 class CommandError(ValueError):
-    """A sentence for the user: why a command cannot do what was asked."""
+    """An error message for the user: the reason why a command cannot run."""
 
 
 def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
-    """Parses the arguments and calls ``run`` with them; the exit status.
+    """Parses the arguments, calls ``run`` and returns the exit status.
 
     Args:
-        parser: whose ``set_defaults`` gives ``run`` (namespace to exit status), ``program`` (the
-            name before an error's sentence; default ``parser.prog``) and ``extra`` (the extra that
-            installs what ``run`` imports; None where torch is enough).
+        parser: its ``set_defaults`` has ``run`` (from namespace to exit status), ``program`` (the
+            prefix of error messages; default ``parser.prog``) and ``extra`` (the extra that
+            installs the imports of ``run``; None if torch suffices).
         arguments: default ``sys.argv[1:]``.
 
     Returns:
-        0 for success; 1 for a miss; 2 for what cannot be done, with a sentence on stderr; 130
+        0 for success; 1 for a failed check; 2 for an invalid request, with a message on stderr; 130
         for an interrupt; 141 for a closed stdout.
-    """
+        """
     parsed = argparse.Namespace()
     try:
         try:
@@ -45,7 +45,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
             return status
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # a flush at exit would fail after the last handler
+                sys.stdout.flush()  # here, because a flush at exit would raise outside the handlers
     except BrokenPipeError:
         _discard_output()
         return _NO_READER
@@ -70,7 +70,8 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
 
 
 def _discard_output() -> None:
-    """Points streams that cannot be written at os.devnull: their flush at exit would raise."""
+    """Redirects streams that cannot be written to os.devnull, or their flush at exit would
+    raise."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -83,11 +84,11 @@ def _discard_output() -> None:
 
 
 def usable_device(text: str | None, backend: bool = True) -> torch.device:
-    """The device of that name, once a tensor could be made on it and a backend serves it.
+    """The named device, after checks that it holds tensors and a backend supports it.
 
     Args:
-        text: "cpu", "cuda", "cuda:1", ...; None for a GPU where there is one, else the CPU.
-        backend: whether the backend that would be chosen must be one that can run.
+        text: "cpu", "cuda", "cuda:1", ...; None for a GPU if there is one, else the CPU.
+        backend: whether to check that the selected backend can run.
 
     Raises:
         CommandError: no such device, no data on it ("meta"), or no backend for it.
@@ -116,10 +117,10 @@ def usable_device(text: str | None, backend: bool = True) -> torch.device:
 
 
 def check_output(option: str, path: Path) -> None:
-    """Refuses a file that cannot be written, before there is anything to write.
+    """Raises if a file cannot be written, before any work.
 
     Raises:
-        CommandError: a folder has that name, or its own folder is missing or read-only.
+        CommandError: the path is a folder, or its parent is missing or read-only.
     """
     folder = path.resolve().parent
     if path.is_dir():
@@ -131,10 +132,10 @@ def check_output(option: str, path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Refuses a folder that cannot be written to or made, and makes nothing.
+    """Raises if a folder cannot be written to or made; makes nothing.
 
     Raises:
-        CommandError: a file is in the way, or there is no permission.
+        CommandError: a file is in the way, or permission is missing.
     """
     there = path.resolve()
     while not os.path.lexists(there):

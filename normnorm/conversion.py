@@ -1,4 +1,4 @@
-"""Swapping the normalization of a model in place: :func:`replace_norms`, :func:`restore_norms`."""
+"""Replacing a model's norm layers in place: :func:`replace_norms`, :func:`restore_norms`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from normnorm.modules import _Transform
 
 __all__ = ["NormSwap", "Replacement", "replace_norms", "restore_norms"]
 
-# By name: importing them all would take longer than everything else here.
+# By name, because importing these classes takes longer than the rest of this module.
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 Where = str | type | tuple[type, ...] | Callable[[str, nn.Module], bool] | None
@@ -30,10 +30,10 @@ class NormSwap(NamedTuple):
     """One layer of a :class:`Replacement`.
 
     Attributes:
-        name: its name in the model; the first one of a layer that stands in several places.
-        before: the name of the class that it had.
-        after: the name of the class that it has now; None for a layer that was left.
-        reason: why it was left; the new settings of one of ours; "" for one that was replaced.
+        name: its name in the model; the first of several names of a shared layer.
+        before: the name of its class before the call.
+        after: the name of its class after the call; None for a layer that was left.
+        reason: why it was left; the new settings of a changed layer; "" for a replaced one.
     """
 
     name: str
@@ -44,11 +44,11 @@ class NormSwap(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Replacement:
-    """What :func:`replace_norms` or :func:`restore_norms` did. Prints as a table.
+    """The result of :func:`replace_norms` or :func:`restore_norms`. Prints as a table.
 
     Attributes:
-        replaced, left: a :class:`NormSwap` a layer, in the model's order.
-        changed: the layers that were ours already and have other settings now.
+        replaced, left: one :class:`NormSwap` per layer, in the model's order.
+        changed: layers that were normnorm's already and have new settings.
     """
 
     replaced: tuple[NormSwap, ...]
@@ -77,7 +77,7 @@ def _some(names: list[str]) -> str:
 
 
 class _Slot(NamedTuple):
-    """A place in which a module stands."""
+    """A position of a module in the model."""
 
     parent: nn.Module
     key: str
@@ -85,7 +85,7 @@ class _Slot(NamedTuple):
 
 
 def _slots(model: nn.Module) -> dict[nn.Module, list[_Slot]]:
-    """Every module below the model with all the places in which it stands, in model order."""
+    """Every submodule with all its positions, in the model's order."""
     found: dict[nn.Module, list[_Slot]] = {}
     for prefix, parent in model.named_modules():
         for key, child in parent._modules.items():
@@ -134,7 +134,7 @@ def _plan(
     decide: Callable[[nn.Module], tuple[Target | None, str | None]],
     make: Callable[[nn.Module, Target], nn.Module],
 ) -> tuple[list[tuple[list[_Slot], nn.Module]], Replacement]:
-    """What is to be put where; nothing has changed yet."""
+    """The replacements and their summary; changes nothing."""
     chosen = _predicate(where)
     changes, replaced, left = [], [], []
     for module, slots in _slots(model).items():
@@ -147,7 +147,7 @@ def _plan(
         elif cls is None or reason is not None:
             left.append(NormSwap(name, before, None, reason or ""))
         elif any(type(slot.parent).__name__ == "OptimizedModule" for slot in slots):
-            # torch.compile(layer), which goes on calling the object that it was given.
+            # torch.compile(layer) keeps calling the original object.
             left.append(NormSwap(name, before, None, "it is compiled by itself: exchange it first"))
         else:
             new = make(module, cls)
@@ -164,12 +164,12 @@ def _carry_out(model: nn.Module, changes: list[tuple[list[_Slot], nn.Module]]) -
 
 
 def _guard_fast_paths(model: nn.Module) -> None:
-    """Keeps nn.TransformerEncoderLayer from computing a plain LayerNorm in place of ours.
+    """Keeps nn.TransformerEncoderLayer from computing a plain LayerNorm for normnorm layers.
 
-    In evaluation it may hand the weights of ``norm1`` and ``norm2`` to a fused kernel and never
-    call them. It asks ``activation_relu_or_gelu`` whether that kernel knows its activation. An
-    nn.TransformerEncoder around it packs a padded batch for that kernel, into a nested tensor
-    that no other layer can read.
+    In evaluation it may pass the weights of ``norm1`` and ``norm2`` to a fused kernel and never
+    call them. ``activation_relu_or_gelu`` controls whether that kernel is used. An
+    nn.TransformerEncoder packs a padded batch for that kernel into a nested tensor, which no other
+    layer supports.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -188,7 +188,7 @@ def _has_our_norms(layer: nn.Module) -> bool:
 
 
 def _known_activation(activation: Any) -> int:
-    """What torch's constructor makes of it: 1 for ReLU, 2 for GELU, else 0."""
+    """torch's code for an activation: 1 for ReLU, 2 for GELU, else 0."""
     if activation is torch_functional.relu or isinstance(activation, nn.ReLU):
         return 1
     return 2 if activation is torch_functional.gelu or isinstance(activation, nn.GELU) else 0
@@ -221,7 +221,7 @@ def _decide_to_restore(module: nn.Module) -> tuple[Target | None, str | None]:
 def _plan_settings(
     model: nn.Module, where: Where, settings: dict[str, Any]
 ) -> tuple[list[tuple[_Transform, dict[str, Any]]], tuple[NormSwap, ...]]:
-    """What is to be changed of the layers that are ours already; nothing has changed yet."""
+    """The changes of settings of layers that are normnorm's already; changes nothing."""
     names: dict[Any, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _Transform):
@@ -239,8 +239,8 @@ def _plan_settings(
     return changes, tuple(changed)
 
 
-def _teach_libraries() -> None:
-    """Has the libraries that are loaded freeze our batch layers where they freeze torch's."""
+def _wrap_freezing() -> None:
+    """Makes loaded libraries freeze normnorm's batch layers where they freeze torch's."""
     if "timm.utils" in sys.modules:
         importlib.import_module("normnorm.integrations.timm").wrap()
     if "lightning.pytorch" in sys.modules or "pytorch_lightning" in sys.modules:
@@ -256,43 +256,42 @@ def replace_norms(
     order: int | None = None,
     transform_eps: float | None = None,
 ) -> Replacement:
-    """Swaps a model's normalization layers for their normality counterparts, in place.
+    """Replaces a model's norm layers by their normality counterparts, in place.
 
-    Knows torch's BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm and InstanceNorm with their lazy
+    Supports torch's BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm and InstanceNorm with their lazy
     variants, timm's norm and norm+activation layers, the channels-first LayerNorms of torchvision
-    and transformers, and what :func:`register_norm` has named. Everything else that looks like a
-    norm is left, and the summary says why: RMS norms and frozen statistics, subclasses that nobody
-    here knows, layers that are parametrized, compiled by themselves, or carry something else that
-    is bound to the object.
+    and transformers, and classes registered by :func:`register_norm`. Other norms are left, and the
+    summary gives the reason: RMS norms, frozen statistics, unknown subclasses, and layers that are
+    parametrized, compiled by themselves, or have other state bound to the object.
 
-    A new layer holds the old one's parameters, buffers and forward and backward hooks themselves,
-    with its device, dtype, training flag and attributes; an optimizer made before stays valid.
-    Lambda starts at 1. A module that stands in several places is replaced once, in all of them.
-    ``nn.TransformerEncoderLayer``'s fast path, which would pass over the new layers in
-    evaluation, is switched off in the layers that have them.
+    A new layer has the same parameter, buffer and forward and backward hook objects as the old one,
+    and its device, dtype, training flag and attributes; an existing optimizer stays valid. Lambda
+    starts at 1. A shared module is replaced once, in all its positions. The fast path of
+    ``nn.TransformerEncoderLayer``, which would skip the new layers in evaluation, is disabled in
+    layers that contain them.
 
-    Layers that are ours already take over the settings that are given and keep the others; the
-    summary's ``changed`` has those whose settings were different.
+    Layers that are normnorm's already get the given settings and keep the others; the summary's
+    ``changed`` lists those whose settings differed.
 
-    With ``alpha=0, noise_train=0`` the model computes what it did before. With the defaults a
-    batch layer's evaluation does so too, until training moves its lambda; the other layers
+    With ``alpha=0, noise_train=0`` the model's outputs stay the same. With the defaults those of
+    batch layers in evaluation stay the same until training changes lambda; the other layers
     estimate lambda from each sample and change the outputs at once.
 
     Args:
-        model: changed in place, before it is wrapped for data parallelism or compiled.
-        where: which layers: a pattern of names as the shell has them ('layer1.*'), a class or a
-            tuple of classes, or a function of (name, module); None for all.
+        model: changed in place; must not yet be wrapped for data parallelism or compiled.
+        where: which layers: a shell-style pattern of names ('layer1.*'), a class or a tuple of
+            classes, or a function of (name, module); None for all.
         noise_train, alpha, order, transform_eps: as in the layers; None for each class's default,
-            and for what a layer of ours has.
+            and to keep the settings of existing normnorm layers.
 
     Returns:
-        What was replaced, what was left, and why; prints as a table.
+        The replaced, changed and left layers, with reasons; prints as a table.
 
     Raises:
         TypeError: a model, ``where`` or settings of another type, a scripted or already wrapped
-            model, a registered function that returns no layer of ours.
-        ValueError: settings that the layers would refuse, or a model that is itself a norm.
-            The model is unchanged after any error.
+            model, a registered function that returns no normnorm layer.
+        ValueError: settings that the layers reject, or a model that is itself a norm. The model is
+            unchanged after any error.
     """
     given = {
         "noise_train": noise_train, "alpha": alpha, "order": order, "transform_eps": transform_eps,
@@ -307,7 +306,7 @@ def replace_norms(
         0.0 if transform_eps is None else transform_eps,
     )
     _check_model(model, "replace")
-    _teach_libraries()
+    _wrap_freezing()
     _refuse_bare_norm(model, counterparts.counterpart(model))
     changes, summary = _plan(
         model,
@@ -324,11 +323,11 @@ def replace_norms(
 
 
 def restore_norms(model: nn.Module, where: Where = None) -> Replacement:
-    """Swaps normality layers back for the layers that they stand for, in place.
+    """Replaces normality layers by their counterparts, in place: reverses :func:`replace_norms`.
 
-    A layer made by :func:`replace_norms` gets the class back that it had; one that was built as
-    such gets torch's. Weights, biases and running statistics stay as trained, lambda is dropped:
-    unless it is 1, the model's outputs change.
+    A layer made by :func:`replace_norms` gets its former class; one that was constructed directly
+    gets torch's. Weights, biases and running statistics stay as trained. Lambda is dropped, so the
+    model's outputs change unless it is 1.
 
     Args:
         model, where: as in :func:`replace_norms`.

@@ -1,5 +1,5 @@
-"""``normnorm doctor``: what is installed, which backends can run and why not, and whether they
-give the right numbers here. ``normnorm doctor --plan SHAPE``: which CUDA kernels would serve."""
+"""``normnorm doctor``: versions, backends with the reason why one cannot run, and a check of their
+results. ``normnorm doctor --plan SHAPE``: the CUDA kernels selected for a tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from normnorm.config import Config
 
 __all__ = ["add_arguments", "run"]
 
-# One dtype that stores what it computes and one that does not.
+# One dtype that is stored as computed and one that is rounded.
 _CHECKED = (torch.float32, torch.bfloat16)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KINDS = ("batch", "layer", "group", "instance")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--plan", metavar="SHAPE", type=_shape, help="print that instead, for 256,64,56,56"
     )
-    # Defaults are filled in where a plan is made: an option given without --plan can be told then.
+    # No defaults here, so that an option without --plan can be reported; plans() sets them.
     plan.add_argument("--kind", choices=_KINDS, help="of layer (batch)")
     plan.add_argument("--dtype", choices=[_dtype_name(d) for d in _DTYPES], help="(float32)")
     plan.add_argument(
@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, the part of a report that lets others repeat it."""
+    """Versions and machine, for reproducing a report."""
     found = (machine.gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
     return {**machine.facts(), "gpu": [dataclasses.asdict(each) for each in found if each]}
 
 
 def _check_backends() -> list[dict[str, Any]]:
-    """Every layer on every available backend: its worst error beside the bound."""
+    """The worst error and the bound of every layer on every available backend."""
     checks = []
     for case, backend, device in selfcheck.cases_and_backends():
         for dtype in _CHECKED:
@@ -94,7 +94,7 @@ def _check_backends() -> list[dict[str, Any]]:
             }
             try:
                 errors = selfcheck.worst_errors(case, backend, dtype, device)
-            except Exception as failure:  # whatever a broken installation raises is the finding
+            except Exception as failure:  # reported, since a broken installation may raise anything
                 check.update(passed=False, failure=f"{type(failure).__name__}: {failure}")
             else:
                 passed = all(error <= check["bound"] for error in errors.values())
@@ -104,8 +104,8 @@ def _check_backends() -> list[dict[str, Any]]:
 
 
 def _wrong_choice() -> str | None:
-    """Why layers could not be called with the NORMNORM_BACKEND of this environment; None where it
-    is not set, or names a backend that can run. The checks choose their backends themselves."""
+    """The error of NORMNORM_BACKEND; None if it is not set or names a backend that can run. The
+    checks select their backends themselves."""
     name = os.environ.get("NORMNORM_BACKEND", "auto")
     if name != "auto":
         try:
@@ -116,10 +116,10 @@ def _wrong_choice() -> str | None:
 
 
 def report(check: bool = True) -> dict[str, Any]:
-    """The whole diagnosis as plain data, without running a layer where ``check`` is False; ``ok``
-    says whether every check passed, the compiled kernels were built or left out by choice (else
-    ``build_failure`` is the error), and the environment chooses a backend that can run (else
-    ``wrong_choice`` says why it does not)."""
+    """The whole report as plain data, without running a layer if ``check`` is False. ``ok`` is true
+    if every check passed, the compiled kernels were built or left out on purpose (else
+    ``build_failure`` is the error), and NORMNORM_BACKEND can run (else ``wrong_choice`` is the
+    error)."""
     available = backends.available_backends()
     wrong_choice = _wrong_choice()
     build_failure = backends.cpu.build_failure()
@@ -182,7 +182,7 @@ def _print_checks(checks: list[dict[str, Any]]) -> None:
 
 
 def _planned_device(arguments: argparse.Namespace) -> tuple[cuda.Device, str]:
-    """The GPU to plan for, and what to say of it."""
+    """The GPU to plan for, and the source of the choice."""
     here = cuda.current_device()
     if arguments.device_model is not None:
         device, why = cuda.DEVICE_MODELS[arguments.device_model], "assumed, as asked"
@@ -196,11 +196,11 @@ def _planned_device(arguments: argparse.Namespace) -> tuple[cuda.Device, str]:
 
 
 def plans(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``--plan`` prints, as plain data.
+    """The output of ``--plan`` as plain data.
 
     Raises:
         ValueError: no such layer takes a tensor of that shape.
-        RuntimeError: the library holds no CUDA kernels.
+        RuntimeError: the library has no CUDA kernels.
     """
     if arguments.sms is not None and arguments.sms < 1:
         raise ValueError(f"--sms must be positive; got {arguments.sms}")
@@ -220,7 +220,7 @@ def plans(arguments: argparse.Namespace) -> dict[str, Any]:
         "noise": not arguments.no_noise,
         "affine": not arguments.no_affine,
     }
-    # Asked of the kernels too, but what is wrong with the shape is to be said where there are none.
+    # The kernels check this too; here it reports wrong shapes where there are no kernels.
     config = Config(
         kind, options["num_groups"], options["normalized_ndim"], 1e-5, 0.0, 1.0, 2, 0.0, 0, False,
         "", "cuda",
@@ -283,9 +283,9 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report, or a plan; 1 where a check missed its bound, the build of the kernels
-    failed, the environment chooses a backend that cannot run, or a plan finds no CUDA kernels; 2
-    for options that go with nothing."""
+    """Prints the report or a plan. Exit status 1 if a check missed its bound, the build of the
+    kernels failed, NORMNORM_BACKEND cannot run, or there are no CUDA kernels to plan for; 2 for
+    options without --plan."""
     if arguments.plan is not None:
         return _run_plan(arguments)
     values = {name: getattr(arguments, name) for name in _PLAN_OPTIONS}

@@ -1,4 +1,4 @@
-"""The eps of a layer that cannot be folded into the linear layer before it."""
+"""A float eps that keeps tools from folding a layer into the linear layer before it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 
 
 class Eps(float):
-    """The eps of a layer with running statistics, as other libraries read it: a float that cannot
-    be added to a tensor.
+    """The eps attribute of a layer with running statistics: a float that raises when added to a
+    tensor.
 
-    Every tool that folds a batch norm into the convolution or linear layer before it begins with
+    Every tool that folds a batch norm into the convolution or linear layer before it computes
     ``running_var + eps``; a power transform cannot be folded.
     """
 
@@ -35,7 +35,8 @@ class Eps(float):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _ADDITIONS:
             eps = next(value for value in (*args, *kwargs.values()) if isinstance(value, Eps))
-            # Of a TypeError Python would make "unsupported operand type(s) for +".
+            # RuntimeError, because Python would turn a TypeError into "unsupported operand type(s)
+            # for +".
             raise RuntimeError(
                 f"{CANNOT_FOLD.format(eps._layer)}. Its eps is not added to a tensor, which such a "
                 "fold begins with; float(layer.eps) is the plain number"
@@ -45,5 +46,5 @@ class Eps(float):
 
 
 def plain(value: Any) -> Any:
-    """The number of an :class:`Eps`; any other value as it is."""
+    """The plain float of an :class:`Eps`; any other value unchanged."""
     return float(value) if isinstance(value, Eps) else value

@@ -1,8 +1,7 @@
-"""Exported graphs without our ops: what each op is in PyTorch's own operations.
+"""Decomposition of normnorm's ops for exported graphs.
 
-A program exported by ``torch.export`` calls ``torch.ops.normnorm.*``, and runs wherever normnorm
-is installed. For a runtime that knows PyTorch's operations alone, the table of
-:func:`decompositions` replaces them by the definition.
+A program exported by ``torch.export`` calls ``torch.ops.normnorm.*`` and needs normnorm installed.
+The table of :func:`decompositions` replaces these ops by the definition in PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    """The ops of this package by the definition in ``normnorm/reference.py``.
+    """normnorm's ops decomposed by the definition in ``normnorm/reference.py``.
 
-    For ``ExportedProgram.run_decompositions`` (alone, or together with torch's own:
+    For ``ExportedProgram.run_decompositions`` (alone, or with torch's own:
     ``{**torch.export.default_decompositions(), **normnorm.decompositions()}``), ``make_fx`` and
-    whatever else takes a table of decompositions. What it gives holds PyTorch's operations alone,
-    and can be compiled ahead of time (``torch._inductor.aoti_compile_and_package``) for programs
-    without Python. ``torch.onnx.export`` needs no table: it sees the definition by itself.
+    other users of decomposition tables. The decomposed graph has PyTorch operations only and can be
+    compiled ahead of time (``torch._inductor.aoti_compile_and_package``) for programs without
+    Python. ``torch.onnx.export`` needs no table: it traces the definition.
 
-    A graph exported in training mode folds its running statistics by a mutating op, which torch
-    wraps before any table is asked; export it under ``normnorm.use_backend("reference")``, and
-    nothing of ours is in it from the start.
+    A graph exported in training mode updates its running statistics by a mutating op, which torch
+    wraps before it applies a table. Export it under ``normnorm.use_backend("reference")`` to avoid
+    normnorm's ops altogether.
 
     Returns:
         A new dictionary, from each op to a function of the same arguments.

@@ -1,4 +1,4 @@
-"""Freezing the running statistics of a model's layers: what a fine-tuning run asks for."""
+"""Freezing the running statistics of a model's layers, for fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ __all__ = ["freeze_statistics", "unfreeze_statistics"]
 def freeze_statistics(model: nn.Module) -> int:
     """Freezes the running statistics of a model's normality layers, in place.
 
-    A frozen layer stays in evaluation mode: it normalizes by its running mean, variance and
-    lambda, does not move them, and adds no noise, also after ``model.train()``. Its weight and
-    bias train on unless their ``requires_grad`` is False. Copies, pickles and
+    A frozen layer stays in evaluation mode, also after ``model.train()``: it normalizes by its
+    running mean, variance and lambda, does not update them, and adds no noise. Its weight and bias
+    still train unless their ``requires_grad`` is False. Copies, pickles and
     :func:`normnorm.convert_sync` keep a layer frozen; loading a ``state_dict`` sets its statistics
     and leaves it frozen.
 
-    Torch's own batch layers are not touched.
+    Torch's batch layers are unchanged.
 
     Args:
         model: a model or a single layer.
 
     Returns:
-        How many layers are frozen now: the batch layers, and those instance layers, that keep
-        running statistics.
+        The number of frozen layers: batch and instance layers that keep running statistics.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -37,16 +36,15 @@ def freeze_statistics(model: nn.Module) -> int:
 
 
 def unfreeze_statistics(model: nn.Module) -> int:
-    """Undoes :func:`freeze_statistics`, in place.
+    """Reverses :func:`freeze_statistics`, in place.
 
-    A layer goes back to the mode, training or evaluation, that the last ``train()`` or ``eval()``
-    asked for.
+    A layer returns to the mode set by the last ``train()`` or ``eval()``.
 
     Args:
         model: a model or a single layer.
 
     Returns:
-        How many layers were frozen.
+        The number of layers that were frozen.
 
     Raises:
         TypeError: ``model`` is not a module.

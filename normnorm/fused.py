@@ -1,4 +1,4 @@
-"""Layers that do a neighbour's work in the norm's own pass: an activation, a residual sum."""
+"""Norm layers with a fused epilogue: an activation, a residual addition, or both."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ __all__ = ["AddLayerNormalNorm", "BatchNormalNormAct2d"]
 
 
 class BatchNormalNormAct2d(BatchNormalNorm2d):
-    """Batch normality normalization of images, a residual, and an activation: one pass each way.
+    """Batch normality normalization of images, fused with a residual addition and ReLU.
 
-    ``act(norm(input) + residual)``. ReLU, the default, and the sum are done by the norm's kernel,
-    which saves writing and reading its output (and the sum) in between, and writing and reading
-    the activation's gradient. Beside the input the backward pass keeps the output, for the
-    activation's sign: the next convolution mostly keeps it too, and with noise the sign could not
-    be had again but by computing the whole output. Another activation, a dropout, or a hook on
-    either of them, makes three passes of it.
+    Computes ``act(norm(input) + residual)``. The norm's kernel applies the sum and ReLU, the
+    default activation, which saves a write and a read of the norm's output, of the sum, and of the
+    activation's gradient. The backward pass keeps input and output; the output gives the sign for
+    ReLU's gradient, and the next convolution usually keeps it too. Another activation, a dropout,
+    or a hook on either runs as separate operations.
 
-    The arguments are those of timm's ``BatchNormAct2d``, and the transform's by keyword.
+    Arguments are those of timm's ``BatchNormAct2d``; the transform's are keyword-only.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: see :class:`BatchNormalNorm1d`.
         apply_act: False for no activation.
-        act_layer: a class or function that makes one.
-        act_kwargs: what that is called with.
-        inplace: handed to it too, where it knows that; a fused one has nothing to overwrite.
-        drop_layer: makes a layer between norm and activation; there is no residual then.
+        act_layer: a class or function that returns the activation module.
+        act_kwargs: its keyword arguments.
+        inplace: passed to ``act_layer`` too if it takes ``inplace``; no effect when fused.
+        drop_layer: returns a module between norm and activation; a residual is then an error.
         device, dtype, bias, noise_train, alpha, order, transform_eps: see
             :class:`BatchNormalNorm1d`.
 
     Shape: input and residual (N, C, H, W), contiguous or channels_last.
 
     Raises:
-        ValueError: see :class:`BatchNormalNorm1d`; a residual of another shape or device, or
-            behind a dropout.
-        TypeError: a residual that is not floating. One of another floating dtype is promoted with
-            the input, as torch promotes a sum, and the output has the wider dtype.
+        ValueError: see :class:`BatchNormalNorm1d`; a residual of another shape or device, or with a
+            dropout.
+        TypeError: a residual that is not floating. Input and residual of different floating dtypes
+            are promoted as in torch's addition; the output has the promoted dtype.
     """
 
     drop: nn.Module
@@ -88,15 +87,16 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
                 f"act_layer must be a class or function that makes a layer; got '{act_layer}'. "
                 "normnorm.integrations.timm.BatchNormalNormAct2d takes timm's names"
             )
-        # Tanh, GELU and others know no such thing.
+        # Tanh, GELU and others have no such argument.
         if inplace and "inplace" in inspect.signature(act_layer).parameters:
             keywords = {"inplace": True, **keywords}
         act: nn.Module = act_layer(**keywords)
         return act
 
-    def _joins(self) -> bool:
-        """Whether the norm's kernel can do all of it, unseen."""
-        # Of exactly these classes: one derived from them may do anything.
+    def _fuses(self) -> bool:
+        """Whether the norm's kernel can apply dropout and activation with the same visible
+        effects."""
+        # Exactly these classes: a subclass may do anything.
         if type(self.drop) is not nn.Identity or type(self.act) not in (nn.Identity, nn.ReLU):
             return False
         return not any(
@@ -113,7 +113,7 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
             node: Tensor | None = self._node(BatchNormalNormAct2d, *given)
             if node is not None:
                 return node
-        if self._joins():
+        if self._fuses():
             activation = "relu" if isinstance(self.act, nn.ReLU) else None
             return self._normalize(input, residual, activation)
         if residual is not None and not isinstance(self.drop, nn.Identity):
@@ -124,26 +124,27 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
 
 
 class AddLayerNormalNorm(LayerNormalNorm):
-    """The residual stream of a pre-norm transformer: adds, then normalizes, in one pass each way.
+    """Residual addition and layer norm of a pre-norm transformer, fused.
 
-    ``sum = input + residual; output = layer_normal_norm(sum)``, and both are returned: the output
-    for the next attention or MLP, the sum for the residual connection after it. The sum is written
-    and not read again, and its gradient is added where the norm's is written.
+    Computes ``sum = input + residual; output = layer_normal_norm(sum)`` and returns both: the
+    output for the next attention or MLP, the sum for the residual connection after it. Forward
+    writes the sum without reading it again; backward adds the sum's gradient as it writes the
+    norm's.
 
     ::
 
-        x, stream = self.norm1(branch, stream)  # in place of stream = stream + branch; norm(stream)
+        x, stream = self.norm1(branch, stream)  # replaces stream = stream + branch; norm(stream)
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype, noise_train, alpha, order,
-            transform_eps: see :class:`LayerNormalNorm`; a checkpoint of that or of torch's layer
-            loads.
+            transform_eps: see :class:`LayerNormalNorm`, whose checkpoints, and those of torch's
+            layer, load.
 
     Raises:
         ValueError: see :class:`LayerNormalNorm`; a residual of another shape or device.
-        TypeError: a residual that is not floating. Of two floating dtypes, a branch under autocast
-            and a stream in float32, the narrower is cast to what torch gives their sum; output
-            and sum have that dtype.
+        TypeError: a residual that is not floating. Input and residual of different floating dtypes,
+            such as a branch under autocast and a float32 stream, are promoted as in torch's
+            addition; output and sum have the promoted dtype.
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

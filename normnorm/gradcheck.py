@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _row(case: selfcheck.Case, backend: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """One line of the table: errors of the real map, noise included, and in float64 the
-    comparison with finite differences, which needs no reference at all."""
+    """One row of the table: errors of the map with noise, and in float64 the comparison with finite
+    differences, which is independent of the reference."""
     row: dict[str, Any] = {
         "layer": case.layer,
         "mode": case.mode,
@@ -45,7 +45,7 @@ def _row(case: selfcheck.Case, backend: str, device: str, dtype: torch.dtype) ->
 
 
 def table(only: str | None = None) -> list[dict[str, Any]]:
-    """Layer x backend x dtype, each with its errors and its bound."""
+    """One row for each layer, backend and dtype, with errors and bound."""
     return [
         _row(case, backend, device, dtype)
         for case, backend, device in selfcheck.cases_and_backends()
@@ -76,7 +76,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the table; 1 where a gradient missed its bound."""
+    """Prints the table; exit status 1 if a gradient missed its bound."""
     rows = table(arguments.backend)
     if arguments.json:
         json.dump(rows, sys.stdout, indent=2)

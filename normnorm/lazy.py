@@ -1,4 +1,4 @@
-"""Layers that learn ``num_features`` from their first input, as torch.nn's lazy layers do."""
+"""Layers that take ``num_features`` from their first input, like torch.nn's lazy layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
-    """A layer without sizes; its first input makes it the class ``cls_to_become``."""
+    """A layer without sizes. The first input turns it into the class ``cls_to_become``."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
         order: int = 2,
         transform_eps: float = 0.0,
     ) -> None:
-        # Without parameters and buffers, which would have no sizes yet.
+        # Without parameters and buffers, whose sizes are unknown here.
         super().__init__(
             0, eps, momentum, False, False, bias=False, noise_train=noise_train, alpha=alpha,
             order=order, transform_eps=transform_eps,
@@ -61,39 +61,39 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
             self.num_batches_tracked = torch.tensor(0, dtype=torch.long, device=device)
 
     def reset_parameters(self) -> None:
-        """As in the layer that it becomes; nothing before the sizes are known."""
+        """Like the layer's that it becomes; no effect before the sizes are known."""
         if not self.has_uninitialized_params() and self.num_features != 0:
             _RunningNorm.reset_parameters(self)
 
     def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]
-        """Takes ``num_features``, and the size of what has none yet, from the first input.
+        """Sets ``num_features`` and materializes uninitialized tensors from the first input.
 
-        An input that the layer would refuse raises here, and leaves it as it was.
+        An input that the layer rejects raises here and changes nothing.
         """
         check_is_tensor(input)
         becomes = self.cls_to_become
-        assert becomes is not None  # every class below names its own
-        # An instance layer's input may come without the batch dimension.
+        assert becomes is not None  # every subclass sets it
+        # The input of an instance layer may have no batch dimension.
         axis = 1 - becomes._rank if issubclass(becomes, _InstanceNormalNorm) else 1
         channels = int(input.size(axis)) if -input.dim() <= axis < input.dim() else 0
         self._try(becomes, input, channels)
         self.num_features = channels
         for name, value in INITIAL.items():
             tensor: Any = self._parameters.get(name, self._buffers.get(name))
-            if is_lazy(tensor):  # and was not loaded from a checkpoint
+            if is_lazy(tensor):  # not loaded from a checkpoint
                 with torch.no_grad():
                     tensor.materialize((channels,))
                     tensor.fill_(value)
 
     def _try(self, becomes: type[_RunningNorm], input: Tensor, channels: int) -> None:
-        """The forward pass of the layer that this would become, on tensors of its own."""
+        """Runs the forward pass of the class that this becomes, on temporary tensors."""
         check_noise_train(self.noise_train)
         trial = becomes.__new__(becomes)
         tensors = {
             kind: {
                 name: tensor
                 if tensor is None
-                # From the input, which is a fake tensor where a compiler initializes the layer.
+                # new_ones of the input, which is a fake tensor if a compiler initializes the layer.
                 else input.new_ones(
                     (channels,) if is_lazy(tensor) else tuple(tensor.shape),
                     dtype=tensor.dtype,
@@ -103,7 +103,7 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
             }
             for kind in ("_parameters", "_buffers")
         }
-        # Without noise: it would take a seed from the generator.
+        # Without noise, which would draw a seed from the generator.
         vars(trial).update(vars(self) | tensors, num_features=channels, noise_train=0.0)
         with torch.no_grad():
             becomes.forward(trial, input)

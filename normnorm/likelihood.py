@@ -1,8 +1,8 @@
-"""Lambda beyond one Newton step: more of them, or the optimum of the likelihood.
+"""Lambda by several Newton steps, or at the likelihood's optimum.
 
-The layers take one step from lambda 1, as Eftekhari and Papyan do; whether more are worth their
-cost is a question their paper leaves open. Here both ways can be had, in the definition's plain
-PyTorch; ``docs/internals/likelihood.md`` has what they change.
+The layers take one step from lambda 1, as Eftekhari and Papyan do, who leave open whether more are
+worth their cost. This module computes both in plain PyTorch; ``docs/internals/likelihood.md``
+compares the results.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from normnorm.reference import yeo_johnson
 
 __all__ = ["negative_log_likelihood", "newton_lmbda", "optimal_lmbda"]
 
-# Newton's method, halving the step where it does not lead down, is at float64 rounding long
-# before: the likelihood is convex in lambda.
+# The likelihood is convex in lambda: Newton's method with step halving reaches float64 rounding
+# long before these limits.
 _MOST_STEPS = 50
 _MOST_HALVINGS = 30
 
@@ -46,14 +46,14 @@ def _mean_log(h: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def negative_log_likelihood(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Yeo and Johnson's, a value and up to a constant, with mean and variance at their optimum.
+    """Yeo and Johnson's, per value and up to a constant, with mean and variance at their optimum.
 
     ``log(Var psi(h; lmbda)) / 2 - (lmbda - 1) mean(sign(h) log(1 + |h|))``
 
     Args:
         h: values.
-        lmbda: one for each group, the reduced dimensions of size 1.
-        dim: the dimensions that a group spans.
+        lmbda: one per group, with reduced dimensions of size 1.
+        dim: the dimensions of a normalization group.
     """
     variance = yeo_johnson(h, lmbda).var(dim, correction=0, keepdim=True)
     return 0.5 * torch.log(variance) - (lmbda - 1.0) * _mean_log(h, dim)
@@ -70,14 +70,13 @@ def _slope_and_curvature(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> tupl
 
 
 def newton_lmbda(h: Tensor, dim: tuple[int, ...], iterations: int, eps: float = 1e-5) -> Tensor:
-    """``iterations`` Newton steps from lambda 1, differentiable through all of them.
+    """``iterations`` Newton steps from lambda 1, all differentiable.
 
-    The second derivative carries ``+ sqrt(eps)`` in every step, as in the layers' one step, and is
-    not taken for less than zero. A group of equal values keeps lambda 1. One iteration is
-    :func:`normnorm.reference.estimate_lmbda`.
+    As in the layers, each step clamps the second derivative at 0 and adds ``sqrt(eps)``. A group of
+    equal values keeps lambda 1. One iteration equals :func:`normnorm.reference.estimate_lmbda`.
     """
     varies = _varies(h, dim)
-    h = torch.where(varies, h, _harmless(h))
+    h = torch.where(varies, h, _placeholder(h))
     lmbda = _ones(h, dim)
     for _ in range(iterations):
         slope, curvature = _slope_and_curvature(h, lmbda, dim)
@@ -86,30 +85,30 @@ def newton_lmbda(h: Tensor, dim: tuple[int, ...], iterations: int, eps: float = 
 
 
 def _varies(h: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Whether the values of a group differ, as those of a group that holds NaN do. Exactly: the
-    variance of equal values may come out as a rounding error."""
+    """Whether the values of a group differ, or contain NaN. Compares extremes, because the variance
+    of equal values may be a rounding error."""
     if h.numel() == 0:
         return torch.ones_like(_ones(h, dim), dtype=torch.bool)
     h = h.detach()
     return h.amax(dim, keepdim=True) != h.amin(dim, keepdim=True)
 
 
-def _harmless(h: Tensor) -> Tensor:
-    """Values for the branch that is not taken, or its gradient would be 0 * inf."""
+def _placeholder(h: Tensor) -> Tensor:
+    """Values for the branch not taken, whose gradient would otherwise be 0 * inf."""
     return torch.linspace(-1, 1, h.numel(), dtype=h.dtype, device=h.device).view(h.shape)
 
 
 def optimal_lmbda(h: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """The lambda of the greatest likelihood, with its gradient by the implicit function theorem.
+    """The lambda of maximum likelihood, with its gradient by the implicit function theorem.
 
-    ``dlambda/dh = -(dL'/dh) / L''`` at the optimum; derivatives of a higher order are not those of
-    the optimum. A group of equal values keeps lambda 1, one that holds NaN or infinity has NaN.
+    ``dlambda/dh = -(dL'/dh) / L''`` at the optimum; higher derivatives are not those of the
+    optimum. A group of equal values keeps lambda 1; one with NaN or infinity gets NaN.
     """
     varies = _varies(h, dim)
-    h = torch.where(varies, h, _harmless(h))
+    h = torch.where(varies, h, _placeholder(h))
     best = _search(h.detach(), dim)
     slope, curvature = _slope_and_curvature(h, best, dim)
-    # At the optimum the slope is zero, up to rounding: the step changes the gradient alone.
+    # The slope is zero at the optimum, up to rounding, so the step changes only the gradient.
     step = slope / curvature.detach()
     return torch.where(varies, best - (step - step.detach()), 1.0)
 
@@ -133,7 +132,8 @@ def _search(h: Tensor, dim: tuple[int, ...]) -> Tensor:
                 break
         if not moved.any():
             break
-    # The loss, flat at its least, knows lambda to half the digits; its slope knows the rest.
+    # The loss is flat at its minimum and determines lambda to half the digits; two Newton steps on
+    # the slope give the rest.
     for _ in range(2):
         slope, curvature = _slope_and_curvature(h, lmbda, dim)
         lmbda = lmbda - torch.where(curvature > 0, slope / curvature, 0.0)

@@ -1,8 +1,8 @@
-"""The layers: torch.nn's constructors and state, normality normalization inside.
+"""The layers: constructors and state of torch.nn, with normality normalization.
 
-Every class takes its torch counterpart's arguments in the same order, and by keyword
-``noise_train``, ``alpha``, ``order`` and ``transform_eps`` (:mod:`normnorm.functional`), which are
-plain attributes that may change between steps. Noise is added in training only.
+Every class takes the arguments of its torch counterpart in the same order, and the keyword-only
+arguments ``noise_train``, ``alpha``, ``order`` and ``transform_eps`` (:mod:`normnorm.functional`).
+These are plain attributes and may change between steps. Noise is added in training only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class _Transform:
-    """What every layer has of its own beside its torch base class."""
+    """What all layers add to their torch base class."""
 
     eps: float
     forward: Any
@@ -51,7 +51,7 @@ class _Transform:
 
     def reset_parameters(self) -> None:
         """Weight 1 and bias 0."""
-        # The batch and group layers of torch 2.10 and 2.11 want a bias wherever there is a weight.
+        # torch 2.10 and 2.11: the base class of batch and group layers fails here without a bias.
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -76,10 +76,10 @@ class _Transform:
         }
 
     def _node(self, owner: type[_Transform], *inputs: Any) -> Any:
-        """The layer as one node of a torch.fx graph, as torch's own norms are, for inputs that
-        stand for tensors there; None for tensors of a class of their own.
+        """The layer as one node of a torch.fx graph, like torch's norms, if the inputs are proxies;
+        None for tensors of a subclass.
 
-        Called first in the ``forward`` of the class ``owner``, where no plain tensor comes in.
+        Called first in the ``forward`` of the class ``owner``, for inputs that are no plain tensor.
         """
         if not isinstance(inputs[0], Proxy):
             check_is_tensor(inputs[0])
@@ -94,7 +94,7 @@ class _Transform:
             )
         if getattr(self.forward, "__func__", None) is owner.forward:
             return tracer.create_proxy("call_module", path, inputs, {})
-        # From the forward of a class derived from ours: what it does beside is traced by itself.
+        # Called from the forward of a subclass; the tracer records its other operations itself.
         name = f"{owner.__module__}.{owner.__qualname__}"
         return tracer.create_proxy("call_function", inherited_forward, (layer, name, *inputs), {})
 
@@ -103,8 +103,8 @@ class _Transform:
 
 
 def inherited_forward(layer: nn.Module, owner: str, *inputs: Any) -> Any:
-    """The forward pass that a layer has from the base class of that full name: what a torch.fx
-    graph calls where a derived class has a ``forward`` of its own."""
+    """Calls the forward of the base class with that full name. torch.fx graphs call this where a
+    subclass defines a ``forward`` of its own."""
     base: Any = next(
         cls for cls in type(layer).__mro__ if f"{cls.__module__}.{cls.__qualname__}" == owner
     )
@@ -114,13 +114,13 @@ def inherited_forward(layer: nn.Module, owner: str, *inputs: Any) -> Any:
 class _RunningNorm(_Transform, Loading):
     """Base of the layers that may keep running statistics.
 
-    Derived from the common base of torch's batch and instance layers, never from
-    ``_BatchNorm``: ``SyncBatchNorm.convert_sync_batchnorm`` and its like would replace such a
-    subclass by a plain BatchNorm without a word.
+    Derives from the common base of torch's batch and instance layers, not from ``_BatchNorm``:
+    ``SyncBatchNorm.convert_sync_batchnorm`` and similar tools would silently replace such a
+    subclass by a plain BatchNorm.
     """
 
     _eps: float
-    # While the statistics are frozen, the mode that train() has asked for; None otherwise.
+    # While statistics are frozen: the mode last set by train(). Otherwise None.
     _frozen_mode: bool | None = None
 
     def __init__(
@@ -150,13 +150,12 @@ class _RunningNorm(_Transform, Loading):
             torch.ones(num_features, device=device, dtype=dtype) if track_running_stats else None
         )
         self.register_buffer("running_lmbda", running_lmbda)
-        # Buffers in the order of their names' meaning; num_batches_tracked came from the base.
         self._set_transform(noise_train, alpha, order, transform_eps)
 
     @property
     def eps(self) -> float:  # type: ignore[override]
-        """Added to the variance. A float that refuses to be added to a tensor
-        (:class:`normnorm.eps.Eps`); the code of this package reads the plain ``_eps``."""
+        """Added to the variance. A float that raises when added to a tensor
+        (:class:`normnorm.eps.Eps`); this package reads the plain ``_eps``."""
         eps: Any = self._eps
         return Eps(eps, type(self).__name__) if isinstance(eps, (int, float)) else eps
 
@@ -165,14 +164,15 @@ class _RunningNorm(_Transform, Loading):
         self._eps = plain(value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module, but for an eps that is one: the next call refuses it, as any tensor."""
+        """Like nn.Module's, except that a parameter named eps is stored; the next call rejects
+        it."""
         if name == "eps":
             self.__dict__["_eps"] = param
         else:
             super().register_parameter(name, param)
 
     def train(self, mode: bool = True) -> Any:
-        """As of any module; a layer with frozen statistics itself stays in evaluation mode."""
+        """Like nn.Module's; a layer with frozen statistics stays in evaluation mode."""
         super().train(mode)
         if self._frozen_mode is not None:
             self._frozen_mode, self.training = mode, False
@@ -188,14 +188,14 @@ class _RunningNorm(_Transform, Loading):
             del self._frozen_mode
 
     def reset_running_stats(self) -> None:
-        """Running mean 0, variance 1, lambda 1, no batches."""
+        """Sets running mean 0, variance 1, lambda 1 and no batches."""
         super().reset_running_stats()
-        running_lmbda = self._buffers.get("running_lmbda")  # absent while the base constructs
+        running_lmbda = self._buffers.get("running_lmbda")  # None in the base constructor
         if running_lmbda is not None:
             running_lmbda.fill_(1)
 
     def reset_parameters(self) -> None:
-        """Weight 1 and bias 0, and running statistics as before the first batch."""
+        """Sets weight 1 and bias 0, and resets the running statistics."""
         self.reset_running_stats()
         super().reset_parameters()
 
@@ -232,16 +232,16 @@ class _BatchNormalNorm(_RunningNorm):
         self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         self._check_input_dim(input)
-        # In training without track_running_stats the buffers are None; in evaluation they may be
-        # set by hand, and are used then, as in torch.
+        # As in torch: without track_running_stats the buffers are None unless set by hand, and are
+        # then used in evaluation only.
         training = self.training
-        check_noise_train(self.noise_train)  # in evaluation too, which adds none
-        # From the dictionary: nn.Module's __getattr__ costs half a microsecond a name.
+        check_noise_train(self.noise_train)  # checked in evaluation too, although it adds no noise
+        # Read from the dictionary: nn.Module's __getattr__ costs half a microsecond per name.
         buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
         lmbda = buffers["running_lmbda"]
         if lmbda is not None and lmbda.is_meta:
-            lmbda = self.running_lmbda  # where a checkpoint brought the other statistics, 1
+            lmbda = self.running_lmbda  # 1 if a checkpoint set only the other statistics
         own_statistics = training or (mean is None and var is None)
         if training and not self.track_running_stats:
             mean = var = lmbda = None
@@ -283,22 +283,22 @@ class BatchNormalNorm1d(_BatchNormalNorm):
         device, dtype: of parameters and buffers.
         bias: whether the affine map has a bias.
         noise_train: weight of the noise in training, in units of the channel's mean absolute
-            deviation; 0 for none.
-        alpha: length of the Newton step. ``alpha=0, noise_train=0`` is torch's layer.
+            deviation; 0 disables it.
+        alpha: length of the Newton step. With ``alpha=0, noise_train=0`` the layer equals torch's.
         order: 2 for Newton's step, 1 for a plain gradient step.
-        transform_eps: 0 for the exact Yeo-Johnson transform. The authors' code shifts its
-            exponent: a checkpoint of theirs (loaded as it is; its unused ``running_norm`` is
-            dropped) gives their outputs with ``transform_eps=math.sqrt(eps)``.
+        transform_eps: 0 for the exact Yeo-Johnson transform. ``math.sqrt(eps)`` shifts the
+            exponent as the authors' code does and reproduces the outputs of their checkpoints
+            (whose unused ``running_norm`` is dropped).
 
     Buffers: ``running_mean``, ``running_var`` (unbiased), ``running_lmbda``,
     ``num_batches_tracked``. A torch BatchNorm checkpoint loads strictly, with lambda 1.
 
     Raises:
-        ValueError: wrong rank or channel count, a single value per channel in training,
-            ``eps`` <= 0, negative or non-finite ``noise_train``, unknown ``order``; nothing has
-            changed then. The settings are checked when the layer is made, and at each call.
-        TypeError: a setting that is no number; a tensor is none, since no gradient of it would be
-            computed. A sparse or jagged input.
+        ValueError: wrong rank or channel count, a single value per channel in training, ``eps`` <=
+            0, negative or non-finite ``noise_train``, unknown ``order``; no state changes. Settings
+            are checked by the constructor and at each call.
+        TypeError: a setting that is not a number (a tensor is not, since it would get no gradient),
+            or a sparse or jagged input.
         TypeError or ValueError: an input that is not floating, or parameters of another dtype.
     """
 
@@ -381,9 +381,9 @@ class _InstanceNormalNorm(_RunningNorm):
 class InstanceNormalNorm1d(_InstanceNormalNorm):
     """Instance normality normalization, (N, C, L) or (C, L).
 
-    Standardizes and Gaussianizes each channel of each sample: :class:`BatchNormalNorm1d` tells
-    how and what the arguments mean. As in torch, ``affine`` and ``track_running_stats`` are
-    False by default; lambda is estimated in evaluation too unless running statistics are kept.
+    Standardizes and Gaussianizes each channel of each sample. Method and arguments are those of
+    :class:`BatchNormalNorm1d`. As in torch, ``affine`` and ``track_running_stats`` default to
+    False; lambda is estimated in evaluation too unless running statistics are kept.
     """
 
     _rank = 3
@@ -412,8 +412,8 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
 
     Args:
         normalized_shape: sizes of the trailing dimensions, or the size of the last one.
-        eps: added to the variance; its root also damps the Newton step. Must be positive, where
-            torch's layer accepts 0.
+        eps: added to the variance; its root also damps the Newton step. Must be positive; torch's
+            layer also accepts 0.
         elementwise_affine: whether to learn ``weight``, and ``bias`` unless ``bias=False``.
         bias: whether the affine map has a bias.
         device, dtype: of the parameters.
@@ -466,12 +466,12 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
 class LayerNormalNorm2d(LayerNormalNorm):
     """Layer normality normalization over the channels of each position of (N, C, H, W).
 
-    :class:`LayerNormalNorm` for convolutional networks such as ConvNeXt: a group is the C values
-    at one position of one sample. Contiguous and channels_last inputs keep their memory format;
-    channels_last is the one that is normalized without strided reads.
+    :class:`LayerNormalNorm` for convolutional networks such as ConvNeXt: a normalization group is
+    the C values at one position of one sample. Contiguous and channels_last inputs keep their
+    memory format; channels_last is normalized without strided reads.
 
     Args:
-        num_channels: C, or a sequence that holds it alone.
+        num_channels: C, or a sequence of that one size.
         eps, elementwise_affine, bias, device, dtype: see :class:`LayerNormalNorm`.
         noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
 
@@ -514,9 +514,9 @@ class LayerNormalNorm2d(LayerNormalNorm):
 class GroupNormalNorm(_Transform, nn.GroupNorm):
     """Group normality normalization, (N, C, *), over groups of channels of each sample.
 
-    Standardizes and Gaussianizes C / num_groups channels of one sample together, with a lambda
-    of their own (in evaluation too): Eftekhari and Papyan, ICML 2025. Arguments in torch's
-    order; the authors' class takes the first two the other way round.
+    Standardizes and Gaussianizes groups of C / num_groups channels of one sample, each with its own
+    lambda (in evaluation too): Eftekhari and Papyan, ICML 2025. Arguments are in torch's order; the
+    authors' class takes the first two in reverse order.
 
     Args:
         num_groups: must divide ``num_channels``.
@@ -528,8 +528,8 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
 
     Raises:
-        ValueError: groups that do not divide, a wrong channel count, ``eps`` <= 0, negative or
-            non-finite ``noise_train``, unknown ``order``.
+        ValueError: ``num_groups`` that does not divide ``num_channels``, a wrong channel count,
+            ``eps`` <= 0, negative or non-finite ``noise_train``, unknown ``order``.
         TypeError or ValueError: an input that is not floating, or parameters of another dtype.
     """
 

@@ -1,4 +1,4 @@
-"""What the layers of a model do, step by step, as numbers for a dashboard: :func:`monitor`."""
+"""Statistics of a model's normality layers during training, for a dashboard: :func:`monitor`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["Monitor", "monitor"]
 
 @dataclass(frozen=True)
 class _Seen:
-    """A layer's last input, or a part of it that stands for the rest.
+    """A layer's last input, or a part of it.
 
     Attributes:
         values: (groups, elements), the layer's input.
-        running: (groups,) each, the mean, variance and lambda that were used; None where the
-            layer took them from its input.
+        running: (groups,) each, the mean, variance and lambda that were used; None if the layer
+            estimated them from its input.
         noisy: whether noise was added.
     """
 
@@ -46,11 +46,10 @@ class _Seen:
 
 
 def _thin(values: Tensor, dim: int, at_most: int) -> Tensor:
-    """At most so many along a dimension, evenly spaced.
+    """At most ``at_most`` slices along a dimension, evenly spaced.
 
-    By a step that has no factor in common with the size: a step of an image's width would take
-    one column of it, a step of a sequence's length its first token. Where a compiler knows the
-    size as a symbol alone, the step is taken as it comes.
+    The step is coprime to the size: a step of an image's width would select one column, a step of a
+    sequence's length only first tokens. A symbolic size under a compiler uses the plain step.
     """
     size = values.size(dim)
     step = max(1, math.ceil(size / at_most))
@@ -69,12 +68,12 @@ def _uses_running(layer: Any) -> bool:
 
 
 def _groups(layer: Any, input: Tensor, at_most: int) -> Tensor:
-    """(groups, elements) of what the layer normalizes together; at most so many groups."""
+    """(groups, elements) of at most ``at_most`` normalization groups."""
     if isinstance(layer, _InstanceNormalNorm) and input.dim() == layer._rank - 1:
         input = input.unsqueeze(0)
     if isinstance(layer, _BatchNormalNorm) or _uses_running(layer):
         return _thin(input, 1, at_most).transpose(0, 1).flatten(1)
-    # Samples first: what follows may copy.
+    # Thins samples first, because the operations below may copy.
     input = _thin(input, 0, at_most)
     if isinstance(layer, LayerNormalNorm):
         if isinstance(layer, LayerNormalNorm2d):
@@ -87,13 +86,13 @@ def _groups(layer: Any, input: Tensor, at_most: int) -> Tensor:
 
 
 def _measures(layer: Any, seen: _Seen) -> dict[str, float]:
-    """What the layer made of its input, before noise and affine map."""
+    """Statistics of the layer's output before noise and affine map."""
     values = seen.values.cpu().double()
     frozen = None
     if seen.running is not None:
         mean, var, lmbda = (tensor.cpu() for tensor in seen.running)
         frozen = reference.pack_running(mean, var, lmbda, float(layer.eps), torch.float64)
-    # Every group a row: the layer kind whose groups are rows.
+    # As kind layer, whose normalization groups are rows.
     output, statistics = reference.normal_norm(
         values, kind="layer", normalized_ndim=1, eps=float(layer.eps), alpha=layer.alpha,
         order=layer.order, transform_eps=layer.transform_eps, noise_train=1.0,
@@ -116,12 +115,12 @@ def _measures(layer: Any, seen: _Seen) -> dict[str, float]:
 
 
 class Monitor:
-    """What :func:`monitor` gives; its methods are for use inside the ``with`` block, or after.
+    """The context of :func:`monitor`; usable inside the ``with`` block and after it.
 
     Args:
-        model: whose layers are watched.
-        layers: these, by name.
-        groups, elements: how large a part of a layer's input is kept.
+        model: contains the layers.
+        layers: by name.
+        groups, elements: how much of a layer's input is kept.
     """
 
     def __init__(
@@ -130,12 +129,12 @@ class Monitor:
         self._layers = layers
         self._groups = groups
         self._elements = elements
-        # Every name from the start: compiled code takes note of which there are.
+        # All keys from the start: compiled code guards on them.
         self._seen: dict[str, _Seen | None] = dict.fromkeys(layers)
         self._watch = watched.Watch(model, layers, self._observe, "normnorm.monitor")
 
     def _observe(self, name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        # Slices and one small copy: nothing here waits for a device or draws a random number.
+        # Slices and one small copy: no device synchronization, no random numbers.
         input = args[0] if args else kwargs["input"]
         if isinstance(layer, AddLayerNormalNorm):
             input = output[1]  # the sum is what was normalized
@@ -158,16 +157,16 @@ class Monitor:
                 self._seen[name] = seen
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """The last step's numbers, flat: "NAME/lmbda", "NAME/qq_r2", ... for each layer that ran.
+        """The last step's statistics as "NAME/lmbda", "NAME/qq_r2", ... for each layer that ran.
 
-        The one place that waits for the device. The arithmetic is done in float64 on the host.
+        Synchronizes with the device; computes in float64 on the host.
 
         Args:
-            prefix: put before every key, such as "train/".
+            prefix: of every key, such as "train/".
 
         Raises:
-            RuntimeError: no layer has run yet, or none of a compiled module has: the model may
-                have been compiled before it was monitored, and such code calls no hooks.
+            RuntimeError: no layer has run yet, or none in a compiled module: a model that was
+                compiled before it was monitored calls no hooks.
         """
         self._watch.require_ran()
         numbers = {}
@@ -179,13 +178,14 @@ class Monitor:
         return numbers
 
     def clear(self) -> None:
-        """Forgets what was seen, so that ``scalars`` speaks of layers that ran since."""
+        """Discards the recorded inputs, so that ``scalars`` covers only layers that run
+        afterwards."""
         self._seen.update(dict.fromkeys(self._seen))
 
 
 @contextmanager
 def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Iterator[Monitor]:
-    """Watches the normality layers of a model while the block runs.
+    """Records statistics of a model's normality layers while the block runs.
 
     ::
 
@@ -196,31 +196,30 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
                     wandb.log(watch.scalars(), step=step)
                     # or: writer.add_scalars("normality", watch.scalars(), step)
 
-    A forward hook keeps a part of each layer's last input, at most ``groups * elements`` values,
-    evenly spaced, without waiting for a device; ``Monitor.scalars`` computes from it:
+    A forward hook keeps a part of each layer's last input, at most ``groups * elements`` evenly
+    spaced values, without synchronizing with the device; ``Monitor.scalars`` computes from it:
 
     ==================  ====================================================================
     lmbda               the mean over the groups kept; lmbda_min and lmbda_max, the extremes
-    noise_scale         mean(abs(x - mean(x))), in units of which noise is added; 0 where
-                        none is
-    skewness            of the normalized values, its absolute value, mean over the groups
-    excess_kurtosis     of the same, mean over the groups
-    qq_r2               R^2 of their quantile-quantile plot against the normal, mean over the
-                        groups
+    noise_scale         mean(abs(x - mean(x))), the unit of the noise; 0 without noise
+    skewness            absolute skewness of the normalized values, mean over the groups
+    excess_kurtosis     of the normalized values, mean over the groups
+    qq_r2               R^2 of the normalized values' Q-Q plot against the normal, mean over
+                        the groups
     ==================  ====================================================================
 
-    Normalized values are those before noise and affine map. Where a group has no more than
-    ``elements`` elements the numbers are those of the whole group; otherwise they are estimates
-    from a part of it. Groups of equal values have no shape and are left out of the means.
+    Normalized values are those before noise and affine map. Statistics of groups with more than
+    ``elements`` elements are estimates from a part. Groups of equal values are left out of the
+    means.
 
-    It works in training and evaluation, under no_grad and autocast, and under torch.compile if
-    it is entered before the first call of the compiled model (not with CUDA graphs, which would
-    overwrite what was kept). Under torch.func transforms nothing is recorded, nor is what
-    activation checkpointing runs again, nor what copies of the model do. In a process group each
-    rank sees its own shard.
+    Works in training and evaluation, under no_grad and autocast, and under torch.compile if entered
+    before the first call of the compiled model (not with CUDA graphs, which would overwrite the
+    kept values). Passes under torch.func transforms, passes repeated by activation checkpointing,
+    and passes of copies of the model are not recorded. In a process group each rank records its own
+    shard.
 
     Args:
-        model: with layers of ours; those that are replaced later are not seen.
+        model: with normnorm layers; layers that are replaced later are not recorded.
         groups: how many groups of a layer to keep.
         elements: how many elements of a group to keep.
 

@@ -1,4 +1,4 @@
-"""Projected error function regularization: pushes activations towards a standard normal law.
+"""Projected error function regularization: penalizes activations that are not standard normal.
 
 Joo, Kang and Kim, "Regularizing activations in neural networks via distribution matching with the
 Wasserstein metric" (ICLR 2020, arXiv 2002.05366).
@@ -24,10 +24,10 @@ from normnorm.per_ops import ROOT_HALF, ROOT_TWO_OVER_PI, projected_error_of
 
 __all__ = ["PER", "per_loss"]
 
-# Projections held at a time: 2^17 float32 fit a processor's second-level cache.
+# Projections per block: 2^17 float32 fit a CPU's second-level cache.
 _BLOCK = 1 << 17
 _BLOCK_ON_GPU = 1 << 22
-# Sums that the programs of a GPU keep side by side; a processor's threads are added up as they end.
+# Partial sums of GPU programs; CPU threads accumulate into one.
 _SUMS_ON_GPU = 1024
 
 
@@ -44,33 +44,35 @@ def _check_directions(num_slices: int, generator: torch.Generator | None) -> Non
 def per_loss(
     activations: Tensor, num_slices: int = 256, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The projected error function loss of vectors of activations.
+    """The projected error function loss of activation vectors.
 
-    ``num_slices`` directions theta are drawn from N(0, I) and scaled to length 1. With
-    ``t = <theta, h>``, the loss is the mean over vectors and directions of ``t erf(t / sqrt 2) +
-    sqrt(2 / pi) exp(-t^2 / 2)``, which is the mean of ``|t - z|`` over a standard normal z and so
-    bounds the sliced Wasserstein distance to the standard normal (arXiv 2002.05366); its gradient
-    in h is the mean of ``erf(t / sqrt 2) theta``. Forward and backward hold only a block of the
-    (vectors, directions) matrix at a time; with gradients wanted, the gradient is computed along
-    with the loss and kept, as large as the activations. Under torch.compile, torch.func's
-    transforms and in forward mode the formula is computed as it stands, with the whole matrix.
+    ``num_slices`` directions theta are drawn from N(0, I) and scaled to length 1. With ``t =
+    <theta, h>``, the loss is the mean over vectors and directions of ``t erf(t / sqrt 2) + sqrt(2 /
+    pi) exp(-t^2 / 2)``. This is the mean of ``|t - z|`` over a standard normal z and bounds the
+    sliced Wasserstein distance to the standard normal (arXiv 2002.05366); its gradient in h is the
+    mean of ``erf(t / sqrt 2) theta``. Forward and backward hold one block of the (vectors,
+    directions) matrix at a time. If the input needs a gradient, forward computes it with the loss
+    and keeps it, as large as the activations. Under torch.compile, torch.func transforms and in
+    forward mode the formula is evaluated in full, with the whole matrix.
 
-    Its least value, sqrt(2 / pi), is reached where all activations are zero. It is a regularizer
-    and works against a task's loss; it does not measure normality.
+    The minimum, sqrt(2 / pi), is reached where all activations are zero: the loss regularizes
+    together with a task's loss and does not measure normality.
 
     Args:
-        activations: (..., features), floating point; every leading index is a vector.
-        num_slices: how many directions.
-        generator: of the directions, on the device of the activations; torch's own by default.
+        activations: (..., features), floating point; each leading index is a vector.
+        num_slices: number of directions.
+        generator: draws the directions, on the activations' device; torch's default generator if
+            None.
 
     Returns:
-        a scalar, float32 or, of float64 activations, float64; of meta tensors a meta scalar.
+        a scalar: float64 for float64 activations, else float32; on meta for meta activations.
 
     Raises:
-        TypeError: the activations are no floating tensor, or another argument is of the wrong type.
-        ValueError: there are no activations, or num_slices is not positive.
+        TypeError: activations that are not a floating tensor, or another argument of the wrong
+            type.
+        ValueError: empty activations, or num_slices that is not positive.
         RuntimeError: in the backward pass, if activation checkpointing drew other directions than
-            the forward pass, as it does with a generator of one's own.
+            the forward pass, as with an explicit generator.
     """
     if not isinstance(activations, Tensor):
         raise TypeError(f"activations must be a tensor; got {type(activations).__name__}")
@@ -83,7 +85,7 @@ def per_loss(
     _check_directions(num_slices, generator)
     vectors = activations.flatten(0, -2) if activations.dim() > 1 else activations.unsqueeze(0)
     dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
-    if vectors.is_meta:  # no generator is on that device, nor is autocast
+    if vectors.is_meta:  # meta has no generator and no autocast
         return _definition(
             vectors.to(dtype), vectors.new_empty((num_slices, vectors.size(1)), dtype=dtype)
         )
@@ -92,21 +94,21 @@ def per_loss(
     )
     slices = slices / slices.norm(dim=1, keepdim=True)
     with torch.autocast(vectors.device.type, enabled=False):
-        # A compiler fuses the formula by itself; transforms and forward mode differentiate it.
+        # A compiler fuses the formula; transforms and forward mode differentiate it.
         if torch.compiler.is_compiling() or transforms_active() or forward_mode():
             return _definition(vectors.to(dtype), slices)
         return _Blockwise.apply(vectors, slices)
 
 
 def _definition(vectors: Tensor, slices: Tensor) -> Tensor:
-    """The loss as it is written down: differentiable to any order, and as large as it looks."""
+    """The formula in full: differentiable to any order, holds the whole projection matrix."""
     t = vectors @ slices.T
     return (t * torch.erf(t * ROOT_HALF) + ROOT_TWO_OVER_PI * torch.exp(-t.square() / 2)).mean()
 
 
 class _Blockwise(torch.autograd.Function):
-    """The loss and its gradient in blocks of vectors: a product with the directions, the projected
-    error function in its place, a product back."""
+    """The loss and its gradient by blocks of vectors: multiply by the directions, apply the
+    projected error function in place, multiply back."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, slices: Tensor) -> Tensor:
@@ -114,8 +116,8 @@ class _Blockwise(torch.autograd.Function):
         on_cpu = vectors.device.type == "cpu"
         rows = max(1, (_BLOCK if on_cpu else _BLOCK_ON_GPU) // slices.size(0))
         gradient = torch.empty_like(vectors) if ctx.needs_input_grad[0] else None
-        # The gradient is kept times a power of two near the number of vectors: float16 has no room
-        # for 1e-7, and a power of two rounds nothing when it is taken out again.
+        # The kept gradient is scaled by a power of two near the number of vectors: float16 cannot
+        # represent 1e-7, and scaling by a power of two is exact.
         ctx.shift = 2.0 ** -vectors.size(0).bit_length()
         count = vectors.size(0) * slices.size(0)
         shares = slices / (count * ctx.shift)
@@ -140,7 +142,7 @@ class _Blockwise(torch.autograd.Function):
                 "activation checkpointing ran per_loss again with other directions: leave "
                 "generator None and preserve_rng_state True, or call it outside the checkpoint"
             )
-        if torch.is_grad_enabled():  # someone wants the gradient's gradient
+        if torch.is_grad_enabled():  # double backward
             with torch.enable_grad():
                 loss = _definition(vectors.to(slices.dtype), slices)
                 (gradient,) = torch.autograd.grad(loss, vectors, create_graph=True)
@@ -149,17 +151,17 @@ class _Blockwise(torch.autograd.Function):
 
 
 class _Pass(NamedTuple):
-    """What a layer gave out in one forward pass: (vectors, features), and how often the tensor
-    had been changed in place by then; None where a compiler sees to that."""
+    """A layer's output in one forward pass, (vectors, features), and its version counter; None in
+    compiled code."""
 
     vectors: Tensor
     version: int | None
 
     def of(self, name: str) -> Tensor:
-        """The vectors of the layer ``name``.
+        """The vectors, from the layer ``name``.
 
         Raises:
-            RuntimeError: they have been changed in place since.
+            RuntimeError: the output was changed in place since.
         """
         if self.version is not None and self.vectors._version != self.version:
             raise RuntimeError(
@@ -170,19 +172,19 @@ class _Pass(NamedTuple):
 
 
 def _is_dead(tensor: Tensor) -> bool:
-    """Whether the tensor belongs to a torch.func transform that has ended."""
+    """Whether the tensor belongs to a finished torch.func transform."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.unwrap_if_dead(tensor) is not tensor
 
 
 def _in_reentrant_checkpoint(name: str) -> bool:
-    """Whether a layer runs inside an autograd.Function's forward, which is how reentrant
-    checkpointing runs it first. It warns of that: no gradient can be had there."""
+    """Whether a layer runs inside an autograd.Function's forward, as in the first run of reentrant
+    checkpointing, which has no gradients; warns then."""
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or torch._C._is_fwd_grad_enabled()  # no_grad leaves it on, an autograd.Function does not
+        or torch._C._is_fwd_grad_enabled()  # off in an autograd.Function, on under no_grad
         or torch.is_inference_mode_enabled()
     ):
         return False
@@ -195,36 +197,35 @@ def _in_reentrant_checkpoint(name: str) -> bool:
 
 
 class PER:
-    """Adds :func:`per_loss` of some layers' outputs to a training loss.
+    """Adds :func:`per_loss` of layer outputs to a training loss.
 
     ::
 
         per = normnorm.PER(model, ["layer1", "layer2"], weight=1e-4)
         loss = criterion(model(inputs), targets) + per.loss()
 
-    While a layer is in training mode and gradients are wanted, each of its forward passes is
-    taken in, once where activation checkpointing runs it again. A pass of the whole model that
-    ends in an exception is forgotten. A vector is one position of one sample, of as many features
-    as there are channels: the last dimension of what linear and layer norm layers give out,
-    dimension 1 behind convolutions, the other norms and ``LayerNorm2d``. Where the layer's class
-    tells nothing, an output of three dimensions is (batch, length, features) and one of more is
-    (batch, channels, ...).
+    Each forward pass of a layer in training mode with gradients enabled counts, once if activation
+    checkpointing repeats it. A pass of the whole model that ends in an exception is discarded. A
+    vector is one position of one sample, over the channels: the last dimension of the output of
+    linear and layer norm layers, dimension 1 of the output of convolutions, the other norms and
+    ``LayerNorm2d``. For other classes an output of three dimensions is (batch, length, features),
+    and one of more is (batch, channels, ...).
 
-    Reentrant checkpointing has no gradients while it first runs a layer: such a layer is not
-    regularized, which a warning says. Copies of the model, or of this object, take in nothing.
+    Reentrant checkpointing first runs a layer without gradients; such a layer is skipped with a
+    warning. Copies of the model, or of this object, record nothing.
 
     Args:
-        model: whose layers are meant.
+        model: contains the layers.
         layers: names in ``model.named_modules()``, or one, or a predicate of (name, module). Each
-            gives one tensor (batch, ...), but for :class:`AddLayerNormalNorm`, whose normalized
-            output is taken and not the sum.
-        weight: of the sum over layers of the mean loss of their passes.
-        num_slices, generator: as for :func:`per_loss`; fresh directions for every pass.
+            layer must return one tensor (batch, ...), except :class:`AddLayerNormalNorm`, whose
+            normalized output is used.
+        weight: multiplies the sum over layers of the mean loss of their passes.
+        num_slices, generator: as for :func:`per_loss`; directions are drawn for each pass.
 
     Raises:
         ValueError: an unknown name, no layer, or a weight that is negative or not finite; in a
             forward pass, an output that is not (batch, ...).
-        TypeError: a layer of TorchScript; in a forward pass, an output that is not one tensor.
+        TypeError: a TorchScript layer; in a forward pass, an output that is not one tensor.
     """
 
     def __init__(
@@ -245,7 +246,7 @@ class PER:
         self.weight = weight
         self._num_slices = num_slices
         self._generator = generator
-        # Passes whose loss is yet to be computed.
+        # Passes since the last loss().
         self._losses: dict[str, list[_Pass]] = {name: [] for name in chosen}
         self._begun: list[tuple[BaseException | None, dict[str, int]]] = []
         self._removed = False
@@ -256,8 +257,7 @@ class PER:
         ]
 
     def _take(self, name: str, module: nn.Module, _: Any, __: Any, output: Any) -> None:
-        # The loss itself waits until it is asked for: computed here, it would have to be computed
-        # again wherever checkpointing runs this layer again.
+        # loss() computes the loss: here, checkpointing would compute it twice.
         if not module.training or _in_reentrant_checkpoint(name) or not torch.is_grad_enabled():
             return
         vectors = watched.channels_last(module, watched.tensor_of(name, module, output))
@@ -281,12 +281,12 @@ class PER:
                 del self._losses[name][length:]
 
     def loss(self) -> Tensor | float:
-        """The weighted loss of the passes since the last call; 0.0 where none had gradients, and
-        after :meth:`remove`.
+        """The weighted loss of the passes since the last call; 0.0 if none had gradients, and after
+        :meth:`remove`.
 
         Raises:
-            RuntimeError: no layer ran since the last call, or none of a compiled module ever did
-                (the sentence says why that happens); or a layer's output was changed in place.
+            RuntimeError: no layer ran since the last call, or none in a compiled module ever did;
+                or a layer's output was changed in place.
         """
         if not self._removed:
             self._watch.require_ran(afresh=True)
@@ -303,7 +303,7 @@ class PER:
         return self.weight * sum(means[1:], means[0]) if means else 0.0
 
     def remove(self) -> None:
-        """Takes the hooks off the model. ``with PER(...) as per:`` does so at the block's end."""
+        """Removes the hooks. ``with PER(...) as per:`` does so at the end of the block."""
         self._removed = True
         self._watch.remove()
         for handle in self._handles:

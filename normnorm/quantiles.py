@@ -9,7 +9,7 @@ __all__ = ["normal_quantiles", "normal_r_squared", "qq_r_squared"]
 
 
 def normal_quantiles(count: int) -> Tensor:
-    """Where the sorted values of a normal sample lie: (count,), float64.
+    """Expected quantiles of the sorted values of a normal sample: (count,), float64.
 
     The normal quantiles of the medians of uniform order statistics, by Filliben's approximation
     ("The probability plot correlation coefficient test for normality", Technometrics 1975).
@@ -21,20 +21,20 @@ def normal_quantiles(count: int) -> Tensor:
 
 
 def qq_r_squared(groups: Tensor) -> Tensor:
-    """R^2 of each row's normal quantile-quantile plot: 1 for a perfectly normal shape.
+    """R^2 of each row's normal quantile-quantile plot: 1 for exactly normal quantiles.
 
-    The squared correlation between the row's sorted values and :func:`normal_quantiles`, blind
-    to location and scale; what ``scipy.stats.probplot`` fits. A normal sample itself has a
-    little less than 1: :func:`normal_r_squared`.
+    The squared correlation between the row's sorted values and :func:`normal_quantiles`, invariant
+    to location and scale, as in ``scipy.stats.probplot``. Normal samples have slightly less than 1:
+    :func:`normal_r_squared`.
 
     Args:
         groups: (rows, n).
 
     Returns:
-        (rows,), float64; NaN for a row of equal values, and for one that holds NaN or infinity.
+        (rows,), float64; NaN for a row of equal values or with NaN or infinity.
     """
     values = groups.double().sort(dim=1).values
-    constant = values[:, 0] == values[:, -1]  # exactly: the mean of equal values may be rounded
+    constant = values[:, 0] == values[:, -1]  # exact: a mean of equal values may round
     values = values - values.mean(1, keepdim=True)
     quantiles = normal_quantiles(groups.size(1))
     cosine = (values @ quantiles) / (values.norm(dim=1) * quantiles.norm())
@@ -42,8 +42,8 @@ def qq_r_squared(groups: Tensor) -> Tensor:
 
 
 def normal_r_squared(count: int) -> float:
-    """What :func:`qq_r_squared` gives samples of the normal itself: 0.977 for 48 values, more for
-    more. An average over simulated samples, right to about 0.0005."""
+    """The mean of :func:`qq_r_squared` for normal samples of ``count`` values: 0.977 for 48, more
+    for larger samples. Averaged over simulated samples, accurate to about 0.0005."""
     rows = min(max(100_000 // count, 16), 2000)
     samples = torch.randn(rows, count, generator=torch.Generator().manual_seed(0))
     return float(qq_r_squared(samples).mean())

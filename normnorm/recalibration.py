@@ -1,4 +1,4 @@
-"""Running statistics estimated anew from data: :func:`update_stats`."""
+"""Re-estimation of running statistics from data: :func:`update_stats`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _forward(model: nn.Module, batch: Any, device: torch.device | str | int | No
 
 
 def _put_back(layers: list[list[tuple[Tensor, Tensor]]]) -> None:
-    """Gives buffers, by layer, the values beside them."""
+    """Restores buffers, by layer, to the paired values."""
     for buffers in layers:
         for buffer, value in buffers:
             buffer.copy_(value)
@@ -46,32 +46,31 @@ def update_stats(
     *,
     noise: bool = True,
 ) -> int:
-    """Estimates the running statistics anew, lambda included, as the average over a loader.
+    """Re-estimates the running statistics, lambda included, as the average over a loader.
 
-    For weights that never saw training batches: averaged ones, loaded ones, or a model whose
-    norms were just replaced. ``torch.optim.swa_utils.update_bn`` does this for torch's batch
-    layers and passes ours by; this does both in one pass.
+    For weights without matching statistics: averaged or loaded ones, or a model whose norms were
+    just replaced. ``torch.optim.swa_utils.update_bn`` supports torch's batch layers only; this
+    function updates torch's and normnorm's in one pass.
 
     Every layer with running statistics that are not frozen starts afresh and averages over all
-    batches with equal weight; one that sees no batch, in a part of the model that does not run,
-    keeps what it had. The model runs in training mode without gradients, so that dropout is
-    active, as under ``update_bn``. Training flags and momenta are put back, after an exception
-    too; then the statistics are as they were before the call.
+    batches with equal weight; a layer that processes no batch keeps its statistics. The model runs
+    in training mode without gradients, with dropout active, as under ``update_bn``. Training flags
+    and momenta are restored, also after an exception, which restores the statistics too.
 
     Args:
-        loader: gives batches: a tensor, a list or tuple whose first element is the model's
-            input, or a mapping, which the model takes as keyword arguments.
-        model: with layers that keep running statistics; without any, nothing is run.
+        loader: yields batches: a tensor, a list or tuple whose first element is the model's input,
+            or a mapping, passed as keyword arguments.
+        model: with layers that keep running statistics; otherwise it is not run.
         device: where to move the input; None leaves it.
-        noise: whether our layers add their noise to what the layers after them see, as in
-            training. Without it the statistics are those of noise-free features.
+        noise: whether normnorm layers add their noise, as in training; without it the statistics
+            are those of noise-free features.
 
     Returns:
-        How many batches were averaged.
+        The number of batches averaged.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a loader without batches, or no layer with running statistics saw one.
+        ValueError: a loader without batches, or no layer with running statistics processed one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")

@@ -1,7 +1,7 @@
-"""Forward and backward of every layer on a backend, against the float64 reference.
+"""Checks of every layer's forward and backward on a backend against the float64 reference.
 
-What ``normnorm doctor`` and ``normnorm gradcheck`` measure. Both sides get the same inputs,
-rounded to the dtype under test, and the same noise.
+Used by ``normnorm doctor`` and ``normnorm gradcheck``. Both sides get the same inputs, rounded to
+the dtype under test, and the same noise.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Case:
     """One layer in one mode.
 
     Attributes:
-        layer: the class it stands for.
+        layer: the layer's class.
         kind: the op's kind.
         shape: the input's shape.
-        training: whether noise is added; evaluation of a batch layer uses running statistics.
+        training: whether noise is added; batch layers use running statistics otherwise.
     """
 
     layer: str
@@ -48,8 +48,8 @@ class Case:
         return self.shape[-1:] if self.kind == "layer" else self.shape[1:2]
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor, running: Tensor) -> Tensor:
-        """The layer's function; ``running`` holds mean, variance and lambda as rows and, in
-        training, is moved."""
+        """Calls the layer's function; ``running`` has mean, variance and lambda as rows and is
+        updated in training."""
         mean, var, lmbda = running.unbind(0)
         common: dict[str, Any] = {"noise_train": 0.4, "seed": _SEED}
         if self.kind == "batch":
@@ -87,11 +87,11 @@ CASES = tuple(
 
 
 def bound(dtype: torch.dtype, device: str = "cpu") -> float:
-    """The largest error, relative to the largest value of a result, that a correct backend makes.
+    """The largest error of a correct backend, relative to the largest value of a result.
 
-    One rounding of the stored result, and 16 units of the arithmetic's own rounding: sums over a
-    hundred-odd elements, a logarithm, a power, and the Newton step's division by the curvature. A
-    GPU's instructions for logarithm and power err by 2^-22 in float32, four times as much.
+    One rounding of the stored result, and 16 units of the arithmetic's rounding, for sums over a
+    hundred-odd elements, a logarithm, a power, and the Newton step's division by the curvature. GPU
+    instructions for logarithm and power err by 2^-22 in float32, four times as much.
     """
     computed = statistics_dtype(dtype)
     times = 4 if device == "cuda" and computed == torch.float32 else 1
@@ -128,8 +128,8 @@ def _results(case: Case, operands: tuple[Tensor, ...], backend: str) -> dict[str
 
 
 def worst_errors(case: Case, backend: str, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """For each result, the largest difference from the float64 reference, relative to the
-    largest value of that result; NaN where the backend gave one."""
+    """For each result, the largest difference from the float64 reference relative to the result's
+    largest value; NaN if the backend returned one."""
     operands = _operands(case, dtype)
     expected = _results(case, tuple(t.double() for t in operands), "reference")
     got = _results(case, tuple(t.to(device) for t in operands), backend)
@@ -140,8 +140,8 @@ def worst_errors(case: Case, backend: str, dtype: torch.dtype, device: str) -> d
 
 
 def finite_differences(case: Case, backend: str, device: str) -> bool:
-    """Whether the float64 gradients agree with finite differences (torch.autograd.gradcheck),
-    on the noise-free map: the noise scale is a constant to the gradient but not to differences."""
+    """Whether the float64 gradients agree with finite differences (torch.autograd.gradcheck).
+    Without noise, whose scale is a constant to the gradient but not to finite differences."""
     input, weight, bias, running, _ = (t.to(device) for t in _operands(case, torch.float64))
     quiet = Case(case.layer, case.kind, case.shape, False)
     if case.kind == "batch" and case.training:
@@ -161,7 +161,7 @@ def finite_differences(case: Case, backend: str, device: str) -> bool:
 
 
 def cases_and_backends() -> Iterator[tuple[Case, str, str]]:
-    """Every case with every backend that can run here and a device that it serves."""
+    """(case, backend, device) for every backend that can run and every device that it supports."""
     for name, reason in backends.available_backends().items():
         if reason is not None:
             continue

@@ -1,4 +1,4 @@
-"""How Gaussian, how independent, how sparse and how robust a model's representations are.
+"""Normality, independence, sparsity and noise robustness of a model's representations.
 
 Needs the extra ``diagnostics``: SciPy and scikit-learn, and matplotlib for the plots.
 """

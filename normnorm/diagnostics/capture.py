@@ -1,4 +1,4 @@
-"""Which layers are watched, and what they give out while a loader's batches pass through."""
+"""Selection of layers, and hooks that capture their outputs for a loader's batches."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from normnorm import watched
 
 __all__ = ["NORM_LAYERS", "batches", "channels_last_rows", "choose_layers", "pooled", "watching"]
 
-# What is watched when the caller names nothing: torch's norm layers and ours, which derive from
-# the same bases.
+# The default layers: torch's norm layers and normnorm's, which derive from the same bases.
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def choose_layers(
     model: nn.Module, layers: str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 ) -> dict[str, nn.Module]:
-    """The layers to watch, by name.
+    """The selected layers, by name.
 
     Args:
-        model: whose ``named_modules`` are meant.
-        layers: a name, or names; or a predicate of (name, module); or None for every
-            normalization layer.
+        model: contains the layers.
+        layers: a name, or names; or a predicate of (name, module); or None for every normalization
+            layer.
 
     Raises:
-        ValueError: a name is not the model's, or nothing was chosen.
+        ValueError: an unknown name, or no layer selected.
     """
     if layers is None:
         chosen = watched.named_layers(model, lambda _, module: isinstance(module, NORM_LAYERS))
@@ -46,13 +45,13 @@ def choose_layers(
 def channels_last_rows(module: nn.Module, output: Tensor) -> Tensor:
     """The layer's output as observations of its channels: (observations, channels).
 
-    Which dimension the channels are, and what is refused: :func:`normnorm.watched.channels_last`.
+    For the channels' dimension and the errors see :func:`normnorm.watched.channels_last`.
     """
     return watched.channels_last(module, output).flatten(0, -2)
 
 
 def pooled(module: nn.Module, output: Tensor) -> Tensor:
-    """One vector a sample, (samples, channels): the mean over all positions."""
+    """One vector per sample, (samples, channels): the mean over all positions."""
     moved = watched.channels_last(module, output)
     return moved.flatten(1, -2).mean(1) if moved.dim() > 2 else moved
 
@@ -95,12 +94,12 @@ def watching(
     see: Callable[[str, Tensor], Tensor | None],
     owner: str,
 ) -> Iterator[None]:
-    """Evaluation mode and no gradients within, and compiled code runs as it was written; ``see``
-    is called with every watched layer's name and output, and may give another output back.
-    Afterwards the model is as it was.
+    """Runs the block in evaluation mode without gradients, with compiled code uncompiled. ``see``
+    is called with the name and output of each of ``layers`` and may return a replacement output.
+    Afterwards the model's state is restored.
 
     Raises:
-        ValueError: at the end, a layer that never ran, or gave nothing.
+        ValueError: at the end, a layer never ran or had an empty output.
     """
     training = {module: module.training for module in model.modules()}
     silent = set(layers)
@@ -129,7 +128,7 @@ def watching(
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Within, torch.compile runs what it was given as it is, with every hook."""
-    if "torch._dynamo" not in sys.modules:  # whose import takes seconds
+    """Within, torch.compile runs its function eagerly, with all hooks."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

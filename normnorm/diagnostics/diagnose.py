@@ -1,4 +1,4 @@
-"""One pass of a loader through a model, and what its layers' outputs look like."""
+"""One pass of a loader through a model, and statistics of its layers' outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["diagnose"]
 
 
 class _Watched:
-    """What one layer has given out so far: moments of all of it, a sample of the rest."""
+    """A layer's outputs so far: moments of all of them, and a sample."""
 
     def __init__(self, module: nn.Module, sample_size: int, channels: int, seed: int) -> None:
         self.module = module
@@ -46,7 +46,7 @@ class _Watched:
         self.sample.add(rows)
         if labels is not None:
             vectors = capture.pooled(self.module, output).index_select(1, chosen)
-            # Of a layer that sees patches or windows as samples, nothing is said of classes.
+            # Skips layers whose samples are patches or windows, which have no labels.
             if vectors.size(0) == labels.size(0):
                 self.vectors.add(vectors, labels)
 
@@ -99,7 +99,7 @@ class _Watched:
 
 
 def _mean(values: Tensor, chosen: Tensor) -> float:
-    """Of the chosen values; NaN where there are none, and where one of them is."""
+    """The mean of the chosen values; NaN if there are none or one is NaN."""
     return float(values[chosen].mean())
 
 
@@ -125,33 +125,33 @@ def diagnose(
     projections: int = 64,
     seed: int = 0,
 ) -> Diagnosis:
-    """How normal, independent, sparse and clustered the outputs of a model's layers are.
+    """Measures how normal, independent, sparse and clustered the outputs of a model's layers are.
 
-    One pass in evaluation mode, in memory that does not grow with the data: moments,
-    correlations and zeros are over everything that passes, the other statistics over a uniform
-    sample. The model is left as it was. SciPy and scikit-learn do the statistics.
+    Makes one pass in evaluation mode, in memory that does not grow with the data: moments,
+    correlations and zeros are over all observations, the other statistics (SciPy's and
+    scikit-learn's) over a uniform sample. The model's state is restored.
 
-    An observation is a position of a sample, (batch, height, width) or (batch, token), and its
-    variables are the channels: the last dimension behind a layer normalization or a linear layer,
-    dimension 1 behind every other norm, a convolution, and a ``LayerNorm2d``.
+    An observation is one position of a sample, (batch, height, width) or (batch, token); its
+    variables are the channels: the last dimension after a layer normalization or a linear layer,
+    dimension 1 after every other norm, a convolution, and a ``LayerNorm2d``.
 
     Args:
         model: any module whose input is one tensor.
-        loader: gives tensors, or (inputs, labels, ...) with integer labels (batch,), which the
+        loader: yields tensors, or (inputs, labels, ...) with integer labels (batch,), which
             clustering needs.
         layers: names in ``model.named_modules()``, or one, or a predicate of (name, module); by
             default every normalization layer, torch's and normnorm's.
-        batches: how many of the loader's are used; all by default.
-        sample_size: observations that are kept a layer.
-        channels: that are watched a layer, drawn at random where it has more.
+        batches: the number of batches used; None for all.
+        sample_size: observations kept per layer.
+        channels: the most channels measured per layer, drawn at random.
         projections: directions of the joint statistic, and pairs of channels of the mutual
             information.
-        seed: of the sample, the channels, the directions and the pairs.
+        seed: of the choice of sample, channels, directions and pairs.
 
     Raises:
-        ValueError: unknown layer names, no layer to watch, an empty loader, a layer that never
-            ran or whose output is not (batch, ...), or a size that is not positive.
-        TypeError: a batch, or a layer's output, that is no tensor.
+        ValueError: unknown layer names, no layer selected, an empty loader, a layer that never ran
+            or whose output is not (batch, ...), or a size that is not positive.
+        TypeError: a batch, or a layer's output, that is not a tensor.
     """
     numbers = {"sample_size": sample_size, "channels": channels, "projections": projections}
     if batches is not None:

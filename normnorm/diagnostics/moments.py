@@ -9,14 +9,14 @@ __all__ = ["ColumnMoments"]
 
 
 class ColumnMoments:
-    """Central moments of every column and the correlations between them, batch by batch.
+    """Central moments of every column and the correlations between them, accumulated over batches.
 
     Batches are merged by the pairwise formulae of Pébay ("Formulas for robust, one-pass parallel
     computation of covariances and arbitrary-order statistical moments", Sandia 2008), in float64:
-    the order and the sizes of the batches change the result by rounding alone.
+    order and sizes of the batches change the result only by rounding.
 
     Args:
-        columns: how many columns every batch has.
+        columns: the number of columns of every batch.
     """
 
     def __init__(self, columns: int) -> None:
@@ -32,7 +32,7 @@ class ColumnMoments:
         self._products = torch.zeros(columns, columns, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
-        """Takes in a batch of rows: (rows, columns), any floating dtype and device."""
+        """Adds a batch of rows: (rows, columns), any floating dtype and device."""
         rows = values.size(0)
         if rows == 0:
             return
@@ -73,8 +73,8 @@ class ColumnMoments:
 
     @property
     def constant(self) -> Tensor:
-        """(columns,), whether all values of a column are equal: exactly, where the variance, which
-        is rounded, need not be 0."""
+        """(columns,), whether all values of a column are equal. Compares extremes, because the
+        variance is rounded and need not be 0."""
         return self._least == self._most
 
     @property
@@ -99,7 +99,7 @@ class ColumnMoments:
 
     @property
     def correlation(self) -> Tensor:
-        """(columns, columns), Pearson's; NaN beside a constant column."""
+        """(columns, columns), Pearson's; NaN for a constant column."""
         scale = self._varying(self._m2.sqrt())
         return self._products / torch.outer(scale, scale)
 

@@ -1,4 +1,4 @@
-"""The diagnostics as pictures: layer profiles, Q-Q grids, histograms against the normal."""
+"""Plots of the diagnostics: layer profiles, Q-Q grids, histograms against the normal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from normnorm.quantiles import normal_quantiles
 
 __all__ = ["draw"]
 
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#777777"  # told apart by every kind of eye
+_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#777777"  # distinguishable with any colour vision
 _PANELS = 12  # channels in a grid
 _PROFILE = (
     ("Q-Q R²", "qq_r2", "normal_qq_r2"),
@@ -30,7 +30,7 @@ _PROFILE = (
 
 
 def draw(diagnosis: Diagnosis, folder: Path) -> list[Path]:
-    """The profile, and for every layer whose sample is at hand a Q-Q grid and histograms."""
+    """Draws the profile, and a Q-Q grid and histograms of every layer with a sample; the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [_save(_profile(diagnosis), folder / "profile.png")]
     for name, layer in diagnosis.layers.items():
@@ -54,7 +54,7 @@ def _bare(axes: Axes) -> None:
 
 
 def _profile(diagnosis: Diagnosis) -> Figure:
-    """Every measure along the depth of the model, beside what the normal itself has."""
+    """Each statistic over the layers, with its value for normal samples."""
     layers = list(diagnosis.layers.values())
     depth = np.arange(1, len(layers) + 1)
     figure = Figure(figsize=(9, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the diagnostics found: numbers by layer, as a table and as JSON."""
+"""Results of the diagnostics by layer, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ FORMAT = "normnorm diagnosis 1"
 
 @dataclass
 class LayerDiagnosis:
-    """One layer's numbers. Means over channels unless said otherwise; constant channels are left
-    out, and NaN stands where nothing varies or a channel holds NaN or infinity.
+    """One layer's statistics. Means over channels unless noted; constant channels are left out. NaN
+    if nothing varies or a channel has NaN or infinity.
 
     Attributes:
         layer: the module's class.
-        channels: how many the layer has.
-        watched_channels: how many of them, drawn at random, the numbers are over.
-        observations: values a channel that passed through the layer.
+        channels: of the layer.
+        watched_channels: the number of channels measured, drawn at random.
+        observations: values per channel.
         skewness: mean absolute skewness; 0 for the normal. Over all observations.
         kurtosis: mean excess kurtosis; 0 for the normal. Over all observations.
         qq_r2: R^2 of the normal quantile-quantile plot; 1 for a perfectly normal shape.
-        normal_qq_r2: what samples of the normal itself, as large, have.
+        normal_qq_r2: ``qq_r2`` of normal samples of the same size.
         shapiro_w: Shapiro and Wilk's W.
-        shapiro_passed: share of the channels that the Shapiro-Wilk test does not tell from the
-            normal at 5 %. With many observations it tells almost everything.
+        shapiro_passed: share of the channels that the Shapiro-Wilk test does not reject at 5 %.
+            With many observations it rejects almost all.
         joint_distance: energy distance of pairs of channels from jointly normal.
-        normal_joint_distance: what samples of the normal itself, as large, have.
+        normal_joint_distance: ``joint_distance`` of normal samples of the same size.
         correlation: mean absolute correlation of two channels. Over all observations.
         mutual_information: mean adjusted mutual information of two channels, 0 to 1.
         sparsity: share of exact zeros. Over all observations.
-        dead_channels: share of the channels that are zero throughout.
+        dead_channels: share of the channels that are always zero.
         clustering: ``within_between``, ``silhouette`` and ``nearest_centroid`` of the samples'
             vectors (means over positions) by class; None without labels.
-        by_channel: ``skewness``, ``kurtosis``, ``qq_r2``, ``sparsity`` of every watched channel.
+        by_channel: ``skewness``, ``kurtosis``, ``qq_r2``, ``sparsity`` of every measured channel.
     """
 
     layer: str
@@ -61,7 +61,7 @@ class LayerDiagnosis:
     dead_channels: float
     clustering: dict[str, float] | None
     by_channel: dict[str, list[float]] = field(repr=False)
-    # Not in the JSON: what the plots draw, (rows, watched channels).
+    # For the plots, not in the JSON: (rows, measured channels).
     sample: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
@@ -87,12 +87,12 @@ _CLUSTERING = {
 
 @dataclass
 class Diagnosis:
-    """Every watched layer's :class:`LayerDiagnosis`, by the layer's name, in the model's order."""
+    """The :class:`LayerDiagnosis` of every measured layer, by name, in the model's order."""
 
     layers: dict[str, LayerDiagnosis]
 
     def table(self) -> str:
-        """One line a layer, in plain text."""
+        """One line per layer, in plain text."""
         clustered = any(layer.clustering for layer in self.layers.values())
         head = [*_COLUMNS, *(_CLUSTERING if clustered else ())]
         rows = []
@@ -114,7 +114,7 @@ class Diagnosis:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON's types: NaN becomes None; the samples are left out."""
+        """As JSON types: NaN becomes None; the samples are left out."""
         layers = {}
         for name, layer in self.layers.items():
             numbers = asdict(layer)
@@ -123,7 +123,7 @@ class Diagnosis:
         return {"format": FORMAT, "layers": layers}
 
     def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_dict` as JSON, in one step: never half a file."""
+        """Writes :meth:`to_dict` as JSON, atomically."""
         path = Path(path)
         half = path.with_name(path.name + ".part")
         half.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
@@ -131,7 +131,7 @@ class Diagnosis:
 
     @classmethod
     def load(cls, path: str | Path) -> Diagnosis:
-        """What :meth:`save` wrote.
+        """Reads a file of :meth:`save`.
 
         Raises:
             ValueError: the file is not a saved diagnosis.
@@ -149,13 +149,14 @@ class Diagnosis:
         return cls(layers)
 
     def plot(self, folder: str | Path) -> list[Path]:
-        """Draws the layers' profile and, of a diagnosis just made, Q-Q grids and histograms.
+        """Draws the statistics over the layers and, for a diagnosis with samples, Q-Q grids and
+        histograms.
 
         Needs matplotlib.
 
         Returns:
-            the PNG files, in ``folder``, which is made where it is missing.
-        """
+            the PNG files, in ``folder``, which is created if missing.
+            """
         from normnorm.diagnostics import plots
 
         return plots.draw(self, Path(folder))

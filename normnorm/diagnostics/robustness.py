@@ -1,4 +1,4 @@
-"""How much a model's output moves when noise is added to a layer's."""
+"""The change of a model's output under noise on a layer's output."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ def noise_robustness(
     batches: int | None = None,
     seed: int = 0,
 ) -> dict[str, dict[float, float]]:
-    """The relative change of the model's output under noise on one layer's output at a time.
+    """Measures the relative change of the model's output under noise on one layer's output at a
+    time.
 
-    For every layer and scale, Gaussian noise with ``scale`` times the standard deviation of the
-    layer's output (over the batch) is added to that output, and the change of the model's output
-    is measured: ``||f_noisy - f|| / ||f||``, Euclidean norms over the batch, averaged over the
-    batches. Eftekhari and Papyan (ICML 2025) report such changes to show that normality makes
-    networks robust; noise and average are defined here.
+    For every layer and scale, adds Gaussian noise with ``scale`` times the standard deviation of
+    the layer's output (over the batch) to that output, and measures the change of the model's
+    output: ``||f_noisy - f|| / ||f||``, Euclidean norms over the batch, averaged over the batches.
+    Eftekhari and Papyan (ICML 2025) report such changes as robustness; noise and average are
+    defined here.
 
     Args:
         model, loader, layers, batches: as for :func:`diagnose`.
-        scales: of the noise, in standard deviations of what it is added to.
+        scales: of the noise, in standard deviations of the layer's output.
         seed: of the noise, the same for every layer and scale.
 
     Returns:
-        by layer and scale, the relative change; 0 for a scale of 0.
+        the relative change by layer and scale; 0 for a scale of 0.
 
     Raises:
-        ValueError, TypeError: as :func:`diagnose` does; also for a scale that is negative or not
-        finite, and a model whose output is not one tensor.
+        ValueError, TypeError: as :func:`diagnose`; also for a scale that is negative or not finite,
+            and a model whose output is not one tensor.
     """
     for scale in scales:
         check_number("scales", scale)

@@ -9,13 +9,13 @@ __all__ = ["RowSample"]
 
 
 class RowSample:
-    """Keeps ``size`` rows, each as likely as any other, of all that were offered.
+    """Keeps a uniform sample of ``size`` of all rows added.
 
-    Every row draws a random key, and the rows with the smallest keys stay (bottom-k sampling).
-    Only rows that stay are copied.
+    Draws a random key per row and keeps the rows with the smallest keys (bottom-k sampling). Only
+    kept rows are copied.
 
     Args:
-        size: how many rows are kept.
+        size: number of rows kept.
         seed: of the keys.
     """
 
@@ -27,7 +27,7 @@ class RowSample:
         self._labels: Tensor | None = None
 
     def add(self, rows: Tensor, labels: Tensor | None = None) -> None:
-        """Offers rows (n, columns) and, in every call or in none, their labels (n,)."""
+        """Adds rows (n, columns) and, in every call or in none, their labels (n,)."""
         keys = torch.rand(rows.size(0), dtype=torch.float64, generator=self._generator)
         chosen = keys.argsort()[: self._size]
         kept = rows.index_select(0, chosen.to(rows.device)).float().cpu()

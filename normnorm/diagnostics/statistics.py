@@ -1,4 +1,4 @@
-"""What SciPy and scikit-learn say of a sample of a layer's channels."""
+"""Statistics of a sample of a layer's channels, by SciPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = [
     "varying",
 ]
 
-_SHAPIRO_ROWS = 2000  # beyond 5000 SciPy's p-value is not meant to hold
+_SHAPIRO_ROWS = 2000  # SciPy's p-value is inaccurate above 5000
 _BINS = 16
 _FOLDS = 5
 
 
 def varying(sample: np.ndarray) -> np.ndarray:
-    """(columns,), whether a column is not constant. Exactly, where a standard deviation is
-    rounded; a column that holds NaN is not constant."""
+    """(columns,), whether a column is not constant. Compares extremes, because a standard deviation
+    is rounded; a column with NaN is not constant."""
     return np.asarray(sample.min(0) != sample.max(0))
 
 
@@ -37,8 +37,8 @@ def _finite(sample: np.ndarray) -> bool:
 
 
 def shapiro_wilk(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shapiro and Wilk's W and its p-value for every column of (rows, columns) that varies; NaN
-    for one that holds NaN or infinity."""
+    """Shapiro and Wilk's W and its p-value for every non-constant column of (rows, columns); NaN
+    for a column with NaN or infinity."""
     sample = sample[:_SHAPIRO_ROWS]
     found = [
         tuple(stats.shapiro(column)) if _finite(column) else (math.nan, math.nan)
@@ -48,21 +48,21 @@ def shapiro_wilk(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def joint_distance(sample: np.ndarray, projections: int, seed: int) -> float:
-    """How far pairs of channels are from jointly normal: 0 for the normal, more for less.
+    """Distance of pairs of channels from jointly normal: 0 for the normal.
 
-    The energy distance (Székely and Rizzo, 2013) between the normal and the sample, standardized
-    by columns, projected on random directions in the plane of two random columns and standardized
-    again; the mean over the projections. Two columns and not all of them: a direction across many
-    columns gives nearly normal values whatever the columns are, by the central limit theorem.
+    The energy distance (Székely and Rizzo, 2013) between the normal and the sample, standardized by
+    columns, projected on random directions in the plane of two random columns and standardized
+    again; the mean over the projections. Directions across many columns would give nearly normal
+    values for any data, by the central limit theorem.
 
     Args:
         sample: (rows, columns).
-        projections: how many directions.
+        projections: number of directions.
         seed: of the directions.
 
     Returns:
-        NaN where fewer than two columns vary, or a value is NaN or infinite.
-        :func:`normal_joint_distance` is what a sample of the normal itself has.
+        NaN if fewer than two columns vary, or a value is NaN or infinite. For normal samples see
+        :func:`normal_joint_distance`.
     """
     columns = sample[:, varying(sample)]
     rows, count = columns.shape
@@ -77,24 +77,24 @@ def joint_distance(sample: np.ndarray, projections: int, seed: int) -> float:
         angle = random.uniform(0, math.pi)
         values = columns[:, pair] @ [math.cos(angle), math.sin(angle)]
         spread = values.std()
-        if spread > 1e-6:  # two equal columns leave nothing in one direction
+        if spread > 1e-6:  # 0 in one direction for two equal columns
             distances.append(stats.energy_distance((values - values.mean()) / spread, normal))
     return float(np.mean(distances)) if distances else math.nan
 
 
 @cache
 def normal_joint_distance(rows: int) -> float:
-    """What :func:`joint_distance` gives that many rows of independent normal columns."""
+    """The :func:`joint_distance` of that many rows of independent normal columns."""
     sample = np.random.default_rng(0).standard_normal((rows, 16))
     return joint_distance(sample, 64, 0)
 
 
 def mutual_information(sample: np.ndarray, pairs: int, seed: int) -> float:
-    """The mean adjusted mutual information of random pairs of columns: 0 for independent ones.
+    """The mean adjusted mutual information of random pairs of columns: 0 for independent columns.
 
-    Every column is cut into 16 bins of equal counts (fewer where values repeat) and the pair is
-    scored by scikit-learn's ``adjusted_mutual_info_score``, which subtracts what chance gives.
-    NaN where fewer than two columns vary, or a value is NaN or infinite.
+    Divides every column into 16 bins of equal counts (fewer if values repeat) and scores each pair
+    by scikit-learn's ``adjusted_mutual_info_score``, which corrects for chance. NaN if fewer than
+    two columns vary, or a value is NaN or infinite.
     """
     columns = sample[:, varying(sample)]
     count = columns.shape[1]
@@ -112,8 +112,8 @@ def mutual_information(sample: np.ndarray, pairs: int, seed: int) -> float:
 
 
 def clustering(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float] | None:
-    """How samples of one class lie together; None where fewer than two classes have five samples,
-    NaN where all vectors are equal or one holds NaN or infinity.
+    """Clustering of samples by class; None if fewer than two classes have five samples, NaN values
+    if all vectors are equal or one has NaN or infinity.
 
     * ``within_between``: the root mean square distance of samples to their own class's mean, over
       that of the class means to the mean of these; small where classes are apart.
@@ -121,8 +121,8 @@ def clustering(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float] | No
     * ``nearest_centroid``: the accuracy, 0 to 1, of scikit-learn's nearest-centroid classifier,
       cross-validated over 5 folds.
 
-    Potgieter, Mouton and Davel (arXiv 2501.14441) study the clustering and the sparsity of
-    normalized representations; these measures are our own and claim no equality with theirs.
+    Potgieter, Mouton and Davel (arXiv 2501.14441) study the clustering and sparsity of normalized
+    representations; these measures are defined independently and are not theirs.
 
     Args:
         vectors: (samples, features).
@@ -142,7 +142,7 @@ def clustering(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float] | No
     between = np.square(means - means.mean(0)).sum(1).mean()
     folds = model_selection.StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
     with warnings.catch_warnings():
-        # A feature without any spread within a class: it then tells the classes apart by itself.
+        # For a feature without spread within a class, which separates the classes by itself.
         warnings.simplefilter("ignore", UserWarning)
         accuracy = model_selection.cross_val_score(
             neighbors.NearestCentroid(), vectors, labels, cv=folds

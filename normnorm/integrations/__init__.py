@@ -1,5 +1,5 @@
-"""What other libraries need to know of normnorm, one module a library.
+"""Support for other libraries, one module per library.
 
-Each module is named after its library and imports it; nothing here is imported by ``normnorm``
-unless a model of that library asks for it.
+Each module is named after its library and imports it. ``normnorm`` imports one only for a model of
+that library.
 """

@@ -1,4 +1,5 @@
-"""Lightning: synchronised layers by a plugin of its Trainer, and callbacks that freeze layers.
+"""Lightning: a Trainer plugin for synchronized layers, and freezing of normnorm layers by
+callbacks.
 
 ::
 
@@ -6,11 +7,10 @@
 
     trainer = Trainer(strategy="ddp", devices=4, plugins=[NormalNormSync()])
 
-``Trainer(sync_batchnorm=True)`` knows torch's BatchNorm alone and leaves our layers as they are.
+``Trainer(sync_batchnorm=True)`` converts torch's BatchNorm only.
 
-With this module imported, ``BaseFinetuning`` and the callbacks derived from it freeze and unfreeze
-our batch layers with torch's; :func:`normnorm.replace_norms` imports it wherever Lightning is
-loaded.
+Importing this module makes ``BaseFinetuning`` and its subclasses freeze and unfreeze normnorm's
+batch layers with torch's; :func:`normnorm.replace_norms` imports it if Lightning is loaded.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["NormalNormSync"]
 
 
 def _classes(module: str, cls: str) -> tuple[Any, ...]:
-    """A class of Lightning by each of the two names that Lightning is installed under.
+    """A class of Lightning under each of the two package names.
 
-    They are different classes, and a Trainer knows that of its own name alone.
+    These are different classes; a Trainer uses that of its own package.
     """
     found = []
     for name in ("lightning.pytorch", "pytorch_lightning"):
@@ -50,8 +50,9 @@ def _classes(module: str, cls: str) -> tuple[Any, ...]:
 
 
 def _wrap(finetuning: Any) -> None:
-    """Has the static methods of a BaseFinetuning, which ask for torch's ``_BatchNorm``, treat our
-    batch layers likewise: those that stay trainable with ``train_bn`` are not frozen."""
+    """Makes the static methods of a BaseFinetuning, which test for torch's ``_BatchNorm``, treat
+    normnorm's batch layers likewise: layers that stay trainable with ``train_bn`` are not
+    frozen."""
     make_trainable, freeze_module = finetuning.make_trainable, finetuning.freeze_module
     filter_params, freeze = finetuning.filter_params, finetuning.freeze
 
@@ -95,7 +96,7 @@ def _wrap(finetuning: Any) -> None:
 
 
 def _again(modules: Any) -> Any:
-    """Modules that can be gone through more than once."""
+    """The modules, in a form that can be iterated repeatedly."""
     return modules if isinstance(modules, nn.Module) else list(modules)
 
 
@@ -106,16 +107,15 @@ _Base: Any = type("_Base", _classes("plugins", "TorchSyncBatchNorm"), {})
 
 
 class NormalNormSync(_Base):
-    """Makes a model's BatchNormalNorm layers SyncBatchNormalNorm while a Trainer fits it.
+    """Converts a model's BatchNormalNorm layers to SyncBatchNormalNorm while a Trainer fits it.
 
     The Trainer's strategy (ddp, fsdp) applies it before it wraps the model, and reverts it after
-    the fit. Torch's own BatchNorm layers are synchronised with them, as ``sync_batchnorm=True``
-    would do, unless ``torch_layers`` is False: torch's SyncBatchNorm runs on GPUs only, ours on
-    the CPU too.
+    the fit. Torch's BatchNorm layers are converted too, as by ``sync_batchnorm=True``, unless
+    ``torch_layers`` is False: torch's SyncBatchNorm runs on GPUs only, normnorm's also on the CPU.
 
     Args:
-        process_group: whose ranks hold the batch; None for all.
-        torch_layers: whether to synchronise torch's BatchNorm layers as well.
+        process_group: the ranks that hold the batch; None for all.
+        torch_layers: whether to convert torch's BatchNorm layers too.
     """
 
     def __init__(self, process_group: Any = None, torch_layers: bool = True) -> None:
@@ -123,14 +123,14 @@ class NormalNormSync(_Base):
         self.torch_layers = torch_layers
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """The model with its batch layers synchronised."""
+        """Converts the model's batch layers; returns the model."""
         model = convert_sync(model, self.process_group)
         if self.torch_layers:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.process_group)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """The model with the layers that it had."""
+        """Restores the model's layers; returns the model."""
         model = revert_sync(model)
         if self.torch_layers:
             model = super().revert(model)

@@ -1,4 +1,4 @@
-"""MONAI: its factory of normalization layers, by name.
+"""MONAI: normnorm layers in its factory of normalization layers, by name.
 
 ::
 
@@ -61,10 +61,10 @@ _FACTORIES = {
 
 
 def register() -> None:
-    """Enters our layers into ``monai.networks.layers.Norm``, for this process.
+    """Adds normnorm's layers to ``monai.networks.layers.Norm``, for this process.
 
-    Their names are MONAI's with "normal" after them: "batchnormal", "instancenormal",
-    "groupnormal", "layernormal". Calling it again does no harm.
+    Names are MONAI's followed by "normal": "batchnormal", "instancenormal", "groupnormal",
+    "layernormal". Calling it again has no effect.
     """
     for name, factory in _FACTORIES.items():
         if name.upper() not in Norm.names:

@@ -1,7 +1,7 @@
-"""timm: its norm and norm+activation layers, by class and by name.
+"""timm: counterparts of its norm and norm+activation layers, by class and by name.
 
-:func:`register` lets timm's factories find our layers, so that ``norm_layer=`` takes them in the
-models that join norm and activation, and takes their names. The classes here have the arguments
+:func:`register` adds normnorm's layers to timm's factories, so that ``norm_layer=`` takes them, and
+their names, also in models that combine norm and activation. The classes here have the arguments
 that timm's constructors pass, in timm's order.
 """
 
@@ -55,7 +55,7 @@ Layer = str | type[nn.Module] | Callable[..., nn.Module] | None
 
 
 class _Act(nn.Module):
-    """Dropout and activation after the norm, as timm's norm+activation layers have them."""
+    """Dropout and activation after the norm, as in timm's norm+activation layers."""
 
     drop: nn.Module
     act: nn.Module
@@ -82,8 +82,7 @@ class _Act(nn.Module):
 class BatchNormalNormAct2d(normnorm.BatchNormalNormAct2d):
     """timm's ``BatchNormAct2d`` with normality normalization: norm, dropout, activation.
 
-    :class:`normnorm.BatchNormalNormAct2d`, whose kernel does ReLU as well, with activations by
-    timm's names.
+    :class:`normnorm.BatchNormalNormAct2d`, which fuses ReLU, with activations by timm's names.
     """
 
     def _make_act(
@@ -96,10 +95,10 @@ class BatchNormalNormAct2d(normnorm.BatchNormalNormAct2d):
 class SyncBatchNormalNormAct(SyncBatchNormalNormAct2d, BatchNormalNormAct2d):
     """timm's ``SyncBatchNormAct`` with normality normalization.
 
-    What ``normnorm.convert_sync`` makes of :class:`BatchNormalNormAct2d`, and
-    ``normnorm.replace_norms`` of what ``timm.layers.convert_sync_batchnorm`` has made of a
-    ``BatchNormAct2d``. Its constructor is that of :class:`normnorm.sync.SyncBatchNormalNormAct2d`,
-    with activations by timm's names.
+    ``normnorm.convert_sync`` converts :class:`BatchNormalNormAct2d` to this class, and
+    ``normnorm.replace_norms`` the class that ``timm.layers.convert_sync_batchnorm`` converts a
+    ``BatchNormAct2d`` to. Its constructor is that of
+    :class:`normnorm.sync.SyncBatchNormalNormAct2d`, with activations by timm's names.
     """
 
 
@@ -128,8 +127,8 @@ class GroupNormalNorm1(GroupNormalNorm):
 
 
 class GroupNormalNormAct(_Act, GroupNormalNorm):
-    """timm's ``GroupNormAct`` with normality normalization. ``group_size`` wins over
-    ``num_groups``, as there."""
+    """timm's ``GroupNormAct`` with normality normalization. ``group_size`` takes precedence over
+    ``num_groups``, as in timm."""
 
     def __init__(
         self,
@@ -200,8 +199,8 @@ class LayerNormalNormAct2d(_Act, LayerNormalNorm2d):
         self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
 
-# timm's class, by its name in timm.layers -> ours. Ours computes in float32 for half inputs anyway,
-# which is what timm's ...Fp32 classes are for.
+# timm's class, by its name in timm.layers -> normnorm's. normnorm computes in float32 for half
+# inputs anyway, as timm's ...Fp32 classes do.
 _COUNTERPARTS = {
     "BatchNormAct2d": BatchNormalNormAct2d,
     "SyncBatchNormAct": SyncBatchNormalNormAct,
@@ -241,7 +240,7 @@ _NORM_ACTS = {
 
 
 def counterpart(module: nn.Module) -> type[nn.Module] | None:
-    """The class of ours that stands for a timm module's, or None."""
+    """The normnorm class for a timm module's class, or None."""
     cls = type(module)
     if not cls.__module__.startswith("timm.layers."):
         return None
@@ -249,23 +248,23 @@ def counterpart(module: nn.Module) -> type[nn.Module] | None:
 
 
 def original(module: nn.Module) -> type[nn.Module] | None:
-    """timm's class for one of the layers above, or None."""
+    """timm's class for one of these layers, or None."""
     name = type(module).__name__.replace("NormalNorm", "Norm")
     return getattr(timm.layers, name, None)
 
 
 def complete(module: nn.Module) -> None:
-    """Gives a timm layer what its own constructor would have set, and ours did not."""
+    """Sets the attributes of a timm layer that its own constructor would have set."""
     vars(module).setdefault("_fast_norm", is_fast_norm())
 
 
 def wrap() -> None:
-    """Has timm's freeze, unfreeze and distribute_bn treat our batch layers as they treat torch's,
-    and its reparameterize_model refuse them, for this process. Calling it again does no harm.
+    """Makes timm's freeze, unfreeze and distribute_bn treat normnorm's batch layers like torch's,
+    and its reparameterize_model raise for them, for this process. Calling it again has no effect.
 
-    :func:`normnorm.replace_norms` does this wherever timm is loaded, and :func:`register` too.
-    What is exchanged are the names that those functions look up when they run, so that a
-    ``from timm.utils import freeze`` done before gets the same.
+    Called by :func:`register`, and by :func:`normnorm.replace_norms` if timm is loaded. Replaces
+    the names that those functions look up when they run, so that an earlier ``from timm.utils
+    import freeze`` is covered too.
     """
     for name, ours in (
         ("freeze_batch_norm_2d", freeze_statistics),
@@ -284,7 +283,7 @@ def wrap() -> None:
             module.reparameterize_model = _without_ours(theirs)
 
 
-# What reparameterize_model looks for in a model's blocks.
+# Methods that reparameterize_model looks for in a model's blocks.
 _FOLDS = ("fuse", "reparameterize", "switch_to_deploy")
 
 
@@ -320,7 +319,7 @@ def _with_lmbda(unwrap_model: Callable[..., nn.Module]) -> Callable[..., Any]:
 
 
 class _Buffers:
-    """A model as distribute_bn sees it: running_lmbda under a name by which it picks buffers."""
+    """A model for distribute_bn, with running_lmbda under a name that it selects."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -334,11 +333,11 @@ class _Buffers:
 
 
 def register() -> None:
-    """Enters our layers into timm's maps, for this process. Calling it again does no harm.
+    """Adds normnorm's layers to timm's tables, for this process. Calling it again has no effect.
 
-    After it ``timm.create_model(name, norm_layer=...)`` takes ``normnorm.BatchNormalNorm2d``, a
-    ``functools.partial`` of it, or a name ("batchnormalnorm2d", "layernormalnorm2d", ...), in the
-    models too whose blocks join norm and activation.
+    ``timm.create_model(name, norm_layer=...)`` then takes ``normnorm.BatchNormalNorm2d``, a
+    ``functools.partial`` of it, or a name ("batchnormalnorm2d", "layernormalnorm2d", ...), also for
+    models whose blocks combine norm and activation.
     """
     wrap()
     create_norm._NORM_MAP.update(_NORMS)
@@ -347,7 +346,7 @@ def register() -> None:
     create_norm_act._NORM_TO_NORM_ACT_MAP.update(_NORM_ACTS)
     create_norm_act._NORM_ACT_TYPES.update(_NORM_ACTS.values())
     create_norm_act._NORM_ACT_REQUIRES_ARG.update(_NORM_ACTS.values())
-    # ConvNeXt has a map of its own, of layers for either layout, in which it also looks up classes.
+    # ConvNeXt has its own table of layers for either layout, which also has classes as keys.
     norm_map: dict[Any, Any] = convnext._NORM_MAP
     for key in ("layernormalnorm", "layernormalnorm2d", LayerNormalNorm, LayerNormalNorm2d):
         norm_map[key] = (LayerNormalNorm2d, LayerNormalNorm)

@@ -1,4 +1,5 @@
-"""torchvision: its channels-first LayerNorm. The constructors take our layers as they are."""
+"""torchvision: the counterpart of its channels-first LayerNorm. Its constructors take normnorm
+layers directly."""
 
 from __future__ import annotations
 
@@ -11,5 +12,5 @@ __all__ = ["counterpart"]
 
 
 def counterpart(module: nn.Module) -> type[nn.Module] | None:
-    """The class of ours that stands for a torchvision module's, or None."""
+    """The normnorm class for a torchvision module's class, or None."""
     return LayerNormalNorm2d if type(module) is LayerNorm2d else None

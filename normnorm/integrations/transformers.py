@@ -1,4 +1,4 @@
-"""transformers: models loaded with norms of ours, and the LayerNorms that it defines for itself.
+"""transformers: loading of models with normnorm layers, and counterparts of its own LayerNorms.
 
 ::
 
@@ -12,9 +12,9 @@
         transformers.ResNetForImageClassification, "mine", noise_train=0.1
     )
 
-The LayerNorms over channels of its vision models are recognized by what they have, since each model
-file of that library has its own copy. Its other models use torch's layers, or norms of their own:
-what :func:`normnorm.register_norm` does not name is left.
+The channel LayerNorms of its vision models are recognized by their attributes, since each model
+file has its own copy. Its other models use torch's layers, or their own norms, which are left
+unless registered by :func:`normnorm.register_norm`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from normnorm.modules import LayerNormalNorm, LayerNormalNorm2d
 
 __all__ = ["counterpart", "from_pretrained"]
 
-# Copies that know one layout alone, (N, C, H, W).
+# Copies for one layout only, (N, C, H, W).
 _CHANNELS_FIRST = ("EomtLayerNorm2d", "EomtDinov3LayerNorm2d", "VideomtLayerNorm2d")
 
 
 def counterpart(module: nn.Module) -> type[nn.Module] | None:
-    """The class of ours that stands for a transformers module's, or None."""
+    """The normnorm class for a transformers module's class, or None."""
     cls = type(module)
     if cls.__bases__ != (nn.LayerNorm,):
         return None
@@ -59,24 +59,23 @@ def from_pretrained(
     transform_eps: float | None = None,
     **keywords: Any,
 ) -> Any:
-    """``cls.from_pretrained(path, ...)`` with the model's norms replaced before weights are loaded.
+    """``cls.from_pretrained(path, ...)``, replacing the model's norms before weights are loaded.
 
-    The lambda of a model that was saved with norms of ours comes back, by transformers' own
-    loading: shards, safetensors and older files, renamed keys, the hub. In the checkpoint of a
-    model with torch's norms it is missing, and 1. A file has no settings: ``where``,
-    ``noise_train`` and the others are to be given as to :func:`normnorm.replace_norms` before.
+    transformers' own loading (shards, safetensors and older files, renamed keys, the hub) restores
+    a saved lambda. If the checkpoint has none, lambda is 1. Checkpoints have no settings: pass the
+    ``where``, ``noise_train``, ... of the original :func:`normnorm.replace_norms`.
 
     Args:
-        cls: a class of transformers' models, or one of its Auto classes.
+        cls: a transformers model class, or one of its Auto classes.
         path: a folder, or a model's name on the hub.
         arguments, keywords: for ``cls.from_pretrained``.
         where, noise_train, alpha, order, transform_eps: see :func:`normnorm.replace_norms`.
 
     Returns:
-        What ``cls.from_pretrained`` returns: the model, of the class that transformers gives it.
+        The result of ``cls.from_pretrained``: the model, of transformers' class.
 
     Raises:
-        TypeError: ``cls`` is none of the two.
+        TypeError: ``cls`` is neither.
         TypeError, ValueError: as :func:`normnorm.replace_norms`, before weights are loaded.
         OSError: from transformers, where there is no such folder or model.
     """
@@ -94,7 +93,7 @@ def from_pretrained(
             transform_eps=transform_eps,
         )
 
-    # Of the same name: transformers finds what belongs to a class by it.
+    # The same name, by which transformers finds what belongs to a class.
     names = {name: getattr(concrete, name) for name in ("__module__", "__qualname__", "__doc__")}
     replaced: Any = type(concrete.__name__, (concrete,), {**names, "__init__": __init__})
     loaded = replaced.from_pretrained(path, *arguments, **keywords)
@@ -104,7 +103,7 @@ def from_pretrained(
 
 
 def _concrete(cls: Any, path: Any, keywords: dict[str, Any]) -> Any:
-    """The class of models that a class loads: an Auto class looks it up in the configuration."""
+    """The model class that ``cls`` loads; an Auto class looks it up in the configuration."""
     import transformers
 
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
