@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_samples import BRIEF, CPU, EAGER, TINY, row
+from bench_samples import BRIEF, CPU, DTYPES, EAGER, TINY, row
 from layer_table import LAYERS as LAYER_ROWS
 from torch import nn
 
@@ -15,8 +15,8 @@ from normnorm import reference
 from normnorm.noise import draw_seed
 from speed import case as case_module
 from speed import measure
-from speed import networks as networks_module
 from speed.case import Case, bound, sums_in_storage, worst_error
+from speed.networks import _Training, measure_network, networks
 from speed.providers import runnable
 from speed.work import LAYERS, RESNET18, RESNET50, Work, WorkError, named_shapes, preset
 
@@ -37,28 +37,18 @@ SMALL = tuple(
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_cover_every_layer_dtype_mode_and_format(device):
-    default, full = preset("default", device), preset("full", device)
-    for works in (default, full):
+    for name in ("default", "full"):
+        works = preset(name, device)
         assert {work.layer for work in works} == set(LAYERS)
         assert {work.mode for work in works} == {"noise", "quiet", "eval"}
         assert {work.memory_format for work in works} == {"contiguous", "channels_last"}
+        assert {work.method for work in works} == (
+            {"wall"} if device == "cpu" else {"graph", "stream"}
+        )
         assert len(works) == len(set(works))
-        assert {work.suite for work in works} == {
-            "resnet", "features", "tokens", "batch sweep", "channel sweep", "row sweep", "small",
-            "group", "instance", "volumes",
-        }  # fmt: skip
-        rows = {work.shape[-1] for work in works if work.suite == "row sweep"}
-        assert min(rows) == 192
-    assert {work.dtype for work in full} == {"float32", "bfloat16", "float16"}
-    assert {work.operations for work in full if work.mode == "eval"} == {("forward",)}
-    assert len(preset("quick", "cpu")) == 6
-    assert {work.shape for work in preset("quick", "cpu")} == {
-        (8, 64, 28, 28), (8192, 64), (1024, 384)
-    }  # fmt: skip
-    methods = {work.method for work in full}
-    assert methods == ({"wall"} if device == "cpu" else {"graph", "stream"})
-    batches = {work.shape[0] for work in preset("full", "cuda") if work.suite == "resnet"}
-    assert batches == {32, 64, 128, 256}
+    assert {work.dtype for work in works} == set(DTYPES)
+    assert {work.operations for work in works if work.mode == "eval"} == {("forward",)}
+    assert len(preset("quick", device)) == 6 * (1 if device == "cpu" else 2)
 
 
 @pytest.mark.parametrize(("name", "shapes"), [("resnet18", RESNET18), ("resnet50", RESNET50)])
@@ -117,11 +107,7 @@ def test_the_reference_in_chunks_is_the_reference(work, mode, monkeypatch):
     case = Case(work, CPU, 1, 7)
     whole = case.expected(True, 7)
     monkeypatch.setattr(case_module, "_CHUNK", work.elements // 3)
-    chunked = case.expected(True, 7)
-    assert set(whole) == ({"output"} if mode == "eval" else
-                          {"output", "grad_input", "grad_weight", "grad_bias"})  # fmt: skip
-    for name, value in whole.items():
-        torch.testing.assert_close(chunked[name], value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(case.expected(True, 7), whole, rtol=1e-12, atol=1e-12)
     # ... and that of the definition with the same seed, asked directly.
     x = case.inputs[0].detach().double()
     torch.manual_seed(7)
@@ -140,19 +126,16 @@ def test_the_reference_in_chunks_is_the_reference(work, mode, monkeypatch):
 @pytest.mark.parametrize("work", SMALL, ids=lambda work: work.layer)
 @pytest.mark.parametrize("mode", ["noise", "eval"])
 def test_for_torchs_layer_the_reference_is_torchs_in_float64(work, mode):
-    work = replace(work, mode=mode)
-    case = Case(work, CPU, 1, 3)
+    case = Case(replace(work, mode=mode), CPU, 1, 3)
     module = case.module(ours=False).double()
     x = case.inputs[0].detach().double().requires_grad_()
     output = module(x)
-    expected = case.expected(False, 3)
-    torch.testing.assert_close(expected["output"], output.detach(), rtol=1e-10, atol=1e-10)
+    wanted = {"output": output.detach()}
     if mode == "noise":
-        gradients = torch.autograd.grad(
-            output, (x, module.weight, module.bias), case.grads[0].double()
-        )
-        for name, value in zip(("grad_input", "grad_weight", "grad_bias"), gradients, strict=True):
-            torch.testing.assert_close(expected[name], value, rtol=1e-9, atol=1e-9)
+        leaves = {"grad_input": x, "grad_weight": module.weight, "grad_bias": module.bias}
+        found = torch.autograd.grad(output, tuple(leaves.values()), case.grads[0].double())
+        wanted |= dict(zip(leaves, found, strict=True))
+    torch.testing.assert_close(case.expected(False, 3), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("work", SMALL, ids=lambda work: work.layer)
@@ -255,11 +238,10 @@ def test_the_ratio_is_to_the_faster_of_torchs():
 
 
 def test_networks_get_the_norm_layers_they_are_told_to():
-    conv, encoder = networks_module.networks("quick", "cpu")
+    conv, encoder = networks("quick", "cpu")
     for network, layers in ((replace(conv, batch=2), 3), (replace(encoder, batch=1), 9)):
-        rows = networks_module.measure_network(network, ["torch", "normnorm-cpu"], CPU, BRIEF)
-        assert [r.status for r in rows] == ["ok", "ok"]
-        assert [r.norm_layers for r in rows] == [layers, layers]
+        rows = measure_network(network, ["torch", "normnorm-cpu"], CPU, BRIEF)
+        assert [(r.status, r.norm_layers) for r in rows] == [("ok", layers)] * 2
         assert rows[1].norm == network.layer
         assert rows[0].ratio == 1
         assert rows[0].rate == pytest.approx(rows[0].units / rows[0].median_ms * 1e3)
@@ -267,8 +249,7 @@ def test_networks_get_the_norm_layers_they_are_told_to():
 
 
 def test_a_network_step_trains():
-    network = networks_module.networks("quick", "cpu")[0]
-    training = networks_module._Training(network, "normnorm-cpu", CPU, 1)
+    training = _Training(networks("quick", "cpu")[0], "normnorm-cpu", CPU, 1)
     training.optimizer.param_groups[0]["lr"] = 0.01
     losses = []
     for _ in range(15):
@@ -278,23 +259,17 @@ def test_a_network_step_trains():
 
 
 def test_a_network_that_diverges_is_wrong_and_a_missing_library_is_said():
-    network = networks_module.networks("quick", "cpu")[0]
+    network = networks("quick", "cpu")[0]
 
-    class Diverging(nn.Module):
-        def __init__(self, norm):
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), norm(1))
+    def diverging(norm):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+        nn.init.constant_(net[1].weight, math.inf)
+        return net
 
-        def forward(self, x):
-            return self.net[1](self.net[0](x)) * math.inf
-
-    rows = networks_module.measure_network(
-        replace(network, build=Diverging), ["torch"], CPU, BRIEF
-    )
-    assert rows[0].status == "wrong"
-    assert "the loss is nan" in rows[0].message
-    absent = networks_module.measure_network(
-        replace(network, source="no_such_library"), ["torch"], CPU, BRIEF
-    )
-    assert absent[0].status == "unavailable"
-    assert "no_such_library does not import" in absent[0].message
+    (wrong,) = measure_network(replace(network, build=diverging), ["torch"], CPU, BRIEF)
+    assert wrong.status == "wrong"
+    assert "the loss is nan" in wrong.message
+    absent = replace(network, source="no_such_library")
+    (missing,) = measure_network(absent, ["torch"], CPU, BRIEF)
+    assert missing.status == "unavailable"
+    assert "no_such_library does not import" in missing.message
