@@ -1,6 +1,6 @@
-// What the ops accept, checked before any pointer is read; errors are std::invalid_argument with a sentence.
+// Checks of the ops' arguments, done before any pointer is read; they throw std::invalid_argument.
 //
-// The rules and the sentences are those of normnorm/checks.py, which serves the backends written in Python.
+// Rules and messages are those of normnorm/checks.py, which serves the backends written in Python.
 #pragma once
 
 #include <optional>
@@ -12,7 +12,7 @@ namespace normnorm {
 
 enum class Kind { kBatch, kLayer, kGroup, kInstance };
 
-// The configuration arguments of an op. infer leaves those of the noise as they are here.
+// The configuration arguments of an op; the op infer leaves those of the noise at these defaults.
 struct Config {
   std::string kind_name;
   int64_t num_groups = 0, normalized_ndim = 0;
@@ -26,7 +26,7 @@ struct Config {
   Kind kind = Kind::kBatch;  // set by the checks from kind_name
 };
 
-// The tensors of one call; those an op does not have stay "not given".
+// The tensors of one call; an op leaves those it does not have at their defaults, not given.
 struct Arguments {
   TensorView input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale;
   TensorView grad_output, stats, output, grad_sum;  // backward
@@ -41,15 +41,15 @@ struct FoldArguments {
   std::optional<double> momentum;
   int64_t count = 0;
   double eps = 0;
-  bool shared_buffers = false;  // two of the three running statistics begin at the same place in memory
+  bool shared_buffers = false;  // two of the three running statistics have the same address
 };
 void check_fold(const FoldArguments& a);
 
-// How many groups the input has, and how many elements one of them has.
+// The number of groups, and of elements in a group.
 int64_t group_count(const TensorView& input, const Config& config);
 int64_t group_size(const TensorView& input, const Config& config);
 
-// The dtype of statistics and arithmetic for an input dtype.
+// The dtype of statistics and arithmetic for an input's dtype.
 inline Dtype statistics_dtype(Dtype d) { return d == Dtype::kFloat64 ? d : Dtype::kFloat32; }
 
 }  // namespace normnorm

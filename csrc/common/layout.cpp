@@ -3,8 +3,8 @@
 namespace normnorm {
 namespace {
 
-// The stride of dimensions [begin, end) as one axis; none where they cannot be viewed as one. An axis of one element has
-// stride 1, whatever the tensor says.
+// The stride of dimensions [begin, end) as one axis; none where they cannot be viewed as one. An axis of one element
+// has stride 1, whatever the tensor says.
 std::optional<int64_t> merged_stride(const TensorView& t, int64_t begin, int64_t end) {
   int64_t inner = 0, expected = 0;
   bool any = false;

@@ -26,7 +26,8 @@ class Layout {
 
   NoiseOrder noise_order(bool channels_last) const;
 
-  // Sets what follows from the layout and the configuration: the geometry, the numbers and, where there is any, the noise.
+  // Sets what follows from the layout and the configuration: the geometry, the numbers and, where there is any, the
+  // noise.
   void set_params(PassParams& params, const Config& config, bool noise) const;
 
  private:

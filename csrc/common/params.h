@@ -31,7 +31,8 @@ struct Operand {
 //   group     N       G         C/G    spatial
 //
 // In the columns layout (channels_last, or no spatial dimensions) a sample, or for batch the whole tensor, is a matrix
-// whose columns are channels. A run is a row of it, and a group is `length` neighbouring columns; stride.inner == length:
+// whose columns are channels. A run is a row of it, and a group is `length` neighbouring columns; stride.inner ==
+// length:
 //
 //   kind      outer   inner     runs           length
 //   batch     1       C         N x spatial    1

@@ -1,22 +1,18 @@
-// The columns walk: a matrix of rows x columns whose groups are columns, or small bunches of neighbouring
-// columns (channels_last tensors, and tensors without spatial axes).
+// The columns layout: matrices of rows x columns whose groups are columns or a few neighbouring columns (channels_last
+// tensors, and tensors without spatial axes).
 //
-// Lanes lie across columns, so every lane has its own group's constants and no shuffling is needed. The
-// matrix is cut into chunks of rows whose per-column sums are added in order; columns of one group are added
-// after that.
+// The lanes of a vector are neighbouring columns, each with its own group's constants; no shuffling is needed. A matrix
+// is cut into chunks of rows. The chunks' sums per column are added in order, then those of the columns of a group.
 #pragma once
 
-#include <type_traits>
-
-#include "group_stats.h"
-#include "joined.h"
+#include "epilogue.h"
 #include "noise.h"
-#include "workspace.h"
+#include "reduce.h"
 
 namespace normnorm {
 namespace {
 
-// Per-column constants, one array each.
+// Rows of a table of constants per column.
 enum ColumnRow : int {
   kColMean,
   kColRstd,
@@ -42,15 +38,16 @@ enum ColumnRow : int {
   kColumnRows
 };
 
-// Elements of a stretch of rows whose strips are walked while it is in the cache.
+// Elements in a tile: rows that are processed strip by strip while they are in the cache.
 constexpr int64_t kTileElements = 2048;
 
+// Access to the chunks, tiles and strips of a problem in the columns layout.
 template <class T>
-class ColumnWalk {
+class ColumnLayout {
  public:
   using V = VectorOf<T>;
 
-  explicit ColumnWalk(const cpu::Problem& p)
+  explicit ColumnLayout(const cpu::Problem& p)
       : p_(p),
         g_(p.geometry),
         half_(stored_as_half(p.storage)),
@@ -71,8 +68,7 @@ class ColumnWalk {
   bool split_matrix() const { return g_.outer < 2 * int64_t(p_.pool.threads); }
   int64_t normal_size() const { return (columns_ > kTileElements ? columns_ : kTileElements) + kNoiseSlack; }
 
-  // A chunk's elements in the compute dtype, from its first column on: in place, or converted into `buffer`
-  // of buffer_size() elements.
+  // A chunk's elements in the compute dtype: in place, or converted to `buffer` of buffer_size() elements.
   Strip<const T> source(const Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
     const int64_t first = chunk_begin(chunk);
     if (!half_) return {static_cast<const T*>(of.data) + locate(of, outer, first), of.stride.run};
@@ -80,41 +76,41 @@ class ColumnWalk {
       load_run(p_.storage, of.data, locate(of, outer, r), buffer + (r - first) * columns_, columns_);
     return {buffer, columns_};
   }
+  // Where to write a chunk in the compute dtype, in place or to `buffer`; store() then converts the buffer.
   Strip<T> target(const Operand& of, int64_t outer, int64_t chunk, T* buffer) const {
     if (half_) return {buffer, columns_};
     return {static_cast<T*>(of.data) + locate(of, outer, chunk_begin(chunk)), of.stride.run};
   }
-  void deliver(const Operand& of, int64_t outer, int64_t chunk, const T* buffer) const {
+  void store(const Operand& of, int64_t outer, int64_t chunk, const T* buffer) const {
     if (!half_) return;
     const int64_t first = chunk_begin(chunk);
     for (int64_t r = first; r < chunk_end(chunk); ++r)
       store_run(p_.storage, of.data, locate(of, outer, r), buffer + (r - first) * columns_, columns_);
   }
-  // Writes the chunk of the sum that is normalized in place of the input.
-  void join_addend(int64_t outer, int64_t chunk) const {
+  // sum = input + addend
+  void add_addend(int64_t outer, int64_t chunk) const {
     Buffer<T> u_buffer(buffer_size()), addend_buffer(buffer_size()), sum_buffer(buffer_size());
     const auto u = source(p_.input, outer, chunk, u_buffer.data());
     const auto a = source(p_.addend, outer, chunk, addend_buffer.data());
     const auto sum = target(p_.sum, outer, chunk, sum_buffer.data());
     for (int64_t r = 0; r < chunk_rows(chunk); ++r)
       add_row(sum.data + r * sum.step, u.data + r * u.step, a.data + r * a.step, columns_);
-    deliver(p_.sum, outer, chunk, sum_buffer.data());
+    store(p_.sum, outer, chunk, sum_buffer.data());
   }
 
-  // The chunk's residual, empty where there is none.
+  // The chunk's residual; null where there is none.
   Strip<const T> residual(int64_t outer, int64_t chunk, T* buffer) const {
     return p_.residual.data ? source(p_.residual, outer, chunk, buffer) : Strip<const T>{nullptr, 0};
   }
 
-  // What stands behind the affine map of a stretch of rows.
-  void finish_output(Strip<T> out, Strip<const T> residual, int64_t rows) const {
+  void apply_epilogue(Strip<T> out, Strip<const T> residual, int64_t rows) const {
     if (!has_epilogue(p_)) return;
     for (int64_t r = 0; r < rows; ++r)
       epilogue_row(p_, out.data + r * out.step, residual.data ? residual.data + r * residual.step : nullptr,
                    columns_);
   }
 
-  // The chunk's gradient in front of the activation; `buffer` holds gradient_size().
+  // The chunk's gradient before the activation; `buffer` has gradient_size() elements.
   Strip<const T> gradient(int64_t outer, int64_t chunk, T* buffer) const {
     const auto g = source(p_.grad_output, outer, chunk, buffer);
     if (!p_.relu) return g;
@@ -126,8 +122,7 @@ class ColumnWalk {
   }
   int64_t gradient_size() const { return p_.relu ? smaller(chunk_, g_.runs) * columns_ : buffer_size(); }
 
-  // Adds the gradient that reached the sum itself.
-  void join_sum_gradient(int64_t outer, int64_t chunk, Strip<T> out) const {
+  void add_sum_gradient(int64_t outer, int64_t chunk, Strip<T> out) const {
     if (!p_.grad_sum.data) return;
     Buffer<T> buffer(buffer_size());
     const auto g = source(p_.grad_sum, outer, chunk, buffer.data());
@@ -137,9 +132,8 @@ class ColumnWalk {
 
   int64_t buffer_size() const { return half_ ? smaller(chunk_, g_.runs) * columns_ : 0; }
 
-  // A walk in the compute dtype keeps intermediate values where its result will be written; half types keep
-  // none.
-  bool keeps(const Operand& to) const { return !half_ && to.data; }
+  // Whether the tensor that will be written can cache intermediate values, which half types cannot hold.
+  bool caches(const Operand& to) const { return !half_ && to.data; }
 
   // body(partial, column, lanes) for each strip of columns.
   template <class F>
@@ -149,8 +143,8 @@ class ColumnWalk {
     if (c < columns_) body(std::true_type(), c, int(columns_ - c));
   }
 
-  // body(first, rows, normals) for stretches of a chunk, `first` counted from its first row, each short
-  // enough that its normals fit `buffer`.
+  // body(row, rows, normals) for each tile of a chunk; `row` counts from the chunk's first. `buffer` has normal_size()
+  // elements.
   template <class F>
   void for_tiles(int64_t outer, int64_t chunk, bool noisy, T* buffer, F body) const {
     const int64_t begin = chunk_begin(chunk), all = chunk_end(chunk) - begin;
@@ -162,7 +156,7 @@ class ColumnWalk {
     }
   }
 
-  // Constants of all columns of one matrix; `table` has kColumnRows rows of padded() values.
+  // One row of the constants of all columns of a matrix; `table` has kColumnRows rows of padded() values.
   T* column(T* table, ColumnRow row) const { return table + row * padded_; }
 
   NN_HD V vector(const T* table, ColumnRow row, int64_t c) const {
@@ -175,7 +169,7 @@ class ColumnWalk {
              vector(t, kColInverseNeg, c), vector(t, kColActivePos, c), vector(t, kColActiveNeg, c)}};
   }
 
-  // Copies every group's constants to its columns.
+  // Copies every group's constants of the transform to its columns.
   void spread_transform(T* table, int64_t outer) const {
     for (int64_t i = 0; i < g_.inner; ++i) {
       const auto c = GroupStats<T>(p_, outer * g_.inner + i).transform(p_);
@@ -190,10 +184,10 @@ class ColumnWalk {
     for (int64_t j = 0; j < g_.length; ++j) at[j] = value;
   }
 
-  // part(chunk, sums) adds a chunk's sums, kCount rows of padded() values, to zeros; the totals go to
-  // `totals`, in double, in the order of the chunks. This is fold_parts() for vectors of sums.
+  // reduce_parts() for vectors of sums: part(chunk, sums) adds a chunk's to kCount rows of padded() zeros; `totals`
+  // receives their sum over the chunks, in order, in double.
   template <int kCount, class F>
-  void fold_chunks(bool parallel, double* totals, F part) const {
+  void reduce_chunks(bool parallel, double* totals, F part) const {
     const int64_t width = kCount * padded_;
     const bool together = parallel && p_.pool.threads > 1 && chunks_ > 1;
     Buffer<T> parts(together ? chunks_ * width : width);
@@ -213,8 +207,7 @@ class ColumnWalk {
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) add(parts.data() + chunk * width);
   }
 
-  // The sum over a group's columns of one row of fold_chunks' totals, times a per-column factor where one is
-  // given.
+  // The sum over a group's columns of one row of totals, each times its factor where factors are given.
   double group_total(const double* totals, int row, int64_t group, const T* factor = nullptr) const {
     double sum = 0;
     for (int64_t j = group * g_.length; j < (group + 1) * g_.length; ++j)

@@ -1,4 +1,4 @@
-// The backward pass of a columns walk.
+// The backward pass in the columns layout.
 #pragma once
 
 #include "columns.h"
@@ -12,18 +12,18 @@ class ColumnBackward {
   using V = VectorOf<T>;
 
   explicit ColumnBackward(const cpu::Problem& p)
-      : walk_(p),
+      : layout_(p),
         p_(p),
         g_(p.geometry),
         noisy_(p.noise.on && p.grad_weight),
-        slots_(2 * g_.outer * walk_.columns()) {}
+        slots_(2 * g_.outer * layout_.columns()) {}
 
   void run() {
-    const bool split = walk_.split_matrix();
+    const bool split = layout_.split_matrix();
     for_range(p_.pool, !split, g_.outer, [&](int64_t begin, int64_t end) {
-      Buffer<T> table(kColumnRows * walk_.padded());
-      Buffer<double> totals(kSums * walk_.padded());
-      table.zero(kColumnRows * walk_.padded());
+      Buffer<T> table(kColumnRows * layout_.padded());
+      Buffer<double> totals(kSums * layout_.padded());
+      table.zero(kColumnRows * layout_.padded());
       for (int64_t o = begin; o < end; ++o) backward(o, split, table.data(), totals.data());
     });
     add_slots();
@@ -34,18 +34,18 @@ class ColumnBackward {
 
   void backward(int64_t outer, bool split, T* table, double* totals) {
     bool small = false;
-    walk_.spread_transform(table, outer);
+    layout_.spread_transform(table, outer);
     for (int64_t i = 0; i < g_.inner; ++i) {
       const GroupStats<T> stats(p_, outer * g_.inner + i);
       small = small || p_.frozen || has_small_exponent(stats.transform(p_).exponents);
       const auto w = stats.gradient(p_);
-      walk_.spread(table, kColCe, i, w.c_e);
-      walk_.spread(table, kColCr, i, w.c_r);
-      walk_.spread(table, kColCo, i, w.c_o);
-      walk_.spread(table, kColTwoD, i, w.two_d);
-      walk_.spread(table, kColNoise, i, noisy_ ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0));
+      layout_.spread(table, kColCe, i, w.c_e);
+      layout_.spread(table, kColCr, i, w.c_r);
+      layout_.spread(table, kColCo, i, w.c_o);
+      layout_.spread(table, kColTwoD, i, w.two_d);
+      layout_.spread(table, kColNoise, i, noisy_ ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0));
     }
-    walk_.template fold_chunks<kSums>(split, totals, [&](int64_t chunk, T* sums) {
+    layout_.template reduce_chunks<kSums>(split, totals, [&](int64_t chunk, T* sums) {
       if (small)
         sums_chunk<true>(outer, chunk, table, sums);
       else
@@ -54,15 +54,15 @@ class ColumnBackward {
     keep_slots(outer, table, totals);
     if (!p_.output.data) return;
     set_input_constants(outer, table, totals);
-    for_range(p_.pool, split, walk_.chunks(), [&](int64_t begin, int64_t end) {
+    for_range(p_.pool, split, layout_.chunks(), [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) input_chunk(outer, chunk, table);
     });
   }
 
   NN_HD GradientConstants<V> constants(const T* t, int64_t c) const {
-    return {walk_.transform(t, c),
-            {walk_.vector(t, kColCe, c), walk_.vector(t, kColCr, c), walk_.vector(t, kColCo, c),
-             walk_.vector(t, kColTwoD, c)}};
+    return {layout_.transform(t, c),
+            {layout_.vector(t, kColCe, c), layout_.vector(t, kColCr, c), layout_.vector(t, kColCo, c),
+             layout_.vector(t, kColTwoD, c)}};
   }
 
   static Strip<const T> at(const Strip<const T>& s, int64_t row, int64_t column) {
@@ -72,42 +72,42 @@ class ColumnBackward {
     return {s.data ? s.data + row * s.step + column : nullptr, s.step};
   }
 
-  // Where G psi_h is kept: in the gradient to be written, until it is.
+  // The chunk's cache of G psi_h, which is its part of the gradient to be written.
   Strip<T> cache_strip(int64_t outer, int64_t chunk) const {
-    return walk_.keeps(p_.output) ? walk_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
+    return layout_.caches(p_.output) ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
   }
 
-  template <bool kCareful>
+  template <bool kSeries>
   void sums_chunk(int64_t outer, int64_t chunk, const T* table, T* sums) const {
-    Buffer<T> normal_buffer(noisy_ ? walk_.normal_size() : 0);
-    Buffer<T> u_buffer(walk_.buffer_size()), g_buffer(walk_.gradient_size());
-    const auto u = walk_.source(p_.input, outer, chunk, u_buffer.data());
-    const auto g = walk_.gradient(outer, chunk, g_buffer.data());
+    Buffer<T> normal_buffer(noisy_ ? layout_.normal_size() : 0);
+    Buffer<T> u_buffer(layout_.buffer_size()), g_buffer(layout_.gradient_size());
+    const auto u = layout_.source(p_.input, outer, chunk, u_buffer.data());
+    const auto g = layout_.gradient(outer, chunk, g_buffer.data());
     const auto cache = cache_strip(outer, chunk);
-    walk_.for_tiles(outer, chunk, noisy_, normal_buffer.data(), [&](int64_t row, int64_t rows, const T* z) {
-      walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+    layout_.for_tiles(outer, chunk, noisy_, normal_buffer.data(), [&](int64_t row, int64_t rows, const T* z) {
+      layout_.for_strips([&](auto partial, int64_t c, int lanes) {
         const GradientStrips<V> strips{
-            at(u, row, c), at(g, row, c), at(cache, row, c), {nullptr, 0}, {z + c, walk_.columns()}};
+            at(u, row, c), at(g, row, c), at(cache, row, c), {nullptr, 0}, {z + c, layout_.columns()}};
         GradientSums<V> s;
         V* each[kSums] = {&s.psi_h, &s.psi_h_h, &s.lmbda, &s.w, &s.w_h, &s.bias, &s.weight, &s.noise};
-        for (int k = 0; k < kSums; ++k) *each[k] = load_dense<V>(sums + k * walk_.padded() + c);
+        for (int k = 0; k < kSums; ++k) *each[k] = load_dense<V>(sums + k * layout_.padded() + c);
         const auto k = constants(table, c);
         const auto none = no_element_gradients<V>();
         if (z)
-          gradient_sums_pass<partial.value, kCareful, true, false, V>(strips, rows, lanes, k, none, s);
+          gradient_sums_pass<partial.value, kSeries, true, false, V>(strips, rows, lanes, k, none, s);
         else
-          gradient_sums_pass<partial.value, kCareful, false, false, V>(strips, rows, lanes, k, none, s);
-        for (int k = 0; k < kSums; ++k) store_dense<V>(sums + k * walk_.padded() + c, *each[k]);
+          gradient_sums_pass<partial.value, kSeries, false, false, V>(strips, rows, lanes, k, none, s);
+        for (int k = 0; k < kSums; ++k) store_dense<V>(sums + k * layout_.padded() + c, *each[k]);
       });
     });
   }
 
   void keep_slots(int64_t outer, const T* table, const double* totals) {
-    const T* noise = table + kColNoise * walk_.padded();
-    for (int64_t c = 0; c < walk_.columns(); ++c) {
-      double* slot = slots_.data() + 2 * (outer * walk_.columns() + c);
-      slot[0] = totals[5 * walk_.padded() + c];
-      slot[1] = totals[6 * walk_.padded() + c] + double(noise[c]) * totals[7 * walk_.padded() + c];
+    const T* noise = table + kColNoise * layout_.padded();
+    for (int64_t c = 0; c < layout_.columns(); ++c) {
+      double* slot = slots_.data() + 2 * (outer * layout_.columns() + c);
+      slot[0] = totals[5 * layout_.padded() + c];
+      slot[1] = totals[6 * layout_.padded() + c] + double(noise[c]) * totals[7 * layout_.padded() + c];
     }
   }
 
@@ -116,54 +116,55 @@ class ColumnBackward {
     for (int64_t i = 0; i < g_.inner; ++i) {
       const double rstd = double(GroupStats<T>(p_, outer * g_.inner + i).get(kRstd));
       const auto k = input_gradient_constants<T>(
-          walk_.group_total(totals, 0, i, weight), walk_.group_total(totals, 1, i, weight),
-          walk_.group_total(totals, 2, i, weight), walk_.group_total(totals, 3, i),
-          walk_.group_total(totals, 4, i), double(g_.group_size()), rstd, 1.0, p_.frozen);
-      walk_.spread(table, kColDirect, i, k.direct);
-      walk_.spread(table, kColLmbda, i, k.lmbda);
-      walk_.spread(table, kColOffset, i, k.offset);
-      walk_.spread(table, kColSlope, i, k.slope);
+          {layout_.group_total(totals, 0, i, weight), layout_.group_total(totals, 1, i, weight),
+           layout_.group_total(totals, 2, i, weight), layout_.group_total(totals, 3, i),
+           layout_.group_total(totals, 4, i)},
+          double(g_.group_size()), rstd, p_.frozen);
+      layout_.spread(table, kColDirect, i, k.direct);
+      layout_.spread(table, kColLmbda, i, k.lmbda);
+      layout_.spread(table, kColOffset, i, k.offset);
+      layout_.spread(table, kColSlope, i, k.slope);
     }
     if (!weight) return;
-    for (int64_t c = 0; c < walk_.columns(); ++c) walk_.column(table, kColDirect)[c] *= weight[c];
+    for (int64_t c = 0; c < layout_.columns(); ++c) layout_.column(table, kColDirect)[c] *= weight[c];
   }
 
   void input_chunk(int64_t outer, int64_t chunk, const T* table) const {
-    const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
-    const bool kept = walk_.keeps(p_.output);
-    Buffer<T> u_buffer(walk_.buffer_size()), g_buffer(kept ? 0 : walk_.gradient_size());
-    Buffer<T> out_buffer(walk_.buffer_size());
-    const auto u = walk_.source(p_.input, outer, chunk, u_buffer.data());
+    const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
+    const bool cached = layout_.caches(p_.output);
+    Buffer<T> u_buffer(layout_.buffer_size()), g_buffer(cached ? 0 : layout_.gradient_size());
+    Buffer<T> out_buffer(layout_.buffer_size());
+    const auto u = layout_.source(p_.input, outer, chunk, u_buffer.data());
     const auto g =
-        kept ? Strip<const T>{nullptr, 0} : walk_.gradient(outer, chunk, g_buffer.data());
-    const auto out = walk_.target(p_.output, outer, chunk, out_buffer.data());
-    walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+        cached ? Strip<const T>{nullptr, 0} : layout_.gradient(outer, chunk, g_buffer.data());
+    const auto out = layout_.target(p_.output, outer, chunk, out_buffer.data());
+    layout_.for_strips([&](auto partial, int64_t c, int lanes) {
       const GradientStrips<V> strips{at(u, 0, c),
                                      {g.data + c, g.step},
-                                     kept ? at(out, 0, c) : Strip<T>{nullptr, 0},
+                                     cached ? at(out, 0, c) : Strip<T>{nullptr, 0},
                                      {nullptr, 0},
                                      {nullptr, 0}};
-      const InputGradient<V> k{walk_.vector(table, kColDirect, c), walk_.vector(table, kColLmbda, c),
-                               walk_.vector(table, kColOffset, c), walk_.vector(table, kColSlope, c)};
+      const InputGradient<V> k{layout_.vector(table, kColDirect, c), layout_.vector(table, kColLmbda, c),
+                               layout_.vector(table, kColOffset, c), layout_.vector(table, kColSlope, c)};
       const auto none = no_element_gradients<V>();
-      if (kept)
-        input_gradient_pass<partial.value, Kept::kThroughH, false, V>(strips, at(out, 0, c), rows, lanes,
+      if (cached)
+        input_gradient_pass<partial.value, Cached::kThroughH, false, V>(strips, at(out, 0, c), rows, lanes,
                                                                       constants(table, c), none, k);
       else
-        input_gradient_pass<partial.value, Kept::kNothing, false, V>(strips, at(out, 0, c), rows, lanes,
+        input_gradient_pass<partial.value, Cached::kNothing, false, V>(strips, at(out, 0, c), rows, lanes,
                                                                      constants(table, c), none, k);
     });
-    walk_.join_sum_gradient(outer, chunk, out);
-    walk_.deliver(p_.output, outer, chunk, out_buffer.data());
+    layout_.add_sum_gradient(outer, chunk, out);
+    layout_.store(p_.output, outer, chunk, out_buffer.data());
   }
 
   void add_slots() {
     T* bias = static_cast<T*>(p_.grad_bias);
     T* weight = static_cast<T*>(p_.grad_weight);
-    for (int64_t c = 0; c < walk_.columns(); ++c) {
+    for (int64_t c = 0; c < layout_.columns(); ++c) {
       double b = 0, w = 0;
       for (int64_t o = 0; o < g_.outer; ++o) {
-        const double* slot = slots_.data() + 2 * (o * walk_.columns() + c);
+        const double* slot = slots_.data() + 2 * (o * layout_.columns() + c);
         b += slot[0], w += slot[1];
       }
       if (bias) bias[c] = T(b);
@@ -171,7 +172,7 @@ class ColumnBackward {
     }
   }
 
-  ColumnWalk<T> walk_;
+  ColumnLayout<T> layout_;
   const cpu::Problem& p_;
   const Geometry& g_;
   const bool noisy_;

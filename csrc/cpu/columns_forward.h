@@ -1,4 +1,4 @@
-// The forward rounds of a columns walk.
+// The forward pass in the columns layout.
 #pragma once
 
 #include "columns.h"
@@ -11,14 +11,14 @@ class ColumnForward {
  public:
   using V = VectorOf<T>;
 
-  explicit ColumnForward(const cpu::Problem& p) : walk_(p), p_(p), g_(p.geometry) {}
+  explicit ColumnForward(const cpu::Problem& p) : layout_(p), p_(p), g_(p.geometry) {}
 
   void run() {
-    const bool split = walk_.split_matrix();
+    const bool split = layout_.split_matrix();
     for_range(p_.pool, !split, g_.outer, [&](int64_t begin, int64_t end) {
-      Buffer<T> table(kColumnRows * walk_.padded());
-      Buffer<double> totals(4 * walk_.padded());
-      table.zero(kColumnRows * walk_.padded());
+      Buffer<T> table(kColumnRows * layout_.padded());
+      Buffer<double> totals(4 * layout_.padded());
+      table.zero(kColumnRows * layout_.padded());
       for (int64_t o = begin; o < end; ++o) forward(o, split, table.data(), totals.data());
     });
   }
@@ -27,11 +27,11 @@ class ColumnForward {
   void forward(int64_t outer, bool split, T* table, double* totals) {
     if (!p_.frozen) {
       moments_round(outer, split);
-      walk_.spread_transform(table, outer);
+      layout_.spread_transform(table, outer);
       lambda_round(outer, split, table, totals);
     }
-    walk_.spread_transform(table, outer);
-    const bool cached = !p_.frozen && walk_.keeps(p_.output);
+    layout_.spread_transform(table, outer);
+    const bool cached = !p_.frozen && layout_.caches(p_.output);
     From from = cached ? From::kLog : From::kInput;
     if (p_.noise.on && !p_.noise.given_scale) {
       noise_scale_rounds(outer, split, cached, table, totals);
@@ -39,25 +39,25 @@ class ColumnForward {
     }
     for (int64_t i = 0; i < g_.inner; ++i) {
       const double s = double(GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
-      walk_.spread(table, kColNoise, i, p_.noise.on ? T(p_.noise.train * s) : T(0));
+      layout_.spread(table, kColNoise, i, p_.noise.on ? T(p_.noise.train * s) : T(0));
     }
-    for (int64_t c = 0; c < walk_.columns(); ++c) {
-      walk_.column(table, kColWeight)[c] = p_.weight ? static_cast<const T*>(p_.weight)[c] : T(1);
-      walk_.column(table, kColBias)[c] = p_.bias ? static_cast<const T*>(p_.bias)[c] : T(0);
+    for (int64_t c = 0; c < layout_.columns(); ++c) {
+      layout_.column(table, kColWeight)[c] = p_.weight ? static_cast<const T*>(p_.weight)[c] : T(1);
+      layout_.column(table, kColBias)[c] = p_.bias ? static_cast<const T*>(p_.bias)[c] : T(0);
     }
     output_round(outer, split, from, table);
   }
 
-  // Each chunk's columns are summed around the chunk's first row, then around the rounded mean that gives.
+  // A chunk's columns are summed around its first row, then around the mean that this gives, rounded.
   void moments_round(int64_t outer, bool split) {
-    const int64_t padded = walk_.padded();
-    Buffer<Moments> parts(walk_.chunks() * g_.inner);
-    for_range(p_.pool, split, walk_.chunks(), [&](int64_t begin, int64_t end) {
-      Buffer<T> sums(3 * padded), buffer(walk_.buffer_size());
+    const int64_t padded = layout_.padded();
+    Buffer<Moments> parts(layout_.chunks() * g_.inner);
+    for_range(p_.pool, split, layout_.chunks(), [&](int64_t begin, int64_t end) {
+      Buffer<T> sums(3 * padded), buffer(layout_.buffer_size());
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        if (p_.addend.data) walk_.join_addend(outer, chunk);
-        moments_chunk(walk_.source(normalized(p_), outer, chunk, buffer.data()), chunk, sums.data());
-        const double rows = double(walk_.chunk_end(chunk) - walk_.chunk_begin(chunk));
+        if (p_.addend.data) layout_.add_addend(outer, chunk);
+        moments_chunk(layout_.source(normalized(p_), outer, chunk, buffer.data()), chunk, sums.data());
+        const double rows = double(layout_.chunk_end(chunk) - layout_.chunk_begin(chunk));
         for (int64_t i = 0; i < g_.inner; ++i) {
           Moments group;
           for (int64_t c = i * g_.length; c < (i + 1) * g_.length; ++c)
@@ -69,7 +69,7 @@ class ColumnForward {
     });
     for (int64_t i = 0; i < g_.inner; ++i) {
       Moments group;
-      for (int64_t chunk = 0; chunk < walk_.chunks(); ++chunk)
+      for (int64_t chunk = 0; chunk < layout_.chunks(); ++chunk)
         group = merge(group, parts[chunk * g_.inner + i]);
       GroupStats<T> stats(p_, outer * g_.inner + i);
       stats.set_moments(group, p_.eps);
@@ -78,8 +78,8 @@ class ColumnForward {
   }
 
   void moments_chunk(Strip<const T> u, int64_t chunk, T* sums) const {
-    const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk), padded = walk_.padded();
-    walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+    const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk), padded = layout_.padded();
+    layout_.for_strips([&](auto partial, int64_t c, int lanes) {
       const Strip<const T> strip{u.data + c, u.step};
       const V pilot = read<partial.value, V>(strip.data, lanes);
       const V sum = sum_pass<partial.value, V>(strip, rows, lanes, pilot);
@@ -92,17 +92,17 @@ class ColumnForward {
   }
 
   void lambda_round(int64_t outer, bool split, const T* table, double* totals) {
-    const int64_t padded = walk_.padded();
-    const bool cached = walk_.keeps(p_.output);
-    walk_.template fold_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
-      const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
-      Buffer<T> buffer(walk_.buffer_size());
-      const auto u = walk_.source(normalized(p_), outer, chunk, buffer.data());
+    const int64_t padded = layout_.padded();
+    const bool cached = layout_.caches(p_.output);
+    layout_.template reduce_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
+      const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
+      Buffer<T> buffer(layout_.buffer_size());
+      const auto u = layout_.source(normalized(p_), outer, chunk, buffer.data());
       const auto cache = cache_strip(outer, chunk, cached);
-      walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+      layout_.for_strips([&](auto partial, int64_t c, int lanes) {
         const V zero = splat<V>(0);
         LambdaTerms<V> s{zero, zero, zero, zero};
-        const auto h = walk_.transform(table, c).standardize;
+        const auto h = layout_.transform(table, c).standardize;
         if (cached)
           lambda_pass<partial.value, true, V>({u.data + c, u.step}, {cache.data + c, cache.step}, rows, lanes,
                                               h, s);
@@ -116,29 +116,27 @@ class ColumnForward {
     });
     for (int64_t i = 0; i < g_.inner; ++i) {
       GroupStats<T> stats(p_, outer * g_.inner + i);
-      const double given = double(stats.get(kNoiseScale));
-      stats.set_lambda({{walk_.group_total(totals, 0, i), walk_.group_total(totals, 1, i),
-                         walk_.group_total(totals, 2, i), walk_.group_total(totals, 3, i)}},
+      stats.set_lambda({{layout_.group_total(totals, 0, i), layout_.group_total(totals, 1, i),
+                         layout_.group_total(totals, 2, i), layout_.group_total(totals, 3, i)}},
                        double(g_.group_size()), p_);
-      if (p_.noise.given_scale) stats.set(kNoiseScale, given);
     }
   }
 
-  // The part of the output that serves as the chunk's cache.
+  // The chunk's cache, which is its part of the output.
   Strip<T> cache_strip(int64_t outer, int64_t chunk, bool cached) const {
-    return cached ? walk_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
+    return cached ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
   }
 
-  // One sum over x for each column: pass(chunk, u, cache, column, partial, lanes) returns a strip's.
+  // One sum for each column: pass(partial, u, cache, rows, lanes, column) returns a strip's.
   template <class F>
   void sum_round(int64_t outer, bool split, bool cached, double* totals, F pass) const {
-    walk_.template fold_chunks<1>(split, totals, [&](int64_t chunk, T* sums) {
-      Buffer<T> buffer(cached ? 0 : walk_.buffer_size());
+    layout_.template reduce_chunks<1>(split, totals, [&](int64_t chunk, T* sums) {
+      Buffer<T> buffer(cached ? 0 : layout_.buffer_size());
       const auto u =
-          cached ? Strip<const T>{nullptr, 0} : walk_.source(normalized(p_), outer, chunk, buffer.data());
+          cached ? Strip<const T>{nullptr, 0} : layout_.source(normalized(p_), outer, chunk, buffer.data());
       const auto cache = cache_strip(outer, chunk, cached);
-      const int64_t rows = walk_.chunk_end(chunk) - walk_.chunk_begin(chunk);
-      walk_.for_strips([&](auto partial, int64_t c, int lanes) {
+      const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
+      layout_.for_strips([&](auto partial, int64_t c, int lanes) {
         store_dense<V>(sums + c, pass(partial, Strip<const T>{u.data + c, u.step},
                                       Strip<T>{cache.data + c, cache.step}, rows, lanes, c));
       });
@@ -150,43 +148,43 @@ class ColumnForward {
     const V zero = splat<V>(0);
     sum_round(outer, split, cached, totals,
               [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
-                const auto k = walk_.transform(table, c);
+                const auto k = layout_.transform(table, c);
                 return cached ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, zero)
                               : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, zero);
               });
     for (int64_t i = 0; i < g_.inner; ++i)
-      walk_.spread(table, kColCentre, i, T(walk_.group_total(totals, 0, i) / count));
+      layout_.spread(table, kColCentre, i, T(layout_.group_total(totals, 0, i) / count));
     sum_round(
         outer, split, cached, totals,
         [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
-          const auto k = walk_.transform(table, c);
-          const V centre = walk_.vector(table, kColCentre, c);
+          const auto k = layout_.transform(table, c);
+          const V centre = layout_.vector(table, kColCentre, c);
           return cached
                      ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, zero)
                      : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, zero);
         });
     for (int64_t i = 0; i < g_.inner; ++i)
-      GroupStats<T>(p_, outer * g_.inner + i).set(kNoiseScale, walk_.group_total(totals, 0, i) / count);
+      GroupStats<T>(p_, outer * g_.inner + i).set(kNoiseScale, layout_.group_total(totals, 0, i) / count);
   }
 
   void output_round(int64_t outer, bool split, From from, const T* table) {
-    for_range(p_.pool, split, walk_.chunks(), [&](int64_t begin, int64_t end) {
-      Buffer<T> normal_buffer(p_.noise.on ? walk_.normal_size() : 0);
-      Buffer<T> in_buffer(walk_.buffer_size()), out_buffer(walk_.buffer_size());
-      Buffer<T> residual_buffer(p_.residual.data ? walk_.buffer_size() : 0);
+    for_range(p_.pool, split, layout_.chunks(), [&](int64_t begin, int64_t end) {
+      Buffer<T> normal_buffer(p_.noise.on ? layout_.normal_size() : 0);
+      Buffer<T> in_buffer(layout_.buffer_size()), out_buffer(layout_.buffer_size());
+      Buffer<T> residual_buffer(p_.residual.data ? layout_.buffer_size() : 0);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const auto u = from == From::kInput ? walk_.source(normalized(p_), outer, chunk, in_buffer.data())
+        const auto u = from == From::kInput ? layout_.source(normalized(p_), outer, chunk, in_buffer.data())
                                             : Strip<const T>{nullptr, 0};
-        const auto out = walk_.target(p_.output, outer, chunk, out_buffer.data());
-        const auto residual = walk_.residual(outer, chunk, residual_buffer.data());
-        walk_.for_tiles(outer, chunk, p_.noise.on, normal_buffer.data(),
+        const auto out = layout_.target(p_.output, outer, chunk, out_buffer.data());
+        const auto residual = layout_.residual(outer, chunk, residual_buffer.data());
+        layout_.for_tiles(outer, chunk, p_.noise.on, normal_buffer.data(),
                         [&](int64_t row, int64_t rows, const T* z) {
                           const Strip<const T> tile_u{u.data + row * u.step, u.step};
                           const Strip<T> tile_out{out.data + row * out.step, out.step};
                           output_tile(from, tile_u, tile_out, rows, z, table);
-                          walk_.finish_output(tile_out, {residual.data + row * residual.step, residual.step}, rows);
+                          layout_.apply_epilogue(tile_out, {residual.data + row * residual.step, residual.step}, rows);
                         });
-        walk_.deliver(p_.output, outer, chunk, out_buffer.data());
+        layout_.store(p_.output, outer, chunk, out_buffer.data());
       }
     });
   }
@@ -202,19 +200,18 @@ class ColumnForward {
     }
   }
 
-  // A cache, where there is one, is the output itself.
   template <From kFrom>
   void output_tile(Strip<const T> u, Strip<T> out, int64_t rows, const T* z, const T* table) const {
-    walk_.for_strips([&](auto partial, int64_t c, int lanes) {
-      const auto k = walk_.transform(table, c);
+    layout_.for_strips([&](auto partial, int64_t c, int lanes) {
+      const auto k = layout_.transform(table, c);
       const Strip<const T> from{u.data + c, u.step};
       const Strip<T> to{out.data + c, out.step};
-      const Affinity<V> a{walk_.vector(table, kColWeight, c),
-                          walk_.vector(table, kColBias, c),
-                          walk_.vector(table, kColNoise, c),
+      const OutputParams<V> a{layout_.vector(table, kColWeight, c),
+                          layout_.vector(table, kColBias, c),
+                          layout_.vector(table, kColNoise, c),
                           {nullptr, 0},
                           {nullptr, 0},
-                          {z + c, walk_.columns()}};
+                          {z + c, layout_.columns()}};
       if (z)
         output_pass<partial.value, kFrom, true, false, V>(from, to, to, rows, lanes, k, a);
       else
@@ -222,7 +219,7 @@ class ColumnForward {
     });
   }
 
-  ColumnWalk<T> walk_;
+  ColumnLayout<T> layout_;
   const cpu::Problem& p_;
   const Geometry& g_;
 };

@@ -1,4 +1,4 @@
-// Chooses the instruction set once per process.
+// Chooses the instruction set, once per process.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -12,11 +12,11 @@ namespace {
 
 struct Candidate {
   const char* name;
-  const Kernels* kernels;  // null: not in this build
+  const Kernels* kernels;  // null where this build lacks it
   bool runs;
 };
 
-// Best first.
+// The fastest first.
 struct Candidates {
   Candidate list[3];
   int count = 0;

@@ -1,5 +1,5 @@
-// The CPU kernels for one instruction set. This file is compiled once for each of them, with NN_KERNEL_TABLE
-// naming the function that hands its table out.
+// The CPU kernels for one instruction set. This file is compiled once for each; NN_KERNEL_TABLE is the name of the
+// function that returns the table.
 #include "columns_backward.h"
 #include "columns_forward.h"
 #include "projected.h"
@@ -25,8 +25,8 @@ void backward_computed(const cpu::Problem& p) {
     RowBackward<T>(p).run();
 }
 
-// float64 spends its time in the C library's logarithm and exponential, which no instruction set of ours
-// speeds up: its kernels are built once, in the generic table.
+// float64 spends its time in the C library's logarithm and exponential, which do not depend on these instruction sets:
+// its kernels are compiled once, in the generic table.
 #if defined(NN_GENERIC)
 void forward(const cpu::Problem& p) {
   if (p.storage == Storage::kFloat64)

@@ -1,10 +1,10 @@
-// Standard normals for a run of canonical positions: Philox over lanes, then Box-Muller over lanes.
+// Standard normals for a run of elements: Philox, then Box-Muller, both vectorised.
 #pragma once
 
 #include "../common/params.h"
 #include "../math/normals.h"
 #include "../math/philox.h"
-#include "vector.h"
+#include "simd.h"
 
 namespace normnorm {
 namespace {
@@ -22,7 +22,7 @@ struct NoiseSource {
   NoiseOrder order;
 };
 
-// Products of 32-bit words in 64-bit lanes; the upper halves of `a` are ignored.
+// Products of 32-bit words, in 64-bit lanes; the upper halves of `a` are ignored.
 NN_HD VUInt64 multiply_words(VUInt64 a, uint32_t b) {
 #if defined(__AVX512F__)
   return (VUInt64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -35,12 +35,12 @@ NN_HD VUInt64 multiply_words(VUInt64 a, uint32_t b) {
 #endif
 }
 
-// Four words for each counter of a vector of 64-bit lanes (only the low halves are meaningful afterwards).
+// The four words of a counter, in 64-bit lanes; the upper halves have no meaning.
 struct PhiloxLanes {
   VUInt64 c0, c1, c2, c3;
 };
 
-// The keys of all rounds, made once for a buffer of counters.
+// The keys of all rounds.
 struct LaneKeys {
   uint64_t key0[kPhiloxRounds], key1[kPhiloxRounds];
 
@@ -52,14 +52,14 @@ struct LaneKeys {
   }
 };
 
-constexpr int kNoiseBatch = 4 * kLanes<VFloat>;  // normals made together
-constexpr int kWordBatches = 2;  // batches whose words are made together: one chain is too long alone
+constexpr int kNoiseBatch = 4 * kLanes<VFloat>;  // normals computed together
+constexpr int kWordBatches = 2;                  // batches whose words are computed together, to overlap their chains
 
-// Which quad of a batch a lane works on: such that transposing the 4 x 4 blocks that lie within 128 bits,
-// which is cheap, leaves the quads in order.
+// The quad of a batch that a lane computes. Transposing 4 x 4 blocks within 128 bits, which is cheap, then leaves the
+// quads in order.
 NN_HD constexpr int quad_of_lane(int lane) { return lane % 4 * (kLanes<VFloat> / 4) + lane / 4; }
 
-// The counters of kWordBatches batches from first_quad on, a half batch of quads in each of `state`.
+// The words of kWordBatches batches from first_quad on; each element of `state` has the quads of half a batch.
 constexpr int kPhiloxStates = 2 * kWordBatches;
 NN_HD void philox_lanes(PhiloxLanes (&state)[kPhiloxStates], uint64_t first_quad, const LaneKeys& keys,
                         uint32_t stream) {
@@ -70,7 +70,7 @@ NN_HD void philox_lanes(PhiloxLanes (&state)[kPhiloxStates], uint64_t first_quad
     const VUInt64 quad = place + (first_quad + uint64_t(k / 2) * kLanes<VFloat>);
     state[k] = {quad, quad >> 32, VUInt64{} + uint64_t(stream), VUInt64{}};
   }
-#pragma GCC unroll 10  // or a fifth of the loop moves results to where the next round wants its operands
+#pragma GCC unroll 10  // otherwise a fifth of the instructions would be moves between registers
   for (int round = 0; round < kPhiloxRounds; ++round) {
     for (PhiloxLanes& s : state) {
       const VUInt64 p0 = multiply_words(s.c0, kPhiloxM0), p1 = multiply_words(s.c2, kPhiloxM1);
@@ -91,7 +91,7 @@ NN_HD VUInt32 low_halves(VUInt64 a, VUInt64 b) {
 #endif
 }
 
-// Pairs of a and b within every 128 bits: a0 b0 a1 b1 from the lower half, a2 b2 a3 b3 from the upper one.
+// Interleaves a and b within every 128 bits: a0 b0 a1 b1 from the lower halves, a2 b2 a3 b3 from the upper halves.
 NN_HD VFloat zip_low(VFloat a, VFloat b) {
 #if defined(__AVX512F__)
   return _mm512_unpacklo_ps(a, b);
@@ -111,13 +111,13 @@ NN_HD VFloat zip_high(VFloat a, VFloat b) {
 #endif
 }
 
-// One batch takes three steps over the same memory: words, radii, normals. Taken one after the other for a
-// whole buffer, each is a loop whose dependent chain is short enough for the processor to overlap its
-// iterations; in one loop the chain of Philox, logarithm, root and sine would cost twice the time.
+// A buffer is filled in three loops over the same memory: words, radii, normals. The dependent chain of each is short
+// enough for the processor to overlap iterations; one loop over all of it would take twice the time.
+
 NN_HD void store_words(float* z, VUInt32 words) { store_dense<VFloat>(z, bit_cast<VFloat>(words)); }
 NN_HD VUInt32 load_words(const float* z) { return bit_cast<VUInt32>(load_dense<VFloat>(z)); }
 
-// Words 0, 1, 2 and 3 of kLanes quads, a vector each, for kWordBatches batches.
+// For each of kWordBatches batches, a vector of the quads' words 0, one of their words 1, and so on.
 NN_HD void word_batches(float* z, uint64_t first_quad, const LaneKeys& keys, uint32_t stream) {
   constexpr int w = kLanes<VFloat>;
   PhiloxLanes state[kPhiloxStates];
@@ -137,7 +137,7 @@ NN_HD void radius_batch(float* z) {
   store_dense<VFloat>(z + 2 * w, box_muller_radius<VFloat>(load_words(z + 2 * w)));
 }
 
-// Multiplies radii and angles, and puts the four normals of a quad side by side.
+// Normals from radii and angles; the four of a quad become neighbours.
 NN_HD void normal_batch(float* z) {
   constexpr int w = kLanes<VFloat>;
   const SinCos<VFloat> even = sincos_turn<VFloat>(load_words(z + w)),
@@ -159,10 +159,10 @@ NN_HD void normal_quad(double* z, uint64_t quad, const NoiseSource& source) {
   z[0] = even.first, z[1] = even.second, z[2] = odd.first, z[3] = odd.second;
 }
 
-// How far behind z[count-1] a call may write, and how far the first normal may lie behind the buffer's start.
+// The elements that a buffer needs beyond `count`: up to 3 before the first normal, and the rest of the last batches.
 constexpr int kNoiseSlack = kWordBatches * kNoiseBatch + 4;
 
-// Normals of `count` positions from `position` on; returns where the first one lies within `buffer`.
+// The normals of `count` positions from `position` on; returns the address of the first, in `buffer`.
 inline const float* dense_normals(float* buffer, int64_t position, int64_t count, const NoiseSource& source) {
   const uint64_t first = uint64_t(position) / 4;
   const int64_t skip = position % 4;
@@ -195,13 +195,11 @@ NN_HD double scalar_normal(uint64_t index, const NoiseSource& source, double) {
   return index % 2 ? pair.second : pair.first;
 }
 
-// Normals of `count` positions of the walk, whatever the canonical order is; `buffer` holds count +
-// kNoiseSlack.
+// The normals of `count` elements in the order of the layout; `buffer` has count + kNoiseSlack elements.
 template <class T>
 inline const T* normals(T* buffer, int64_t position, int64_t count, const NoiseSource& source) {
   if (!source.order.transposed) return dense_normals(buffer, position, count, source);
-  // The walk meets the canonical order across its grain (an input whose memory format changed between forward
-  // and backward): one counter an element, correct and slow.
+  // One counter per element, which is slow: the input's memory format changed between forward and backward.
   for (int64_t i = 0; i < count; ++i)
     buffer[i] = scalar_normal(transposed_index(source.order, position + i), source, T());
   return buffer;

@@ -1,10 +1,9 @@
-// The sum of the projected error function over a block of projections, whose slopes take their place: one pass
-// over memory that a matrix product has just written.
+// The sum of the projected error function over projections, which its slopes overwrite: one pass over memory that a
+// matrix product has just written.
 #pragma once
 
 #include "../math/projected_error.h"
-#include "storage.h"
-#include "workspace.h"
+#include "reduce.h"
 
 namespace normnorm {
 namespace {
@@ -16,7 +15,7 @@ class ProjectedSum {
 
   double run() {
     const int64_t parts = ceil_div(p_.count, kPart);
-    return fold_parts<Sum>(p_.pool, parts > 1, parts, [&](int64_t i) {
+    return reduce_parts<Sum>(p_.pool, parts > 1, parts, [&](int64_t i) {
              const int64_t begin = i * kPart, count = smaller(kPart, p_.count - begin);
              return p_.slopes ? part<true>(data_ + begin, count) : part<false>(data_ + begin, count);
            })
@@ -29,8 +28,8 @@ class ProjectedSum {
     double value = 0;
     void add(const Sum& other) { value += other.value; }
   };
-  static constexpr int64_t kPart = 8192;  // elements; a few microseconds
-  static constexpr int64_t kRun = 32 * kLanes<V>;  // elements that are summed in T
+  static constexpr int64_t kPart = 8192;           // elements, a few microseconds
+  static constexpr int64_t kRun = 32 * kLanes<V>;  // elements summed in T
 
   template <bool kSlopes>
   static Sum part(T* data, int64_t count) {

@@ -1,29 +1,28 @@
-// The rows walk: a group is a few runs of contiguous elements (NCHW channels, rows of a layer norm, ...).
+// The rows layout: a group is a few runs of contiguous elements (NCHW channels, rows of a layer norm, ...).
 //
-// Groups are cut into blocks small enough for the first-level cache: pieces of a run, or, where runs are
-// short and nothing changes from run to run, several runs gathered into a buffer.
+// Groups are cut into blocks that fit the first-level cache: pieces of a run or, where runs are short and have the same
+// weight and bias, several runs gathered into a buffer.
 #pragma once
 
-#include <type_traits>
-
-#include "group_stats.h"
-#include "joined.h"
+#include "epilogue.h"
 #include "noise.h"
-#include "workspace.h"
+#include "reduce.h"
 
 namespace normnorm {
 namespace {
 
-constexpr int64_t kBlock = 2048;       // elements of a block
+constexpr int64_t kBlock = 2048;       // elements in a block
 constexpr int64_t kShortRun = 512;     // shorter runs are gathered
-constexpr int64_t kScratch = 1 << 18;  // a group up to this size keeps its cache in a thread's scratch memory
-constexpr int64_t kSmallGroup = 8192;  // a group up to this size keeps a second one in the backward pass
-constexpr int64_t kMaxBundle = 16;     // groups that go through the rounds together
+constexpr int64_t kScratch = 1 << 18;  // groups up to this size cache intermediate values in a thread's scratch memory
+constexpr int64_t kSmallGroup = 8192;  // groups up to this size cache a second value in the backward pass
+constexpr int64_t kMaxBundle = 16;     // groups processed together
 
+// Part of a run, or `runs` whole runs, from element `offset` of run `run` on.
 struct Block {
   int64_t run, runs, offset, size;
 };
 
+// How every group is cut into blocks.
 class BlockPlan {
  public:
   BlockPlan(const Geometry& g, bool gather) : runs_(g.runs), length_(g.length) {
@@ -52,12 +51,13 @@ struct GroupIndex {
   int64_t outer, inner, group;
 };
 
+// Access to the blocks of a problem in the rows layout.
 template <class T>
-class RowWalk {
+class RowLayout {
  public:
   using V = VectorOf<T>;
 
-  explicit RowWalk(const cpu::Problem& p)
+  explicit RowLayout(const cpu::Problem& p)
       : p_(p),
         g_(p.geometry),
         half_(stored_as_half(p.storage)),
@@ -69,22 +69,20 @@ class RowWalk {
   int64_t group_size() const { return g_.group_size(); }
   GroupIndex index(int64_t group) const { return {group / g_.inner, group % g_.inner, group}; }
 
-  // Few large groups are cut up among the threads; many are handed out whole, each staying in one core's cache.
+  // Whether threads share each group, which few large groups need; otherwise each group stays in one core's cache.
   bool split_groups() const {
     return g_.groups() < 4 * int64_t(p_.pool.threads) && plan_.blocks() >= 2 * int64_t(p_.pool.threads);
   }
 
-  // Small groups go through the rounds a bundle at a time, so that the end of one group's reduction overlaps
-  // the beginning of the next one's.
+  // The number of small groups processed together, so that the end of one's reduction overlaps the start of the next's.
   int64_t bundle() const {
     return split_groups() ? 1 : clamped(kBlock / (group_size() > 0 ? group_size() : 1), 1, kMaxBundle);
   }
 
-  // Whether groups keep their cache in scratch memory of bundle() x group_size() elements.
+  // Whether groups have their cache in scratch memory of bundle() x group_size() elements.
   bool scratched() const { return group_size() <= kScratch; }
 
-  // The block's elements in the compute dtype: where they lie, or brought together in `buffer` (kBlock
-  // elements).
+  // The block's elements in the compute dtype: in place, or copied to `buffer` of kBlock elements.
   const T* fetch(const Operand& from, const GroupIndex& at, const Block& b, T* buffer) const {
     const int64_t offset = locate(from, at, b);
     if (b.runs == 1 && !half_) return static_cast<const T*>(from.data) + offset;
@@ -93,32 +91,32 @@ class RowWalk {
       load_run(p_.storage, from.data, offset + r * from.stride.run, buffer + r * length, length);
     return buffer;
   }
+  // Where to write the block in the compute dtype, in place or to `buffer`; store() then copies the buffer.
   T* destination(const Operand& to, const GroupIndex& at, const Block& b, T* buffer) const {
     return b.runs == 1 && !half_ ? static_cast<T*>(to.data) + locate(to, at, b) : buffer;
   }
-  void deliver(const Operand& to, const GroupIndex& at, const Block& b, const T* buffer) const {
+  void store(const Operand& to, const GroupIndex& at, const Block& b, const T* buffer) const {
     if (b.runs == 1 && !half_) return;
     const int64_t offset = locate(to, at, b), length = b.runs == 1 ? b.size : g_.length;
     for (int64_t r = 0; r < b.runs; ++r)
       store_run(p_.storage, to.data, offset + r * to.stride.run, buffer + r * length, length);
   }
 
-  // Writes the block of the sum that is normalized in place of the input.
-  void join_addend(const GroupIndex& at, const Block& b) const {
+  // sum = input + addend
+  void add_addend(const GroupIndex& at, const Block& b) const {
     T u_buffer[kBlock], addend_buffer[kBlock], sum_buffer[kBlock];
     add_row(destination(p_.sum, at, b, sum_buffer), fetch(p_.input, at, b, u_buffer),
             fetch(p_.addend, at, b, addend_buffer), b.size);
-    deliver(p_.sum, at, b, sum_buffer);
+    store(p_.sum, at, b, sum_buffer);
   }
 
-  // What stands behind the affine map of a block.
-  void finish_output(const GroupIndex& at, const Block& b, T* out) const {
+  void apply_epilogue(const GroupIndex& at, const Block& b, T* out) const {
     if (!has_epilogue(p_)) return;
     T buffer[kBlock];
     epilogue_row(p_, out, p_.residual.data ? fetch(p_.residual, at, b, buffer) : nullptr, b.size);
   }
 
-  // The block's gradient in front of the activation.
+  // The block's gradient before the activation.
   const T* fetch_gradient(const GroupIndex& at, const Block& b, T* buffer) const {
     const T* g = fetch(p_.grad_output, at, b, buffer);
     if (!p_.relu) return g;
@@ -127,20 +125,19 @@ class RowWalk {
     return buffer;
   }
 
-  // Adds the gradient that reached the sum itself.
-  void join_sum_gradient(const GroupIndex& at, const Block& b, T* out) const {
+  void add_sum_gradient(const GroupIndex& at, const Block& b, T* out) const {
     if (!p_.grad_sum.data) return;
     T buffer[kBlock];
     add_row(out, out, fetch(p_.grad_sum, at, b, buffer), b.size);
   }
 
-  // The block's part of the group's cache: in scratch memory, or in the tensor the walk will write, or nowhere.
+  // The block's part of the group's cache: in scratch memory, in the tensor that will be written, or null.
   T* cache(const Operand& to, const GroupIndex& at, const Block& b, T* scratch) const {
     if (scratched()) return scratch + b.run * g_.length + b.offset;
     return b.runs == 1 && !half_ && to.data ? static_cast<T*>(to.data) + locate(to, at, b) : nullptr;
   }
 
-  // The block's normals; `buffer` holds kBlock + kNoiseSlack.
+  // The block's normals; `buffer` has kBlock + kNoiseSlack elements.
   const T* block_normals(const GroupIndex& at, const Block& b, T* buffer) const {
     const Strides& s = p_.noise.position;
     const int64_t position = at.outer * s.outer + at.inner * s.inner + b.run * s.run + b.offset;
@@ -152,7 +149,7 @@ class RowWalk {
     return buffer;
   }
 
-  // The weight or bias of a whole block, or `missing` where there is none (or one for each element).
+  // The weight or bias of a whole block; `missing` where there is none or it varies by element.
   T parameter(const void* values, const GroupIndex& at, const Block& b, T missing) const {
     if (!values || p_.affine == Affine::kPerElement) return missing;
     const int64_t i = p_.affine == Affine::kPerRun ? at.inner * g_.runs + b.run : at.inner;
@@ -171,15 +168,6 @@ class RowWalk {
   BlockPlan plan_;
   NoiseSource noise_;
 };
-
-// body(partial, offset, steps, lanes) over `size` contiguous elements: whole vectors, then what is left.
-template <class V, class F>
-NN_HD void for_vectors(int64_t size, F body) {
-  const int64_t whole = size / kLanes<V>;
-  if (whole) body(std::false_type(), int64_t(0), whole, kLanes<V>);
-  const int rest = int(size % kLanes<V>);
-  if (rest) body(std::true_type(), whole * kLanes<V>, int64_t(1), rest);
-}
 
 }  // namespace
 }  // namespace normnorm

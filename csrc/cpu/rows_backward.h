@@ -1,10 +1,9 @@
-// The backward pass of a rows walk: one reduction over a group, one elementwise pass, and the parameters'
-// gradients.
+// The backward pass in the rows layout: a reduction over each group, an elementwise pass for the input's gradient, and
+// the parameters' gradients.
 //
-// Weights that are constant over a block are factored out of its sums. Their gradients are collected in
-// double, one slot per (group, run), and added over the outer axis at the end. Weights that vary by element
-// (layer norm) have their gradients summed over a chunk of groups into one row per chunk; the rows are added
-// at the end.
+// A weight that is constant over a block is factored out of the block's sums. Its gradient is kept in double, one slot
+// per (group, run), and summed over the outer axis at the end. The gradients of weights that vary by element (layer
+// norm) are summed over a chunk of groups into one row per chunk; the rows are summed at the end.
 #pragma once
 
 #include "rows.h"
@@ -18,7 +17,7 @@ class RowBackward {
   using V = VectorOf<T>;
 
   explicit RowBackward(const cpu::Problem& p)
-      : walk_(p),
+      : layout_(p),
         p_(p),
         elementwise_(p.affine == Affine::kPerElement && p.weight),
         slots_per_group_(p.affine == Affine::kPerRun ? p.geometry.runs : 1),
@@ -30,10 +29,10 @@ class RowBackward {
         rows_(elementwise_ ? 2 * chunks_ * p.geometry.length : 0) {}
 
   void run() {
-    const bool split = walk_.split_groups();
+    const bool split = layout_.split_groups();
     slots_.zero(elementwise_ ? 0 : 2 * p_.geometry.groups() * slots_per_group_);
     rows_.zero(elementwise_ ? 2 * chunks_ * p_.geometry.length : 0);
-    const int64_t bundle = walk_.bundle();
+    const int64_t bundle = layout_.bundle();
     for_range(p_.pool, !split, chunks_, [&](int64_t begin, int64_t end) {
       Buffer<T> scratch(scratch_per_group() * bundle);
       const int64_t last = smaller(end * groups_per_chunk_, p_.geometry.groups());
@@ -47,17 +46,17 @@ class RowBackward {
   }
 
  private:
-  // Layers whose weights vary by element sum their gradients over chunks of groups: enough of them for the
-  // threads, long enough that the rows of partial sums stay small beside the data, short enough for float32.
+  // Chunks of groups: enough for the threads, long enough that the rows of partial sums are small beside the data,
+  // short enough to sum in float32.
   static constexpr int64_t kChunks = 64, kGroupsAtLeast = 4, kGroupsAtMost = 2048;
 
-  // Small groups keep w beside G psi_h.
-  bool keeps_w() const { return p_.output.data && walk_.group_size() <= kSmallGroup; }
+  // Small groups cache w beside G psi_h.
+  bool keeps_w() const { return p_.output.data && layout_.group_size() <= kSmallGroup; }
   int64_t scratch_per_group() const {
-    return p_.output.data && walk_.scratched() ? walk_.group_size() * (keeps_w() ? 2 : 1) : 0;
+    return p_.output.data && layout_.scratched() ? layout_.group_size() * (keeps_w() ? 2 : 1) : 0;
   }
 
-  // One group between the reduction and the elementwise pass.
+  // What the elementwise pass needs from the reduction over one group.
   struct Group {
     GroupIndex at;
     T* scratch;
@@ -71,7 +70,7 @@ class RowBackward {
     Group groups[kMaxBundle];
     for (int64_t i = 0; i < count; ++i) {
       const GroupStats<T> stats(p_, first + i);
-      groups[i] = {walk_.index(first + i),
+      groups[i] = {layout_.index(first + i),
                    scratch + i * scratch_per_group(),
                    stats.transform(p_),
                    stats.gradient(p_),
@@ -81,40 +80,39 @@ class RowBackward {
     if (!p_.output.data) return;
     for (int64_t i = 0; i < count; ++i) {
       const auto c = groups[i].constants();
-      for_range(p_.pool, split, walk_.plan().blocks(), [&](int64_t begin, int64_t end) {
+      for_range(p_.pool, split, layout_.plan().blocks(), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) input_block(groups[i], b, c);
       });
     }
   }
 
-  // The reduction over one group: its share of the parameters' gradients, and what the elementwise pass needs.
   void sums_round(Group& g, const GroupStats<T>& stats, bool split) {
     const auto c = g.constants();
     const bool small = p_.frozen || has_small_exponent(g.transform.exponents);
     const T noise = p_.noise.on && p_.grad_weight ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0);
-    const int64_t blocks = walk_.plan().blocks();
+    const int64_t blocks = layout_.plan().blocks();
     const auto sums_of = [&](int64_t b) {
       return small ? sums_block<true>(g, b, c, noise) : sums_block<false>(g, b, c, noise);
     };
     Sums<7> sums;
     if (p_.affine == Affine::kPerRun) {
       Buffer<double> run_sums(2 * blocks);
-      sums = fold_parts<Sums<7>>(p_.pool, split, blocks, [&](int64_t b) {
+      sums = reduce_parts<Sums<7>>(p_.pool, split, blocks, [&](int64_t b) {
         const auto part = sums_of(b);
         run_sums[2 * b] = part.value[5], run_sums[2 * b + 1] = part.value[6];
         return part;
       });
       for (int64_t b = 0; b < blocks; ++b) {
-        double* slot = slots_.data() + 2 * (g.at.group * slots_per_group_ + walk_.plan()[b].run);
+        double* slot = slots_.data() + 2 * (g.at.group * slots_per_group_ + layout_.plan()[b].run);
         slot[0] += run_sums[2 * b], slot[1] += run_sums[2 * b + 1];
       }
     } else {
-      sums = fold_parts<Sums<7>>(p_.pool, split, blocks, sums_of);
+      sums = reduce_parts<Sums<7>>(p_.pool, split, blocks, sums_of);
       if (!elementwise_) slots_[2 * g.at.group] = sums.value[5], slots_[2 * g.at.group + 1] = sums.value[6];
     }
     const double* v = sums.value;
-    g.input = input_gradient_constants<T>(v[0], v[1], v[2], v[3], v[4], double(walk_.group_size()),
-                                          double(stats.get(kRstd)), 1.0, p_.frozen);
+    g.input = input_gradient_constants<T>({v[0], v[1], v[2], v[3], v[4]}, double(layout_.group_size()),
+                                          double(stats.get(kRstd)), p_.frozen);
   }
 
   ElementGradients<V> element_gradients(const GroupIndex& at, const Block& b, int64_t i, T noise) {
@@ -127,20 +125,20 @@ class RowBackward {
             splat<V>(noise)};
   }
 
-  // psi_h, psi_h h, psi_lambda, w, w h (the first three weighted), the gradients of bias and weight.
-  template <bool kCareful>
+  // The sums psi_h, psi_h h, psi_lambda, w, w h (the first three times the weight), the gradients of bias and weight.
+  template <bool kSeries>
   Sums<7> sums_block(const Group& group, int64_t index, const GradientConstants<V>& c, T noise) {
     const GroupIndex& at = group.at;
-    const Block b = walk_.plan()[index];
+    const Block b = layout_.plan()[index];
     T u_buffer[kBlock], g_buffer[kBlock];
     T normal_buffer[kBlock + kNoiseSlack];
     constexpr int64_t w = kLanes<V>;
-    const T* u = walk_.fetch(p_.input, at, b, u_buffer);
-    const T* g = walk_.fetch_gradient(at, b, g_buffer);
-    T* cache = p_.output.data ? walk_.cache(p_.output, at, b, group.scratch) : nullptr;
-    T* w_cache = keeps_w() ? cache + walk_.group_size() : nullptr;
+    const T* u = layout_.fetch(p_.input, at, b, u_buffer);
+    const T* g = layout_.fetch_gradient(at, b, g_buffer);
+    T* cache = p_.output.data ? layout_.cache(p_.output, at, b, group.scratch) : nullptr;
+    T* w_cache = keeps_w() ? cache + layout_.group_size() : nullptr;
     const bool noisy = noise != T(0);
-    const T* z = noisy ? walk_.block_normals(at, b, normal_buffer) : nullptr;
+    const T* z = noisy ? layout_.block_normals(at, b, normal_buffer) : nullptr;
     GradientSums<V> s = zero_sums<V>();
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
       const GradientStrips<V> strips{{u + i, w},
@@ -150,8 +148,8 @@ class RowBackward {
                                      {z + i, w}};
       const auto e = element_gradients(at, b, i, noise);
       const auto pass = [&](auto with_noise, auto elementwise) {
-        gradient_sums_pass<partial.value, kCareful, with_noise.value, elementwise.value, V>(strips, steps,
-                                                                                          lanes, c, e, s);
+        gradient_sums_pass<partial.value, kSeries, with_noise.value, elementwise.value, V>(strips, steps, lanes, c, e,
+                                                                                           s);
       };
       if (noisy && elementwise_)
         pass(std::true_type(), std::true_type());
@@ -162,7 +160,7 @@ class RowBackward {
       else
         pass(std::false_type(), std::false_type());
     });
-    const double weight = double(walk_.parameter(p_.weight, at, b, T(1)));
+    const double weight = double(layout_.parameter(p_.weight, at, b, T(1)));
     return {{weight * sum_lanes(s.psi_h), weight * sum_lanes(s.psi_h_h), weight * sum_lanes(s.lmbda),
              sum_lanes(s.w), sum_lanes(s.w_h), sum_lanes(s.bias),
              sum_lanes(s.weight) + double(noise) * sum_lanes(s.noise)}};
@@ -171,31 +169,31 @@ class RowBackward {
   void input_block(const Group& group, int64_t index, const GradientConstants<V>& c) {
     const GroupIndex& at = group.at;
     const InputGradient<T>& k = group.input;
-    const Block b = walk_.plan()[index];
+    const Block b = layout_.plan()[index];
     T u_buffer[kBlock], g_buffer[kBlock], out_buffer[kBlock];
     constexpr int64_t w = kLanes<V>;
-    const T* u = walk_.fetch(p_.input, at, b, u_buffer);
-    T* cache = walk_.cache(p_.output, at, b, group.scratch);
-    const T* g = cache ? nullptr : walk_.fetch_gradient(at, b, g_buffer);
-    T* out = walk_.destination(p_.output, at, b, out_buffer);
-    const InputGradient<V> kv{splat<V>(k.direct * walk_.parameter(p_.weight, at, b, T(1))), splat<V>(k.lmbda),
+    const T* u = layout_.fetch(p_.input, at, b, u_buffer);
+    T* cache = layout_.cache(p_.output, at, b, group.scratch);
+    const T* g = cache ? nullptr : layout_.fetch_gradient(at, b, g_buffer);
+    T* out = layout_.destination(p_.output, at, b, out_buffer);
+    const InputGradient<V> kv{splat<V>(k.direct * layout_.parameter(p_.weight, at, b, T(1))), splat<V>(k.lmbda),
                               splat<V>(k.offset), splat<V>(k.slope)};
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
       const GradientStrips<V> strips{
-          {u + i, w}, {g + i, w}, {cache + i, w}, {cache + walk_.group_size() + i, w}, {nullptr, 0}};
+          {u + i, w}, {g + i, w}, {cache + i, w}, {cache + layout_.group_size() + i, w}, {nullptr, 0}};
       const auto e = element_gradients(at, b, i, T(0));
       const Strip<T> to{out + i, w};
       if (keeps_w())
-        input_gradient_pass<partial.value, Kept::kBoth, false, V>(strips, to, steps, lanes, c, e, kv);
+        input_gradient_pass<partial.value, Cached::kBoth, false, V>(strips, to, steps, lanes, c, e, kv);
       else if (cache)
-        input_gradient_pass<partial.value, Kept::kThroughH, false, V>(strips, to, steps, lanes, c, e, kv);
+        input_gradient_pass<partial.value, Cached::kThroughH, false, V>(strips, to, steps, lanes, c, e, kv);
       else if (elementwise_)
-        input_gradient_pass<partial.value, Kept::kNothing, true, V>(strips, to, steps, lanes, c, e, kv);
+        input_gradient_pass<partial.value, Cached::kNothing, true, V>(strips, to, steps, lanes, c, e, kv);
       else
-        input_gradient_pass<partial.value, Kept::kNothing, false, V>(strips, to, steps, lanes, c, e, kv);
+        input_gradient_pass<partial.value, Cached::kNothing, false, V>(strips, to, steps, lanes, c, e, kv);
     });
-    walk_.join_sum_gradient(at, b, out);
-    walk_.deliver(p_.output, at, b, out_buffer);
+    layout_.add_sum_gradient(at, b, out);
+    layout_.store(p_.output, at, b, out_buffer);
   }
 
   void add_slots() {
@@ -238,7 +236,7 @@ class RowBackward {
               });
   }
 
-  RowWalk<T> walk_;
+  RowLayout<T> layout_;
   const cpu::Problem& p_;
   const bool elementwise_;
   const int64_t slots_per_group_;

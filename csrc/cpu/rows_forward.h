@@ -1,4 +1,4 @@
-// The forward rounds of a rows walk.
+// The forward pass in the rows layout.
 #pragma once
 
 #include "rows.h"
@@ -11,25 +11,24 @@ class RowForward {
  public:
   using V = VectorOf<T>;
 
-  explicit RowForward(const cpu::Problem& p) : walk_(p), p_(p) {}
+  explicit RowForward(const cpu::Problem& p) : layout_(p), p_(p) {}
 
   void run() {
-    const int64_t groups = p_.geometry.groups(), bundle = walk_.bundle();
-    const bool split = walk_.split_groups();
+    const int64_t groups = p_.geometry.groups(), bundle = layout_.bundle();
+    const bool split = layout_.split_groups();
     for_range(p_.pool, !split, groups, [&](int64_t begin, int64_t end) {
-      Buffer<T> scratch(walk_.scratched() ? bundle * walk_.group_size() : 0);
+      Buffer<T> scratch(layout_.scratched() ? bundle * layout_.group_size() : 0);
       for (int64_t g = begin; g < end; g += bundle)
         forward(g, smaller(bundle, end - g), split, scratch.data());
     });
   }
 
  private:
-  // One group on its way through the rounds.
   struct Group {
     GroupIndex at;
     GroupStats<T> stats;
     T* scratch;
-    bool logs, xs;  // what its cache holds
+    bool logs, xs;  // whether its cache holds sign(h) log(1+|h|), x
     From from() const { return xs ? From::kX : logs ? From::kLog : From::kInput; }
   };
 
@@ -38,8 +37,8 @@ class RowForward {
   void forward(int64_t first, int64_t count, bool split, T* scratch) {
     Group groups[kMaxBundle];
     for (int64_t k = 0; k < count; ++k)
-      groups[k] = {walk_.index(first + k), GroupStats<T>(p_, first + k),
-                   walk_.scratched() ? scratch + k * walk_.group_size() : scratch, false, false};
+      groups[k] = {layout_.index(first + k), GroupStats<T>(p_, first + k),
+                   layout_.scratched() ? scratch + k * layout_.group_size() : scratch, false, false};
     if (!p_.frozen) {
       for (int64_t k = 0; k < count; ++k) moments_round(groups[k], split);
       for (int64_t k = 0; k < count; ++k) lambda_round(groups[k], split);
@@ -54,7 +53,7 @@ class RowForward {
 
   template <class Part, class F>
   Part fold(bool split, F part) const {
-    return fold_parts<Part>(p_.pool, split, walk_.plan().blocks(), part);
+    return reduce_parts<Part>(p_.pool, split, layout_.plan().blocks(), part);
   }
 
   void moments_round(Group& g, bool split) const {
@@ -65,12 +64,10 @@ class RowForward {
 
   void lambda_round(Group& g, bool split) const {
     const auto c = constants(g);
-    g.logs = walk_.cache(p_.output, g.at, walk_.plan()[0], g.scratch) != nullptr;
+    g.logs = layout_.cache(p_.output, g.at, layout_.plan()[0], g.scratch) != nullptr;
     const auto sums =
         fold<Sums<4>>(split, [&](int64_t b) { return lambda_block(g.at, b, c.standardize, g.scratch); });
-    const double given = double(g.stats.get(kNoiseScale));
-    g.stats.set_lambda(sums, double(walk_.group_size()), p_);
-    if (p_.noise.given_scale) g.stats.set(kNoiseScale, given);
+    g.stats.set_lambda(sums, double(layout_.group_size()), p_);
   }
 
   T mean_x_round(Group& g, bool split) const {
@@ -78,49 +75,49 @@ class RowForward {
     const auto x =
         fold<Sums<1>>(split, [&](int64_t b) { return sum_x_block(g.at, b, c, g.logs, g.scratch); });
     g.xs = g.logs;
-    return T(x.value[0] / double(walk_.group_size()));
+    return T(x.value[0] / double(layout_.group_size()));
   }
 
   void deviation_round(Group& g, bool split, T centre) const {
     const auto c = constants(g);
     const auto deviation = fold<Sums<1>>(
         split, [&](int64_t b) { return deviation_block(g.at, b, c, g.xs, splat<V>(centre), g.scratch); });
-    g.stats.set(kNoiseScale, deviation.value[0] / double(walk_.group_size()));
+    g.stats.set(kNoiseScale, deviation.value[0] / double(layout_.group_size()));
   }
 
   void output_round(Group& g, bool split) const {
     const auto c = constants(g);
     const T noise = p_.noise.on ? T(p_.noise.train * double(g.stats.get(kNoiseScale))) : T(0);
-    for_range(p_.pool, split, walk_.plan().blocks(), [&](int64_t begin, int64_t end) {
+    for_range(p_.pool, split, layout_.plan().blocks(), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) output_block(g.at, b, c, g.from(), noise, g.scratch);
     });
   }
 
   MomentsPart moments_block(const GroupIndex& at, int64_t index) const {
-    const Block b = walk_.plan()[index];
+    const Block b = layout_.plan()[index];
     T buffer[kBlock];
-    if (p_.addend.data) walk_.join_addend(at, b);
-    const T* u = walk_.fetch(normalized(p_), at, b, buffer);
+    if (p_.addend.data) layout_.add_addend(at, b);
+    const T* u = layout_.fetch(normalized(p_), at, b, buffer);
     const V pilot = splat<V>(u[0]);
     double sum = 0;
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
       sum += sum_lanes(sum_pass<partial.value, V>({u + i, kLanes<V>}, steps, lanes, pilot));
     });
     const T centre = T(double(pilot[0]) + sum / double(b.size));
-    double shift = 0, squares = 0;
+    double offset = 0, squares = 0;
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
       const auto s = centred_pass<partial.value, V>({u + i, kLanes<V>}, steps, lanes, splat<V>(centre));
-      shift += sum_lanes(s.sum);
+      offset += sum_lanes(s.sum);
       squares += sum_lanes(s.squares);
     });
-    return {recentred_moments(double(b.size), double(centre), shift, squares)};
+    return {recentred_moments(double(b.size), double(centre), offset, squares)};
   }
 
   Sums<4> lambda_block(const GroupIndex& at, int64_t index, const Standardizer<V>& h, T* scratch) const {
-    const Block b = walk_.plan()[index];
+    const Block b = layout_.plan()[index];
     T buffer[kBlock];
-    const T* u = walk_.fetch(normalized(p_), at, b, buffer);
-    T* cache = walk_.cache(p_.output, at, b, scratch);
+    const T* u = layout_.fetch(normalized(p_), at, b, buffer);
+    T* cache = layout_.cache(p_.output, at, b, scratch);
     const V zero = splat<V>(0);
     LambdaTerms<V> sums{zero, zero, zero, zero};
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
@@ -135,17 +132,17 @@ class RowForward {
 
   Sums<1> sum_x_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, bool logs,
                       T* scratch) const {
-    const Block b = walk_.plan()[index];
+    const Block b = layout_.plan()[index];
     T buffer[kBlock];
     V sum = splat<V>(0);
     if (logs) {
-      T* cache = walk_.cache(p_.output, at, b, scratch);
+      T* cache = layout_.cache(p_.output, at, b, scratch);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = sum_x_pass<partial.value, From::kLog, V>({nullptr, 0}, {cache + i, kLanes<V>}, steps, lanes, c,
                                                        sum);
       });
     } else {
-      const T* u = walk_.fetch(normalized(p_), at, b, buffer);
+      const T* u = layout_.fetch(normalized(p_), at, b, buffer);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = sum_x_pass<partial.value, From::kInput, V>({u + i, kLanes<V>}, {nullptr, 0}, steps, lanes, c,
                                                          sum);
@@ -156,17 +153,17 @@ class RowForward {
 
   Sums<1> deviation_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, bool xs,
                           V centre, T* scratch) const {
-    const Block b = walk_.plan()[index];
+    const Block b = layout_.plan()[index];
     T buffer[kBlock];
     V sum = splat<V>(0);
     if (xs) {
-      T* cache = walk_.cache(p_.output, at, b, scratch);
+      T* cache = layout_.cache(p_.output, at, b, scratch);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = deviation_pass<partial.value, From::kX, V>({nullptr, 0}, {cache + i, kLanes<V>}, steps, lanes,
                                                          c, centre, sum);
       });
     } else {
-      const T* u = walk_.fetch(normalized(p_), at, b, buffer);
+      const T* u = layout_.fetch(normalized(p_), at, b, buffer);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = deviation_pass<partial.value, From::kInput, V>({u + i, kLanes<V>}, {nullptr, 0}, steps, lanes,
                                                              c, centre, sum);
@@ -190,22 +187,22 @@ class RowForward {
   template <From kFrom>
   void output_from(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, T noise,
                    T* scratch) const {
-    const Block b = walk_.plan()[index];
+    const Block b = layout_.plan()[index];
     T in_buffer[kBlock], out_buffer[kBlock];
     T normal_buffer[kBlock + kNoiseSlack];
-    const T* u = kFrom == From::kInput ? walk_.fetch(normalized(p_), at, b, in_buffer) : nullptr;
-    T* cache = kFrom == From::kInput ? nullptr : walk_.cache(p_.output, at, b, scratch);
-    T* out = walk_.destination(p_.output, at, b, out_buffer);
+    const T* u = kFrom == From::kInput ? layout_.fetch(normalized(p_), at, b, in_buffer) : nullptr;
+    T* cache = kFrom == From::kInput ? nullptr : layout_.cache(p_.output, at, b, scratch);
+    T* out = layout_.destination(p_.output, at, b, out_buffer);
     const bool noisy = p_.noise.on;
-    const T* z = noisy ? walk_.block_normals(at, b, normal_buffer) : nullptr;
+    const T* z = noisy ? layout_.block_normals(at, b, normal_buffer) : nullptr;
     const bool per_element = p_.affine == Affine::kPerElement && p_.weight;
     const T* weights = per_element ? static_cast<const T*>(p_.weight) + b.offset : nullptr;
     const T* biases = per_element ? static_cast<const T*>(p_.bias) + b.offset : nullptr;
-    const V weight = splat<V>(walk_.parameter(p_.weight, at, b, T(1)));
-    const V bias = splat<V>(walk_.parameter(p_.bias, at, b, T(0)));
+    const V weight = splat<V>(layout_.parameter(p_.weight, at, b, T(1)));
+    const V bias = splat<V>(layout_.parameter(p_.bias, at, b, T(0)));
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
       constexpr int64_t w = kLanes<V>;
-      const Affinity<V> a{weight, bias, splat<V>(noise), {weights + i, w}, {biases + i, w}, {z + i, w}};
+      const OutputParams<V> a{weight, bias, splat<V>(noise), {weights + i, w}, {biases + i, w}, {z + i, w}};
       const auto pass = [&](auto with_noise, auto elementwise) {
         output_pass<partial.value, kFrom, with_noise.value, elementwise.value, V>(
             {u + i, w}, {cache + i, w}, {out + i, w}, steps, lanes, c, a);
@@ -219,11 +216,11 @@ class RowForward {
       else
         pass(std::false_type(), std::false_type());
     });
-    walk_.finish_output(at, b, out);
-    walk_.deliver(p_.output, at, b, out_buffer);
+    layout_.apply_epilogue(at, b, out);
+    layout_.store(p_.output, at, b, out_buffer);
   }
 
-  RowWalk<T> walk_;
+  RowLayout<T> layout_;
   const cpu::Problem& p_;
 };
 

@@ -1,20 +1,17 @@
-// Scratch memory and the way work is cut into parts whose sums are merged in one fixed order.
-//
-// The parts depend on the shape alone, never on the number of threads, and are always folded from the first
-// to the last: that is what makes results bitwise the same for any number of threads.
+// Scratch memory and loops over the caller's threads.
 #pragma once
 
 #include <new>
 #include <stdlib.h>
 
+#include "io.h"
 #include "problem.h"
-#include "vector.h"
 
 namespace normnorm {
 namespace {
 
-// Uninitialised, cache-line aligned, freed at the end of its scope. (No std::vector: its members would be
-// shared, as weak symbols, between files compiled for different instruction sets.)
+// Uninitialised memory, aligned to a cache line. Not std::vector, whose members are weak symbols that files compiled
+// for different instruction sets would share.
 template <class T>
 class Buffer {
  public:
@@ -42,22 +39,6 @@ inline void for_range(const cpu::ThreadPool& pool, bool parallel, int64_t count,
   pool.run(
       count, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
       &body);
-}
-
-// part(0) + part(1) + ... in that order; Part needs add().
-template <class Part, class F>
-inline Part fold_parts(const cpu::ThreadPool& pool, bool parallel, int64_t count, F part) {
-  Part total{};
-  if (!parallel || pool.threads <= 1 || count == 1) {
-    for (int64_t i = 0; i < count; ++i) total.add(part(i));
-    return total;
-  }
-  Buffer<Part> parts(count);
-  for_range(pool, true, count, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) parts[i] = part(i);
-  });
-  for (int64_t i = 0; i < count; ++i) total.add(parts[i]);
-  return total;
 }
 
 NN_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,9 +1,8 @@
-// Logarithm, power, and Box-Muller as a GPU computes them: one special-function instruction each.
+// Logarithm, power and Box-Muller in the GPU's special-function instructions.
 //
-// transform.h and normals.h hold the same formulae over portable polynomials; these forms cost a third of the
-// instructions and err by about 2^-22 absolutely, which is what float32 storage can show. Host compilers take
-// the C library instead, so that the kernels can be run and checked without a GPU. float64 is the C library
-// everywhere.
+// transform.h and normals.h have the same formulae in portable polynomials. These take a third of the instructions and
+// have an absolute error of about 2^-22. Host compilers use the C library instead, so that the kernels can run without
+// a GPU. float64 uses the C library everywhere.
 #pragma once
 
 #include "lmbda.h"
@@ -37,18 +36,18 @@ NN_MUFU(fast_cos, "cos", ::cosf(x))
 NN_HD double fast_reciprocal(double x) { return 1.0 / x; }
 NN_HD double fast_rsqrt(double x) { return 1.0 / ::sqrt(x); }
 
-// In these spellings the compiler folds them into the operands of other instructions; the bit casts of lanes.h, made for
-// vectors, it does not.
+// Unlike the bit casts of lanes.h, the compiler folds these into the operands of other instructions.
 NN_HD float absolute(float x) { return ::fabsf(x); }
 NN_HD double absolute(double x) { return ::fabs(x); }
 NN_HD float signed_as(float x, float sign) { return ::copysignf(x, sign); }
 NN_HD double signed_as(double x, double sign) { return ::copysign(x, sign); }
 
-// a b + c rounded once, also on hosts: spelt out where two ways of the same element are compiled, and must round alike.
+// a b + c with one rounding, also on hosts. Explicit where an element is computed by two pieces of code that must give
+// the same bits.
 NN_HD float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
 NN_HD double fused(double a, double b, double c) { return ::fma(a, b, c); }
 
-// a b, rounded before it is added to anything.
+// a b, which the compiler must not contract into a fused multiply-add.
 NN_HD float rounded_product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -64,7 +63,7 @@ NN_HD double rounded_product(double a, double b) {
 #endif
 }
 
-// (e^a - 1)/a for |a| < 1/2, the sibling of second_exponential().
+// (e^a - 1)/a for |a| < 1/2, accurate around 0.
 NN_HD float first_exponential(float a) {
   float p = a * 1.9841270e-04f + 1.3888889e-03f;
   p = p * a + 8.3333333e-03f;
@@ -74,13 +73,14 @@ NN_HD float first_exponential(float a) {
   return p * a + 1.0f;
 }
 
-// The power of one element, and psi from it: inverse (P - 1), where `inverse` is 1/eta with the sign of h.
+// The power P of one element and psi = inverse (P - 1), `inverse` being 1/eta with the sign of h.
 template <class V>
 struct PowerPsi {
   V power, psi;
 };
 
-// Logarithms in the base that the power wants: 2 for float, e for double. kUnit is the natural logarithm of the base.
+// Logarithms and powers in the base of the instructions: 2 for float, e for double. kUnit is the base's natural
+// logarithm.
 template <class V>
 struct DeviceLog;
 
@@ -88,7 +88,7 @@ template <>
 struct DeviceLog<float> {
   static constexpr float kUnit = 0.6931471805599453f;
   static NN_HD float of(float t) { return fast_log2(1.0f + t); }
-  static NN_HD float bounded(float a) {  // a NaN stays one
+  static NN_HD float bounded(float a) {  // keeps a NaN
 #if defined(__CUDA_ARCH__)
     float b;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(b) : "f"(a), "f"(TransformLimits<float>::kMaxExponent / kUnit));
@@ -99,9 +99,9 @@ struct DeviceLog<float> {
   }
   static NN_HD PowerPsi<float> power_psi(float a, float inverse) {
     const float power = fast_exp2(a);
-    return {power, fused(power, inverse, -inverse)};  // rounded once, as after an exact P - 1
+    return {power, fused(power, inverse, -inverse)};  // one rounding
   }
-  // From a natural exponent, for exponents of any size.
+  // Both functions of a natural exponent, the second accurate around 0.
   static NN_HD ExpPair<float> exact_power(float a) {
     const float power = fast_exp2(a * 1.4426950408889634f);
     const float series = a * first_exponential(a);
@@ -118,11 +118,11 @@ struct DeviceLog<double> {
   static NN_HD ExpPair<double> exact_power(double a) { return exp_pair<double>(a); }
 };
 
-// How a group's powers are to be taken.
+// How a group's powers are computed.
 enum class PrecisionPath {
-  kPlain,    // both exponents well away from 0, and h standardized, so that no power overflows
-  kBounded,  // the same of an unbounded h (frozen statistics): exponents are clamped
-  kSeries,   // an exponent is small, so that P - 1 would cancel, or the transform is the shifted one
+  kPlain,    // both exponents are well away from 0, and h is standardized, so that no power overflows
+  kBounded,  // the same with frozen statistics: h is unbounded, so exponents are clamped
+  kSeries,   // an exponent is small, so that P - 1 would cancel, or transform_eps > 0
 };
 
 template <class S>
@@ -131,15 +131,15 @@ NN_HD PrecisionPath precision_path(const Exponents<S>& e, S transform_eps, bool 
   return frozen ? PrecisionPath::kBounded : PrecisionPath::kPlain;
 }
 
-// A group's exponents as kPlain takes them. eta = 1 + sign(h) tilt, so that eta log = |log| + tilt log of the signed
-// logarithm: one instruction where choosing an exponent and multiplying by it are three. 1/eta has the sign of its side.
+// A group's exponents for kPlain. With eta = 1 + sign(h) tilt, eta |log| = |log| + tilt log for the signed logarithm:
+// one instruction, where selecting an exponent and multiplying by it take three. The inverses have the sign of h.
 template <class V>
 struct SignedExponent {
   V tilt, inverse_pos, inverse_neg;
   NN_HD V inverse(V h) const { return h < V(0) ? inverse_neg : inverse_pos; }
 };
 
-// psi comes out times `scale`.
+// psi is multiplied by `scale`.
 template <class S>
 NN_HD SignedExponent<S> signed_exponent(const Exponents<S>& e, S scale) {
   return {e.eta_pos - S(1), e.inverse_pos * scale, -e.inverse_neg * scale};
@@ -151,13 +151,13 @@ NN_HD PowerPsi<V> plain_power_psi(V signed_log, V inverse, V tilt) {
   return DeviceLog<V>::power_psi(kBounded ? DeviceLog<V>::bounded(a) : a, inverse);
 }
 
-// The terms of the lambda estimate (lmbda.h) over signed logarithms in the device's base. Of e = q (q + t (l-4)) + 3 t^2
-// with q = d + t there remains e = 2 d^2 - q l + t^2: two products, each summed on its own.
+// Sums of the terms of the lambda estimate (lmbda.h) over logarithms in the device's base. With q = d + t,
+// e = q (q + t (l-4)) + 3 t^2 becomes 2 d^2 - q l + t^2, whose two products are summed separately.
 template <class V>
 struct LambdaSums {
   V hd = 0, log = 0, d_sum = 0, squares = 0, products = 0;
 
-  // Returns the logarithm of 1+|h|, signed as h.
+  // Returns sign(h) log(1+|h|).
   NN_HD V add(V h) {
     const V t = absolute(h), log_t = DeviceLog<V>::of(t), signed_log = signed_as(log_t, h);
     const V q = (t + V(1)) * log_t;
@@ -169,14 +169,14 @@ struct LambdaSums {
     products += q * log_t;
     return signed_log;
   }
-  // The sums of LambdaTerms, without the t^2 of e.
+  // The sums of LambdaTerms; e lacks its t^2.
   NN_HD void totals(V (&out)[4]) const {
     constexpr V unit = DeviceLog<V>::kUnit;
     out[0] = hd, out[1] = log * unit, out[2] = d_sum, out[3] = V(2) * squares - unit * unit * products;
   }
 };
 
-// lambda_weight() of lmbda.h by Horner's rule in t, from a logarithm in the device's base.
+// lambda_weight() of lmbda.h by Horner's rule in t; `log` is in the device's base.
 template <class V>
 NN_HD V device_lambda_weight(V h, V t, V log, V reciprocal, const LambdaGradient<V>& c) {
   constexpr V unit = DeviceLog<V>::kUnit;
@@ -187,8 +187,7 @@ NN_HD V device_lambda_weight(V h, V t, V log, V reciprocal, const LambdaGradient
   return fused(t, of_t, fused(log, of_log, c.c_r * reciprocal));
 }
 
-// A normal pair as radius cos, radius sin. In float the radius lacks the factor kNormalUnit, which whoever scales the
-// noise puts into the scale.
+// The normals radius cos and radius sin. A float radius lacks the factor kNormalUnit, which the noise's scale includes.
 template <class V>
 struct PolarPair {
   V radius, cos, sin;
@@ -198,8 +197,8 @@ constexpr V kNormalUnit = V(1);
 template <>
 inline constexpr float kNormalUnit<float> = 1.1774100225154747f;  // sqrt(2 log 2)
 
-// The angle is taken from the word as a signed number: the same angle, within half a turn of zero, where the
-// special-function sine is at its best. The logarithm is taken as positive: rounded, the uniform number reaches 1.
+// The word is converted as a signed number, so that the angle is within half a turn of zero, where the special-function
+// sine is most accurate. The logarithm's absolute value is taken because the uniform number may round to 1.
 NN_HD PolarPair<float> polar_pair(uint32_t radius_word, uint32_t angle_word, float) {
   const float uniform = static_cast<float>(radius_word) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
   const float angle =
@@ -211,14 +210,13 @@ NN_HD PolarPair<double> polar_pair(uint32_t radius_word, uint32_t angle_word, do
   return {1.0, both.first, both.second};
 }
 
-// The keys of all rounds, made once a group: making them anew for every four elements would cost as much as half of the
-// generator. Whole warps must come here together: on a GPU the seed passes through a reduction over the warp, not for
-// its sake, but because the compiler then knows that all lanes have the same keys and keeps them in uniform registers,
-// of which there are plenty, instead of twenty of each thread's own.
+// The keys of all rounds, computed once per group; per four elements they would add half of the generator's cost. On a
+// GPU all threads of a warp must construct it together: the reduction over the warp tells the compiler that the keys
+// are uniform, so that they take uniform registers instead of twenty registers of each thread.
 struct PhiloxSchedule {
   uint32_t key[2 * kPhiloxRounds];
 
-  NN_HD PhiloxSchedule() : key{} {}  // where nothing will be drawn
+  NN_HD PhiloxSchedule() : key{} {}  // where no noise is drawn
   NN_HD explicit PhiloxSchedule(uint64_t seed) {
     PhiloxKeys keys{uint32_t(seed), uint32_t(seed >> 32)};
 #if defined(__CUDA_ARCH__)
@@ -228,7 +226,7 @@ struct PhiloxSchedule {
     for (int round = 0; round < kPhiloxRounds; ++round) {
       key[2 * round] = keys.first, key[2 * round + 1] = keys.second;
 #if defined(__CUDA_ARCH__)
-      // or the compiler would make them anew all the same
+      // keeps the compiler from recomputing them
       asm volatile("" : "+r"(key[2 * round]), "+r"(key[2 * round + 1]));
 #endif
       keys.next(round);
@@ -246,7 +244,7 @@ struct ScheduledKeys {
   }
 };
 
-// The normals of elements 4 quad .. 4 quad + 3, two pairs of them.
+// The normals of elements 4 quad .. 4 quad + 3.
 template <class Real>
 struct QuadNormals {
   PolarPair<Real> even, odd;

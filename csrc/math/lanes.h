@@ -1,8 +1,8 @@
-// What a "lane type" V must offer so that one formula serves a scalar (host, device, tests) and a SIMD vector.
+// Operations on a lane type V, which is a scalar (host, device, tests) or a SIMD vector, so that one formula serves
+// both.
 //
-// Arithmetic, comparisons and `mask ? a : b` are spelled alike for float and for a vector of floats; only bit
-// casts, integer conversions and the way from a constant to V differ. Vector lanes specialise Lanes<> in
-// cpu/vector.h.
+// Arithmetic, comparisons and `mask ? a : b` have the same syntax for float and for a vector of floats; Lanes<V> has
+// the rest. Its specialisations for vectors are in cpu/simd.h.
 #pragma once
 
 #include <math.h>
@@ -24,7 +24,7 @@ struct Lanes<float> {
   using UInt = uint32_t;
   static NN_HD float to_real(int32_t i) { return static_cast<float>(i); }
   static NN_HD float sqrt(float a) { return ::sqrtf(a); }
-  // `a` itself where it is NaN: the order of the comparison is what lets x86 do it in one instruction
+  // A NaN in `a` is kept. With the comparison in this order x86 needs one instruction.
   static NN_HD float at_most(float a, float top) { return top < a ? top : a; }
   static NN_HD float at_least(float a, float bottom) { return bottom > a ? bottom : a; }
 };
@@ -45,14 +45,13 @@ struct Lanes<double> {
 template <class V>
 using ScalarOf = typename Lanes<V>::Scalar;
 
-// True where the lanes are float (and the polynomials of elementary.h apply); float64 goes to the C library.
+// float lanes use the polynomials of elementary.h, double lanes the C library.
 template <class V>
 struct HasFloatLanes {
   static constexpr bool value = sizeof(ScalarOf<V>) == 4;
 };
 
-// s in every lane. `s - 0` and not `0 + s`: only the first is an identity for -0, so only that one costs
-// nothing.
+// s in every lane. The compiler removes `s - 0` but not `0 + s`, which changes -0.
 template <class V>
 NN_HD V splat(ScalarOf<V> s) {
   return s - V{};

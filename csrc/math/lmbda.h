@@ -1,4 +1,4 @@
-// The estimate of the power parameter lmbda of one group, and its gradient.
+// The estimate of a group's power parameter lmbda, and its gradient.
 //
 // One Newton step from lmbda = 1 on the Yeo-Johnson negative log-likelihood of the standardized values h.
 // With t = |h|, l = log(1+t), q = (1+t) l, d = q - t, e = q (q + t (l-4)) + 3 t^2 and means over the group:
@@ -40,12 +40,11 @@ struct LambdaEstimate {
   S curvature;  // Q
 };
 
-// root_eps = sqrt(eps), taken once by the caller: in float64 it would dominate a GPU kernel's work on a short
-// group.
+// root_eps = sqrt(eps) is an argument because in float64 it would dominate a GPU kernel's time on a short group.
 template <class S>
 NN_HD LambdaEstimate<S> newton_step(const LambdaTerms<S>& mean, S alpha, int order, S root_eps) {
   const S variance = mean.e - mean.d * mean.d - S(2) * mean.hd * mean.hd;
-  // `< 0 ? 0` and not a maximum: a NaN group must stay NaN
+  // not a maximum, which would drop a NaN
   const S q = (variance < S(0) ? S(0) : variance) + root_eps;
   const S first = mean.hd - mean.log;
   return {S(1) - alpha * (order == 1 ? first : first / q), q};
@@ -56,7 +55,7 @@ NN_HD LambdaEstimate<S> estimate_lambda(const LambdaTerms<S>& mean, S alpha, int
   return newton_step<S>(mean, alpha, order, S(::sqrt(double(eps))));
 }
 
-// The constants of n dlmbda/dh_i = w(h_i):
+// The constants of w in n dlmbda/dh_i = w(h_i), n being the group's size:
 //   w = c_e [(1+2t) l - t] + c_r/(1+t) + c_o sign(h) {((3+4t) l - (2+4t+2D)) l + 2t}
 template <class V>
 struct LambdaGradient {

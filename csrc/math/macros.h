@@ -1,9 +1,10 @@
-// Annotations shared by every header of core/.
+// The annotation of every function in csrc/math, which host compilers and nvcc compile.
+//
+// All functions are in an unnamed namespace inside `normnorm`. The headers are compiled once per instruction set into
+// one library, and of an inline function with external linkage the linker would keep a single copy, perhaps the AVX-512
+// one.
 #pragma once
 
-// core/ is compiled by host compilers and by nvcc. Everything lives in an unnamed namespace inside
-// `normnorm`, because the same header is compiled several times into one library with different instruction
-// sets: a shared inline function would let the linker keep the AVX-512 copy for a machine that has none.
 #if defined(__CUDACC__)
 #define NN_HD __host__ __device__ __forceinline__
 #else

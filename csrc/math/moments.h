@@ -1,8 +1,8 @@
-// Means and centred sums of squares of parts of a group, merged without cancellation (Chan, Golub and LeVeque
+// Mean and centred sum of squares of a part of a group, and their merge without cancellation (Chan, Golub and LeVeque
 // 1979).
 //
-// A part is summed twice around a rounded centre near its mean, so that an offset of the data costs no
-// digits: mean = centre + sum(c)/n and m2 = sum(c^2) - sum(c)^2/n with c = u - centre.
+// A part is summed around a rounded centre near its mean, so that an offset of the data costs no digits:
+// mean = centre + sum(c)/n and m2 = sum(c^2) - sum(c)^2/n with c = u - centre.
 #pragma once
 
 #include "macros.h"
@@ -11,7 +11,7 @@ namespace normnorm {
 namespace {
 
 struct Moments {
-  double count = 0, mean = 0, low = 0, m2 = 0;  // the mean is mean + low: float64 data want its digits too
+  double count = 0, mean = 0, low = 0, m2 = 0;  // the mean is mean + low, since float64 data need more than a double
 };
 
 // mean + increment as an unevaluated sum of two doubles.
@@ -23,10 +23,10 @@ NN_HD void add_to_mean(Moments& m, double increment) {
 }
 
 NN_HD Moments recentred_moments(double count, double centre, double sum, double sum_of_squares) {
-  const double shift = sum / count;
-  const double m2 = sum_of_squares - sum * shift;
+  const double offset = sum / count;
+  const double m2 = sum_of_squares - sum * offset;
   Moments m{count, centre, 0, m2 < 0 ? 0 : m2};
-  add_to_mean(m, shift);
+  add_to_mean(m, offset);
   return m;
 }
 

@@ -11,8 +11,8 @@ struct NormalPair {
   V first, second;
 };
 
-// -2 log((w + 1/2) 2^-32) for float lanes, accurate at both ends: near 1 the logarithm is taken of the
-// complement. Words are split into halves because that converts exactly, and alike on every instruction set.
+// -2 log((w + 1/2) 2^-32) for float lanes, accurate at both ends: near 1 it is log1p of minus the complement. Words are
+// converted in 16-bit halves, which is exact and the same on every instruction set.
 template <class V>
 NN_HD V minus_two_log_uniform(typename Lanes<V>::UInt w) {
   using UInt = typename Lanes<V>::UInt;
@@ -41,7 +41,7 @@ NN_HD NormalPair<V> box_muller(typename Lanes<V>::UInt radius_word, typename Lan
   return {radius * angle.cos, radius * angle.sin};
 }
 
-// float64 has its own form: the words are the same, the arithmetic is that of the C library.
+// float64: the same words, with the C library's functions.
 NN_HD NormalPair<double> box_muller_double(uint32_t radius_word, uint32_t angle_word) {
   const double unit = 2.3283064365386962890625e-10;  // 2^-32
   const double radius = ::sqrt(-2.0 * ::log((radius_word + 0.5) * unit));

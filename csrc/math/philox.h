@@ -1,7 +1,7 @@
-// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw (SC 2011), and how noise uses it.
+// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw (SC 2011), and its use for noise.
 //
-// The four words of a counter serve the four elements 4k..4k+3 of the canonical order: counter words 0 and 1
-// are k, word 2 is the stream (the rank of a synchronised layer), word 3 is 0; the key is the seed.
+// The four words of a counter serve elements 4k..4k+3 of the canonical order: counter words 0 and 1 hold k, word 2 the
+// stream (the rank in a synchronised layer), word 3 is 0; the key is the seed.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +19,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// The keys of the rounds, each made from the last.
+// The keys of a round; next() computes those of the round after it.
 struct PhiloxKeys {
   uint32_t first, second;
   NN_HD void next(int) {
@@ -28,7 +28,7 @@ struct PhiloxKeys {
   }
 };
 
-// keys: first and second of round 0, which next(round) moves to the round after `round`.
+// `keys` starts with those of round 0.
 template <class Keys>
 NN_HD PhiloxWords philox_rounds(PhiloxWords counter, Keys keys) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];

@@ -1,6 +1,6 @@
-// The projected error function of a projection t (Joo, Kang and Kim, ICLR 2020) and its slope:
+// The projected error function of a projection t (Joo, Kang and Kim, ICLR 2020) and its derivative:
 //
-//   E|t - z| = t erf(t / sqrt 2) + sqrt(2 / pi) exp(-t^2 / 2),  z from N(0, 1);  slope erf(t / sqrt 2)
+//   E|t - z| = t erf(t / sqrt 2) + sqrt(2 / pi) exp(-t^2 / 2),  z from N(0, 1);  derivative erf(t / sqrt 2)
 #pragma once
 
 #include "elementary.h"
@@ -13,7 +13,7 @@ struct ProjectedError {
   V value, slope;
 };
 
-// erf(a / sqrt 2) / a in y = a^2 on [0, 1.5^2]; relative error 3e-9 before its coefficients are rounded.
+// erf(a / sqrt 2) / a as a polynomial in y = a^2 on [0, 1.5^2]; relative error 3e-9 before rounding the coefficients.
 template <class V>
 NN_HD V erf_near(V y) {
   V p = y * 1.113253120e-06f - 1.944097858e-05f;
@@ -24,8 +24,8 @@ NN_HD V erf_near(V y) {
   return p * y + 7.978845835e-01f;
 }
 
-// exp(a^2 / 2) erfc(a / sqrt 2) on [1.5, 5.8], to 9e-9 after it is multiplied by exp(-a^2 / 2): that product is
-// what is wanted, so that the fit may be the worse the larger a is.
+// exp(a^2 / 2) erfc(a / sqrt 2) on [1.5, 5.8]. The fit's error is weighted by exp(-a^2 / 2), by which the result is
+// multiplied: the product is accurate to 9e-9.
 template <class V>
 NN_HD V erfcx_far(V a) {
   V q = a * -3.048432882e-05f + 6.804084405e-04f;
@@ -37,7 +37,7 @@ NN_HD V erfcx_far(V a) {
   return q * a + 9.841800928e-01f;
 }
 
-// Both from one exponential. Beyond 5.8 float32's slope is 1 and its value |t|; NaN stays NaN.
+// Value and slope from one exponential. In float32 the slope is 1 and the value |t| beyond 5.8. NaN gives NaN.
 template <class V>
 NN_HD ProjectedError<V> projected_error(V t) {
   constexpr ScalarOf<V> kRootTwoOverPi = ScalarOf<V>(0.79788456080286535588);

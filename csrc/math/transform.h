@@ -1,9 +1,8 @@
 // The Yeo-Johnson transform psi(h; lmbda), its slope in h and its derivative in lmbda.
 //
 // With t = |h|, l = log(1+t), eta = 1 + sign(h)(lmbda - 1) and P = (1+t)^eta:
-//   |psi| = (P-1)/eta      dpsi/dh = P/(1+t)      dpsi/dlmbda = (P l - |psi|)/eta    (the last for either
-//   sign of h)
-// The sign of h decides eta, so a group has two exponents and everything about them is computed once a group.
+//   |psi| = (P-1)/eta      dpsi/dh = P/(1+t)      dpsi/dlmbda = (P l - |psi|)/eta  (for either sign of h)
+// eta depends on the sign of h: a group has two exponents, whose constants are computed once.
 #pragma once
 
 #include "elementary.h"
@@ -11,17 +10,15 @@
 namespace normnorm {
 namespace {
 
-// The two sides of one group: [pos] serves h >= 0, [neg] serves h < 0. V is a scalar, or a vector with a
-// group a lane.
+// The constants of one group, _pos for h >= 0 and _neg for h < 0. V is a scalar, or a vector with a group in each lane.
 template <class V>
 struct Exponents {
   V eta_pos, eta_neg;
   V inverse_pos, inverse_neg;  // 1/eta
-  V active_pos,
-      active_neg;  // 0 where the shifted form takes psi as log(1+t) and its derivative in lmbda as 0
+  V active_pos, active_neg;    // 0 where transform_eps makes psi log(1+t) and its derivative in lmbda 0
 };
 
-// One side as the elements of one lane see it.
+// The constants for the sign of one element.
 template <class V>
 struct Side {
   V eta, inverse, active;
@@ -31,8 +28,8 @@ template <class S>
 struct TransformLimits;
 template <>
 struct TransformLimits<float> {
-  static constexpr float kTinyEta = 1e-12f;     // below, (exp(eta l)-1)/eta is l to rounding
-  static constexpr float kMaxExponent = 80.0f;  // exp of it is finite with room for weights
+  static constexpr float kTinyEta = 1e-12f;     // (exp(eta l)-1)/eta equals l to rounding
+  static constexpr float kMaxExponent = 80.0f;  // exp of it is finite, with room for a factor
 };
 template <>
 struct TransformLimits<double> {
@@ -44,7 +41,7 @@ template <class S>
 NN_HD Side<S> make_side(S eta, S transform_eps) {
   const bool linear = transform_eps > S(0) && (eta < S(0) ? -eta : eta) <= transform_eps;
   S shifted = linear ? S(0) : eta + (eta < S(0) ? -transform_eps : transform_eps);
-  // eta = 0 is the limit psi = log(1+t): a tiny exponent gives it to rounding, without a branch per element.
+  // For eta = 0 the limit is psi = log(1+t), which a tiny exponent gives to rounding, without a branch per element.
   const S tiny = TransformLimits<S>::kTinyEta;
   shifted = shifted < tiny && shifted > -tiny ? tiny : shifted;
   return {shifted, S(1) / shifted, linear ? S(0) : S(1)};
@@ -75,7 +72,7 @@ NN_HD V psi_magnitude(V l, const Side<V>& side) {
   return exp_pair<V>(clamp_exponent<V>(side.eta * l)).expm1 * side.inverse;
 }
 
-// (a e^a - e^a + 1)/a^2, the limit-safe factor of dpsi/dlmbda = l^2 E2(eta l); for |a| < 1/2.
+// E2(a) = (a e^a - e^a + 1)/a^2 for |a| < 1/2, accurate around 0; dpsi/dlmbda = l^2 E2(eta l).
 template <class V>
 NN_HD V second_exponential(V a) {
   if constexpr (HasFloatLanes<V>::value) {
@@ -86,7 +83,7 @@ NN_HD V second_exponential(V a) {
     p = p * a + 3.333333731e-01f;
     return p * a + 5.000000000e-01f;
   } else {
-    // sum of a^k (k+1)/(k+2)!; 17 terms are exact to rounding on |a| < 1/2
+    // the sum of a^k (k+1)/(k+2)!, exact to rounding with 17 terms
     V sum = splat<V>(0);
     double coefficient = 17.0 / 6402373705728000.0;  // k = 16: 17/18!
     for (int k = 16; k >= 0; --k) {
@@ -97,20 +94,20 @@ NN_HD V second_exponential(V a) {
   }
 }
 
-// The slopes of psi, from the logarithm, the power P and |psi|.
+// dpsi/dh and dpsi/dlmbda.
 template <class V>
 struct PsiSlopes {
   V psi_h;
   V psi_lambda;
 };
 
-// kCareful: some |eta| of the group is small, so P l - |psi| would cancel and those lanes take the series; or lambda
-// is frozen, so that the exponent may have saturated, and a saturated psi has no slope.
-template <bool kCareful, class V>
+// kSeries: an |eta| of the group is small, so that P l - |psi| would cancel and a series replaces it; or lambda is
+// frozen, so that the exponent may have been clamped, in which case both slopes are 0.
+template <bool kSeries, class V>
 NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, const Side<V>& side) {
   V psi_h = power * reciprocal;
   V psi_lambda = (power * l - psi) * side.inverse;
-  if constexpr (kCareful) {
+  if constexpr (kSeries) {
     const V a = side.eta * l, zero = splat<V>(0);
     const auto near_zero = magnitude(a) < splat<V>(ScalarOf<V>(0.5));
     const auto saturated = a > splat<V>(TransformLimits<ScalarOf<V>>::kMaxExponent);
@@ -121,8 +118,7 @@ NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, c
   return {psi_h, psi_lambda * side.active};
 }
 
-// Whether a group's exponents ask for kCareful: with both exponents at least this large the direct form loses
-// less than 4 ulp of l.
+// Whether a group's exponents need kSeries: with both at least `bound` the direct form loses less than 4 ulp of l.
 template <class S>
 NN_HD bool has_small_exponent(const Exponents<S>& e) {
   const S bound = S(0.25);

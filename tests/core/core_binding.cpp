@@ -11,7 +11,7 @@
 #include "../../csrc/math/projected_error.h"
 #include "../../csrc/math/transform.h"
 #include "../../csrc/cpu/noise.h"
-#include "../../csrc/cpu/storage.h"
+#include "../../csrc/cpu/io.h"
 
 namespace py = pybind11;
 using namespace normnorm;

@@ -9,6 +9,7 @@
 
 #include "../../csrc/cpu/problem.h"
 
+using namespace normnorm;
 using namespace normnorm::cpu;
 
 namespace {

@@ -1,15 +1,34 @@
-// The statistics of one group as the passes use them, and their way in and out of the statistics tensor.
+// Reductions over one group, and the statistics and constants that follow from them.
+//
+// A group is cut into parts that depend on the shape alone, not on the number of threads, and their sums are added from
+// the first to the last: results are bitwise the same for any number of threads.
 #pragma once
 
 #include "../common/stats.h"
 #include "../math/moments.h"
-#include "backward_passes.h"
-#include "problem.h"
+#include "loops.h"
+#include "workspace.h"
 
 namespace normnorm {
 namespace {
 
-// Sums of one part of a group, in double, in the order of the formulae.
+// part(0) + part(1) + ..., in that order; Part has add().
+template <class Part, class F>
+inline Part reduce_parts(const cpu::ThreadPool& pool, bool parallel, int64_t count, F part) {
+  Part total{};
+  if (!parallel || pool.threads <= 1 || count == 1) {
+    for (int64_t i = 0; i < count; ++i) total.add(part(i));
+    return total;
+  }
+  Buffer<Part> parts(count);
+  for_range(pool, true, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) parts[i] = part(i);
+  });
+  for (int64_t i = 0; i < count; ++i) total.add(parts[i]);
+  return total;
+}
+
+// Sums over one part of a group, in double.
 template <int kCount>
 struct Sums {
   double value[kCount] = {};
@@ -23,8 +42,8 @@ struct MomentsPart {
   NN_HD void add(const MomentsPart& other) { moments = merge(moments, other.moments); }
 };
 
-// One column of the statistics tensor. T is the compute dtype: what the backward pass will read is what is
-// used.
+// One group's column of the statistics tensor. The forward pass uses the values rounded to T, the compute dtype, which
+// the backward pass will read.
 template <class T>
 class GroupStats {
  public:
@@ -42,7 +61,7 @@ class GroupStats {
     set(kRstd, 1.0 / ::sqrt(variance + eps) + in_range(T(variance)));
   }
 
-  // sums: the totals of lambda_terms() in their order
+  // From the sums of LambdaTerms, in their order. A given noise scale is kept.
   void set_lambda(const Sums<4>& sums, double count, const cpu::Problem& p) {
     const LambdaTerms<double> mean{sums.value[0] / count, sums.value[1] / count, sums.value[2] / count,
                                    sums.value[3] / count};
@@ -51,7 +70,7 @@ class GroupStats {
     set(kMeanHd, mean.hd);
     set(kMeanD, mean.d);
     set(kCurvature, estimate.curvature);
-    set(kNoiseScale, 0);
+    if (!p.noise.given_scale) set(kNoiseScale, 0);
   }
 
   TransformConstants<T> transform(const cpu::Problem& p) const {
@@ -84,15 +103,13 @@ NN_HD LambdaGradient<V> broadcast(const LambdaGradient<T>& c) {
   return {splat<V>(c.c_e), splat<V>(c.c_r), splat<V>(c.c_o), splat<V>(c.two_d)};
 }
 
-// The constants of the input gradient from the totals of the backward reduction; `weight` is what was
-// factored out.
+// The constants of the input's gradient from the backward reduction's sums (the first five of GradientSums) over a
+// group of `count` elements.
 template <class T>
-NN_HD InputGradient<T> input_gradient_constants(const double psi_h, const double psi_h_h, const double lmbda,
-                                                const double w, const double w_h, double count, double rstd,
-                                                double weight, bool frozen) {
-  if (frozen) return {T(rstd * weight), T(0), T(0), T(0)};
-  const double each = 1.0 / count, lam = lmbda * each, scale = rstd * each;
-  return {T(rstd * weight), T(rstd * lam), T(scale * (psi_h + lam * w)), T(scale * (psi_h_h + lam * w_h))};
+NN_HD InputGradient<T> input_gradient_constants(const double (&sums)[5], double count, double rstd, bool frozen) {
+  if (frozen) return {T(rstd), T(0), T(0), T(0)};
+  const double each = 1.0 / count, lmbda = sums[2] * each, scale = rstd * each;
+  return {T(rstd), T(rstd * lmbda), T(scale * (sums[0] + lmbda * sums[3])), T(scale * (sums[1] + lmbda * sums[4]))};
 }
 
 }  // namespace

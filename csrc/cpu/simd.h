@@ -1,12 +1,13 @@
-// SIMD lanes: vectors of float or double as wide as the instruction set this file is compiled for.
+// SIMD vectors of float or double, as wide as those of the instruction set this file is compiled for.
 //
-// They are the compiler's own vector types, so arithmetic needs no intrinsics and every target has them;
-// intrinsics appear only where the compiler's generic form is poor (square root, half-precision conversion,
-// masked loads).
+// They are the compiler's vector types, which every target has and whose arithmetic needs no intrinsics. Intrinsics are
+// used where the compiler's generic code is slow.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -101,7 +102,7 @@ struct Lanes<VDouble> {
   }
 };
 
-// The vector that computes in scalar S.
+// The vector type of scalar S.
 template <class S>
 struct VectorFor;
 template <>
@@ -127,7 +128,43 @@ NN_HD void store_dense(ScalarOf<V>* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
-// All ones in the first `count` lanes.
+// The first `count` lanes alone are read or written; a read makes the others 0.
+template <class V>
+NN_HD V load_some(const ScalarOf<V>* p, int count) {
+#if defined(__AVX512F__)
+  if constexpr (HasFloatLanes<V>::value) return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
+#endif
+  ScalarOf<V> lanes[kLanes<V>] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return load_dense<V>(lanes);
+}
+template <class V>
+NN_HD void store_some(ScalarOf<V>* p, V v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (HasFloatLanes<V>::value) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), v);
+#endif
+  ScalarOf<V> lanes[kLanes<V>];
+  store_dense<V>(lanes, v);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// A whole vector, or its first `lanes` elements where kPartial.
+template <bool kPartial, class V>
+NN_HD V read(const ScalarOf<V>* p, int lanes) {
+  if constexpr (kPartial)
+    return load_some<V>(p, lanes);
+  else
+    return load_dense<V>(p);
+}
+template <bool kPartial, class V>
+NN_HD void write(ScalarOf<V>* p, V v, int lanes) {
+  if constexpr (kPartial)
+    store_some<V>(p, v, lanes);
+  else
+    store_dense<V>(p, v);
+}
+
+// A mask of the first `count` lanes.
 template <class V>
 NN_HD typename Lanes<V>::Int first_lanes(int count) {
   typename Lanes<V>::Int lane;
@@ -143,7 +180,7 @@ NN_HD double sum_lanes(V v) {
 }
 
 #if defined(__AVX512F__)
-// Pairwise within the vector: the rounding is that of a four-level tree, and it costs a tenth of a lane loop.
+// A tree of four levels, which takes a tenth of the time of a loop over lanes.
 template <>
 NN_HD double sum_lanes<VFloat>(VFloat v) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
@@ -151,6 +188,15 @@ NN_HD double sum_lanes<VFloat>(VFloat v) {
   return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
 #endif
+
+// body(partial, offset, steps, lanes) over `size` contiguous elements: whole vectors, then the rest.
+template <class V, class F>
+NN_HD void for_vectors(int64_t size, F body) {
+  const int64_t whole = size / kLanes<V>;
+  if (whole) body(std::false_type(), int64_t(0), whole, kLanes<V>);
+  const int rest = int(size % kLanes<V>);
+  if (rest) body(std::true_type(), whole * kLanes<V>, int64_t(1), rest);
+}
 
 }  // namespace
 }  // namespace normnorm

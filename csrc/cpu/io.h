@@ -1,8 +1,8 @@
-// How tensors are stored: float32, float64, bfloat16, float16; and how a vector of lanes is read and written.
+// Reads and writes of stored elements: float32, float64, bfloat16, float16.
 #pragma once
 
 #include "problem.h"
-#include "vector.h"
+#include "simd.h"
 
 namespace normnorm {
 namespace {
@@ -36,8 +36,7 @@ NN_HD VFloat widen(VHalfBits bits, Float16) {
   const VUInt32 w = __builtin_convertvector(bits, VUInt32);
   const VUInt32 sign = (w & 0x8000u) << 16;
   const VUInt32 rest = (w & 0x7fffu) << 13;
-  // multiplying by 2^112 moves the exponent bias and normalises subnormals; 31 in the exponent is infinity or
-  // NaN
+  // multiplying by 2^112 corrects the exponent's bias and normalises subnormals; exponent 31 is infinity or NaN
   const VUInt32 finite = bit_cast<VUInt32>(VFloat(bit_cast<VFloat>(rest) * 5.192296858534828e+33f));
   return bit_cast<VFloat>(VUInt32(sign | ((w & 0x7c00u) == 0x7c00u ? (rest | 0x7f800000u) : finite)));
 #endif
@@ -53,7 +52,7 @@ NN_HD VHalfBits narrow(VFloat v, Float16) {
   const VUInt32 sign = (bits >> 16) & 0x8000u;
   const VUInt32 rest = bits & 0x7fffffffu;
   const VUInt32 normal = (rest + 0xc8000fffu + ((rest >> 13) & 1u)) >> 13;  // rebias by -112, round to even
-  // below 2^-14 the sum with 1/2 leaves the rounded subnormal in the low mantissa bits
+  // below 2^-14: the sum with 1/2 has the rounded subnormal in its low mantissa bits
   const VUInt32 subnormal = bit_cast<VUInt32>(VFloat(bit_cast<VFloat>(rest) + 0.5f)) - 0x3f000000u;
   const VUInt32 infinite = rest > 0x7f800000u ? (0x7e00u | (rest >> 13 & 0x3ffu)) : 0x7c00u + (rest & 0u);
   const VUInt32 finite = rest < 0x38800000u ? subnormal : normal;
@@ -61,52 +60,7 @@ NN_HD VHalfBits narrow(VFloat v, Float16) {
 #endif
 }
 
-template <class V>
-NN_HD V load(const ScalarOf<V>* p) {
-  return load_dense<V>(p);
-}
-template <class V>
-NN_HD void store(ScalarOf<V>* p, V v) {
-  store_dense<V>(p, v);
-}
-
-// The first `count` lanes; the others are zero and are never read from or written to memory.
-template <class V>
-NN_HD V load_some(const ScalarOf<V>* p, int count) {
-#if defined(__AVX512F__)
-  if constexpr (HasFloatLanes<V>::value) return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
-#endif
-  ScalarOf<V> lanes[kLanes<V>] = {};
-  for (int i = 0; i < count; ++i) lanes[i] = p[i];
-  return load_dense<V>(lanes);
-}
-template <class V>
-NN_HD void store_some(ScalarOf<V>* p, V v, int count) {
-#if defined(__AVX512F__)
-  if constexpr (HasFloatLanes<V>::value) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), v);
-#endif
-  ScalarOf<V> lanes[kLanes<V>];
-  store_dense<V>(lanes, v);
-  for (int i = 0; i < count; ++i) p[i] = lanes[i];
-}
-
-// One spelling for whole and partial vectors: kPartial vectors hold `lanes` elements.
-template <bool kPartial, class V>
-NN_HD V read(const ScalarOf<V>* p, int lanes) {
-  if constexpr (kPartial)
-    return load_some<V>(p, lanes);
-  else
-    return load_dense<V>(p);
-}
-template <bool kPartial, class V>
-NN_HD void write(ScalarOf<V>* p, V v, int lanes) {
-  if constexpr (kPartial)
-    store_some<V>(p, v, lanes);
-  else
-    store_dense<V>(p, v);
-}
-
-// A run of half-precision elements to and from float32.
+// Converts a run of half-precision elements to and from float32.
 template <class Half>
 inline void widen_run(const Half* from, float* to, int64_t count) {
   VHalfBits bits;
@@ -135,12 +89,13 @@ inline void narrow_run(const float* from, Half* to, int64_t count) {
   memcpy(to, &bits, size_t(count) * sizeof(Half));
 }
 
-// Stored elements to and from the compute dtype T. Kernels compute in T alone; half types are converted a
-// block at a time, in the first-level cache, which costs less than a second set of kernels would.
+// Kernels compute in T. Half types are converted block by block, in the first-level cache, which is cheap and saves a
+// second set of kernels.
 NN_HD bool stored_as_half(Storage s) {
   return s == Storage::kBFloat16 || s == Storage::kFloat16;
 }
 
+// Stored elements to and from the compute dtype T.
 template <class T>
 inline void load_run(Storage storage, const void* data, int64_t offset, T* to, int64_t count) {
   if constexpr (sizeof(T) == 4) {

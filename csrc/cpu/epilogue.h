@@ -1,5 +1,5 @@
-// What a pass joins to itself, a row of elements at a time: the residual stream's sum, a residual and an activation
-// behind the affine map, the activation's mask in front of the backward pass.
+// Operations fused with a pass, on a row of elements: the addend before the forward pass; the residual and the
+// activation after it; the activation's mask before the backward pass, and the gradient of the sum after it.
 #pragma once
 
 #include "workspace.h"
@@ -13,29 +13,28 @@ NN_HD void add_row(T* to, const T* a, const T* b, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] = a[i] + b[i];
 }
 
-// The positive part; a NaN stays one.
+// A NaN stays one.
 template <class T>
 NN_HD void relu_row(T* x, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] = x[i] < T(0) ? T(0) : x[i];
 }
 
-// What of a gradient passes through a positive part that came out as y: where that is a NaN, all of it.
+// The gradient before a ReLU whose output is y; it passes where y is NaN.
 template <class T>
 NN_HD void mask_row(T* to, const T* g, const T* y, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] = y[i] <= T(0) ? T(0) : g[i];
 }
 
-// Whether anything stands behind the affine map.
 inline bool has_epilogue(const cpu::Problem& p) { return p.relu || p.residual.data; }
 
-// What stands there: x = act(x + residual), residual null where there is none.
+// x = act(x + residual), without the sum where residual is null.
 template <class T>
 NN_HD void epilogue_row(const cpu::Problem& p, T* x, const T* residual, int64_t size) {
   if (residual) add_row(x, x, residual, size);
   if (p.relu) relu_row(x, size);
 }
 
-// What is normalized: the input, or its sum with the addend, once that is written.
+// The tensor that is normalized: the input, or its sum with the addend, which a forward pass writes first.
 inline const Operand& normalized(const cpu::Problem& p) { return p.addend.data ? p.sum : p.input; }
 
 }  // namespace
