@@ -1,7 +1,8 @@
-"""From tensors to a walk: what the groups of a layer are in memory, and in the order of the noise.
+"""The layout of the groups: of a layer's groups in memory (host), and of a program's groups and
+tiles within it (kernels).
 
 Every layer is ``outer x inner`` groups of ``runs x length`` elements each, as in
-``csrc/cpu/layout.cpp``; the kinds differ in where the axes come from:
+``csrc/common/layout.cpp``. The axes come from:
 
 ========  ===========================================  ==================================
 kind      rows                                         columns (channels_last, (N, C))
@@ -11,21 +12,44 @@ layer     samples x 1 groups of 1 run of n             -
 instance  N x C groups of 1 run of spatial             N x C columns of spatial rows
 group     N x G groups of C/G runs of spatial          N x G groups of spatial runs of C/G
 ========  ===========================================  ==================================
+
+A tile has R rows of L neighbouring elements. ``Spec.LAYOUT`` is what its rows are:
+
+* ``ROWS``: R groups of one run each; K tiles, one after the other, cover a group.
+* ``GROUP``: R chunks of one group, whose runs (a sample's part of a channel) are cut into chunks.
+* ``COLUMNS``: R rows of a matrix whose columns are groups: channels_last, or (N, C).
+
+The numbers of a group have the shape (R, 1), or () if R is 1, in ROWS, () in GROUP and (1, L) in
+COLUMNS, and broadcast against the tile. Where a run does not begin on a multiple of four of the
+noise's order, its chunks begin up to three elements earlier (``SHIFTED``), so that no Philox
+counter serves two chunks.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from normnorm.config import Config
 
-from . import walk
+from .noise import quad_normals, scattered_normals
+from .params import (
+    COLUMNS,
+    PER_ELEMENT,
+    PER_GROUP,
+    PER_GROUP_ELEMENT,
+    PER_RUN,
+    QUADS,
+    ROWS,
+    number,
+)
 
-__all__ = ["Layout", "Strides", "make_layout"]
+__all__ = ["Layout", "Strides", "make_layout", "natural_like"]
 
 
 class Strides(NamedTuple):
@@ -37,27 +61,19 @@ class Strides(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a layer's groups lie in a walk.
+    """How the groups of a layer lie in memory: outer x inner groups of runs x length elements."""
 
-    Attributes:
-        columns: neighbouring elements belong to different groups.
-        outer, inner, runs, length: see above.
-        affine: what a weight belongs to (``walk.PER_*``).
-        noise: strides of the canonical order of the noise.
-        kind, normalized_ndim, channels_last: whence it came; ``channels_last`` also where the
-            walk counts channels innermost.
-    """
-
-    columns: bool
+    columns: bool  # neighbouring elements belong to different groups
     outer: int
     inner: int
     runs: int
     length: int
-    affine: int
-    noise: Strides
+    affine: int  # what an element of the weight belongs to, PER_*
+    noise: Strides  # of the canonical order of the noise
+    # the layer
     kind: str
     normalized_ndim: int
-    channels_last: bool
+    channels_last: bool  # channels are innermost
 
     @property
     def groups(self) -> int:
@@ -68,7 +84,7 @@ class Layout(NamedTuple):
         return self.runs * self.length
 
     def strides(self, tensor: Tensor) -> Strides | None:
-        """The tensor's strides in this walk; None where it has none."""
+        """The tensor's strides in this layout; None if its memory does not have this layout."""
         if self.kind == "layer":
             lead = tensor.dim() - self.normalized_ndim
             outer, inner = _merged(tensor, 0, lead), _merged(tensor, lead, tensor.dim())
@@ -91,19 +107,19 @@ class Layout(NamedTuple):
             return Strides(sample, self.length, spatial if size > 1 else 0)
         if size == 1:
             return Strides(0, 1, sample)
-        follows = tensor.size(0) == 1 or sample == spatial * size  # an expanded sample does not
+        follows = tensor.size(0) == 1 or sample == spatial * size  # not if the samples are expanded
         return Strides(0, 1, spatial) if follows else None
 
     def dense(self, tensor: Tensor) -> Tensor:
-        """A copy that this walk can take."""
+        """A copy in this layout."""
         if self.kind == "layer" or not self.channels_last:
             return tensor.contiguous()
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _merged(tensor: Tensor, begin: int, end: int) -> int | None:
-    """The stride of dimensions [begin, end) taken as one axis; None where they do not lie one
-    behind the other. An axis of one element has stride 1, whatever the tensor says."""
+    """The stride of dimensions [begin, end) as one axis; None if no stride fits them all. An axis
+    of one element has stride 1, whatever the tensor reports."""
     stride, expected = None, 0
     for i in reversed(range(begin, end)):
         if tensor.size(i) == 1:
@@ -123,7 +139,7 @@ def _axis(tensor: Tensor, i: int) -> int:
 def _channel_layout(input: Tensor, config: Config, channels_last: bool) -> Layout:
     samples, channels = input.shape[:2]
     spatial = math.prod(input.shape[2:])
-    one, element = int(walk.PER_GROUP.value), int(walk.PER_GROUP_ELEMENT.value)
+    one, element = int(PER_GROUP.value), int(PER_GROUP_ELEMENT.value)
     common = (config.kind, 0, channels_last)
     if config.kind == "group":
         groups = config.num_groups
@@ -132,7 +148,7 @@ def _channel_layout(input: Tensor, config: Config, channels_last: bool) -> Layou
             noise = Strides(channels * spatial, width, channels)
             return Layout(False, samples, groups, spatial, width, element, noise, *common)
         noise = Strides(channels * spatial, width * spatial, spatial)
-        run = int(walk.PER_RUN.value) if width > 1 else one
+        run = int(PER_RUN.value) if width > 1 else one
         return Layout(False, samples, groups, width, spatial, run, noise, *common)
     if config.kind == "batch":
         if channels_last:
@@ -148,17 +164,17 @@ def _channel_layout(input: Tensor, config: Config, channels_last: bool) -> Layou
 
 
 def make_layout(input: Tensor, output: Tensor, config: Config, noisy: bool) -> Layout:
-    """The walk for an input that is not empty, and an output with its own strides.
+    """The layout of a pass over a non-empty input and an output with strides of its own.
 
-    Where there is noise the walk must follow its order, so that neighbours share a counter;
-    else it follows the tensors.
+    With noise it is the noise's order, so that neighbours share a counter; else that of the
+    tensors.
     """
     if config.kind == "layer":
         lead = input.dim() - config.normalized_ndim
         size = math.prod(input.shape[lead:])
         samples = math.prod(input.shape[:lead])
         noise = Strides(size, 0, 0)
-        element = int(walk.PER_ELEMENT.value)
+        element = int(PER_ELEMENT.value)
         ndim = config.normalized_ndim
         return Layout(False, samples, 1, 1, size, element, noise, "layer", ndim, False)
     if math.prod(input.shape[2:]) == 1:
@@ -175,8 +191,212 @@ def make_layout(input: Tensor, output: Tensor, config: Config, noisy: bool) -> L
 
 
 def natural_like(input: Tensor, layout: Layout) -> Tensor:
-    """An empty tensor that the walk can take."""
+    """An empty tensor in this layout."""
     if layout.kind == "layer" or not layout.channels_last:
         return torch.empty(input.shape, dtype=input.dtype, device=input.device)
     last = (input.size(0), *input.shape[2:], input.size(1))
     return torch.empty(last, dtype=input.dtype, device=input.device).movedim(-1, 1)
+
+
+# --- in kernels ----------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A program's groups."""
+
+    group: Any
+    outer: Any
+    inner: Any
+    present: Any  # False beyond the last group
+    noise: Any  # where they begin in the noise's order (in COLUMNS, the first column)
+
+
+class Tile(NamedTuple):
+    """The element in row r and place j lies at run[r] and column[r, j] = first[r] + j."""
+
+    run: Any
+    first: Any
+    column: Any
+    inside: Any  # part of the group
+    mask: Any  # inside, and the group is present
+
+
+@triton.jit
+def zeros(S: tl.constexpr):
+    R: tl.constexpr = S.R
+    L: tl.constexpr = S.L
+    if S.DOUBLE:
+        return tl.zeros([R, L], tl.float64)
+    else:
+        return tl.zeros([R, L], tl.float32)
+
+
+@triton.jit
+def real(x, S: tl.constexpr):
+    """Storage to compute type."""
+    if S.DOUBLE and x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.float32).to(tl.float64)
+    elif S.DOUBLE:
+        return x.to(tl.float64)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def any_group(condition, S: tl.constexpr):
+    """Whether a condition that selects the series path holds for any group of the program."""
+    if not S.SERIES:
+        return False
+    elif S.SINGLE:
+        return condition
+    else:
+        return tl.max(condition.to(tl.int32)) > 0
+
+
+@triton.jit
+def aligned(x, S: tl.constexpr):
+    """x, a multiple of S.ALIGN, in a form from which the compiler derives that."""
+    return x // S.ALIGN * S.ALIGN
+
+
+@triton.jit
+def locate_group(block, geometry, S: tl.constexpr):
+    by_outer, by_inner, _ = geometry.noise
+    if S.LAYOUT == COLUMNS:
+        tiles = tl.cdiv(geometry.inner, S.L)
+        outer = block // tiles
+        first = (block - outer * tiles) * S.L
+        inner = first + tl.arange(0, S.L)[None, :]
+        group = outer * geometry.inner + inner
+        present = inner < aligned(geometry.inner, S)
+        return Place(group, outer, inner, present, tl.cast(outer, tl.int64) * by_outer + first)
+    else:
+        group = block
+        if not S.SINGLE:
+            group = block * S.R + tl.arange(0, S.R)[:, None]
+        outer = group // geometry.inner
+        inner = group - outer * geometry.inner
+        noise = tl.cast(outer, tl.int64) * by_outer + tl.cast(inner, tl.int64) * by_inner
+        if S.SINGLE:
+            return Place(group, outer, inner, True, noise)
+        else:
+            return Place(group, outer, inner, group < geometry.groups, noise)
+
+
+@triton.jit
+def index(i, S: tl.constexpr):
+    """A number that will be multiplied by a stride."""
+    if S.WIDE:
+        return tl.cast(i, tl.int64)
+    else:
+        return i
+
+
+@triton.jit
+def tile_rows(geometry, S: tl.constexpr):
+    """Rows of tiles that a group has, in GROUP and COLUMNS."""
+    if S.LAYOUT == COLUMNS:
+        return geometry.runs
+    else:
+        return geometry.runs * geometry.chunks
+
+
+@triton.jit
+def locate_tile(i, place, geometry, S: tl.constexpr):
+    """The tile whose first row is number ``i`` of its group; in ROWS, the group's tile number i."""
+    row = i + tl.arange(0, S.R)[:, None]
+    if S.LAYOUT == COLUMNS:
+        inside = row < geometry.runs
+        return Tile(index(row, S), 0, 0, inside, inside & place.present)
+    else:
+        lane = tl.arange(0, S.L)[None, :]
+        length = aligned(geometry.length, S)
+        if S.LAYOUT == ROWS:
+            run = 0
+            first = i * S.L
+            if S.SHIFTED:
+                first = first - (place.noise & 3).to(tl.int32)
+            column = first + lane
+            inside = column < length
+        else:
+            # the divisor is known before the launch: a product and a shift
+            high = tl.umulhi((row * 4).to(tl.uint32), tl.cast(geometry.factor, tl.uint32))
+            run = (high >> geometry.bits).to(tl.int32)
+            first = (row - run * geometry.chunks) * S.L
+            within = run < geometry.runs
+            run = index(run, S)
+            if S.SHIFTED:
+                first = first - ((place.noise + run * geometry.noise[2]) & 3).to(tl.int32)
+            column = first + lane
+            inside = within & (column < length)
+        if S.SHIFTED:
+            inside = inside & (column >= 0)
+        if S.SINGLE:
+            return Tile(run, first, column, inside, inside)
+        else:
+            return Tile(run, first, column, inside, inside & place.present)
+
+
+@triton.jit
+def address(operand, place, tile, S: tl.constexpr):
+    by_outer, by_inner, by_run = operand.strides
+    offset = tl.cast(place.outer, tl.int64) * aligned(by_outer, S)
+    if S.LAYOUT == COLUMNS:
+        return operand.data + tile.run * aligned(by_run, S) + (offset + place.inner)
+    else:
+        offset += tl.cast(place.inner, tl.int64) * aligned(by_inner, S)
+        if S.LAYOUT == ROWS:
+            return operand.data + offset + tile.column
+        else:
+            return operand.data + (offset + tile.run * aligned(by_run, S)) + tile.column
+
+
+@triton.jit
+def read(operand, place, tile, S: tl.constexpr):
+    """The elements of a tile; those outside of its groups are zeros."""
+    return real(tl.load(address(operand, place, tile, S), mask=tile.mask, other=0.0), S)
+
+
+@triton.jit
+def write(operand, place, tile, x, S: tl.constexpr):
+    tl.store(address(operand, place, tile, S), x, mask=tile.mask)
+
+
+@triton.jit
+def keep(x, tile, S: tl.constexpr):
+    """x with zeros for elements outside of the group."""
+    if S.EVEN:
+        return x
+    else:
+        return tl.where(tile.inside, x, 0.0)
+
+
+@triton.jit
+def parameter(pointer, missing, place, tile, geometry, S: tl.constexpr):
+    """A tile's elements of the weight or bias, in a shape that broadcasts against the tile."""
+    if pointer is None:
+        return number(missing, S)
+    elif S.AFFINE == PER_GROUP:
+        return real(tl.load(pointer + place.inner, mask=place.present, other=0.0), S)
+    elif S.AFFINE == PER_RUN:
+        at = pointer + place.inner * geometry.runs + tile.run
+        return real(tl.load(at, mask=tile.run < geometry.runs, other=0.0), S)
+    elif S.AFFINE == PER_ELEMENT:
+        return real(tl.load(pointer + tile.column, mask=tile.inside, other=0.0), S)
+    else:
+        at = pointer + place.inner * geometry.length + tile.column
+        return real(tl.load(at, mask=tile.inside, other=0.0), S)
+
+
+@triton.jit
+def normals(key, stream, place, tile, by_run, S: tl.constexpr):
+    """The standard normals of a tile's elements; ``by_run`` is a stride of the noise's order."""
+    lead = place.noise + tile.run * by_run + tile.first
+    if not S.WIDE:
+        lead = lead.to(tl.int32)
+    DTYPE: tl.constexpr = tl.float64 if S.DOUBLE else tl.float32
+    if S.NOISE == QUADS:
+        quad = (lead >> 2) + tl.arange(0, S.L // 4)[None, :]
+        return quad_normals(key, stream, quad, S.R, S.L, DTYPE, S.FAST)
+    else:
+        return scattered_normals(key, stream, lead + tl.arange(0, S.L)[None, :], DTYPE, S.FAST)

@@ -1,21 +1,21 @@
-"""The noise: Philox4x32-10 and Box-Muller, word for word the stream of ``normnorm/noise.py``.
+"""The noise: Philox4x32-10 and Box-Muller, bit for bit the words of ``normnorm/noise.py``.
 
-Four elements share a counter. ``tl.randn`` is not used: it takes one normal of the four words,
-and its cosine has a slow path that costs a stack frame.
+Four elements share a counter. ``tl.randn`` takes one normal of a counter's four words, and its
+cosine has a slow path for large angles that costs a stack frame.
 """
 
 import triton
 import triton.language as tl
 
-from .core import fast_log2, fast_sqrt, special
+from .math import fast_log2, fast_sqrt, special
 
 PHILOX_ROUNDS = tl.constexpr(10)
 
 
 @triton.jit
 def philox_rounds(c0, c1, c2, c3, k0, k1):
-    """Ten rounds on uint32 words; the same words as ``tl.philox``. High and low half of a
-    product come from one 64-bit multiplication, where two would cost two instructions."""
+    """Ten rounds on uint32 words; the same words as ``tl.philox``. One 64-bit multiplication gives
+    both halves of a product, where ``tl.philox`` multiplies twice."""
     for _ in tl.static_range(PHILOX_ROUNDS):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -44,17 +44,17 @@ def noise_words(seed, stream, quad):
 @triton.jit
 def sincos_turn(word):
     """(sin, cos) of 2 pi (w + 1/2) / 2^32. The reduction to an octant is exact in integers."""
-    shifted = tl.add(word, 0x20000000, sanitize_overflow=False)
-    rest = tl.sub(word, shifted & 0xC0000000, sanitize_overflow=False).to(tl.int32, bitcast=True)
+    turned = tl.add(word, 0x20000000, sanitize_overflow=False)
+    rest = tl.sub(word, turned & 0xC0000000, sanitize_overflow=False).to(tl.int32, bitcast=True)
     x = (rest.to(tl.float32) + 0.5) * 1.46291807926715968e-09
     x2 = x * x
     s = ((x2 * -1.951729791e-04 + 8.332177997e-03) * x2 - 1.666665524e-01) * (x2 * x) + x
     c = (x2 * 2.443845005e-05 - 1.388736768e-03) * x2 + 4.166664556e-02
     c = c * (x2 * x2) + (1.0 - x2 * 0.5)
-    odd = (shifted & 0x40000000) != 0
+    odd = (turned & 0x40000000) != 0
     # sine is negative in quadrants 2 and 3, cosine in 1 and 2
-    sin_sign = shifted & 0x80000000
-    cos_sign = tl.add(shifted, 0x40000000, sanitize_overflow=False) & 0x80000000
+    sin_sign = turned & 0x80000000
+    cos_sign = tl.add(turned, 0x40000000, sanitize_overflow=False) & 0x80000000
     sin = tl.where(odd, c, s).to(tl.uint32, bitcast=True) ^ sin_sign
     cos = tl.where(odd, s, c).to(tl.uint32, bitcast=True) ^ cos_sign
     return sin.to(tl.float32, bitcast=True), cos.to(tl.float32, bitcast=True)
@@ -63,11 +63,11 @@ def sincos_turn(word):
 @triton.jit
 def fast_box_muller(radius_word, angle_word, FAST: tl.constexpr):
     uniform = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    # abs(): the logarithm instruction errs by 2^-22 near 1, on either side of zero.
+    # abs(): near 1 the logarithm instruction has an error of 2^-22 and may be positive.
     radius = fast_sqrt(tl.abs(fast_log2(uniform, FAST)) * 1.3862943611198906, FAST)
     if FAST:
-        # The word as a signed number: the same angle, within half a turn of zero, where the
-        # special-function sine is at its best.
+        # The word as a signed number is the same angle within half a turn of zero, where the
+        # special-function sine is most accurate.
         turn = angle_word.to(tl.int32, bitcast=True).to(tl.float32)
         angle = turn * 1.4629180792671596e-09 + 7.314590396335798e-10
         cos = special(angle, "cos.approx.ftz.f32 $0, $1;")
@@ -110,7 +110,7 @@ def quad_normals(
 
 @triton.jit
 def scattered_normals(seed, stream, position, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """The normals of elements anywhere: a counter each, four times the work."""
+    """The normals of elements at any positions: a counter each, four times the work."""
     w0, w1, w2, w3 = noise_words(seed, stream, position >> 2)
     late = (position & 2) != 0
     first, second = normal_pair(tl.where(late, w2, w0), tl.where(late, w3, w1), DTYPE, FAST)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import table
+from . import plan
 
 __all__ = ["projected_error_"]
 
@@ -70,7 +70,7 @@ def projected_error_(projections: Tensor, sums: Tensor, slopes: bool) -> None:
     count = projections.numel()
     if count == 0:
         return
-    chunks, tile = table.ceil_div(count, CHUNK), TILE_BYTES // projections.element_size()
+    chunks, tile = plan.ceil_div(count, CHUNK), TILE_BYTES // projections.element_size()
     with torch.cuda.device_of(projections):
         projected_error[(min(chunks, sums.numel()),)](
             projections, sums, count, chunks, slopes, tile, CHUNK, num_warps=WARPS

@@ -1,20 +1,21 @@
 """The five rounds of the forward pass and the two of the backward pass, for the elements of a tile
-and for a group's totals, as in ``csrc/cuda/rounds.cuh``. Every kernel is made of these.
+and for the sums of a group, as in ``csrc/cuda/math.cuh``. Every kernel consists of these.
 
-A group's numbers are scalars, or columns or rows of one number a group (``walk.py``): whatever
-broadcasts against the tile.
+The numbers of a group have any shape that broadcasts against the tile (``layout.py``).
 """
 
 import triton
 import triton.language as tl
 
-from .core import (
+from normnorm.statistics import Row
+
+from .math import (
+    LambdaGradient,
     absolute,
-    device_side,
     fast_reciprocal,
     fast_rsqrt,
     lambda_gradient,
-    lambda_terms_but_squares,
+    lambda_terms,
     lambda_weight,
     log_of,
     natural,
@@ -22,21 +23,22 @@ from .core import (
     psi,
     psi_slopes,
     signed_as,
+    signed_exponent,
 )
 
-# Rows of the statistics tensor (normnorm/statistics.py).
-MEAN = tl.constexpr(0)
-MEAN_LOW = tl.constexpr(1)
-RSTD = tl.constexpr(2)
-LMBDA = tl.constexpr(3)
-NOISE_SCALE = tl.constexpr(4)
-MEAN_HD = tl.constexpr(5)
-MEAN_D = tl.constexpr(6)
-CURVATURE = tl.constexpr(7)
+# Rows of the statistics tensor.
+MEAN = tl.constexpr(Row.MEAN.value)
+MEAN_LOW = tl.constexpr(Row.MEAN_LOW.value)
+RSTD = tl.constexpr(Row.RSTD.value)
+LMBDA = tl.constexpr(Row.LMBDA.value)
+NOISE_SCALE = tl.constexpr(Row.NOISE_SCALE.value)
+MEAN_HD = tl.constexpr(Row.MEAN_HD.value)
+MEAN_D = tl.constexpr(Row.MEAN_D.value)
+CURVATURE = tl.constexpr(Row.CURVATURE.value)
 
 
 @triton.jit
-def finish_moments(mean, total, squares, inverse_count, eps, FAST: tl.constexpr):
+def finish_moments(total, squares, inverse_count, eps, FAST: tl.constexpr):
     """(mean_low, rstd) from the sums of c and c^2 around the rounded mean."""
     low = total * inverse_count
     variance = squares * inverse_count - low * low
@@ -45,84 +47,74 @@ def finish_moments(mean, total, squares, inverse_count, eps, FAST: tl.constexpr)
 
 @triton.jit
 def rstd_of(variance, eps, FAST: tl.constexpr):
-    """NaN of an infinite variance, whose root's reciprocal would make zeros of the group."""
-    # no maximum: a NaN group must stay NaN
+    """(variance + eps)^-1/2; NaN, not 0, for an infinite variance."""
+    # not maximum(): a NaN must stay NaN
     rstd = fast_rsqrt(tl.where(variance < 0, 0.0, variance) + eps, FAST)
     return rstd + (variance - variance)
 
 
 @triton.jit
 def lambda_round(h, FAST: tl.constexpr):
-    """An element's terms of the lambda estimate, and the logarithm of 1 + |h|, signed as h."""
+    """(log(1+|h|) with the sign of h, and the terms h d, d, e - 3 t^2 of the lambda estimate)."""
     t = absolute(h)
     log = log_of(t, FAST)
     signed_log = signed_as(log, h)
-    slope, shift, curvature = lambda_terms_but_squares(h, t, natural(log))
-    return signed_log, slope, shift, curvature
+    hd, d, e = lambda_terms(h, t, natural(log))
+    return signed_log, hd, d, e
 
 
 @triton.jit
-def finish_lambda(
-    slope,
-    signed_log,
-    shift,
-    curvature,
-    rstd,
-    inverse_count,
-    alpha,
-    eps,
-    root_eps,
-    ORDER: tl.constexpr,
-):
-    """(lmbda, A, D, Q) from the sums. The squares that round 2 leaves out have the mean
-    v r^2 = 1 - eps r^2."""
-    slope = slope * inverse_count
-    shift = shift * inverse_count
-    curvature = curvature * inverse_count + 3.0 * (1.0 - eps * rstd * rstd)
-    log = natural(signed_log) * inverse_count
-    lmbda, q = newton_step(slope, log, shift, curvature, alpha, root_eps, ORDER)
-    return lmbda, slope, shift, q
+def finish_lambda(sums, rstd, n, ORDER: tl.constexpr):
+    """(lmbda, A, D, Q) from the sums of lambda_round(). The mean of the squares that it leaves out
+    is v r^2 = 1 - eps r^2."""
+    signed_log, hd, d, e = sums
+    mean_hd = hd * n.inverse_count
+    mean_d = d * n.inverse_count
+    mean_e = e * n.inverse_count + 3.0 * (1.0 - n.eps * rstd * rstd)
+    log = natural(signed_log) * n.inverse_count
+    lmbda, q = newton_step(mean_hd, log, mean_d, mean_e, n.alpha, n.root_eps, ORDER)
+    return lmbda, mean_hd, mean_d, q
 
 
 @triton.jit
-def transform_side(signed_log, exponents, CAREFUL: tl.constexpr, FAST: tl.constexpr):
-    eta, inverse, _ = device_side(signed_log, exponents, CAREFUL)
-    _, magnitude = psi(absolute(signed_log), eta, inverse, CAREFUL, FAST)
+def transform_on_path(signed_log, exponents, SERIES: tl.constexpr, FAST: tl.constexpr):
+    eta, inverse, _ = signed_exponent(signed_log, exponents, SERIES)
+    _, magnitude = psi(absolute(signed_log), eta, inverse, SERIES, FAST)
     return signed_as(magnitude, signed_log)
 
 
 @triton.jit
-def transform_round(signed_log, exponents, careful, FAST: tl.constexpr):
-    """x from round 2's signed logarithm; whether to take care is known only at run time."""
-    if careful:
-        x = transform_side(signed_log, exponents, True, FAST)
+def transform_round(signed_log, exponents, series, FAST: tl.constexpr):
+    """x from the signed logarithm of round 2; ``series`` selects the precision path at run time."""
+    if series:
+        x = transform_on_path(signed_log, exponents, True, FAST)
     else:
-        x = transform_side(signed_log, exponents, False, FAST)
+        x = transform_on_path(signed_log, exponents, False, FAST)
     return x
 
 
 @triton.jit
-def gradient_side(h, weighted, exponents, gradient, CAREFUL: tl.constexpr, FAST: tl.constexpr):
+def gradient_on_path(h, weighted, exponents, gradient, SERIES: tl.constexpr, FAST: tl.constexpr):
     t = absolute(h)
     log = log_of(t, FAST)
     l = natural(log)
-    eta, inverse, active = device_side(h, exponents, CAREFUL)
-    power, magnitude = psi(log, eta, inverse, CAREFUL, FAST)
+    exponent = signed_exponent(h, exponents, SERIES)
+    power, magnitude = psi(log, exponent[0], exponent[1], SERIES, FAST)
     reciprocal = fast_reciprocal(t + 1.0, FAST)
-    psi_h, psi_lambda = psi_slopes(l, reciprocal, power, magnitude, eta, inverse, active, CAREFUL)
+    psi_h, psi_lambda = psi_slopes(l, reciprocal, power, magnitude, exponent, SERIES)
     w = lambda_weight(h, t, l, reciprocal, gradient)
     return weighted * psi_h, weighted * psi_lambda, w, signed_as(magnitude, h)
 
 
 @triton.jit
-def gradient_round(h, weighted, exponents, gradient, careful, FAST: tl.constexpr):
+def gradient_round(h, weighted, exponents, gradient, series, FAST: tl.constexpr):
     """(G psi_h, G psi_lmbda, w, x) of elements, G being the gradient times the weight."""
-    if careful:
-        through_h, through_lambda, w, x = gradient_side(
+    if series:
+        through_h, through_lambda, w, x = gradient_on_path(
             h, weighted, exponents, gradient, True, FAST
         )
     else:
-        through_h, through_lambda, w, x = gradient_side(
+        through_h, through_lambda, w, x = gradient_on_path(
             h, weighted, exponents, gradient, False, FAST
         )
     return through_h, through_lambda, w, x
@@ -150,12 +142,10 @@ def input_gradient(through_h, w, h, rstd, gradient):
 
 
 @triton.jit
-def group_gradient(
-    lmbda, slope, shift, curvature, alpha, FROZEN: tl.constexpr, ORDER: tl.constexpr
-):
-    """The constants of w; a frozen lambda has no gradient."""
-    if FROZEN:
+def group_gradient(lmbda, mean_hd, mean_d, q, alpha, S: tl.constexpr):
+    """The constants of w; zeros where lambda is given, as it then has no gradient."""
+    if S.FROZEN:
         none = 0.0 * lmbda
-        return none, none, none, none
+        return LambdaGradient(none, none, none, none)
     else:
-        return lambda_gradient(lmbda, slope, shift, curvature, alpha, ORDER)
+        return lambda_gradient(lmbda, mean_hd, mean_d, q, alpha, S.ORDER)

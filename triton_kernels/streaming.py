@@ -1,18 +1,39 @@
-"""Kernels for groups that fit into no program's registers: a launch a round, each reading the
-tensors again, each group shared out over SPLITS programs.
-
-A program leaves its sums in ``part[k, split, group]``; whichever kernel comes next adds up a
-group's parts before it begins, and its first program notes the result in the statistics. Where
-there are too many parts for that (few columns, so many programs each), a small kernel adds
-them up in between, and ``parts_given`` is 1.
-"""
+"""Kernels for groups that do not fit the registers of a program: a launch a round, each of which
+reads the tensors again, with several programs a group (``reduce.py``). The first program of a group
+stores its statistics."""
 
 import triton
 import triton.language as tl
 
-from .core import absolute, make_exponents, needs_care
-from .joined import activated, read_gradient, stored_sum, with_residual
-from .resident import load_constants, row
+from .epilogue import activated, masked, read_gradient, stored_sum, with_residual
+from .layout import (
+    Place,
+    Tile,
+    any_group,
+    keep,
+    locate_group,
+    locate_tile,
+    normals,
+    parameter,
+    read,
+    real,
+    tile_rows,
+    write,
+    zeros,
+)
+from .math import absolute, make_exponents, needs_series
+from .params import PER_RUN, number, numbers
+from .reduce import (
+    add,
+    merge_moments,
+    save,
+    stat,
+    sum_partials,
+    sum_zeros,
+    total,
+    write_partial,
+)
+from .resident import load_constants
 from .rounds import (
     CURVATURE,
     LMBDA,
@@ -30,355 +51,231 @@ from .rounds import (
     rstd_of,
     transform_round,
 )
-from .walk import (
-    COLUMNS,
-    add,
-    anywhere,
-    group_offset,
-    keep,
-    locate_group,
-    locate_tile,
-    noise_offset,
-    normals,
-    number,
-    parameter,
-    read,
-    real,
-    sum_zeros,
-    total,
-    write,
-    zeros,
-)
 
 
 @triton.jit
-def tile_rows(walk, S: tl.constexpr):
-    """Rows of tiles that a group has."""
-    _, _, runs, _, chunks, _, _ = walk
-    if S.WALK == COLUMNS:
-        return runs
-    else:
-        return runs * chunks
-
-
-@triton.jit
-def write_part(part, k: tl.constexpr, value, split, splits, place, walk):
-    at = (tl.cast(splits, tl.int64) * k + split) * walk[0]
-    tl.store(part + at + place[0], value, mask=place[4])
-
-
-@triton.jit
-def parts(part, k: tl.constexpr, splits, place, walk, S: tl.constexpr):
-    """Sum number k of all programs of a group: (SPLITS,), or (SPLITS, L) in columns."""
-    at = tl.cast(splits, tl.int64) * k * walk[0]
-    each = tl.arange(0, S.SPLITS)
-    if S.WALK == COLUMNS:
-        each = each[:, None]
-        mask = (each < splits) & place[4]
-        return tl.load(part + at + each * walk[0] + place[0], mask=mask, other=0.0)
-    else:
-        return tl.load(part + at + each * walk[0] + place[0], mask=each < splits, other=0.0)
-
-
-@triton.jit
-def over_parts(x, S: tl.constexpr):
-    if S.WALK == COLUMNS:
-        return tl.sum(x, 0)[None, :]
-    else:
-        return tl.sum(x, 0)
-
-
-@triton.jit
-def sum_parts(part, k: tl.constexpr, splits, place, walk, S: tl.constexpr):
-    return over_parts(parts(part, k, splits, place, walk, S), S)
-
-
-@triton.jit
-def note(stats, which, value, split, place, walk):
-    """A number of a group, written by the group's first program."""
-    if split == 0:
-        tl.store(row(stats, which, place, walk), value, mask=place[4])
-
-
-@triton.jit
-def stream_moments(
-    input, part, residual, sum, walk, at_input, at_residual, at_sum, at_noise, splits,
-    S: tl.constexpr,
-):  # fmt: skip
-    """Round 1. Each program sums around a pilot of its own, the mean of its first tile, so that an
-    offset of the data costs no digits; leaves (count, mean, what rounding it lost, sum of squares
-    around it). Where there is a ``sum``, of the input and the residual, that is written, and is
-    what the later rounds read."""
-    split = tl.program_id(0) % splits
-    place = locate_group(tl.program_id(0) // splits, walk, S)
-    noise = noise_offset(place, at_noise, S)
-    at = group_offset(place, at_input, S)
-    tile = locate_tile(split * S.R, place, walk, noise, at_noise[2], S)
-    first = total(real(tile[3], S) + zeros(S), S)
-    u = read(input, at, at_input, tile, S)
-    if sum is not None:
-        u = real(stored_sum(u, residual, place, at_residual, tile, S), S)
+def stream_moments(tensors, part, geometry, programs, S: tl.constexpr):
+    """Round 1. Each program sums around a pilot, the mean of its first tile, so that an offset of
+    the data costs no precision; stores (count, mean, mean_low, sum of squares around the mean).
+    Where there is a sum of input and residual, writes it; the later rounds read it."""
+    split = tl.program_id(0) % programs
+    place = locate_group(tl.program_id(0) // programs, geometry, S)
+    tile = locate_tile(split * S.R, place, geometry, S)
+    first = total(real(tile.inside, S) + zeros(S), S)
+    u = read(tensors.input, place, tile, S)
+    if tensors.sum.data is not None:
+        u = real(stored_sum(u, tensors.residual, place, tile, S), S)
     pilot = total(u, S) / tl.where(first > 0, first, 1.0)
     counts, sums, squares = sum_zeros(S), sum_zeros(S), sum_zeros(S)
-    for i in range(split * S.R, tile_rows(walk, S), splits * S.R):
-        tile = locate_tile(i, place, walk, noise, at_noise[2], S)
-        u = read(input, at, at_input, tile, S)
-        if sum is not None:
-            stored = stored_sum(u, residual, place, at_residual, tile, S)
-            write(sum, group_offset(place, at_sum, S), at_sum, tile, stored, S)
+    for i in range(split * S.R, tile_rows(geometry, S), programs * S.R):
+        tile = locate_tile(i, place, geometry, S)
+        u = read(tensors.input, place, tile, S)
+        if tensors.sum.data is not None:
+            stored = stored_sum(u, tensors.residual, place, tile, S)
+            write(tensors.sum, place, tile, stored, S)
             u = real(stored, S)
         d = keep(u - pilot, tile, S)
-        counts = add(counts, real(tile[3], S) + zeros(S), S)
+        counts = add(counts, real(tile.inside, S) + zeros(S), S)
         sums = add(sums, d, S)
         squares = add(squares, d * d, S)
     count, whole = total(counts, S), total(sums, S)
-    shift = whole / tl.where(count > 0, count, 1.0)
-    mean = pilot + shift
-    write_part(part, 0, count, split, splits, place, walk)
-    write_part(part, 1, mean, split, splits, place, walk)
-    write_part(part, 2, shift - (mean - pilot), split, splits, place, walk)
-    write_part(part, 3, total(squares, S) - whole * shift, split, splits, place, walk)
-
-
-@triton.jit
-def merge_moments(part, splits, place, walk, S: tl.constexpr):
-    """(count, mean, mean_low, sum of squares) of all programs: around the first one's mean, so
-    that nothing cancels."""
-    at = tl.cast(splits, tl.int64) * walk[0]
-    pilot = tl.load(part + at + place[0], mask=place[4], other=0.0)
-    count = parts(part, 0, splits, place, walk, S)
-    delta = parts(part, 1, splits, place, walk, S) - pilot + parts(part, 2, splits, place, walk, S)
-    squares = parts(part, 3, splits, place, walk, S) + count * delta * delta
-    counted = over_parts(count, S)
-    # a split without elements has no mean to speak of
-    shift = over_parts(tl.where(count > 0, count * delta, 0.0), S) / tl.where(
-        counted > 0, counted, 1.0
-    )
-    squares = over_parts(tl.where(count > 0, squares, 0.0), S) - counted * shift * shift
-    mean = pilot + shift
-    return counted, mean, shift - (mean - pilot), squares
-
-
-@triton.jit
-def fold_moments(part, folded, walk, splits, S: tl.constexpr):
-    """The moments of SPLITS programs as those of one, where there are too many for whoever comes
-    next to add up by itself."""
-    place = locate_group(tl.program_id(0), walk, S)
-    count, mean, low, squares = merge_moments(part, splits, place, walk, S)
-    write_part(folded, 0, count, 0, 1, place, walk)
-    write_part(folded, 1, mean, 0, 1, place, walk)
-    write_part(folded, 2, low, 0, 1, place, walk)
-    write_part(folded, 3, squares, 0, 1, place, walk)
+    offset = whole / tl.where(count > 0, count, 1.0)
+    mean = pilot + offset
+    write_partial(part, 0, count, split, programs, place, geometry)
+    write_partial(part, 1, mean, split, programs, place, geometry)
+    write_partial(part, 2, offset - (mean - pilot), split, programs, place, geometry)
+    write_partial(part, 3, total(squares, S) - whole * offset, split, programs, place, geometry)
 
 
 @triton.jit
 def stream_lambda(
-    input, stats, moment_part, part, walk, at_input, at_noise, splits,
-    parts_given, inverse_count: tl.float64, eps: tl.float64, S: tl.constexpr,
+    input, stats, moment_part, part, geometry, splits,
+    inverse_count: tl.float64, eps: tl.float64, root_eps: tl.float64, alpha: tl.float64,
+    transform_eps: tl.float64, noise_train: tl.float64,
+    S: tl.constexpr,
 ):  # fmt: skip
-    """Round 2; leaves the sums of h d, sign(h) l, d and e - 3 t^2."""
-    split = tl.program_id(0) % splits
-    place = locate_group(tl.program_id(0) // splits, walk, S)
-    _, mean, low, squares = merge_moments(moment_part, parts_given, place, walk, S)
-    rstd = rstd_of(squares * number(inverse_count, S), number(eps, S), S.FAST)
-    note(stats, MEAN, mean, split, place, walk)
-    note(stats, MEAN_LOW, low, split, place, walk)
-    note(stats, RSTD, rstd, split, place, walk)
-    noise = noise_offset(place, at_noise, S)
-    at = group_offset(place, at_input, S)
-    slopes, logs = sum_zeros(S), sum_zeros(S)
-    shifts, curvatures = sum_zeros(S), sum_zeros(S)
-    for i in range(split * S.R, tile_rows(walk, S), splits * S.R):
-        tile = locate_tile(i, place, walk, noise, at_noise[2], S)
-        h = keep((read(input, at, at_input, tile, S) - mean) * rstd - low * rstd, tile, S)
-        signed_log, slope, shift, curvature = lambda_round(h, S.FAST)
-        slopes = add(slopes, slope, S)
+    """Round 2; stores the sums of sign(h) l, h d, d and e - 3 t^2."""
+    n = numbers(inverse_count, eps, root_eps, alpha, transform_eps, noise_train, S)
+    split = tl.program_id(0) % splits.programs
+    place = locate_group(tl.program_id(0) // splits.programs, geometry, S)
+    _, mean, low, squares = merge_moments(moment_part, splits.left, place, geometry, S)
+    rstd = rstd_of(squares * n.inverse_count, n.eps, S.FAST)
+    save(stats, MEAN, mean, split, place, geometry)
+    save(stats, MEAN_LOW, low, split, place, geometry)
+    save(stats, RSTD, rstd, split, place, geometry)
+    hds, logs = sum_zeros(S), sum_zeros(S)
+    ds, es = sum_zeros(S), sum_zeros(S)
+    for i in range(split * S.R, tile_rows(geometry, S), splits.programs * S.R):
+        tile = locate_tile(i, place, geometry, S)
+        h = keep((read(input, place, tile, S) - mean) * rstd - low * rstd, tile, S)
+        signed_log, hd, d, e = lambda_round(h, S.FAST)
+        hds = add(hds, hd, S)
         logs = add(logs, signed_log, S)
-        shifts = add(shifts, shift, S)
-        curvatures = add(curvatures, curvature, S)
-    write_part(part, 0, total(slopes, S), split, splits, place, walk)
-    write_part(part, 1, total(logs, S), split, splits, place, walk)
-    write_part(part, 2, total(shifts, S), split, splits, place, walk)
-    write_part(part, 3, total(curvatures, S), split, splits, place, walk)
+        ds = add(ds, d, S)
+        es = add(es, e, S)
+    write_partial(part, 0, total(hds, S), split, splits.programs, place, geometry)
+    write_partial(part, 1, total(logs, S), split, splits.programs, place, geometry)
+    write_partial(part, 2, total(ds, S), split, splits.programs, place, geometry)
+    write_partial(part, 3, total(es, S), split, splits.programs, place, geometry)
 
 
 @triton.jit
-def merge_lambda(stats, part, split, splits, place, walk, numbers, S: tl.constexpr):
-    """(mean, shift, rstd, exponents, careful) once round 2 is done."""
-    inverse_count, eps, root_eps, alpha, transform_eps = numbers
-    mean = tl.load(row(stats, MEAN, place, walk), mask=place[4], other=0.0)
-    low = tl.load(row(stats, MEAN_LOW, place, walk), mask=place[4], other=0.0)
-    rstd = tl.load(row(stats, RSTD, place, walk), mask=place[4], other=0.0)
-    lmbda, slope, shift, q = finish_lambda(
-        sum_parts(part, 0, splits, place, walk, S), sum_parts(part, 1, splits, place, walk, S),
-        sum_parts(part, 2, splits, place, walk, S), sum_parts(part, 3, splits, place, walk, S),
-        rstd, inverse_count, alpha, eps, root_eps, S.ORDER,
-    )  # fmt: skip
-    note(stats, LMBDA, lmbda, split, place, walk)
-    note(stats, MEAN_HD, slope, split, place, walk)
-    note(stats, MEAN_D, shift, split, place, walk)
-    note(stats, CURVATURE, q, split, place, walk)
-    exponents = make_exponents(lmbda, transform_eps)
-    return mean, -low * rstd, rstd, exponents, anywhere(needs_care(exponents), S)
+def merge_lambda(stats, part, split, left, place, geometry, n, S: tl.constexpr):
+    """(mean, offset, rstd, exponents, series) after round 2."""
+    mean = tl.load(stat(stats, MEAN, place, geometry), mask=place.present, other=0.0)
+    low = tl.load(stat(stats, MEAN_LOW, place, geometry), mask=place.present, other=0.0)
+    rstd = tl.load(stat(stats, RSTD, place, geometry), mask=place.present, other=0.0)
+    hd = sum_partials(part, 0, left, place, geometry, S)
+    log = sum_partials(part, 1, left, place, geometry, S)
+    d = sum_partials(part, 2, left, place, geometry, S)
+    e = sum_partials(part, 3, left, place, geometry, S)
+    lmbda, mean_hd, mean_d, q = finish_lambda((log, hd, d, e), rstd, n, S.ORDER)
+    save(stats, LMBDA, lmbda, split, place, geometry)
+    save(stats, MEAN_HD, mean_hd, split, place, geometry)
+    save(stats, MEAN_D, mean_d, split, place, geometry)
+    save(stats, CURVATURE, q, split, place, geometry)
+    exponents = make_exponents(lmbda, n.transform_eps)
+    return mean, -low * rstd, rstd, exponents, any_group(needs_series(exponents), S)
 
 
 @triton.jit
-def transformed(u, mean, shift, rstd, exponents, careful, S: tl.constexpr):
+def transformed(u, mean, offset, rstd, exponents, series, S: tl.constexpr):
     """x of a tile of the input."""
-    h = (u - mean) * rstd + shift
+    h = (u - mean) * rstd + offset
     signed_log, _, _, _ = lambda_round(h, S.FAST)
-    return transform_round(signed_log, exponents, careful, S.FAST)
+    return transform_round(signed_log, exponents, series, S.FAST)
 
 
 @triton.jit
 def stream_x(
-    input, stats, lambda_part, mean_part, part, walk, at_input, at_noise, splits,
-    parts_given, inverse_count: tl.float64, eps: tl.float64, root_eps: tl.float64,
-    alpha: tl.float64, transform_eps: tl.float64,
+    input, stats, lambda_part, mean_part, part, geometry, splits,
+    inverse_count: tl.float64, eps: tl.float64, root_eps: tl.float64, alpha: tl.float64,
+    transform_eps: tl.float64, noise_train: tl.float64,
     S: tl.constexpr,
 ):  # fmt: skip
-    """Round 3 (``mean_part`` None): sums x. Round 4: sums |x - mean(x)|."""
-    split = tl.program_id(0) % splits
-    place = locate_group(tl.program_id(0) // splits, walk, S)
-    count = number(inverse_count, S)
-    numbers = (
-        count, number(eps, S), number(root_eps, S), number(alpha, S), number(transform_eps, S)
-    )  # fmt: skip
-    mean, shift, rstd, exponents, careful = merge_lambda(
-        stats, lambda_part, split, parts_given, place, walk, numbers, S
+    """Round 3 (``mean_part`` None) sums x, round 4 |x - mean(x)|."""
+    n = numbers(inverse_count, eps, root_eps, alpha, transform_eps, noise_train, S)
+    split = tl.program_id(0) % splits.programs
+    place = locate_group(tl.program_id(0) // splits.programs, geometry, S)
+    mean, offset, rstd, exponents, series = merge_lambda(
+        stats, lambda_part, split, splits.left, place, geometry, n, S
     )
     if mean_part is None:
         centre = 0.0 * rstd
     else:
-        centre = sum_parts(mean_part, 0, parts_given, place, walk, S) * count
-    noise = noise_offset(place, at_noise, S)
-    at = group_offset(place, at_input, S)
+        centre = sum_partials(mean_part, 0, splits.left, place, geometry, S) * n.inverse_count
     sums = sum_zeros(S)
-    for i in range(split * S.R, tile_rows(walk, S), splits * S.R):
-        tile = locate_tile(i, place, walk, noise, at_noise[2], S)
-        u = read(input, at, at_input, tile, S)
-        x = transformed(u, mean, shift, rstd, exponents, careful, S)
+    for i in range(split * S.R, tile_rows(geometry, S), splits.programs * S.R):
+        tile = locate_tile(i, place, geometry, S)
+        u = read(input, place, tile, S)
+        x = transformed(u, mean, offset, rstd, exponents, series, S)
         if mean_part is None:
             sums = add(sums, keep(x, tile, S), S)
         else:
             sums = add(sums, keep(absolute(x - centre), tile, S), S)
-    write_part(part, 0, total(sums, S), split, splits, place, walk)
+    write_partial(part, 0, total(sums, S), split, splits.programs, place, geometry)
 
 
 @triton.jit
-def frozen_constants(
-    running_mean, running_var, running_lmbda, place, eps, transform_eps, S: tl.constexpr
-):
+def frozen_constants(running, place, n, S: tl.constexpr):
     """(mean, rstd, lmbda, exponents) of channels with given statistics."""
-    mean = real(tl.load(running_mean + place[2], mask=place[4], other=0.0), S)
-    var = real(tl.load(running_var + place[2], mask=place[4], other=1.0), S)
-    lmbda = real(tl.load(running_lmbda + place[2], mask=place[4], other=1.0), S)
+    mean = real(tl.load(running.mean + place.inner, mask=place.present, other=0.0), S)
+    var = real(tl.load(running.var + place.inner, mask=place.present, other=1.0), S)
+    lmbda = real(tl.load(running.lmbda + place.inner, mask=place.present, other=1.0), S)
     one = tl.full([], 1.0, var.dtype)
-    return mean, one / tl.sqrt(var + eps) + (var - var), lmbda, make_exponents(lmbda, transform_eps)
+    rstd = one / tl.sqrt(var + n.eps) + (var - var)
+    return mean, rstd, lmbda, make_exponents(lmbda, n.transform_eps)
 
 
 @triton.jit
 def stream_output(
-    input, output, stats, weight, bias, seed, noise_scale, running_mean, running_var, running_lmbda,
-    lambda_part, scale_part, residual, walk, at_input, at_output, at_residual, at_noise, stream,
-    splits, parts_given,
+    tensors, stats, affine, noise, running, lambda_part, scale_part, geometry, splits,
     inverse_count: tl.float64, eps: tl.float64, root_eps: tl.float64, alpha: tl.float64,
-    transform_eps: tl.float64,
-    noise_train: tl.float64, S: tl.constexpr,
+    transform_eps: tl.float64, noise_train: tl.float64,
+    S: tl.constexpr,
 ):  # fmt: skip
-    """Round 5; also the whole of a frozen layer's forward pass."""
-    split = tl.program_id(0) % splits
-    place = locate_group(tl.program_id(0) // splits, walk, S)
-    count, epsilon = number(inverse_count, S), number(eps, S)
+    """Round 5, or the whole forward pass with given statistics."""
+    n = numbers(inverse_count, eps, root_eps, alpha, transform_eps, noise_train, S)
+    split = tl.program_id(0) % splits.programs
+    place = locate_group(tl.program_id(0) // splits.programs, geometry, S)
     if S.FROZEN:
-        mean, rstd, lmbda, exponents = frozen_constants(
-            running_mean, running_var, running_lmbda, place, epsilon, number(transform_eps, S), S
-        )
-        shift = 0.0 * rstd
-        careful = True
+        mean, rstd, lmbda, exponents = frozen_constants(running, place, n, S)
+        offset = 0.0 * rstd
+        series = True
         if stats is not None:
-            note(stats, MEAN, mean, split, place, walk)
-            note(stats, MEAN_LOW, shift, split, place, walk)
-            note(stats, RSTD, rstd, split, place, walk)
-            note(stats, LMBDA, lmbda, split, place, walk)
-            note(stats, MEAN_HD, shift, split, place, walk)
-            note(stats, MEAN_D, shift, split, place, walk)
-            note(stats, CURVATURE, shift, split, place, walk)
+            save(stats, MEAN, mean, split, place, geometry)
+            save(stats, MEAN_LOW, offset, split, place, geometry)
+            save(stats, RSTD, rstd, split, place, geometry)
+            save(stats, LMBDA, lmbda, split, place, geometry)
+            save(stats, MEAN_HD, offset, split, place, geometry)
+            save(stats, MEAN_D, offset, split, place, geometry)
+            save(stats, CURVATURE, offset, split, place, geometry)
     else:
-        numbers = (count, epsilon, number(root_eps, S), number(alpha, S), number(transform_eps, S))
-        mean, shift, rstd, exponents, careful = merge_lambda(
-            stats, lambda_part, split, parts_given, place, walk, numbers, S
+        mean, offset, rstd, exponents, series = merge_lambda(
+            stats, lambda_part, split, splits.left, place, geometry, n, S
         )
     scale = 0.0 * rstd
     if S.NOISE > 0:
-        if noise_scale is not None:
-            scale = tl.load(noise_scale + place[0], mask=place[4], other=0.0)
+        if noise.scale is not None:
+            scale = tl.load(noise.scale + place.group, mask=place.present, other=0.0)
         else:
-            scale = sum_parts(scale_part, 0, parts_given, place, walk, S) * count
-        key = tl.load(seed)
-        factor = number(noise_train, S) * scale
+            scale = sum_partials(scale_part, 0, splits.left, place, geometry, S) * n.inverse_count
+        key = tl.load(noise.seed)
+        factor = n.noise_train * scale
     if stats is not None:
-        note(stats, NOISE_SCALE, scale, split, place, walk)
-    noise = noise_offset(place, at_noise, S)
-    at = group_offset(place, at_input, S)
-    at_o = group_offset(place, at_output, S)
-    for i in range(split * S.R, tile_rows(walk, S), splits * S.R):
-        tile = locate_tile(i, place, walk, noise, at_noise[2], S)
-        u = read(input, at, at_input, tile, S)
-        y = transformed(u, mean, shift, rstd, exponents, careful, S)
+        save(stats, NOISE_SCALE, scale, split, place, geometry)
+    for i in range(split * S.R, tile_rows(geometry, S), splits.programs * S.R):
+        tile = locate_tile(i, place, geometry, S)
+        u = read(tensors.input, place, tile, S)
+        y = transformed(u, mean, offset, rstd, exponents, series, S)
         if S.NOISE > 0:
-            y += factor * normals(key, stream, noise, at_noise[2], tile, S)
-        w = parameter(weight, 1.0, place, tile, walk, S)
-        b = parameter(bias, 0.0, place, tile, walk, S)
-        y = with_residual(y * w + b, residual, place, at_residual, tile, S)
-        write(output, at_o, at_output, tile, activated(y, S), S)
+            y += factor * normals(key, noise.stream, place, tile, geometry.noise[2], S)
+        w = parameter(affine.weight, 1.0, place, tile, geometry, S)
+        b = parameter(affine.bias, 0.0, place, tile, geometry, S)
+        y = with_residual(y * w + b, tensors.residual, place, tile, S)
+        write(tensors.output, place, tile, activated(y, S), S)
 
 
 @triton.jit
 def stream_gradient(
-    grad, input, stats, weight, seed, output, sums_part, part, result, grad_sum, walk, at_grad,
-    at_input, at_output, at_result, at_grad_sum, at_noise, stream, splits, parts_given,
-    inverse_count: tl.float64, alpha: tl.float64, transform_eps: tl.float64,
-    noise_train: tl.float64,
+    tensors, stats, weight, noise, sums_part, part, geometry, splits,
+    inverse_count: tl.float64, eps: tl.float64, root_eps: tl.float64, alpha: tl.float64,
+    transform_eps: tl.float64, noise_train: tl.float64,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """With ``part``, the backward reduction: leaves the five sums of gradient_round() and, where
-    ``WEIGHT`` and ``BIAS`` ask for them, those of the parameters. With ``output``, the gradient of
-    the input, from the totals in ``sums_part`` unless the layer is frozen; ``grad_sum`` adds to it.
-    ``result`` is what the forward pass gave."""
-    split = tl.program_id(0) % splits
-    place = locate_group(tl.program_id(0) // splits, walk, S)
-    mean, shift, rstd, scale, exponents, gradient, careful = load_constants(
-        stats, place, walk, number(alpha, S), number(transform_eps, S), S
+    """With ``part``, the reduction of the backward pass: the five sums of gradient_round() and, if
+    ``WEIGHT`` and ``BIAS``, those of the parameters. With an output, the gradient of the input from
+    the totals in ``sums_part``, which is None if the statistics are given."""
+    n = numbers(inverse_count, eps, root_eps, alpha, transform_eps, noise_train, S)
+    split = tl.program_id(0) % splits.programs
+    place = locate_group(tl.program_id(0) // splits.programs, geometry, S)
+    mean, offset, rstd, scale, exponents, gradient, series = load_constants(
+        stats, place, geometry, n, S
     )
     if sums_part is None:
         none = 0.0 * rstd
         totals = (none, none, none, none, none)
     else:
         totals = (
-            sum_parts(sums_part, 0, parts_given, place, walk, S),
-            sum_parts(sums_part, 1, parts_given, place, walk, S),
-            sum_parts(sums_part, 2, parts_given, place, walk, S),
-            sum_parts(sums_part, 3, parts_given, place, walk, S),
-            sum_parts(sums_part, 4, parts_given, place, walk, S),
+            sum_partials(sums_part, 0, splits.left, place, geometry, S),
+            sum_partials(sums_part, 1, splits.left, place, geometry, S),
+            sum_partials(sums_part, 2, splits.left, place, geometry, S),
+            sum_partials(sums_part, 3, splits.left, place, geometry, S),
+            sum_partials(sums_part, 4, splits.left, place, geometry, S),
         )
-    finished = finish_gradient(totals, number(inverse_count, S), rstd, S.FROZEN)
+    finished = finish_gradient(totals, n.inverse_count, rstd, S.FROZEN)
     if S.NOISE > 0:
-        key = tl.load(seed)
-        factor = number(noise_train, S) * scale
-    noise = noise_offset(place, at_noise, S)
-    at = group_offset(place, at_input, S)
-    at_g = group_offset(place, at_grad, S)
-    at_o = group_offset(place, at_output, S)
+        key = tl.load(noise.seed)
+        factor = n.noise_train * scale
     a, b, c, d, e = sum_zeros(S), sum_zeros(S), sum_zeros(S), sum_zeros(S), sum_zeros(S)
     bias_sum, weight_sum = sum_zeros(S), sum_zeros(S)
-    for i in range(split * S.R, tile_rows(walk, S), splits * S.R):
-        tile = locate_tile(i, place, walk, noise, at_noise[2], S)
-        h = keep((read(input, at, at_input, tile, S) - mean) * rstd + shift, tile, S)
-        g = read_gradient(grad, at_g, at_grad, result, place, at_result, tile, S)
-        weighted = g * parameter(weight, 1.0, place, tile, walk, S)
+    for i in range(split * S.R, tile_rows(geometry, S), splits.programs * S.R):
+        tile = locate_tile(i, place, geometry, S)
+        h = keep((read(tensors.input, place, tile, S) - mean) * rstd + offset, tile, S)
+        g = read_gradient(tensors.grad, tensors.result, place, tile, S)
+        weighted = g * parameter(weight, 1.0, place, tile, geometry, S)
         through_h, through_lambda, w, x = gradient_round(
-            h, weighted, exponents, gradient, careful, S.FAST
+            h, weighted, exponents, gradient, series, S.FAST
         )
         if part is not None:
             if not S.FROZEN:
@@ -392,20 +289,109 @@ def stream_gradient(
                 bias_sum = add(bias_sum, g, S)
             if WEIGHT:
                 if S.NOISE > 0:
-                    x += factor * normals(key, stream, noise, at_noise[2], tile, S)
+                    x += factor * normals(key, noise.stream, place, tile, geometry.noise[2], S)
                 weight_sum = add(weight_sum, g * x, S)
-        if output is not None:
+        if tensors.output.data is not None:
             du = input_gradient(through_h, w, h, rstd, finished)
-            du = with_residual(du, grad_sum, place, at_grad_sum, tile, S)
-            write(output, at_o, at_output, tile, du, S)
+            du = with_residual(du, tensors.grad_sum, place, tile, S)
+            write(tensors.output, place, tile, du, S)
     if part is not None:
         if not S.FROZEN:
-            write_part(part, 0, total(a, S), split, splits, place, walk)
-            write_part(part, 1, total(b, S), split, splits, place, walk)
-            write_part(part, 2, total(c, S), split, splits, place, walk)
-            write_part(part, 3, total(d, S), split, splits, place, walk)
-            write_part(part, 4, total(e, S), split, splits, place, walk)
+            write_partial(part, 0, total(a, S), split, splits.programs, place, geometry)
+            write_partial(part, 1, total(b, S), split, splits.programs, place, geometry)
+            write_partial(part, 2, total(c, S), split, splits.programs, place, geometry)
+            write_partial(part, 3, total(d, S), split, splits.programs, place, geometry)
+            write_partial(part, 4, total(e, S), split, splits.programs, place, geometry)
         if WEIGHT:
-            write_part(part, 5, total(weight_sum, S), split, splits, place, walk)
+            write_partial(part, 5, total(weight_sum, S), split, splits.programs, place, geometry)
         if BIAS:
-            write_part(part, 6, total(bias_sum, S), split, splits, place, walk)
+            write_partial(part, 6, total(bias_sum, S), split, splits.programs, place, geometry)
+
+
+@triton.jit
+def parameter_sums(
+    tensors, stats, noise, parts, geometry, rows, row_runs, programs,
+    transform_eps: tl.float64, noise_train: tl.float64, S: tl.constexpr,
+):  # fmt: skip
+    """The gradients of weights that vary within a group, where the pass over the group does not sum
+    them: sums of g and of g (x + noise z), in ``parts[program, element of the parameter]``.
+
+    PER_RUN: a program has one run of every outer index, which are the rows of its tiles. Else a
+    program has L neighbouring elements of the run of all groups with one inner index; the rows of
+    its tiles are runs.
+    """
+    inner, runs, length = geometry.inner, geometry.runs, geometry.length
+    split = tl.program_id(0) % programs
+    block = tl.program_id(0) // programs
+    if S.AFFINE == PER_RUN:
+        which, fixed_run = block // runs, block % runs
+        columns = tl.cdiv(length, S.L)
+        begin = 0
+    else:
+        blocks = tl.cdiv(length, S.L)
+        which, fixed_run = block // blocks, 0
+        begin = (block - which * blocks) * S.L
+        columns = 1
+    lane = tl.arange(0, S.L)[None, :]
+    weight_sum, bias_sum = zeros(S), zeros(S)
+    if S.NOISE > 0:
+        key = tl.load(noise.seed)
+    for first_row in range(split * S.R, rows, programs * S.R):
+        each = first_row + tl.arange(0, S.R)[:, None]
+        outer = each // row_runs
+        run = each - outer * row_runs + fixed_run
+        present = each < rows
+        at_noise = row_offset(outer, which, run, geometry.noise)
+        place = Place(outer * inner + which, outer, which, present, at_noise)
+        mean = tl.load(stat(stats, MEAN, place, geometry), mask=present, other=0.0)
+        low = tl.load(stat(stats, MEAN_LOW, place, geometry), mask=present, other=0.0)
+        rstd = tl.load(stat(stats, RSTD, place, geometry), mask=present, other=0.0)
+        lmbda = tl.load(stat(stats, LMBDA, place, geometry), mask=present, other=1.0)
+        scale = tl.load(stat(stats, NOISE_SCALE, place, geometry), mask=present, other=0.0)
+        exponents = make_exponents(lmbda, number(transform_eps, S))
+        if S.FROZEN:
+            series = True
+        else:
+            series = any_group(needs_series(exponents), S)
+        for chunk in range(columns):
+            first = begin + chunk * S.L
+            column = first + lane
+            tile = Tile(0, first, column, column < length, present & (column < length))
+            g = read_row(tensors.grad, outer, which, run, tile, S)
+            if S.RELU:
+                g = masked(g, read_row(tensors.result, outer, which, run, tile, S))
+            bias_sum += g
+            if parts.weight is not None:
+                u = read_row(tensors.input, outer, which, run, tile, S)
+                x = transformed(u, mean, -low * rstd, rstd, exponents, series, S)
+                if S.NOISE > 0:
+                    z = normals(key, noise.stream, place, tile, 0, S)
+                    x += number(noise_train, S) * scale * z
+                weight_sum += tl.where(tile.mask, g * x, 0.0)
+    if S.AFFINE == PER_RUN:
+        at = tl.cast(split, tl.int64) * inner * runs + block
+        if parts.weight is not None:
+            tl.store(parts.weight + at, tl.sum(tl.sum(weight_sum, 1), 0))
+        if parts.bias is not None:
+            tl.store(parts.bias + at, tl.sum(tl.sum(bias_sum, 1), 0))
+    else:
+        element = begin + tl.arange(0, S.L)
+        at = (tl.cast(split, tl.int64) * inner + which) * length + element
+        if parts.weight is not None:
+            tl.store(parts.weight + at, tl.sum(weight_sum, 0), mask=element < length)
+        if parts.bias is not None:
+            tl.store(parts.bias + at, tl.sum(bias_sum, 0), mask=element < length)
+
+
+@triton.jit
+def row_offset(outer, inner, run, strides):
+    by_outer, by_inner, by_run = strides
+    within = tl.cast(inner, tl.int64) * by_inner + tl.cast(run, tl.int64) * by_run
+    return tl.cast(outer, tl.int64) * by_outer + within
+
+
+@triton.jit
+def read_row(operand, outer, inner, run, tile, S: tl.constexpr):
+    """A tile whose rows are runs anywhere."""
+    at = operand.data + row_offset(outer, inner, run, operand.strides) + tile.column
+    return real(tl.load(at, mask=tile.mask, other=0.0), S)

@@ -46,22 +46,22 @@ PATHS = ("resident", "streaming", "streaming, parts folded")
 @contextmanager
 def path(name: str) -> Iterator[None]:
     """Groups held in registers or not, whatever their size; several programs for each."""
-    from normnorm.triton_kernels import problem, table
+    from normnorm.triton_kernels import plan
 
-    before = {n: getattr(table, n) for n in dir(table) if n.isupper()}
+    before = {n: getattr(plan, n) for n in dir(plan) if n.isupper()}
     if name != "resident":
-        table.FORWARD_HELD = table.BACKWARD_HELD = 0
-        table.PERSISTENT_WARPS = 24  # the interpreter's time is the number of programs
+        plan.FORWARD_HELD = plan.BACKWARD_HELD = 0
+        plan.PERSISTENT_WARPS = 24  # the interpreter's time is the number of programs
     if name == "streaming, parts folded":
-        table.FOLDED_ABOVE = 0
-    problem._problems.clear()
+        plan.REDUCED_ABOVE = 0
+    plan._plans.clear()
     try:
         with normnorm.use_backend("triton"):
             yield
     finally:
         for n, value in before.items():
-            setattr(table, n, value)
-        problem._problems.clear()
+            setattr(plan, n, value)
+        plan._plans.clear()
 
 
 def forward_and_backward(
@@ -650,21 +650,21 @@ def test_gradients_may_have_other_strides_than_the_input():
 
 @interpreted
 def test_offsets_beyond_31_bits_take_another_kernel_with_equal_results():
-    from normnorm.triton_kernels import problem
+    from normnorm.triton_kernels import plan
 
     cases = [Case("batch", (9, 3, 4, 4)), Case("layer", (5, 40), normalized_ndim=1), CASES[0]]
-    narrow = problem._is_wide
+    narrow = plan._is_wide
     for how in PATHS[:2]:
         for case in cases:
             x = draw(case, "normal", 1, torch.float32)
             with path(how):
                 want = forward_and_backward(x, case)
-                problem._problems.clear()
-                problem._is_wide = lambda *_: True
+                plan._plans.clear()
+                plan._is_wide = lambda *_: True
                 try:
                     got = forward_and_backward(x, case)
                 finally:
-                    problem._is_wide = narrow
+                    plan._is_wide = narrow
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -767,11 +767,11 @@ def test_the_weight_of_lambda_is_its_derivative():
 
 @interpreted
 def test_division_by_a_known_number_is_exact():
-    from normnorm.triton_kernels import problem
+    from normnorm.triton_kernels import plan
 
     random = np.random.default_rng(0)
     for d in (*range(1, 70), 12544, 2**20 - 1, 2**29 + 1):
-        factor, bits = problem._divisor(d)
+        factor, bits = plan._divisor(d)
         assert 0 < factor < 2**31
         n = np.concatenate([random.integers(0, 2**30, 500), np.arange(3 * 70), [2**30 - 1]])
         assert np.array_equal(((4 * n * factor) >> 32) >> bits, n // d)
@@ -780,36 +780,36 @@ def test_division_by_a_known_number_is_exact():
 @interpreted
 def test_every_group_is_covered_by_its_tiles():
     """Over sizes up to a million: tiles that hold the group, within what a thread can hold."""
-    from normnorm.triton_kernels import table
+    from normnorm.triton_kernels import plan as planning
 
     def holds(plan: Any, held: int, itemsize: int) -> bool:
         each = plan.K * plan.R * plan.L / (32 * plan.warps)
-        return plan.K <= table.LARGEST_K and each <= max(1, table._held(held, itemsize))
+        return plan.K <= planning.LARGEST_K and each <= max(1, planning._held(held, itemsize))
 
     sizes = [*range(1, 130), 196, 768, 1000, 1024, 3136, 5120, 8192, 12544, 16384, 50000, 10**6]
     for itemsize in (2, 4, 8):
-        for held in (table.FORWARD_HELD, table.BACKWARD_HELD):
+        for held in (planning.FORWARD_HELD, planning.BACKWARD_HELD):
             for length in sizes:
-                plan = table.row_plan(length, 1000, itemsize, held)
+                plan = planning.row_tiles(length, 1000, itemsize, held)
                 if plan is None:
-                    assert length > 32 * table.LARGEST_WARPS * table._held(held, itemsize) / 2
+                    assert length > 32 * planning.LARGEST_WARPS * planning._held(held, itemsize) / 2
                 else:
                     assert length <= plan.K * plan.L
                     assert holds(plan, held, itemsize)
                 for runs in (2, 7, 256):
-                    plan = table.group_plan(runs, length, True, itemsize, held)
+                    plan = planning.group_tiles(runs, length, True, itemsize, held)
                     if plan is not None:
-                        chunks = runs * table.ceil_div(length + 3, plan.L)
+                        chunks = runs * planning.ceil_div(length + 3, plan.L)
                         assert chunks <= plan.K * plan.R
                         assert holds(plan, held, itemsize)
-                plan = table.column_plan(length, 100, itemsize, held)
+                plan = planning.column_tiles(length, 100, itemsize, held)
                 if plan is not None:
                     assert length <= plan.K * plan.R
                     assert holds(plan, held, itemsize)
                 for columns in (False, True):
-                    plan = table.stream_plan(columns, 64, 64, 256, length, True, itemsize)
+                    plan = planning.stream_tiles(columns, 64, 64, 256, length, True, itemsize)
                     assert 32 * plan.warps * 8 >= plan.R * plan.L
-                    assert 1 <= plan.splits <= table.LARGEST_COLUMN_SPLITS
+                    assert 1 <= plan.splits <= planning.LARGEST_COLUMN_SPLITS
 
 
 @interpreted
@@ -871,8 +871,8 @@ def test_the_spec_of_a_kernel_is_hashable_and_prints_all_it_holds():
     """Triton keeps compiled kernels by it."""
     if missing():
         pytest.skip(str(missing()))
-    from normnorm.triton_kernels.walk import Spec
+    from normnorm.triton_kernels.params import Spec
 
-    spec = Spec(WALK=1, R=2, L=64)
+    spec = Spec(LAYOUT=1, R=2, L=64)
     assert hash(spec) == hash(replace(spec))
     assert repr(replace(spec, ALIGN=4)) != repr(spec)

@@ -141,7 +141,7 @@ def vector(compiled, dtype: torch.dtype) -> tuple[int, int]:
     """(elements of the widest access that a tile allows, those that a thread has of a group)"""
     spec = compiled.spec
     each = spec.R * spec.L // (32 * compiled.kernel.metadata.num_warps)
-    widest = 4 if spec.WALK == 2 else 16 // dtype.itemsize
+    widest = 4 if spec.LAYOUT == 2 else 16 // dtype.itemsize
     return min(widest, spec.ALIGN, each), spec.K * each
 
 
@@ -199,7 +199,7 @@ def room(compiled) -> int:
     """Registers that a kernel may put aside. With sixteen warps a thread has 128, and one that
     holds more than 24 elements of several runs uses them all without a residual: its address may
     cost two, stored once, which a pass over memory more would not be worth."""
-    full = compiled.name == "forward" and compiled.spec.WALK == 1
+    full = compiled.name == "forward" and compiled.spec.LAYOUT == 1
     full = full and compiled.kernel.metadata.num_warps == 16
     return 2 if full and compiled.spec.K * compiled.spec.R * compiled.spec.L > 24 * 32 * 16 else 0
 
@@ -232,7 +232,7 @@ def test_what_a_kernel_joins_costs_whole_vectors_and_no_spill(target, work, dtyp
 
 def every_path() -> None:
     """Frozen, given scales, one gradient alone, folding, float64, offsets beyond 31 bits."""
-    from normnorm.triton_kernels import launch, problem
+    from normnorm.triton_kernels import launch, plan
 
     none, seed = (None, None, None), torch.tensor([1])
 
@@ -283,15 +283,15 @@ def every_path() -> None:
     step(Case("group", (2, 6, 9, 9), num_groups=2), torch.float64)
     join(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
     join(Case("batch", (16, 8, 8, 8)), torch.bfloat16)
-    narrow = problem._is_wide
-    problem._is_wide = lambda *_: True
+    narrow = plan._is_wide
+    plan._is_wide = lambda *_: True
     try:
         step(Case("batch", (64, 8, 30, 30)), torch.float32)
         step(Case("batch", (64, 6, 30, 30)), torch.float32, True)
         step(Case("layer", (64, 100), normalized_ndim=1), torch.float16)
         join(Case("group", (2, 6, 30, 30), num_groups=2), torch.float16)
     finally:
-        problem._is_wide = narrow
+        plan._is_wide = narrow
 
 
 @pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
@@ -300,7 +300,7 @@ def test_every_other_path_compiles_too(target):
 
     names = {compiled.name for compiled in ahead.compiled(target, every_path)}
     assert {"forward", "backward", "stream_output", "stream_gradient"} <= names
-    assert {"parameter_sums", "fold_parts", "fold_running"} <= names
+    assert {"parameter_sums", "reduce_parameters", "fold_running"} <= names
 
 
 # --- budgets -------------------------------------------------------------------------------------
@@ -312,13 +312,13 @@ FEW, MANY, PROBED_WARPS = 2, 4, 4
 def per_element(target: str, folder: Path) -> dict[str, dict[str, float]]:
     """Instructions an element of the resident kernels: what two more tiles cost. With alpha 0, so
     that the branch for small exponents, which is not taken as a rule, is not compiled."""
-    from normnorm.triton_kernels import table
+    from normnorm.triton_kernels import plan
 
-    plan_of = table.row_plan
+    plan_of = plan.row_tiles
     counts: dict[str, list[collections.Counter]] = collections.defaultdict(list)
     for tiles in (FEW, MANY):
         WORKS["probe"] = (Case("layer", (64, 1024 * tiles), normalized_ndim=1), False)
-        table.row_plan = lambda *_, K=tiles, **__: table.Plan(1, 1024, K, PROBED_WARPS)
+        plan.row_tiles = lambda *_, K=tiles, **__: plan.Tiles(1, 1024, K, PROBED_WARPS)
         try:
             for noise, suffix in ((0.0, ""), (0.4, " with noise")):
                 for compiled in launches(target, "probe", torch.bfloat16, 0.0, noise):
@@ -328,7 +328,7 @@ def per_element(target: str, folder: Path) -> dict[str, dict[str, float]]:
                         heads["all"] = len(code)
                         counts[compiled.name + suffix].append(heads)
         finally:
-            table.row_plan = plan_of
+            plan.row_tiles = plan_of
             del WORKS["probe"]
     elements = (MANY - FEW) * 1024 / (32 * PROBED_WARPS)
     return {

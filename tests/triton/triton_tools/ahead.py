@@ -15,7 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from normnorm.triton_kernels import problem
+from normnorm.triton_kernels import plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,7 +60,7 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
     """Within, launches compile for the target ("sm_90") and do nothing else; the list fills with
     them."""
     found: list[Compiled] = []
-    driver, run, fast = triton.runtime.driver, triton.runtime.JITFunction.run, problem.FAST
+    driver, run, fast = triton.runtime.driver, triton.runtime.JITFunction.run, plan.FAST
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -71,14 +71,14 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
     named = TARGETS.get(target) or GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     driver.set_active(StandInDriver(named))
     triton.runtime.JITFunction.run = compile_only
-    problem.FAST = target.startswith("sm_")
-    problem._problems.clear()
+    plan.FAST = target.startswith("sm_")
+    plan._plans.clear()
     try:
         yield found
     finally:
         triton.runtime.JITFunction.run = run
-        problem.FAST = fast
-        problem._problems.clear()
+        plan.FAST = fast
+        plan._plans.clear()
         driver._active = None
 
 

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from normnorm.triton_kernels.core import (
+from normnorm.triton_kernels.math import (
     lambda_gradient,
     lambda_weight,
     make_exponents,
-    needs_care,
+    needs_series,
 )
 from normnorm.triton_kernels.noise import noise_words
 from normnorm.triton_kernels.rounds import gradient_round
@@ -48,7 +48,7 @@ def slopes(at, lmbdas, out, groups, N: tl.constexpr):
         exponents = make_exponents(lmbda, none)
         gradient = lambda_gradient(lmbda, none, none, 1.0 + none, 1.0 + none, 2)
         psi_h, psi_lmbda, _, x = gradient_round(
-            h, 1.0 + 0.0 * h, exponents, gradient, needs_care(exponents), False
+            h, 1.0 + 0.0 * h, exponents, gradient, needs_series(exponents), False
         )
         tl.store(out + (3 * group) * N + i, x)
         tl.store(out + (3 * group + 1) * N + i, psi_h)
@@ -56,12 +56,12 @@ def slopes(at, lmbdas, out, groups, N: tl.constexpr):
 
 
 @triton.jit
-def weights(at, lmbda, slope, shift, q, alpha, out, N: tl.constexpr, ORDER: tl.constexpr):
+def weights(at, lmbda, mean_hd, mean_d, q, alpha, out, N: tl.constexpr, ORDER: tl.constexpr):
     """n dlmbda/dh of one group."""
     h = tl.load(at + tl.arange(0, N))
     t = tl.abs(h)
     gradient = lambda_gradient(
-        tl.load(lmbda), tl.load(slope), tl.load(shift), tl.load(q), tl.load(alpha), ORDER
+        tl.load(lmbda), tl.load(mean_hd), tl.load(mean_d), tl.load(q), tl.load(alpha), ORDER
     )
     w = lambda_weight(h, t, tl.log(1.0 + t), 1.0 / (1.0 + t), gradient)
     tl.store(out + tl.arange(0, N), w)

@@ -3,22 +3,49 @@
 With t = |h|, l = log(1+t), eta = 1 + sign(h) (lmbda - 1) and P = (1+t)^eta:
 ``|psi| = (P-1)/eta``, ``dpsi/dh = P/(1+t)``, ``dpsi/dlmbda = (P l - |psi|)/eta``.
 
-Two constants run through all of it. ``FAST``: one special-function instruction of an NVIDIA GPU
-each for logarithm, power, reciprocal and root, as in ``device_math.h``; elsewhere (AMD, the
-interpreter) Triton's own. ``CAREFUL``: an exponent of the group is small, so that P - 1 would
-cancel, or its lambda is frozen, so that h is unbounded. float64 takes Triton's own functions.
+Two compile-time constants select the code:
+
+* ``FAST``: logarithm, power, reciprocal and root are one special-function instruction of an NVIDIA
+  GPU each, as in ``device_math.h``. Without it (AMD, the interpreter) and in float64 they are
+  Triton's functions.
+* ``SERIES``: the precision path. A series replaces P - 1 where it would cancel, and exponents are
+  clamped. Groups take it whose exponent is small, or whose lambda is given, so that h is unbounded.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-# Below, (exp(eta l) - 1)/eta is l to rounding; above, exp() no longer has room for weights.
+# Up to TINY_ETA, (exp(eta l) - 1)/eta is l to rounding. Beyond MAX_EXPONENT, exp() times a weight
+# may overflow.
 TINY_ETA_FLOAT = tl.constexpr(1e-12)
 TINY_ETA_DOUBLE = tl.constexpr(1e-20)
 MAX_EXPONENT_FLOAT = tl.constexpr(80.0)
 MAX_EXPONENT_DOUBLE = tl.constexpr(700.0)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Exponents(NamedTuple):
+    """The exponents of a group for positive and negative h, their reciprocals, and whether psi has
+    a derivative in lmbda there (1 or 0)."""
+
+    eta_pos: tl.tensor
+    eta_neg: tl.tensor
+    inverse_pos: tl.tensor
+    inverse_neg: tl.tensor
+    active_pos: tl.tensor
+    active_neg: tl.tensor
+
+
+class LambdaGradient(NamedTuple):
+    """The constants of n dlmbda/dh_i = w(h_i) of a group."""
+
+    even: tl.tensor
+    reciprocal: tl.tensor
+    odd: tl.tensor
+    two_d: tl.tensor  # 2 + 2 D
 
 
 @triton.jit
@@ -75,7 +102,7 @@ def absolute(x):
 
 @triton.jit
 def signed_as(magnitude, sign):
-    """``magnitude``, which is not negative, with the sign of ``sign``."""
+    """``magnitude`` (>= 0) with the sign of ``sign``."""
     if magnitude.dtype == tl.float64:
         return tl.where(sign < 0, -magnitude, magnitude)
     else:
@@ -83,14 +110,14 @@ def signed_as(magnitude, sign):
         return (magnitude.to(tl.uint32, bitcast=True) | bits).to(tl.float32, bitcast=True)
 
 
-# Logarithms are kept in the base that the power wants: 2 for float, e for double.
+# Logarithms are kept in the base of the power function: 2 for float32, e for float64.
 
 
 @triton.jit
 def log_of(t, FAST: tl.constexpr):
     """log(1 + t), t >= 0."""
     if t.dtype == tl.float64:
-        u = 1.0 + t  # the rounding of this sum is taken out again by the quotient
+        u = 1.0 + t  # the quotient cancels the rounding of this sum
         return tl.where(u == 1.0, t, tl.log(u) * (t / tl.where(u == 1.0, 1.0, u - 1.0)))
     else:
         return fast_log2(1.0 + t, FAST)
@@ -123,7 +150,7 @@ def first_exponential(a):
 
 @triton.jit
 def second_exponential(a):
-    """(a e^a - e^a + 1)/a^2 for |a| < 1/2: dpsi/dlmbda = l^2 times it."""
+    """(a e^a - e^a + 1)/a^2 for |a| < 1/2; dpsi/dlmbda is l^2 times this."""
     if a.dtype == tl.float64:
         s = 1.0 + a * (18.0 / (17 * 19))
         for i in tl.static_range(16):
@@ -148,63 +175,60 @@ def max_exponent(a):
 
 @triton.jit
 def clamp_exponent(a):
-    return tl.where(a > max_exponent(a), max_exponent(a), a)  # a itself where it is NaN
+    return tl.where(a > max_exponent(a), max_exponent(a), a)  # a NaN stays NaN
 
 
 @triton.jit
 def make_side(eta, transform_eps):
-    """(eta, 1/eta, active) of one sign of h; active is 0 where the shifted form takes psi as
-    log(1+t) and its derivative in lmbda as 0."""
+    """(eta, 1/eta, active) of one sign of h. With ``transform_eps``, |eta| grows by it, except that
+    psi is log(1+t), without a derivative in lmbda (active 0), where |eta| <= transform_eps."""
     linear = tl.abs(eta) <= tl.where(transform_eps > 0, transform_eps, -1.0)
-    shifted = tl.where(linear, 0.0, eta + tl.where(eta < 0, -transform_eps, transform_eps))
-    # eta = 0 is the limit psi = log(1+t): a tiny exponent gives it to rounding, without a branch.
+    eta = tl.where(linear, 0.0, eta + tl.where(eta < 0, -transform_eps, transform_eps))
+    # The limit at eta = 0 is psi = log(1+t); a tiny exponent gives it to rounding without a branch.
     if eta.dtype == tl.float64:
-        shifted = tl.where(tl.abs(shifted) < TINY_ETA_DOUBLE, TINY_ETA_DOUBLE, shifted)
+        eta = tl.where(tl.abs(eta) < TINY_ETA_DOUBLE, TINY_ETA_DOUBLE, eta)
     else:
-        shifted = tl.where(tl.abs(shifted) < TINY_ETA_FLOAT, TINY_ETA_FLOAT, shifted)
+        eta = tl.where(tl.abs(eta) < TINY_ETA_FLOAT, TINY_ETA_FLOAT, eta)
     one = tl.full([], 1.0, eta.dtype)
-    return shifted, one / shifted, tl.where(linear, 0.0, one)
+    return eta, one / eta, tl.where(linear, 0.0, one)
 
 
 @triton.jit
 def make_exponents(lmbda, transform_eps):
-    """(eta_pos, eta_neg, inverse_pos, inverse_neg, active_pos, active_neg) of a group."""
     eta_pos, inverse_pos, active_pos = make_side(lmbda, transform_eps)
     eta_neg, inverse_neg, active_neg = make_side(2.0 - lmbda, transform_eps)
-    return eta_pos, eta_neg, inverse_pos, inverse_neg, active_pos, active_neg
+    return Exponents(eta_pos, eta_neg, inverse_pos, inverse_neg, active_pos, active_neg)
 
 
 @triton.jit
-def needs_care(exponents):
-    """Whether a group is to be treated as CAREFUL: with both exponents at least a quarter the
-    direct form loses less than 4 ulp of l. Also covers the shifted transform's linear zone."""
-    eta_pos, eta_neg, _, _, active_pos, active_neg = exponents
-    large = (tl.abs(eta_pos) >= 0.25) & (tl.abs(eta_neg) >= 0.25)
-    return (large & (active_pos > 0) & (active_neg > 0)) == 0
+def needs_series(e):
+    """Whether a group with these exponents takes the SERIES path: with both exponents at least a
+    quarter, P - 1 loses less than 4 ulp of l. True wherever an exponent is not active."""
+    large = (tl.abs(e.eta_pos) >= 0.25) & (tl.abs(e.eta_neg) >= 0.25)
+    return (large & (e.active_pos > 0) & (e.active_neg > 0)) == 0
 
 
 @triton.jit
-def device_side(h, exponents, CAREFUL: tl.constexpr):
-    """(eta, 1/eta, active) for the sign of each h."""
-    eta_pos, eta_neg, inverse_pos, inverse_neg, active_pos, active_neg = exponents
+def signed_exponent(h, e, SERIES: tl.constexpr):
+    """(eta, 1/eta, active) for the sign of each h; ``active`` is defined with SERIES only."""
     negative = h < 0
-    eta = tl.where(negative, eta_neg, eta_pos)
-    inverse = tl.where(negative, inverse_neg, inverse_pos)
+    eta = tl.where(negative, e.eta_neg, e.eta_pos)
+    inverse = tl.where(negative, e.inverse_neg, e.inverse_pos)
     active = eta
-    if CAREFUL:
-        active = tl.where(negative, active_neg, active_pos)
+    if SERIES:
+        active = tl.where(negative, e.active_neg, e.active_pos)
     return eta, inverse, active
 
 
 @triton.jit
-def psi(log, eta, inverse, CAREFUL: tl.constexpr, FAST: tl.constexpr):
+def psi(log, eta, inverse, SERIES: tl.constexpr, FAST: tl.constexpr):
     """(P, |psi|) from the logarithm of 1 + |h|."""
     if log.dtype == tl.float64:
         a = clamp_exponent(eta * log)
         power = tl.exp(a)
         near = tl.abs(a) < 0.5
         magnitude = tl.where(near, a * first_exponential(a), power - 1.0) * inverse
-    elif CAREFUL:
+    elif SERIES:
         a = clamp_exponent(eta * natural(log))
         power = fast_exp2(a * LOG2_E, FAST)
         near = tl.abs(a) < 0.5
@@ -216,11 +240,12 @@ def psi(log, eta, inverse, CAREFUL: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def psi_slopes(l, reciprocal, power, magnitude, eta, inverse, active, CAREFUL: tl.constexpr):
-    """(dpsi/dh, dpsi/dlmbda); a saturated psi has no slope."""
+def psi_slopes(l, reciprocal, power, magnitude, exponent, SERIES: tl.constexpr):
+    """(dpsi/dh, dpsi/dlmbda), both 0 where the exponent was clamped."""
+    eta, inverse, active = exponent
     psi_h = power * reciprocal
     psi_lambda = (power * l - magnitude) * inverse
-    if CAREFUL:
+    if SERIES:
         a = eta * l
         saturated = a > max_exponent(a)
         psi_lambda = tl.where(tl.abs(a) < 0.5, l * l * second_exponential(a), psi_lambda)
@@ -230,20 +255,20 @@ def psi_slopes(l, reciprocal, power, magnitude, eta, inverse, active, CAREFUL: t
 
 
 @triton.jit
-def lambda_terms_but_squares(h, t, l):
+def lambda_terms(h, t, l):
     """(h d, d, e - 3 t^2) with q = (1+t) l, d = q - t, e = q (q + t (l-4)) + 3 t^2: the terms of
-    the lambda estimate, but for sign(h) l and for the squares, whose mean the variance tells."""
+    the lambda estimate besides sign(h) l. The mean of t^2 follows from the variance."""
     q = t * l + l
     d = q - t
     return h * d, d, q * (t * (l - 4.0) + q)
 
 
 @triton.jit
-def newton_step(slope, log, shift, curvature, alpha, root_eps, ORDER: tl.constexpr):
+def newton_step(mean_hd, mean_log, mean_d, mean_e, alpha, root_eps, ORDER: tl.constexpr):
     """(lmbda, Q) from the means of the terms."""
-    variance = curvature - shift * shift - 2.0 * slope * slope
-    q = tl.where(variance < 0, 0.0, variance) + root_eps  # no maximum: a NaN group must stay NaN
-    first = slope - log
+    variance = mean_e - mean_d * mean_d - 2.0 * mean_hd * mean_hd
+    q = tl.where(variance < 0, 0.0, variance) + root_eps  # not maximum(): a NaN must stay NaN
+    first = mean_hd - mean_log
     if ORDER == 1:
         return 1.0 - alpha * first, q
     else:
@@ -251,22 +276,21 @@ def newton_step(slope, log, shift, curvature, alpha, root_eps, ORDER: tl.constex
 
 
 @triton.jit
-def lambda_gradient(lmbda, slope, shift, curvature, alpha, ORDER: tl.constexpr):
-    """(c_e, c_r, c_o, 2 + 2 D), the constants of n dlmbda/dh_i = w(h_i)."""
-    two_d = 2.0 + 2.0 * shift
+def lambda_gradient(lmbda, mean_hd, mean_d, q, alpha, ORDER: tl.constexpr):
+    two_d = 2.0 + 2.0 * mean_d
     if ORDER == 1:
-        c_r = alpha + 0.0 * shift
-        return -c_r, c_r, 0.0 * c_r, two_d
+        c_r = alpha + 0.0 * mean_d
+        return LambdaGradient(-c_r, c_r, 0.0 * c_r, two_d)
     else:
         kap = (lmbda - 1.0) / tl.where(alpha == 0, 1.0, alpha)
-        c_r = alpha / curvature
-        return -c_r * (1.0 - 4.0 * slope * kap), c_r, -c_r * kap, two_d
+        c_r = alpha / q
+        return LambdaGradient(-c_r * (1.0 - 4.0 * mean_hd * kap), c_r, -c_r * kap, two_d)
 
 
 @triton.jit
-def lambda_weight(h, t, l, reciprocal, gradient):
-    c_e, c_r, c_o, shift = gradient
+def lambda_weight(h, t, l, reciprocal, c):
+    """w(h), the derivative of n lmbda in one element."""
     four_t = t * 4.0
     even = (t * 2.0 + 1.0) * l - t
-    odd = ((four_t + 3.0) * l - (four_t + shift)) * l + t * 2.0
-    return c_e * even + (c_r * reciprocal + c_o * tl.where(h < 0, -odd, odd))
+    odd = ((four_t + 3.0) * l - (four_t + c.two_d)) * l + t * 2.0
+    return c.even * even + (c.reciprocal * reciprocal + c.odd * tl.where(h < 0, -odd, odd))

@@ -1,0 +1,48 @@
+"""Operations fused into a pass, as in ``csrc/cuda/epilogue.cuh``: the sum of input and residual
+before normalization, a residual and an activation after the affine map, the activation's mask
+before the backward pass. An operand without data leaves nothing in the compiled code."""
+
+import triton
+import triton.language as tl
+
+from .layout import read
+
+
+@triton.jit
+def with_residual(x, residual, place, tile, S: tl.constexpr):
+    """x plus the residual's tile, in the compute type."""
+    if residual.data is None:
+        return x
+    else:
+        return x + read(residual, place, tile, S)
+
+
+@triton.jit
+def stored_sum(u, residual, place, tile, S: tl.constexpr):
+    """u plus the residual's tile, in the storage type. The pass normalizes this rounded sum, which
+    is what the backward pass reads."""
+    return with_residual(u, residual, place, tile, S).to(residual.data.dtype.element_ty)
+
+
+@triton.jit
+def activated(y, S: tl.constexpr):
+    if S.RELU:
+        return tl.where(y <= 0, 0.0, y)  # not maximum(): a NaN must stay NaN
+    else:
+        return y
+
+
+@triton.jit
+def masked(g, y):
+    """The gradient before a ReLU whose output is y; where y is NaN it passes unchanged."""
+    return tl.where(y <= 0, 0.0, g)
+
+
+@triton.jit
+def read_gradient(grad, result, place, tile, S: tl.constexpr):
+    """A tile of the gradient before the activation, whose output is ``result``."""
+    g = read(grad, place, tile, S)
+    if S.RELU:
+        return masked(g, read(result, place, tile, S))
+    else:
+        return g
