@@ -1,8 +1,8 @@
-"""Bad input raises a sentence that tells what was got and what was wanted, and changes nothing.
+"""Bad input raises an error that states the expected and the actual value, and changes nothing.
 
-Three tables: layers, functions, raw ops. Each row names a mistake and the words that its error
-must contain. Errors are ValueError, TypeError or RuntimeError and nothing more exotic; buffers
-(the batch counter included) keep their values and their memory.
+Three tables: layers, functions, raw ops. Each row is a mistake and the words that its error must
+contain. Errors are ValueError, TypeError or RuntimeError; buffers (the batch counter included) keep
+their values and their memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REFUSALS = (ValueError, TypeError, RuntimeError)
 
 
 def assert_refused(call, *words):
-    """``call`` raises one of the promised errors, whose text contains every word."""
+    """``call`` raises one of the documented errors, whose text contains every word."""
     with pytest.raises(REFUSALS) as caught:
         call()
     error = caught.value
@@ -36,7 +36,7 @@ def assert_refused(call, *words):
 
 
 class Unchanged:
-    """That the given tensors keep their values, memory and identity in the block."""
+    """Asserts that the given tensors keep their values, memory and identity in the block."""
 
     def __init__(self, tensors):
         self.tensors = [tensor for tensor in tensors if tensor is not None]
@@ -58,7 +58,7 @@ class Unchanged:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A name, what is done to the layer and its input, and what the error must mention."""
+    """A name, the change of the layer and its input, and the words of the error."""
 
     name: str
     spoil: Any
@@ -189,7 +189,7 @@ def layer_rows():
 def test_layer_refuses_with_a_sentence_and_changes_no_buffer(row, mistake, backend):
     extra = {"track_running_stats": True} if row in RUNNING else {}
     layer = row.make(**extra)
-    layer(row.input(torch.float32))  # a step that counts, so that the buffers hold something
+    layer(row.input(torch.float32))  # a valid step, so that the buffers are not initial
     input = mistake.spoil(layer, row.input(torch.float32, 1))
     with Unchanged(layer.buffers()):
         assert_refused(lambda: layer(input), *mistake.words)
@@ -215,7 +215,7 @@ SPOILED = [
         pytest.param(name, spoil, words, id=f"{how}-{name}")
         for name in ("running_mean", "running_var", "running_lmbda")
         for how, spoil, words in SPOILED
-        # Loaders of BatchNorm checkpoints leave lambda alone on meta: there it becomes 1.
+        # Loaders of BatchNorm checkpoints leave lambda on meta; it becomes 1.
         if (name, how) != ("running_lmbda", "device")
     ],
 )
@@ -266,8 +266,8 @@ def test_group_layer_with_groups_that_do_not_divide_is_refused(groups, channels)
         normnorm.GroupNormalNorm(groups, channels)(torch.ones(2, channels, 3))
 
 
-# What is no number at all, for every setting that must be one. The tensors would pass for one
-# where an op reads them, and their gradients be lost.
+# Values that are not numbers, for every numeric setting. An op would read the tensors as numbers
+# and drop their gradients.
 WRONG_NUMBERS = [
     pytest.param(None, ("None",), id="none"),
     pytest.param("1e-5", ("1e-5", "str"), id="text"),
@@ -593,7 +593,7 @@ NORMS = ("normal_norm_forward", "normal_norm_infer", "normal_norm_backward")
 NOISY = ("normal_norm_forward", "normal_norm_backward")
 FOLD = ("fold_running_",)
 ADDS = ("add_normal_norm_forward", "add_normal_norm_backward")
-JOINS = ("normal_norm_forward", "normal_norm_infer", "add_normal_norm_forward")
+FUSED = ("normal_norm_forward", "normal_norm_infer", "add_normal_norm_forward")
 BACKWARDS = ("normal_norm_backward", "add_normal_norm_backward")
 
 
@@ -606,7 +606,7 @@ def fixed(**values):
     return lambda arguments: values
 
 
-# (ops, what is done to valid arguments, words, kinds it makes sense for)
+# (ops, change of valid arguments, words of the error, kinds)
 OP_MISTAKES = [
     (NORMS, like("input", lambda x: x.long()), ("input must be", "int64"), None),
     (NORMS, like("input", lambda x: x.to(torch.complex64)), ("input must be", "complex64"), None),
@@ -626,9 +626,9 @@ OP_MISTAKES = [
     (NORMS, fixed(transform_eps=-0.5), ("transform_eps", "-0.5"), None),
     (NORMS, fixed(transform_eps=math.inf), ("transform_eps", "inf"), None),
     (NORMS + ADDS, fixed(activation="gelu"), ("activation must be 'relu'", "gelu"), None),
-    (JOINS, lambda a: {"residual": a["input"][:1]}, ("residual", "input's shape"), None),
-    (JOINS, lambda a: {"residual": a["input"].double()}, ("residual", "dtype", "float64"), None),
-    (JOINS, lambda a: {"residual": a["input"].to("meta")}, ("residual", "device", "meta"), None),
+    (FUSED, lambda a: {"residual": a["input"][:1]}, ("residual", "input's shape"), None),
+    (FUSED, lambda a: {"residual": a["input"].double()}, ("residual", "dtype", "float64"), None),
+    (FUSED, lambda a: {"residual": a["input"].to("meta")}, ("residual", "device", "meta"), None),
     (BACKWARDS, fixed(activation="relu"), ("activation 'relu'", "output", "None"), None),
     (BACKWARDS, lambda a: {"output": a["grad_output"]}, ("output belongs to an activation",), None),
     (
@@ -780,7 +780,7 @@ def op_rows():
         for op in ops:
             for row in KINDS:
                 if kinds is None or row.kind in kinds:
-                    # What holds for every kind is tried with two of them.
+                    # Checks common to all kinds run with two of them.
                     slow = kinds is None and row not in KINDS[:2]
                     rows.append(
                         pytest.param(
@@ -799,7 +799,7 @@ def op_rows():
 def test_op_refuses_with_a_sentence_and_changes_no_tensor(op, row, change, words, backend):
     arguments = {**VALID[op](row), "backend": backend}
     call = getattr(torch.ops.normnorm, op)
-    call(**{**arguments, **clones(arguments)})  # valid as it stands
+    call(**{**arguments, **clones(arguments)})  # valid unchanged
     arguments = {**arguments, **change(arguments)}
     tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     with Unchanged(tensors):
@@ -815,7 +815,7 @@ def clones(arguments):
 @pytest.mark.parametrize("op", NORMS)
 @pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
 def test_op_refuses_the_same_while_shapes_are_inferred(op, row, backend):
-    """Fake tensors and a compiler see the same sentences."""
+    """Fake tensors and a compiler raise the same errors."""
     arguments = {**VALID[op](row), "backend": backend}
     call = getattr(torch.ops.normnorm, op)
     meta = {
@@ -840,7 +840,7 @@ TENSORS = [
 
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_op_refuses_none_for_a_tensor(op, name, backend):
-    """The dispatcher lets None through where a tensor is required: the op has to look."""
+    """The dispatcher accepts None for a required tensor: the op must check."""
     arguments = {**VALID[op](KINDS[0]), "backend": backend, name: None}
     call = getattr(torch.ops.normnorm, op)
     with Unchanged([value for value in arguments.values() if isinstance(value, torch.Tensor)]):
@@ -899,7 +899,7 @@ def test_failing_block_restores_the_backend():
     assert backends._selected == selected
 
 
-# Values, which are not mistakes of shape or type
+# Values: no errors of shape or type
 
 
 @pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)

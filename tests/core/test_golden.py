@@ -1,8 +1,8 @@
 """The authors' released layers, in float64, as recorded vectors.
 
-``data/official_float64.npz`` holds inputs, upstream gradients, outputs, gradients and running
-statistics of their layers over six input laws, noise off. Their transform shifts its exponent by
-sqrt(eps), which is ``transform_eps=math.sqrt(eps)`` here.
+``data/official_float64.npz`` has inputs, upstream gradients, outputs, gradients and running
+statistics of their layers for six input distributions, without noise. Their transform shifts its
+exponent by sqrt(eps), which is ``transform_eps=math.sqrt(eps)`` here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IMAGES = [name for name, case in CASES.items() if len(case["shape"]) == 4]
 
 
 class Recorded:
-    """One case: its arrays as tensors, and our layer with its parameters."""
+    """One case: its arrays as tensors, and the normnorm layer with its parameters."""
 
     def __init__(self, name: str, device: str, memory_format=torch.preserve_format) -> None:
         self.name, self.device, self.memory_format = name, device, memory_format

@@ -1,4 +1,4 @@
-"""Lambda beyond one Newton step: against SciPy's optimum, with right gradients."""
+"""Lambda by several Newton steps and at the optimum, against SciPy's, with correct gradients."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_degenerate_groups_have_lambda_one_or_nan(iterations: int | None, consta
     h = torch.randn(1000, 4, dtype=torch.float64)
     h = (h - h.mean(0)) / h.std(0, correction=0)
     alone = normnorm.estimate_lmbda(h[:, 3], iterations=iterations)
-    h[:, 0] = constant if iterations != 1 else 0.0  # one step takes h as standardized
+    h[:, 0] = constant if iterations != 1 else 0.0  # one step assumes standardized h
     h[3, 1] = math.nan
     h[3, 2] = math.inf
     h.requires_grad_()

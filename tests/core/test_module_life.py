@@ -1,6 +1,6 @@
-"""What befalls a module in its life: averaging, checkpointing, reparametrization, hooks, lazy
+"""Operations on existing modules: averaging, checkpointing, reparametrization, hooks, lazy
 initialization, half precision with scaled losses. Copies, checkpoints and the meta device are in
-``test_modules.py`` for the layers that are listed there."""
+``test_modules.py`` for the layers listed there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def input_of(row, seed=0):
     return row.input(torch.float32, seed)
 
 
-# Averages of weights
+# Weight averaging
 
 
 @each_batch_layer
@@ -79,8 +79,8 @@ def test_checkpointing_repeats_the_noise_and_gives_the_same_gradients(row, reent
 
 @each_batch_layer
 def test_checkpointing_counts_a_batch_twice_as_in_torch(row, cpu_backend):
-    # Where something that is recomputed follows; the last layer of a region need not run to its
-    # end a second time, and then counts once.
+    # With a recomputed operation after it: torch may stop recomputing before the last layer of a
+    # region ends, which then updates once.
     layers = row.make(**OFF), row.make_counterpart()
     for layer in layers:
         input = input_of(row).requires_grad_()
@@ -92,7 +92,7 @@ def test_checkpointing_counts_a_batch_twice_as_in_torch(row, cpu_backend):
     assert layers[0].num_batches_tracked == 3
 
 
-# Weights that are not plain parameters
+# Parametrized weights
 
 
 class Exponential(nn.Module):
@@ -143,7 +143,7 @@ def test_functional_call_uses_and_leaves_what_it_should(row, cpu_backend):
     buffers = {name: tensor.clone() for name, tensor in layer.named_buffers()}
     output = torch.func.functional_call(layer, {**other, **buffers}, (input_of(row),))
     for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name]), name  # running statistics went to the given ones
+        assert torch.equal(tensor, before[name]), name  # writes go to the given buffers
     layer.load_state_dict({**before, **other})
     assert_close(output, layer(input_of(row)))
     for name, buffer in layer.named_buffers():
@@ -188,7 +188,7 @@ def test_a_scaled_loss_trains_under_autocast_and_skips_overflows(row, dtype, cpu
         with torch.autocast("cpu", dtype):
             output = model(input_of(row, step))
             loss = output.float().square().mean()
-        assert output.dtype == dtype  # Linear's, which our layers keep
+        assert output.dtype == dtype  # Linear's output dtype, which the layers keep
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         for parameter in model.parameters():
@@ -201,7 +201,7 @@ def test_a_scaled_loss_trains_under_autocast_and_skips_overflows(row, dtype, cpu
     for name, buffer in statistics.items():
         assert buffer.dtype == (torch.int64 if "num" in name else torch.float32)
 
-    # An infinite gradient is found, and the step left out.
+    # An infinite gradient is detected, and the step skipped.
     optimizer.zero_grad()
     loss = model(input_of(row)).square().mean() * float("inf")
     scaler.scale(loss).backward()
@@ -220,7 +220,7 @@ def test_a_model_in_half_precision_with_statistics_in_full_trains(row, cpu_backe
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
         parameter.data = parameter.data.bfloat16()
-        getattr(exact, name).data.copy_(parameter.data)  # rounded as well
+        getattr(exact, name).data.copy_(parameter.data)  # with the same rounding
     for step in range(3):
         input = row.input(torch.bfloat16, step)
         for one, x in ((layer, input), (exact, input.double())):
@@ -253,7 +253,7 @@ def test_hooks_of_every_kind_see_and_change_what_torchs_do(row, cpu_backend):
     assert_close(seen["ours"], seen["torch"], rtol=1e-4, atol=1e-3)
 
 
-# The layers that test_modules.py does not list
+# Layers not listed in test_modules.py
 
 
 def channels_first(**keywords):
@@ -403,14 +403,14 @@ def test_lazy_layers_load_checkpoints_before_their_first_input(name):
     input = lazy_input(name)
     assert_close(layer.eval()(input), trained.eval()(input))
     assert type(layer) is type(trained)
-    # One of torch's, without lambda.
+    # torch's checkpoint, without lambda.
     plain = getattr(nn, name.removeprefix("Lazy").replace("Normal", ""))(
         4, affine=True, track_running_stats=True
     )
     other = getattr(normnorm, name)()
     other.load_state_dict(plain.state_dict(), strict=True)
     assert (other.running_lmbda == 1).all()
-    # And one of a lazy layer that is itself not initialized.
+    # A checkpoint of an uninitialized lazy layer.
     file = io.BytesIO()
     torch.save(getattr(normnorm, name)().state_dict(), file)
     file.seek(0)
@@ -448,7 +448,7 @@ def test_a_refused_first_input_leaves_a_lazy_layer_as_it_was(name):
     output = layer(lazy_input(name))
     assert layer.num_features == 4
     assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
-    # What was tried took nothing from the generator, and no step of the running statistics.
+    # The trial pass consumed no random numbers and updated no running statistics.
     torch.manual_seed(1)
     made = type(layer)(4, affine=True, track_running_stats=True)
     assert torch.equal(output, made(lazy_input(name)))

@@ -1,8 +1,8 @@
-"""The layers behave as torch's do: construction, state, dtypes, modes and running statistics.
+"""The layers behave like torch's: construction, state, dtypes, modes and running statistics.
 
-The first part runs torch's own module inputs (those its test-suite feeds to BatchNorm, LayerNorm,
-GroupNorm and InstanceNorm) through our classes with the transform and the noise off, where each
-must equal its counterpart.
+The first part runs the module inputs of torch's test suite for BatchNorm, LayerNorm, GroupNorm and
+InstanceNorm through normnorm's classes without transform and noise, where each must equal its
+counterpart.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normnorm
 
-# Importing torch's test tables forbids plain assignments to torch.backends.*, for the whole
-# process: other tests are not to notice.
+# Importing torch's test tables forbids plain assignments to torch.backends.* in the whole process;
+# this is undone for other tests.
 _FLAG = "__allow_nonbracketed_mutation_flag"
 _allowed = getattr(torch.backends, _FLAG, True)
 from torch.testing._internal import common_modules  # noqa: E402
@@ -38,7 +38,7 @@ each_layer = pytest.mark.parametrize("row", LAYERS, ids=NAMES)
 each_running = pytest.mark.parametrize("row", RUNNING, ids=lambda row: row.name)
 
 
-# torch's own inputs
+# torch's test inputs
 
 
 def module_inputs(info, dtype=torch.float64, training=True):
@@ -47,7 +47,7 @@ def module_inputs(info, dtype=torch.float64, training=True):
 
 
 def torch_cases():
-    """(row, info, index) of every input that torch has for a class we have a counterpart of."""
+    """(row, info, index) of every torch test input for a class with a counterpart here."""
     cases = []
     for info in common_modules.module_db:
         row = BY_COUNTERPART.get(info.module_cls)
@@ -65,7 +65,7 @@ each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "ev
 
 
 def build_pair(row, info, index, training, dtype=torch.float64):
-    """(torch's layer, ours with its state loaded strictly, the forward call's input)."""
+    """(torch's layer, normnorm's with its state loaded strictly, the forward call's input)."""
     sample = module_inputs(info, dtype, training)[index]
     arguments = sample.constructor_input
     theirs = set_parameters(row.counterpart(*arguments.args, **arguments.kwargs).to(dtype))
@@ -82,7 +82,7 @@ def build_pair(row, info, index, training, dtype=torch.float64):
 
 
 def run(layer, input):
-    """(output, [gradients]) for a fixed, uneven upstream gradient."""
+    """(output, [gradients]) for a fixed, non-uniform upstream gradient."""
     input = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     output = layer(input)
     upstream = torch.linspace(-1.0, 2.0, max(output.numel(), 1), dtype=output.dtype)
@@ -92,7 +92,7 @@ def run(layer, input):
 
 
 def compared_buffers(layer):
-    """Buffers that both have. torch's instance layers own a counter that they never move."""
+    """Buffers of both. torch's instance layers have a counter that they never increment."""
     names = ["running_mean", "running_var"]
     if isinstance(layer, (nn.modules.batchnorm._BatchNorm, normnorm.modules._BatchNormalNorm)):
         names.append("num_batches_tracked")
@@ -102,7 +102,7 @@ def compared_buffers(layer):
 def test_torch_has_inputs_for_every_class_and_none_is_left_out(capsys):
     counts = Counter(case.values[0].name for case in TORCH_CASES)
     assert set(counts) == set(NAMES)
-    assert min(counts.values()) >= 4  # torch 2.10: 46 in all, four for each instance layer
+    assert min(counts.values()) >= 4  # torch 2.10: 46 in total, four for each instance layer
     with capsys.disabled():
         print(f"\n{2 * sum(counts.values())} torch module inputs (train and eval): {dict(counts)}")
 
@@ -119,7 +119,7 @@ def test_torch_has_inputs_for_every_class_and_none_is_left_out(capsys):
 @each_torch_case
 def test_equals_torch_without_transform_and_noise(row, info, index, training, dtype, backend):
     theirs, ours, input = build_pair(row, info, index, training, dtype)
-    # Sums of up to a few hundred terms of order one, in another order than torch's.
+    # Sums of up to a few hundred terms of order one, in a different order from torch's.
     unit = torch.finfo(dtype).eps
     bound = {"rtol": 8.0 * unit, "atol": 400.0 * unit}
     for step in range(2):
@@ -130,7 +130,8 @@ def test_equals_torch_without_transform_and_noise(row, info, index, training, dt
         assert_close(gradients, expected_gradients, **bound)
         assert_close(compared_buffers(ours), compared_buffers(theirs), **bound)
 
-    # And back: torch's layer takes our state, all but lambda, and evaluates the same.
+    # Conversely: torch's layer loads this state without lambda and gives the same evaluation
+    # output.
     state = ours.state_dict()
     if state.pop("running_lmbda", None) is not None:
         state["num_batches_tracked"] = theirs.num_batches_tracked
@@ -145,7 +146,7 @@ def as_function(layer):
     names = [name for name, _ in layer.named_parameters()]
 
     def function(input, *parameters):
-        # A copy each time, or the running statistics would differ from call to call.
+        # A copy each time, because the running statistics would change between calls.
         state = dict(zip(names, parameters, strict=True))
         return torch.func.functional_call(copy.deepcopy(layer), state, (input,))
 
@@ -208,7 +209,7 @@ def test_torch_error_inputs_raise_as_torch_says(row, case, backend):
             row.cls(*arguments.args, **arguments.kwargs)
         return
 
-    def call() -> None:  # ours refuses some of it, an eps for one, when it is constructed
+    def call() -> None:  # the constructor rejects some of it, such as an eps
         layer = row.cls(*arguments.args, **arguments.kwargs)
         layer(*case.module_error_input.forward_input.args)
 
@@ -266,7 +267,7 @@ def test_bias_false_keeps_the_weight_alone(row, backend):
     layer = row.make(bias=False, **OFF)
     assert layer.bias is None
     assert "bias" not in layer.state_dict()
-    assert "bias" in layer._parameters  # registered, so that parameter listings know it
+    assert "bias" in layer._parameters  # registered as None, for parameter listings
     with_zero = row.make(**OFF)
     nn.init.zeros_(with_zero.bias)
     input = row.input(torch.float32)
@@ -307,7 +308,7 @@ def test_device_and_dtype_reach_parameters_and_buffers(row, dtype):
 
 
 def trained(row, **keywords):
-    """A layer two steps into training, in float32."""
+    """A layer after two training steps, in float32."""
     extra = {"track_running_stats": True} if row in RUNNING else {}
     layer = row.make(**extra, **keywords)
     for seed in range(2):
@@ -369,7 +370,7 @@ def test_torch_checkpoint_loads_strictly_with_lambda_one(row, backend):
     assert not keys.missing_keys
     assert not keys.unexpected_keys
     assert torch.equal(ours[0].running_lmbda, torch.ones(row.shape[1]))
-    # Lambda 1 is the identity: evaluation is torch's.
+    # Lambda 1 is the identity: evaluation equals torch's.
     input = row.input(torch.float32, 1)
     assert_close(ours.eval()(input), theirs.eval()(input), rtol=0.0, atol=2e-6)
 
@@ -378,10 +379,10 @@ def test_torch_checkpoint_loads_strictly_with_lambda_one(row, backend):
 def test_torch_checkpoint_without_metadata_or_counter_loads_strictly(row):
     state = dict(row.make_counterpart(track_running_stats=True).state_dict())
     ours = row.make(track_running_stats=True)
-    ours.load_state_dict(state, strict=True)  # a plain dict carries no versions
+    ours.load_state_dict(state, strict=True)  # a plain dict has no versions
     del state["num_batches_tracked"]
-    ours.load_state_dict(state, strict=True)  # as written before torch counted batches
-    assert "running_lmbda" not in state  # the caller's dict is his
+    ours.load_state_dict(state, strict=True)  # as in files from before torch counted batches
+    assert "running_lmbda" not in state  # the caller's dict is unchanged
 
 
 @each_running
@@ -407,7 +408,7 @@ def test_what_a_checkpoint_does_not_mention_survives_and_is_reported(row, kept, 
     before = copy.deepcopy(model[0].state_dict())
     keys = model.load_state_dict(state if metadata else dict(state), strict=False)
     missing = before.keys() - {*kept}
-    # Without a version torch takes the checkpoint for one from before it counted batches.
+    # Without a version torch assumes a checkpoint from before it counted batches.
     unnamed = set() if metadata and kept else {"num_batches_tracked"}
     assert {f"0.{name}" for name in missing - unnamed} <= {*keys.missing_keys}
     assert not keys.unexpected_keys
@@ -431,7 +432,7 @@ def test_lambda_that_is_still_on_meta_is_one_beside_statistics_that_are_loaded(r
     def on_meta():
         return row.cls(*row.args, **dict(row.affine), track_running_stats=True, device="meta")
 
-    by_state = on_meta()  # torch.distributed.checkpoint hands over what the model has
+    by_state = on_meta()  # torch.distributed.checkpoint returns the model's own tensors
     by_state.load_state_dict(
         {**theirs, "running_lmbda": by_state.running_lmbda}, strict=True, assign=True
     )
@@ -515,7 +516,7 @@ def test_meta_layer_becomes_real_by_to_empty_and_reset(row, bias, backend):
 
     real = layer.to_empty(device="cpu")
     for tensor in real.state_dict().values():
-        tensor.fill_(77)  # whatever memory held
+        tensor.fill_(77)  # arbitrary content
     real.reset_parameters()
     fresh = row.cls(*row.args, **keywords)
     assert real.state_dict().keys() == fresh.state_dict().keys()
@@ -547,7 +548,7 @@ def test_reset_running_stats_gives_zero_one_one_and_no_batches(row, backend):
 
 
 def batch_statistics(row, input, alpha=1.0, order=2):
-    """(mean, unbiased variance, lambda) a channel, averaged over samples for instance kinds."""
+    """(mean, unbiased variance, lambda) per channel, averaged over samples for instance kinds."""
     per_channel = input.double().movedim(1, 0).flatten(1) if row.kind == "batch" else None
     if per_channel is None:
         groups = input.double().flatten(2)
@@ -575,8 +576,8 @@ def test_running_statistics_are_the_exponential_average_of_the_batches(row, orde
         expected = [0.7 * old + 0.3 * new for old, new in zip(expected, found, strict=True)]
         assert_close(buffers, expected, rtol=1e-10, atol=1e-10)
         assert counter == step + 1
-    assert (layer.running_lmbda - 1.0).abs().min() > 1e-4  # the data have something to estimate
-    # In place: the same objects in the same memory.
+    assert (layer.running_lmbda - 1.0).abs().min() > 1e-4  # the data are not symmetric
+    # Updated in place: the same objects in the same memory.
     assert layer.running_mean is buffers[0]
     assert layer.running_var is buffers[1]
     assert layer.running_lmbda is buffers[2]
@@ -585,7 +586,7 @@ def test_running_statistics_are_the_exponential_average_of_the_batches(row, orde
 
 
 class Recorder(TorchDispatchMode):
-    """Every operation that reaches the kernels."""
+    """Records every operation that reaches the kernels."""
 
     def __init__(self):
         super().__init__()
@@ -673,7 +674,7 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them(row, backend):
     x = normnorm.yeo_johnson(h, per_channel(layer.running_lmbda))
     expected = per_channel(layer.weight) * x + per_channel(layer.bias)
     assert_close(output, expected, rtol=1e-11, atol=1e-11)
-    # One sample at a time gives the same: nothing is taken from the batch.
+    # Single samples give the same: no statistics are shared over the batch.
     single = torch.cat([layer(sample[None]) for sample in input])
     assert_close(single, output, rtol=1e-12, atol=1e-12)
 
@@ -685,7 +686,7 @@ def test_train_and_eval_differ_by_noise_and_switch_back(row, backend):
     quiet = layer.eval()(input)
     assert torch.equal(layer(input), quiet)
     noisy = layer.train()(input)
-    assert not torch.equal(noisy, layer(input))  # fresh noise each call
+    assert not torch.equal(noisy, layer(input))  # new noise in each call
     assert not torch.equal(noisy, quiet)
     torch.manual_seed(5)
     first = layer(input)
@@ -704,7 +705,7 @@ def test_noise_can_be_annealed_between_steps(row, backend):
         noisy = layer(input)
         layer.noise_train = 0.0
         deviations.append((noisy - layer(input)).detach())
-    # The same noise, weighted: linear in noise_train.
+    # The same noise with another weight: linear in noise_train.
     assert_close(deviations[0], 2.0 * deviations[1], rtol=1e-4, atol=1e-5)
     assert deviations[0].abs().max() > 0.01
     assert (deviations[2] == 0).all()
@@ -805,7 +806,7 @@ def test_half_precision_parameters_keep_full_precision_statistics(row, backend):
     for name in ("running_mean", "running_var", "running_lmbda"):
         buffer = getattr(layer, name)
         assert buffer.dtype == torch.float32
-        # Far below bfloat16's 4e-3: statistics were never rounded to it.
+        # Far below bfloat16's 4e-3: statistics are not rounded to it.
         assert_close(buffer.double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
 
 
@@ -834,7 +835,7 @@ def test_gradients_under_autocast_have_the_parameters_dtypes(row, backend):
     assert input.grad.dtype == layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
 
 
-# Company
+# Use inside models
 
 
 @each_layer

@@ -1,4 +1,4 @@
-"""The noise: its words bit for bit, its law, and that forward and backward pass agree on it."""
+"""The noise: random words bit for bit, distribution, and agreement of forward and backward pass."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_numpy_generator_gives_the_published_answers(counter, key, words):
 
 
 def test_the_product_gives_the_published_answer_that_its_counter_can_reach():
-    """Its last counter word is always 0, so the all-zero vector is the one within reach."""
+    """The last counter word is always 0, so only the all-zero vector applies."""
     words = noise.philox_words(torch.zeros(1, dtype=torch.int64), _seed(0), 0)
     assert [hex(int(word)) for word in words] == [hex(word) for word in KNOWN_ANSWERS[0][2]]
 
@@ -86,7 +86,7 @@ def test_normals_are_those_of_the_numpy_generator_to_rounding(seed, channels_las
             z = noise.standard_normals(shape, _seed(seed, device), 3, channels_last)
             assert z.shape == shape
             assert z.dtype == torch.float64
-            # an angle of 2 pi carries a rounding of itself, times a radius of at most 6.7
+            # the angle 2 pi is rounded, times a radius of at most 6.7
             bound = 8 * UNIT[torch.float64] * (7 + np.abs(want))
             oracle.assert_within(z, want, bound, "z")
             z = noise.standard_normals(shape, _seed(seed, device), 3, channels_last, torch.float32)
@@ -99,7 +99,7 @@ def test_uniforms_reach_neither_end():
     assert noise.uniforms(words).tolist() == [unit, 3 * unit, 0.5 + unit, 1 - unit]
 
 
-# --- law ---
+# --- distribution ---
 
 SAMPLE = 1 << 18
 
@@ -110,7 +110,7 @@ def sample() -> np.ndarray:
 
 
 def _within(value: float, deviation: float) -> bool:
-    """Within five standard deviations: less than one chance in a million a test."""
+    """Within five standard deviations: fails by chance less than once in a million."""
     return abs(value) < 5 * deviation
 
 
@@ -138,7 +138,7 @@ def test_tails_are_as_heavy_as_they_should_be(sample):
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 256, 1024, 4096])
 def test_elements_at_a_lag_are_independent(lag, sample):
-    """Correlations of the values, of their squares, and of one with the other."""
+    """Correlations of the values, of their squares, and between both."""
     first, second = sample[:-lag], sample[lag:]
     functions = (lambda v: v, lambda v: (v**2 - 1) / math.sqrt(2), lambda v: np.sign(v))
     for f in functions:
@@ -182,7 +182,7 @@ def _clean_and_noisy(case: Case, x, weight, bias, noise_train, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_noise_in_an_output_is_the_streams(case, dtype, backend, device):
-    """(y_noisy - y_clean) / (noise_train s) gives z back, in either memory order."""
+    """(y_noisy - y_clean) / (noise_train s) equals z, in either memory order."""
     noise_train, seed = 3.0, -0x123456789ABCDEF
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     x = draw(case, "exponential", 1, dtype, device)
@@ -196,7 +196,7 @@ def test_the_noise_in_an_output_is_the_streams(case, dtype, backend, device):
         scale = run(case, numpy(x), numpy(x), noise_train=1.0, z=z)["stats"][Row.NOISE_SCALE]
         scale = case.ungroup(np.broadcast_to(scale[:, None], (case.groups, case.size)))
         recovered = (numpy(noisy) - numpy(clean)) / (noise_train * scale)
-        # both outputs carry a rounding to storage, and s and z some of the arithmetic's
+        # both outputs are rounded to storage, s and z by the arithmetic
         compute = UNIT[oracle.compute_dtype(dtype)]
         size = np.abs(numpy(noisy)) + np.abs(numpy(clean))
         bound = (UNIT[dtype] + 8 * compute) * size / (noise_train * scale) + 64 * compute * (
@@ -208,7 +208,7 @@ def test_the_noise_in_an_output_is_the_streams(case, dtype, backend, device):
 
 
 def test_the_noise_of_a_long_input_is_the_streams_to_its_end(backend, device):
-    """Past every block and vector boundary, with a size that no vector divides."""
+    """Sizes beyond every block and vector boundary, not divisible by any vector length."""
     for case in (
         Case("layer", (3, 100_003), normalized_ndim=1),
         Case("batch", (7, 5, 3001)),
@@ -235,8 +235,8 @@ def test_the_law_of_a_layers_noise_is_the_normal_one(backend, device):
         assert scipy.stats.kstest(channel, "norm").pvalue > 1e-4
     correlation = np.corrcoef(z) - np.eye(8)
     assert np.abs(correlation).max() < 5 / math.sqrt(case.size)
-    neighbours = (z[:, 1:] * z[:, :-1]).mean(1)
-    assert np.abs(neighbours).max() < 5 / math.sqrt(case.size)
+    adjacent = (z[:, 1:] * z[:, :-1]).mean(1)
+    assert np.abs(adjacent).max() < 5 / math.sqrt(case.size)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -319,7 +319,7 @@ def test_a_seed_given_by_the_caller_draws_nothing(backend, device):
 
 @pytest.mark.parametrize(("build", "shape"), LAYERS)
 def test_noise_train_may_change_between_steps(build, shape, backend, device):
-    """Annealing: the noise is a multiple of noise_train, whatever it was before."""
+    """Annealing: the noise is proportional to noise_train, independent of its earlier values."""
     layer, x = build().to(device), torch.randn(shape, device=device, dtype=torch.float32)
     outputs = {}
     for noise_train in (0.0, 1.0, 0.25, 0.0, 1.0):
@@ -351,7 +351,7 @@ def test_the_gradient_of_the_weight_contains_the_noise(case, backend, device):
         y = case.apply(x, weight, bias, noise_train=noise_train, seed=6)
         found.append((y.detach(), *_gradients(y, x, weight, bias, g)))
     (clean, du, dweight, dbias), (noisy, noisy_du, noisy_dweight, noisy_dbias) = found
-    # dout/dweight is the normalized value with its noise, read off the output itself
+    # dout/dweight is the normalized value with its noise, computed from the output
     spread = torch.from_numpy(case.spread(numpy(weight)).copy()).to(device)
     term = numpy(g * (noisy - clean) / spread)
     want = case.collect(term)
@@ -359,14 +359,14 @@ def test_the_gradient_of_the_weight_contains_the_noise(case, backend, device):
         numpy(noisy_dweight - dweight), want, rtol=0, atol=1e-13 * np.abs(term).sum()
     )
     assert np.abs(want).max() > 0.1
-    # which carries no gradient to the bias and the input; kernels that cut their work where the
-    # noise's counters end may add in another order
+    # noise has no gradient to bias and input; kernels that split work at the noise's counters may
+    # sum in another order
     torch.testing.assert_close(noisy_dbias, dbias, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(noisy_du, du, rtol=1e-12, atol=1e-13)
 
 
 def _repack(how):
-    """Hooks that hand a saved tensor back with other strides, as offloading may."""
+    """Hooks that return a saved tensor with other strides, as offloading may."""
 
     def unpack(tensor):
         if tensor.dim() >= 4 and how == "channels_last":
@@ -407,14 +407,14 @@ def test_a_saved_input_with_other_strides_has_the_same_noise(case, memory_format
             y = case.apply(*leaves, noise_train=1.0, seed=6)
         got = _gradients(y, *leaves, g)
         for name, one, other in zip(("du", "dweight", "dbias"), got, want, strict=True):
-            # another order of summation at most
+            # only the order of summation differs
             largest = float(other.abs().max())
             error = float((one - other).abs().max())
             assert error <= 1e-5 * largest, f"{name} with the input {how}: off by {error}"
 
 
 def test_the_backward_pass_runs_while_saved_tensor_hooks_are_active(backend, device):
-    """Offloading contexts are often left open around the whole step."""
+    """Offloading contexts often stay open for the whole step."""
     for case in CASES[::4]:
         x = draw(case, "exponential", 1, torch.float32, device)
         weight, bias = draw_parameters(case, 1, torch.float32, device)
@@ -534,7 +534,7 @@ def test_checkpointing_that_restores_no_random_state_is_refused(build):
 
 
 def _compiled_error(layer, budget, how):
-    """By how much the weight's gradient misses what the output says it is."""
+    """The difference between the weight's gradient and its value from the output."""
     before = torch.nn.Linear(8, 8)
 
     def network(x):
@@ -582,7 +582,7 @@ def test_a_budget_at_which_the_seed_cannot_be_saved_is_refused(budget, how):
     ids=str,
 )
 def test_gradcheck_fails_with_noise_because_its_scale_is_held_fixed(case, backend, device):
-    """The derivative leaves out ds/du by definition: numerical differences must notice."""
+    """The derivative omits ds/du by definition: finite differences must disagree."""
     x = draw(case, "exponential", 1, torch.float64, device).requires_grad_()
 
     def function(x):
@@ -623,7 +623,7 @@ def test_the_definition_differentiated_by_autograd_holds_its_noise_scale_fixed(c
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_with_noise_are_those_of_the_map_with_constants(case, backend, device):
-    """Every gradient of the real map against autograd through the definition with s and z given."""
+    """Every gradient of the actual map against autograd of the definition with s and z given."""
     x = draw(case, "lognormal", 1, torch.float64, device).requires_grad_()
     weight, bias = (p.requires_grad_() for p in draw_parameters(case, 1, torch.float64, device))
     g = torch.randn(case.shape, dtype=torch.float64).to(device)

@@ -92,7 +92,7 @@ def test_lower_precisions_follow_the_same_directions(dtype: torch.dtype, cpu_bac
     assert found.dtype == torch.float32
     assert activations.grad.dtype == dtype
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    # float16's smallest step below its normal range is 6e-8; the gradient is of that order.
+    # float16's smallest subnormal is 6e-8; the gradient is of that order.
     bound = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     error = (activations.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
     assert error < bound
@@ -241,7 +241,7 @@ def test_a_loss_inside_a_checkpoint_has_its_own_gradient_or_none() -> None:
         loss.backward()
 
 
-# Who computes a block.
+# Implementations of a block.
 
 
 @pytest.fixture(params=["plain", "cpu"])
@@ -255,7 +255,7 @@ def projected_error_(request: pytest.FixtureRequest) -> per_ops.ProjectedError:
 
 @pytest.fixture
 def kernel() -> Iterator[per_ops.ProjectedError]:
-    """The compiled op; whatever number of threads the test leaves is taken back."""
+    """The compiled op; restores the number of threads after the test."""
     if cpu.unavailable_reason() is not None:
         pytest.skip(str(cpu.unavailable_reason()))
     before = torch.get_num_threads()
@@ -367,7 +367,7 @@ def test_per_sums_the_layers_since_the_last_call() -> None:
     output = network(inputs)
     found = regularizer.loss()
     generator = _generator()
-    hidden = network[0](inputs)  # taken in again, and dropped below
+    hidden = network[0](inputs)  # recorded again, discarded below
     expected = normnorm.per_loss(hidden.movedim(1, -1), generator=generator)
     expected = 0.5 * (expected + normnorm.per_loss(output, generator=generator))
     torch.testing.assert_close(found, expected)
@@ -452,7 +452,7 @@ def _gradients(network: nn.Module, loss: Tensor) -> list[Tensor]:
 
 
 def _twice() -> nn.Module:
-    """One layer that runs twice."""
+    """Runs one layer twice."""
     layer = nn.Linear(6, 6)
     return nn.Sequential(layer, nn.Tanh(), layer, nn.Sigmoid())
 
@@ -504,7 +504,7 @@ def test_a_failed_pass_leaves_nothing_for_the_next() -> None:
         first = network(torch.randn(5, 3))
         handle = network[1].register_forward_hook(lambda *_: 1 / 0)
         try:
-            raise OSError  # an exception that is being handled already is none of the pass
+            raise OSError  # an exception already being handled is not the pass's
         except OSError:
             with pytest.raises(ZeroDivisionError):
                 network(torch.randn(5, 3))
@@ -521,7 +521,7 @@ def test_copies_of_a_regularized_model_take_nothing_in() -> None:
         network(inputs)
         for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
             copied(inputs)
-        other = copy.deepcopy(regularizer)  # as the copy of a module that holds it is
+        other = copy.deepcopy(regularizer)  # as in a copied module that contains it
         assert [len(taken) for taken in regularizer._losses.values()] == [1, 1]
         with pytest.raises(RuntimeError, match="no layer was seen"):
             other.loss()
@@ -580,7 +580,7 @@ def test_code_compiled_before_is_refused_and_not_taken_for_no_loss(compiled: str
         run(inputs)
         with pytest.raises(RuntimeError, match=r"compiled before normnorm\.PER began"):
             regularizer.loss()
-        torch.compiler.reset()  # as it advises
+        torch.compiler.reset()  # as the error advises
         run(inputs)
         assert regularizer.loss() > 0
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""The definition against oracles that are not ours: SciPy, mpmath, and a closed-form NumPy one."""
+"""The definition against independent oracles: SciPy, mpmath, and a closed-form NumPy one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ U = UNIT[torch.float64]
 
 
 def _standardized(law: str, n: int, seed: int = 0) -> torch.Tensor:
-    """One group of a law with mean 0 and variance 1, in float64."""
+    """One group of a distribution with mean 0 and variance 1, in float64."""
     values = LAWS[law](np.random.default_rng(seed), 1, n)[0].astype(oracle.REAL)
     centred = values - values.mean()
     return torch.from_numpy((centred / np.sqrt((centred**2).mean())).astype(np.float64))
@@ -41,8 +41,8 @@ def test_psi_is_scipys_yeojohnson(lmbda):
     )
     got = yeo_johnson(torch.from_numpy(h), lmbda).numpy()
     want = scipy.stats.yeojohnson(h, lmbda=lmbda)
-    # Both take the logarithm, multiply by the exponent and exponentiate: a rounding of the
-    # exponent is worth as much as the exponent's size. Ours also forms 1 + sign (lmbda - 1).
+    # Both take the logarithm, multiply by the exponent and exponentiate: a rounding of the exponent
+    # counts times its size. normnorm also computes 1 + sign (lmbda - 1).
     exponent = (1 + abs(lmbda)) * np.log1p(np.abs(h))
     np.testing.assert_array_less(np.abs(got - want), U * (8 + 4 * exponent) * np.abs(want) + 1e-310)
 
@@ -82,8 +82,8 @@ def _mp_psi(h, lmbda):
 
 
 def _mp_derivative(h: float, lmbda: float, order: tuple[int, int]):
-    """d^i/dh^i d^j/dlmbda^j of psi, by (1/eta) ((1+t)^eta - 1) = integral of s^(eta-1), s from 1
-    to 1+t, whose derivatives have no singular point at eta 0."""
+    """d^i/dh^i d^j/dlmbda^j of psi, from (1/eta) ((1+t)^eta - 1) = integral of s^(eta-1) for s from
+    1 to 1+t, whose derivatives have no singularity at eta = 0."""
     h, lmbda = mpmath.mpf(h), mpmath.mpf(lmbda)
     sign, eta = (1, lmbda) if h >= 0 else (-1, 2 - lmbda)
     top = 1 + abs(h)
@@ -96,7 +96,7 @@ def _mp_derivative(h: float, lmbda: float, order: tuple[int, int]):
         value = mpmath.quad(integrand, [1, top])
     else:
         value = mpmath.diff(integrand, top, by_h - 1) if by_h > 1 else integrand(top)
-    # every derivative by h brings sign (d|h|/dh), every one by lmbda brings sign (deta/dlmbda)
+    # each derivative by h adds a factor sign (d|h|/dh), each by lmbda sign (deta/dlmbda)
     return value * sign ** (1 + by_h + by_lmbda)
 
 
@@ -126,8 +126,8 @@ def test_psi_and_its_derivatives_to_second_order_hold_near_every_exponent(eta, h
     with mpmath.workdps(25):
         for order, got in _our_derivatives(side * h, lmbda).items():
             want = _mp_derivative(side * h, lmbda, order)
-            # eta is formed from lmbda with an absolute error of a rounding or two of 1 + |lmbda|,
-            # and each of the few products behind a second derivative adds its own.
+            # eta is computed from lmbda with an absolute error of one or two roundings of 1 +
+            # |lmbda|, and each of the few products of a second derivative adds its own.
             allowed = 64 * U * (1 + abs(lmbda)) * (1 + math.log1p(h)) ** 3 * abs(want)
             allowed += 8 * U * (1.0 if order == (2, 0) else h)  # d2psi/dh2 = (eta - 1) psi' / (1+t)
             assert abs(got - want) <= allowed, (order, got, float(want))
@@ -153,7 +153,7 @@ def test_derivatives_at_zero_are_the_true_ones(zero, lmbda):
 
 
 def test_an_element_exactly_at_the_mean_has_the_true_gradient(backend, device):
-    """h = 0 is where an implementation by sign(h) would lose the element's gradient."""
+    """At h = 0 an implementation by sign(h) would lose the element's gradient."""
     case = Case("batch", (5, 2))
     x = torch.tensor([[-2.0, 1.0], [-1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [2.0, -1.0]])
     check(case, x.to(device, torch.float64))
@@ -162,7 +162,8 @@ def test_an_element_exactly_at_the_mean_has_the_true_gradient(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lmbda", [-5.0, -1.3, -0.4, 0.0, 0.5, 1.0, 1.6, 4.0])
 def test_the_slope_of_psi_keeps_its_digits_where_it_is_small(lmbda, dtype):
-    """(1+t)^(eta-1) falls to 1e-9 at h = 30, lmbda = -5: no difference of larger numbers."""
+    """(1+t)^(eta-1) falls to 1e-9 at h = 30, lmbda = -5: it must not be a difference of larger
+    values."""
     h = torch.logspace(-3, 2, 60, dtype=dtype).requires_grad_()
     (got,) = torch.autograd.grad(yeo_johnson(h, lmbda).sum(), h)
     exact = h.detach().numpy().astype(oracle.REAL)
@@ -200,7 +201,7 @@ def test_psi_of_an_infinity_is_no_nan_and_nan_stays_nan(lmbda):
 
 
 def _shifted_psi(h: np.ndarray, lmbda: float, shift: float) -> np.ndarray:
-    """The authors' form, written down from their formula."""
+    """The authors' transform, written from their formula."""
     eta = np.where(h >= 0, lmbda, 2 - lmbda)
     moved = eta + np.where(eta >= 0, shift, -shift)
     t = np.abs(h)
@@ -283,7 +284,7 @@ def test_lmbda_is_the_newton_step_to_rounding(law):
 
         first, second = (mpmath.diff(likelihood, 1, order) for order in (1, 2))
         want = float(1 - first / (second + mpmath.sqrt(mpmath.mpf(1e-5))))
-    # the data are standardized to a rounding only, and Q may be small
+    # the data are standardized only to rounding, and Q may be small
     assert estimate_lmbda(h).item() == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
@@ -313,7 +314,7 @@ def test_lmbda_does_not_move_with_a_shift_and_moves_with_scale_only_through_eps(
 
 
 def test_mirrored_data_give_the_mirrored_lmbda():
-    """psi(-h; lmbda) = -psi(h; 2 - lmbda), so the estimate must obey it too."""
+    """psi(-h; lmbda) = -psi(h; 2 - lmbda) holds for the estimate too."""
     for law in SHAPES:
         h = _standardized(law, 200)
         got, mirrored = estimate_lmbda(h).item(), estimate_lmbda(-h).item()
@@ -322,7 +323,7 @@ def test_mirrored_data_give_the_mirrored_lmbda():
 
 
 def test_the_clamp_of_the_second_derivative_only_absorbs_rounding():
-    """log Var(psi) is convex in lmbda: Q is at least sqrt(eps) for whatever data."""
+    """log Var(psi) is convex in lmbda: Q is at least sqrt(eps) for any data."""
     random = np.random.default_rng(5)
     smallest = math.inf
     for law in LAWS:
@@ -354,7 +355,8 @@ OPTIONS = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def test_forward_and_gradients_are_the_closed_forms(case, options, backend, device):
-    """Outputs by formulae written a second time, gradients derived by hand, in float64."""
+    """Outputs and gradients against an independent closed form in float64, gradients derived by
+    hand."""
     for law in ("exponential", "student_t"):
         x = draw(case, law, 1, torch.float64, device)
         weight, bias = draw_parameters(case, 1, torch.float64, device)

@@ -1,4 +1,4 @@
-"""Small models of other libraries, built by those libraries, with weights that say something."""
+"""Small models of other libraries, with non-trivial weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 def speak(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every norm layer a weight, a bias and running statistics of its own, and every zero
-    parameter a value: a fresh model's heads and residual branches may be zero, and then no
-    difference in what lies before them shows."""
+    """Gives every norm layer a random weight, bias and running statistics, and every zero parameter
+    a value: heads and residual branches of a new model may be zero, which would hide differences
+    before them."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor, low, high):
@@ -32,5 +32,5 @@ def speak(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def first_tensor(output) -> torch.Tensor:
-    """The tensor that a model's output is, or begins with."""
+    """The tensor that a model returns, or the first of its output."""
     return output if isinstance(output, torch.Tensor) else output[0]

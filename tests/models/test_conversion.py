@@ -1,4 +1,4 @@
-"""replace_norms and restore_norms: what is swapped, what it keeps, what is left and why."""
+"""replace_norms and restore_norms: replaced layers, kept state, and layers left with reasons."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "ev
 
 
 def counterpart_layer(row, **keywords):
-    """Torch's layer after a batch, so that its running statistics say something."""
+    """Torch's layer after a batch, with non-initial running statistics."""
     layer = row.make_counterpart(**keywords)
     layer(row.input(next(layer.parameters()).dtype))
     return layer
 
 
 def model_of_all():
-    """One of each of torch's, in a tree."""
+    """One of each of torch's norm layers, in a tree."""
     return nn.ModuleDict(
         {
             "batch": nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(4), nn.BatchNorm3d(5)),
@@ -50,14 +50,14 @@ def model_of_all():
 
 
 def fingerprint(model):
-    """Everything about a model that an error must leave as it is."""
+    """The complete state of a model, which an error must not change."""
     modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
     tensors = [(name, id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()]
     paths = [getattr(module, "activation_relu_or_gelu", None) for module in model.modules()]
     return modules, tensors, paths
 
 
-# What is swapped
+# Replaced layers
 
 
 def test_every_torch_norm_has_a_counterpart_of_the_same_name():
@@ -100,7 +100,7 @@ def test_settings_reach_every_layer_and_none_keeps_the_class_default():
 
 
 def torch_cases():
-    """Each input that torch's own tests give a norm layer."""
+    """Every test input of torch for a norm layer."""
     cases = []
     for info in common_modules.module_db:
         row = next((row for row in LAYERS if row.counterpart is info.module_cls), None)
@@ -129,12 +129,12 @@ def test_without_transform_and_noise_torch_module_inputs_give_torch_outputs(
         assert_close(ours(input), theirs(input), rtol=1e-5, atol=bound)
     normnorm.restore_norms(ours)
     assert type(ours[0]) is info.module_cls
-    if not isinstance(theirs, nn.modules.instancenorm._InstanceNorm):  # torch's never count
+    if not isinstance(theirs, nn.modules.instancenorm._InstanceNorm):  # torch's counters stay 0
         assert_close(ours[0].state_dict(), theirs.state_dict(), rtol=1e-5, atol=bound)
     assert_close(ours(input), theirs(input), rtol=1e-5, atol=bound)
 
 
-# What is kept
+# Kept state
 
 
 @each_layer
@@ -151,7 +151,7 @@ def test_tensors_are_the_same_objects_and_lambda_is_one(row):
     assert new == ({"running_lmbda"} if extra else set())
     for name in new:
         assert torch.equal(after[name], torch.ones(row.shape[1]))
-    # The old layer is still whole.
+    # The old layer is unchanged.
     assert theirs.state_dict(keep_vars=True).keys() == before.keys()
 
 
@@ -268,7 +268,7 @@ def test_a_module_in_several_places_becomes_one_new_module():
     assert model["a"][1] is model["b"][0]
     assert model["c"] is model["a"]
     assert type(model["a"][1]) is normnorm.BatchNormalNorm2d
-    # Chosen by any of its names, it is replaced in all of its places.
+    # A shared layer selected by one of its names is replaced in all positions.
     normnorm.restore_norms(model, "b.*")
     assert model["a"][1] is model["b"][0]
     assert type(model["a"][1]) is nn.BatchNorm2d
@@ -294,7 +294,7 @@ def test_copies_and_pickles_of_a_replaced_model_are_restored_all_the_same():
         assert_close(copied(input), model(input))
 
 
-# Which are chosen
+# Selection
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_a_second_call_changes_of_our_layers_the_settings_that_are_given():
     for layer in model["batch"]:
         assert (layer.noise_train, layer.alpha, layer.order) == (0.1, 0.5, 2)
     assert model["others"][0].noise_train == 1.0
-    # What is so already is not counted; a layer of ours alone is changed in place.
+    # Layers that have the setting are not counted; a normnorm layer is changed in place.
     summary = normnorm.replace_norms(model, noise_train=0.1, order=1)
     assert [swap.reason for swap in summary.changed].count("order=1") == 3
     assert len(summary.changed) == 8
@@ -363,7 +363,7 @@ def test_a_second_call_that_fails_changes_no_setting():
     assert type(model[1]) is nn.BatchNorm1d
 
 
-# What is left, and why
+# Layers left, with reasons
 
 
 class OwnNorm(nn.BatchNorm2d):
@@ -518,7 +518,7 @@ def test_bad_arguments_raise_a_sentence_and_change_nothing(model, where, setting
 def test_a_sharded_model_is_refused():
     from torch.distributed.fsdp import FSDPModule
 
-    class Sharded(FSDPModule, nn.Sequential):  # as fully_shard() makes them
+    class Sharded(FSDPModule, nn.Sequential):  # as fully_shard() does
         pass
 
     model = nn.Sequential(nn.BatchNorm1d(2))
@@ -559,7 +559,7 @@ def test_a_failure_halfway_changes_nothing(monkeypatch):
     assert fingerprint(model) == before
 
 
-# And back
+# Restoring
 
 
 @each_layer
@@ -634,11 +634,11 @@ def test_a_layer_of_ours_that_cannot_be_restored_is_left_with_its_reason(change)
     model(torch.randn(2, 3))
 
 
-# Classes that a user names
+# Registered classes
 
 
 class ShiftedNorm(nn.Module):
-    """A LayerNorm as a library of models might write its own."""
+    """A LayerNorm as a model library might define it."""
 
     def __init__(self, size, epsilon=1e-3):
         super().__init__()
@@ -800,7 +800,7 @@ def test_lazy_layers_are_swapped_both_ways_before_they_know_their_size(name, aff
     assert output.dtype == torch.float64
     assert_close(output, same(input))
     normnorm.restore_norms(model)
-    assert type(model[0]) is type(same)  # which has become the plain class too
+    assert type(model[0]) is type(same)  # now the plain class too
 
 
 # The fast path of nn.TransformerEncoderLayer
@@ -832,7 +832,7 @@ def test_no_fast_path_passes_over_a_replaced_norm(norm_first, activation, masked
         for name in ("norm1", "norm2"):
             norm = getattr(layer, name)
             ours = type(norm).forward
-            # Not a hook, which would itself switch the fast path off.
+            # Not a hook, which would disable the fast path.
             vars(norm)["forward"] = lambda x, norm=norm, ours=ours: (
                 calls.update([id(norm)]) or ours(norm, x)
             )
@@ -854,7 +854,7 @@ def test_no_fast_path_passes_over_a_replaced_norm(norm_first, activation, masked
 
 
 def test_the_fast_path_does_pass_over_a_norm_put_there_by_hand():
-    # The reason for the guard: were this not so, it could go.
+    # Shows that the fast path needs to be disabled.
     model = encoder()
     calls = []
     for layer in model.layers:
@@ -864,7 +864,7 @@ def test_the_fast_path_does_pass_over_a_norm_put_there_by_hand():
     with torch.no_grad():
         model(torch.randn(3, 5, 8))
         assert not calls
-        normnorm.replace_norms(model, "nothing")  # guards what is there already
+        normnorm.replace_norms(model, "nothing")  # handles existing normnorm layers
         model(torch.randn(3, 5, 8))
     assert len(calls) == 2
 

@@ -41,7 +41,7 @@ def test_qq_r_squared_of_constants_is_nan() -> None:
     assert not found[1].isnan()
 
 
-# The accumulators.
+# Accumulators.
 
 
 @pytest.mark.parametrize("sizes", [[100], [1, 99], [40, 0, 35, 25], [1] * 100])
@@ -140,11 +140,11 @@ def test_every_row_is_as_likely_to_stay() -> None:
         assert torch.equal(sample.rows[:, 0].long(), sample.labels)
         assert sample.rows.unique().numel() == 10
         stayed[sample.labels] += 1
-    # 400 draws of 10 in 50: 80 each, and a chi-square over 49 degrees of freedom.
+    # 400 draws of 10 of 50: 80 each, chi-square with 49 degrees of freedom.
     assert scipy.stats.chisquare(stayed.numpy()).pvalue > 1e-3
 
 
-# The statistics.
+# Statistics.
 
 
 def test_joint_distance_sees_what_single_channels_do_not_show() -> None:
@@ -181,7 +181,7 @@ def test_clustering_of_separate_and_of_shuffled_classes() -> None:
     assert statistics.clustering(vectors[:40], labels[:40]) is None
 
 
-# A model's layers.
+# Layers of a model.
 
 
 def _network() -> nn.Sequential:
@@ -345,7 +345,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_robustness_of_a_linear_model_is_known() -> None:
-    # The noise goes through unchanged, so that the relative change is the scale itself.
+    # The noise passes unchanged, so that the relative change equals the scale.
     network = nn.Sequential(nn.Identity(), nn.Identity())
     inputs = torch.randn(2000, 50)
     found = diagnostics.noise_robustness(network, [inputs, inputs], ["1"], scales=(0.0, 0.1, 1.0))
@@ -376,7 +376,7 @@ def test_compiled_code_is_diagnosed_as_it_was_written(how: str) -> None:
     else:
         network.forward = torch.compile(network.forward, backend="eager")
     with torch.no_grad():
-        model(loader[0][0])  # compiled before anything is watched
+        model(loader[0][0])  # compiled before the hooks
     assert diagnostics.diagnose(model, loader) == expected
     assert diagnostics.noise_robustness(model, loader, scales=(0.5,)) == moved
     torch.compiler.reset()

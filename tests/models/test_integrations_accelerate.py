@@ -1,4 +1,4 @@
-"""accelerate: models made on the meta device, and filled tensor by tensor from a checkpoint."""
+"""accelerate: models made on the meta device, loaded tensor by tensor from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning: the plugin that synchronises our layers, and its Trainer with replaced models."""
+"""Lightning: the plugin that synchronizes normnorm layers, and the Trainer with replaced models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = {
 
 def make_module(base):
     class Regression(base):
-        """Regression of a line, counting the classes of norm layers that its steps see."""
+        """Linear regression that counts the classes of norm layers in its steps."""
 
         def __init__(self):
             super().__init__()
@@ -52,7 +52,7 @@ def make_module(base):
 
 
 def data(batch_size):
-    """Sixteen samples: two shards of eight are the whole of them, in whatever order."""
+    """Sixteen samples, which two shards of eight cover in any order."""
     generator = torch.Generator().manual_seed(1)
     input = torch.empty(16, 4).exponential_(generator=generator)
     return DataLoader(TensorDataset(input, input.sum(1, keepdim=True)), batch_size=batch_size)

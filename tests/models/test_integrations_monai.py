@@ -1,4 +1,4 @@
-"""MONAI: its factory knows our layers by name, and its networks are built with them."""
+"""MONAI: normnorm layers in its factory by name, and networks built with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import normnorm.integrations.monai as normnorm_monai
 def _registered():
     before, names = dict(Norm.components), Norm.__doc__
     normnorm_monai.register()
-    normnorm_monai.register()  # again: no harm
+    normnorm_monai.register()  # a repeated call has no effect
     yield
     Norm.components.clear()
     Norm.components.update(before)

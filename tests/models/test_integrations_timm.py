@@ -1,5 +1,5 @@
-"""timm: constructors and factories by class and by name, models whose blocks join norm and
-activation, and replacement in models as timm builds them."""
+"""timm: constructors and factories by class and by name, models whose blocks combine norm and
+activation, and replacement in timm's models."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ PLAIN = {
 
 @pytest.fixture
 def registered():
-    """Our layers in timm's maps; the maps as they were afterwards."""
+    """Adds normnorm layers to timm's tables; restores the tables afterwards."""
     from timm.layers import create_norm, create_norm_act
     from timm.models import convnext
 
@@ -145,7 +145,7 @@ def test_each_layer_class_is_replaced_with_its_activation_and_dropout(name, trai
         assert type(model[0].drop) is nn.Dropout
     input = torch.randn(4, 6, 4, 5)
     if "LayerNorm" in name and "2d" in name:
-        # timm's output lies so in any case, and dropout draws in the order of memory.
+        # timm's output has this layout anyway, and dropout draws in memory order.
         input = input.contiguous(memory_format=torch.channels_last)
     outputs = []
     for layer in (model, theirs):
@@ -160,7 +160,7 @@ def test_each_layer_class_is_replaced_with_its_activation_and_dropout(name, trai
     assert vars(model[0]).keys() == vars(theirs).keys()
 
 
-# Ours in place of timm's ...Fp32 classes are of the plain class.
+# timm's ...Fp32 classes are replaced by the plain classes.
 @pytest.mark.parametrize("name", [name for name in ACTS if not name.endswith("Fp32")])
 def test_a_layer_built_by_our_constructor_is_restored_to_timms(name):
     cls, arguments, keywords = ACTS[name]
@@ -296,8 +296,8 @@ def test_norm_layer_of_a_plain_resnet_needs_no_registration():
         assert len(ours_in(model)) == 20
 
 
-def test_without_registration_timm_refuses_joined_layers(monkeypatch):
-    # What register() is for. Somebody in this process may have called it.
+def test_without_registration_timm_rejects_norm_act_layers(monkeypatch):
+    # Undoes register(), which an earlier test may have called.
     known = timm.layers.create_norm_act._NORM_TO_NORM_ACT_MAP
     monkeypatch.delitem(known, "batchnormalnorm2d", raising=False)
     with pytest.raises(AssertionError, match="No equivalent norm_act layer"):
@@ -323,7 +323,7 @@ def test_without_registration_timm_refuses_joined_layers(monkeypatch):
 def test_create_model_takes_classes_partials_and_names(
     name, norm_layer, keywords, count, registered
 ):
-    normnorm_timm.register()  # a second time: no harm
+    normnorm_timm.register()  # a repeated call has no effect
     model = timm.create_model(name, norm_layer=norm_layer, num_classes=7, **keywords)
     ours = ours_in(model)
     assert len(ours) == count
@@ -352,15 +352,15 @@ def test_joined_layers_get_timms_activation(registered):
 def test_factories_of_single_layers_know_our_names(name, apply_act, registered):
     plain = timm.layers.create_norm_layer(name, 64, eps=1e-3)
     assert plain.eps == 1e-3
-    joined = timm.layers.create_norm_act_layer(
+    with_act = timm.layers.create_norm_act_layer(
         name, 64, act_layer=nn.GELU, apply_act=apply_act, eps=1e-3
     )
-    assert type(joined.act) is (nn.GELU if apply_act else nn.Identity)
-    assert joined.eps == 1e-3
-    assert plain.weight.shape == joined.weight.shape == (64,)
+    assert type(with_act.act) is (nn.GELU if apply_act else nn.Identity)
+    assert with_act.eps == 1e-3
+    assert plain.weight.shape == with_act.weight.shape == (64,)
     if name == "groupnormalnorm":
-        assert plain.num_groups == joined.num_groups == 32
-    assert joined(torch.randn(2, 64, 3, 3)).isfinite().all()
+        assert plain.num_groups == with_act.num_groups == 32
+    assert with_act(torch.randn(2, 64, 3, 3)).isfinite().all()
 
 
 def test_group_size_wins_over_the_number_of_groups_and_must_divide():
@@ -407,7 +407,7 @@ def test_timms_distribute_bn_sends_lambda_with_the_mean_and_the_variance(reduce,
     assert_close(layer.running_lmbda, torch.full((3,), 0.5 if reduce else 1.0))
 
 
-# EfficientViM's fold would leave our norm and change what surrounds it; the others read eps.
+# EfficientViM's fold would keep the norm and change the layers around it; the others read eps.
 @pytest.mark.parametrize("name", ["repvgg_a0", "repvit_m0_9", "repghostnet_050", "efficientvim_m1"])
 def test_reparameterizing_names_the_layer_that_cannot_be_folded(name):
     model = timm.create_model(name, num_classes=2)

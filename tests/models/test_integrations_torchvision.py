@@ -1,5 +1,5 @@
-"""torchvision: its constructors take our layers, and its models keep their outputs when theirs
-are replaced."""
+"""torchvision: its constructors take normnorm layers, and its models keep their outputs when their
+norms are replaced."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 def small_vit(**keywords):
-    """vit_b_16's class and patch size at a tenth of its width and depth."""
+    """vit_b_16's class and patch size with a tenth of its width and depth."""
     return models.VisionTransformer(
         image_size=48, patch_size=16, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=128,
         num_classes=10, **keywords,
@@ -51,7 +51,7 @@ each_model = pytest.mark.parametrize(
 
 
 def build(name):
-    """(the model in evaluation, its input, how many norms it has)."""
+    """(the model in evaluation, its input, its number of norms)."""
     make, size, count = (MODELS | SLOW)[name]
     torch.manual_seed(0)
     return speak(make()).eval(), torch.randn(2, 3, size, size), count
@@ -72,7 +72,7 @@ def test_outputs_stay_without_transform_and_noise_and_come_back_exactly(name):
         assert scale > 1e-3
         assert_close(model(input), expected, rtol=1e-4, atol=1e-4 * scale)
 
-        # The transform does something to it, and then it is gone.
+        # The transform changes the output; restoring reverses it.
         for module in model.modules():
             if hasattr(module, "alpha"):
                 module.alpha = 1.0
@@ -119,7 +119,7 @@ def test_constructors_take_our_layer_as_norm_layer(given):
     input = torch.randn(4, 3, 48, 48)
     model(input).square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    # A checkpoint of the plain model loads into it.
+    # A checkpoint of the plain model loads.
     plain = speak(models.resnet18(num_classes=10))
     model.load_state_dict(plain.state_dict(), strict=True)
     for module in (*model.modules(), *plain.modules()):

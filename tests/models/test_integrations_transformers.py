@@ -1,4 +1,4 @@
-"""transformers: replacement in its models, weights from its files, and its Trainer."""
+"""transformers: replacement in its models, loading of weights, and its Trainer."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_layer_norms_of_either_data_format_are_replaced_and_restored(data_format
 
 
 def fill_free_memory():
-    """So that memory that is handed out and not written does not hold ones by chance."""
+    """Fills new memory, so that uninitialized values are not 1 by chance."""
     del [torch.full((size,), 7.5) for size in (4, 8, 16, 32, 64) * 64][:]
 
 
@@ -137,7 +137,7 @@ def all_lmbda(model):
 
 
 class ReplacedResNet(transformers.ResNetModel):
-    """A model that is born with norms of ours."""
+    """A model constructed with normnorm layers."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -219,7 +219,7 @@ def test_saved_lambda_comes_back(cls, saving, loading, tmp_path):
     assert {m.noise_train for m in loaded.modules() if hasattr(m, "noise_train")} == {0.2}
     with torch.no_grad():
         assert torch.equal(first_tensor(loaded.eval()(input)), first_tensor(model(input)))
-    # A model for a task, on the same body.
+    # A task model with the same body.
     task = normnorm_transformers.from_pretrained(
         transformers.ResNetForImageClassification, tmp_path
     )
@@ -245,7 +245,7 @@ def test_loading_chooses_as_replacing_does_and_lambda_is_one_where_it_is_not_sav
         normnorm_transformers.from_pretrained(transformers.ResNetModel, tmp_path / "missing")
 
 
-# Norm classes of its own, named by the user
+# transformers' norm classes, registered by the user
 
 
 def cohere():
@@ -308,7 +308,7 @@ def test_layer_norms_of_its_language_models_are_replaced_once_they_are_registere
 
 
 class Copying(torch.utils.data.Dataset):
-    """Sequences of tokens whose class is their first token."""
+    """Sequences of tokens whose class is the first token."""
 
     def __len__(self):
         return 64
@@ -331,7 +331,7 @@ def test_its_trainer_trains_a_replaced_model_and_spares_it_weight_decay(tmp_path
         save_strategy="no", disable_tqdm=True, bf16=True,
     )  # fmt: skip
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Copying())
-    # Which parameters decay is decided by isinstance and by name: for ours as for torch's.
+    # isinstance and name decide which parameters decay: for normnorm's as for torch's.
     assert trainer.get_decay_parameter_names(model) == trainer.get_decay_parameter_names(plain)
     before = model.bert.encoder.layer[0].output.LayerNorm.weight.detach().clone()
     trainer.train()
@@ -348,7 +348,7 @@ def test_gradient_checkpointing_of_its_models_gives_the_same_gradients():
         model.train()
         if checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        torch.manual_seed(3)  # the same dropout and the same noise, the second time too
+        torch.manual_seed(3)  # the same dropout and noise in both runs
         first_tensor(model(input)).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert_close(gradients[1], gradients[0])

@@ -1,4 +1,4 @@
-"""normnorm.monitor: right numbers, bounded memory, no waiting for the device, and no trace left."""
+"""normnorm.monitor: correct statistics, bounded memory, no synchronization, no remaining hooks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def images():
 
 
 def by_scipy(groups):
-    """(skewness, excess kurtosis, Q-Q R^2) averaged over rows, as SciPy has them."""
+    """SciPy's (skewness, excess kurtosis, Q-Q R^2), averaged over rows."""
     rows = groups.detach().double().numpy()
     skewness = abs(scipy.stats.skew(rows, axis=1)).mean()
     kurtosis = scipy.stats.kurtosis(rows, axis=1).mean()
@@ -217,7 +217,7 @@ def test_memory_is_bounded_whatever_the_input_and_the_number_of_steps():
         for values in kept:
             assert values.size(0) <= 3
             assert values.size(1) <= 50
-            # Copies of their own, that hold no activation alive, and no graph.
+            # Independent copies, which keep no activation and no graph alive.
             assert values.untyped_storage().nbytes() == 4 * values.numel()
             assert not values.requires_grad
         assert all(math.isfinite(value) for value in watch.scalars().values())
@@ -278,7 +278,7 @@ def test_hooks_are_gone_after_the_block_and_after_an_exception():
         interrupted()
     assert not any(module._forward_hooks for module in model.modules())
     before = watches[0].scalars()
-    assert before  # and what was seen may still be read
+    assert before  # the recorded values stay readable
     model(images() + 1)
     assert watches[0].scalars() == before
 
@@ -389,7 +389,7 @@ def test_a_compiled_model_is_watched_without_graph_break_or_recompilation(in_pla
     else:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     eager = small()
-    # More groups than there are: which of them a part holds differs where sizes are symbols.
+    # More groups than exist: with symbolic sizes the selected part differs.
     several = normnorm.monitor(compiled, groups=64), normnorm.monitor(eager, groups=64)
     with several[0] as watch, several[1] as expected:
         for step in range(3):
@@ -425,7 +425,7 @@ def test_a_model_compiled_before_says_so_and_how_to_go_on(compiled):
         compiled(images())
         with pytest.raises(RuntimeError, match=r"compiled before normnorm\.monitor began"):
             watch.scalars()
-        torch.compiler.reset()  # as it advises
+        torch.compiler.reset()  # as the error advises
         compiled(images())
         assert len(watch.scalars()) == 2 * len(MEASURES)
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""update_stats: running statistics estimated anew, and everything else left as it was."""
+"""update_stats: re-estimated running statistics, with all other state unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def state_of(model):
 
 def test_statistics_are_the_equal_average_over_the_batches(cpu_backend):
     model = network()
-    model[1].running_mean.fill_(7.0)  # to be forgotten
+    model[1].running_mean.fill_(7.0)  # must be discarded
     assert normnorm.update_stats(batches(), model) == 3
     with torch.no_grad():
         features = [model[0](batch).double() for batch in batches()]
@@ -62,14 +62,14 @@ def test_torch_layers_get_what_update_bn_gives_them():
     update_bn(batches(), theirs)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert_close(getattr(ours[4], name), getattr(theirs[4], name))
-    # Ours only moved on with their momentum: the reason for update_stats.
+    # update_bn only updates normnorm layers by their momentum, hence update_stats.
     assert_close(ours[4].running_mean, theirs[4].running_mean)
     assert not torch.allclose(ours[1].running_mean, theirs[1].running_mean, rtol=0.1)
 
 
 def test_flags_momenta_and_parameters_are_put_back():
     model = network(0.4).train()
-    model[4].eval()  # frozen by its user
+    model[4].eval()  # frozen by the caller
     model[6].eval()
     flags, weights, before = state_of(model)
     normnorm.update_stats(batches(), model, noise=False)
@@ -118,14 +118,14 @@ def test_without_noise_the_statistics_are_those_of_evaluation():
     noisy = model[1].running_var.clone()
     normnorm.update_stats(data, model, noise=False)
     quiet = model[1].running_var
-    # Noise of weight 2 and the scale of a normal's mean deviation: about 1 + 4 * 2 / pi.
+    # Noise of weight 2 and scale sqrt(2 / pi) of a normal: variance about 1 + 4 * 2 / pi.
     assert (noisy > 2.5 * quiet).all()
     output = model[0].eval()(data[0])
     assert_close(quiet, output.var(0), rtol=1e-3, atol=1e-3)
 
 
 class Branches(nn.Module):
-    """Of two branches it takes the first."""
+    """Runs the first of two branches."""
 
     def __init__(self):
         super().__init__()

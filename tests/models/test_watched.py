@@ -1,4 +1,4 @@
-"""Which dimension of a layer's output its channels are, which layers a caller means, and hooks."""
+"""The channel dimension of a layer's output, selection of layers, and hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normnorm import watched
 
 
 class MyNorm2d(nn.LayerNorm):
-    """A channels-first layer normalization as users write it."""
+    """A user-defined channels-first layer normalization."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -29,7 +29,7 @@ class Named(MyNorm2d):
 
 
 class EitherLayout(nn.LayerNorm):
-    """As transformers has them: the layout is an attribute."""
+    """As in transformers: the layout is an attribute."""
 
     def __init__(self, channels: int, data_format: str) -> None:
         super().__init__(channels)
@@ -37,14 +37,14 @@ class EitherLayout(nn.LayerNorm):
 
 
 class Tokens2d(nn.Module):
-    """Its name tells of images, its output is (batch, length, features)."""
+    """Named for images, with an output (batch, length, features)."""
 
 
 class TwoDense(nn.Module):
-    """Nothing is read into the "2d" of a word."""
+    """A "2d" inside another word of the name has no meaning."""
 
 
-# A layer, the shape of its output, and which dimension the channels are.
+# A layer, the shape of its output, and the channels' dimension.
 LAYERS = {
     "BatchNormalNorm1d": (normnorm.BatchNormalNorm1d(4), (3, 4, 5), 1),
     "BatchNormalNorm1d of vectors": (normnorm.BatchNormalNorm1d(4), (3, 4), 1),
@@ -139,7 +139,7 @@ def test_names_are_those_without_the_compiler() -> None:
 
 
 def _watching(model: nn.Module) -> tuple[watched.Watch, list[str]]:
-    """A watch of layer "1", and what it has seen."""
+    """A watch of layer "1", and its recorded outputs."""
     seen: list[str] = []
     layers = watched.named_layers(model, "1")
     return watched.Watch(model, layers, lambda name, *_: seen.append(name), "the test"), seen
