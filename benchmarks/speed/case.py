@@ -1,8 +1,8 @@
-"""One work's tensors, and what the float64 reference makes of them."""
+"""One work's tensors, and the float64 reference's results for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,6 @@ from normnorm import reference
 from normnorm.noise import draw_seed, standard_normals
 from normnorm.statistics import statistics_dtype
 from speed.work import EPS, LAYERS, Work
-
-__all__ = ["Case", "Runner", "bound", "sums_in_storage", "worst_error"]
 
 # Elements that the float64 reference works on at a time: it keeps some forty numbers for each.
 _CHUNK = 1 << 22
@@ -120,7 +118,7 @@ class Case:
         return made
 
     def result(self, runner: Runner, seed: int) -> dict[str, Tensor]:
-        """What a provider gives for the first copy, with the random state set to ``seed``."""
+        """A provider's results for the first copy, with the random state set to ``seed``."""
         torch.manual_seed(seed)
         if self.work.mode == "eval":
             with torch.no_grad():
@@ -131,7 +129,7 @@ class Case:
         return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
 
     def expected(self, transform: bool, seed: int) -> dict[str, Tensor]:
-        """What the reference makes of the first copy in float64, chunk by chunk.
+        """The reference's results for the first copy in float64, chunk by chunk.
 
         Args:
             transform: whether for a normality layer; else for torch's (alpha 0, no noise).
@@ -162,16 +160,21 @@ class _Reference:
 
     def result(self) -> dict[str, Tensor]:
         work = self.case.work
-        if work.mode == "eval":
-            with torch.no_grad():
-                outputs = [self._output(part)[0] for part in self._parts()]
-            return {"output": torch.cat(outputs, self._dim)}
+        dim = 1 if work.kind == "batch" else 0  # along which groups lie apart
+        each = max(1, _CHUNK * work.shape[dim] // work.elements)
         outputs, gradients = [], []
-        for part in self._parts():
-            output, leaves = self._output(part)
-            grad = part(self.case.grads[0]).double()
-            gradients.append(torch.autograd.grad(output, leaves, grad))
+        for start in range(0, work.shape[dim], each):
+
+            def part(t: Tensor, start: int = start) -> Tensor:
+                return t.narrow(dim, start, min(each, t.size(dim) - start))
+
+            output, leaves = self._output(part, slice(start, start + each))
             outputs.append(output.detach())
+            if work.mode != "eval":
+                grad = part(self.case.grads[0]).double()
+                gradients.append(torch.autograd.grad(output, leaves, grad))
+        if work.mode == "eval":
+            return {"output": torch.cat(outputs, dim)}
         to_input, to_weight, to_bias = zip(*gradients, strict=True)
 
         def over_all(parts: tuple[Tensor, ...]) -> Tensor:
@@ -179,37 +182,21 @@ class _Reference:
             return torch.cat(parts) if work.kind == "batch" else torch.stack(parts).sum(0)
 
         return {
-            "output": torch.cat(outputs, self._dim),
-            "grad_input": torch.cat(to_input, self._dim),
+            "output": torch.cat(outputs, dim),
+            "grad_input": torch.cat(to_input, dim),
             "grad_weight": over_all(to_weight),
             "grad_bias": over_all(to_bias),
         }
 
-    @property
-    def _dim(self) -> int:
-        """The dimension along which groups lie apart."""
-        return 1 if self.case.work.kind == "batch" else 0
-
-    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Functions that cut the same slice out of every tensor of the input's shape."""
-        shape, dim = self.case.work.shape, self._dim
-        each = max(1, _CHUNK * shape[dim] // self.case.work.elements)
-        for start in range(0, shape[dim], each):
-            length = min(each, shape[dim] - start)
-            yield lambda t, start=start, length=length: t.narrow(dim, start, length)  # type: ignore[misc]
-
-    def _output(self, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _output(
+        self, part: Callable[[Tensor], Tensor], channels: slice
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output of a chunk, and the leaves to differentiate it in."""
         case, work = self.case, self.case.work
         input = part(case.inputs[0].detach()).double().requires_grad_()
-        per_channel = work.kind == "batch"
 
         def row(values: Tensor) -> Tensor:
-            if not per_channel:
-                return values.double()
-            like = part(torch.empty(work.shape[:2], device="meta"))
-            start = like.storage_offset()
-            return values[start : start + like.size(1)].double()
+            return (values[channels] if work.kind == "batch" else values).double()
 
         weight, bias = row(case.weight).requires_grad_(), row(case.bias).requires_grad_()
         frozen = None
@@ -226,7 +213,7 @@ class _Reference:
 
 
 def bound(work: Work) -> float:
-    """The largest error, relative to the largest value of a result, that is put down to rounding.
+    """The largest error, relative to the largest value of a result, that rounding explains.
 
     Two roundings to the dtype of storage; sixteen of the arithmetic's (a logarithm, a power, the
     Newton step's division); and for sums over n elements the root of n of them, which is what

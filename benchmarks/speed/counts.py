@@ -19,8 +19,6 @@ from typing import get_args
 
 from speed.results import Count, Mode, Operation
 
-__all__ = ["CallgrindError", "count_cpu", "count_cuda"]
-
 _ROOT = Path(__file__).resolve().parents[2]
 _ISA = "avx2"
 _FLAGS = ["-std=c++20", "-O3", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]

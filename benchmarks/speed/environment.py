@@ -11,8 +11,6 @@ import torch
 from normnorm import backends, environment
 from speed.results import Environment
 
-__all__ = ["after", "before"]
-
 _PACKAGES = ("triton", "liger-kernel", "quack-kernels", "torchvision", "timm", "numpy")
 
 

@@ -17,8 +17,6 @@ from speed.measure import Run
 from speed.options import Plan, UsageError, make_plan
 from speed.results import Results, ResultsError, load, save, write_atomically
 
-__all__ = ["bench", "compare", "report"]
-
 
 @contextmanager
 def _threads(wanted: int | None) -> Iterator[None]:

@@ -99,7 +99,7 @@ class Run:
 
 @dataclass
 class _Candidate:
-    """A provider on its way through one work: what is known of it so far."""
+    """A provider during one work: what is known of it so far."""
 
     provider: Provider
     runner: Runner | None = None

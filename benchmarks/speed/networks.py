@@ -19,12 +19,9 @@ from speed.results import MemoryFormat, NetworkMeasurement, Status
 from speed.timing import Settings, Timing, interleaved, peak_bytes, sentence
 from speed.work import DTYPES, LAYERS, Preset
 
-__all__ = ["NETWORK_PROVIDERS", "Network", "measure_network", "networks"]
-
 Source = Literal["torchvision", "timm", "normnorm"]
 
-# Whose norm layers a network can have. torch's are those that a user has: cuDNN where torch
-# chooses it.
+# Providers of a network's norm layers; "torch" may use cuDNN here.
 NETWORK_PROVIDERS = tuple(n for n in PROVIDERS if n == "torch" or n.startswith("normnorm-"))
 _WARM_UP_STEPS = 3
 
@@ -87,26 +84,17 @@ class Network:
 
 
 def _torchvision(name: str) -> Callable[[Norm], nn.Module]:
-    def build(norm: Norm) -> nn.Module:
-        return getattr(import_module("torchvision.models"), name)(norm_layer=norm)
-
-    return build
+    return lambda norm: getattr(import_module("torchvision.models"), name)(norm_layer=norm)
 
 
 def _timm(name: str) -> Callable[[Norm], nn.Module]:
-    def build(norm: Norm) -> nn.Module:
-        return import_module("timm").create_model(name, norm_layer=norm)
-
-    return build
-
-
-def _conv_net(*widths: int) -> Callable[[Norm], nn.Module]:
-    return lambda norm: ConvNet(norm, (3, 32, 32), 10, widths)
+    return lambda norm: import_module("timm").create_model(name, norm_layer=norm)
 
 
 _CONV = Network(
-    name="conv_net", source="normnorm", layer="BatchNormalNorm2d", build=_conv_net(32, 64, 128),
-    batch=64, sample_shape=(3, 32, 32), classes=10,
+    name="conv_net", source="normnorm", layer="BatchNormalNorm2d", batch=64,
+    build=lambda norm: ConvNet(norm, (3, 32, 32), 10, (32, 64, 128)),
+    sample_shape=(3, 32, 32), classes=10,
 )  # fmt: skip
 _VIT = Network(
     name="small_vit", source="normnorm", layer="LayerNormalNorm", batch=64,
@@ -225,7 +213,7 @@ def measure_network(
         return [_row(network, name, None, None, ("unavailable", missing)) for name in providers]
     trainings: dict[str, _Training] = {}
     failures: dict[str, tuple[Status, str]] = {}
-    # torch's own choice of cuDNN is what a user has.
+    # torch chooses cuDNN itself here, as for a user.
     within = {n: nullcontext if n == "torch" else PROVIDERS[n].within for n in providers}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for name in providers:

@@ -17,8 +17,6 @@ from speed.providers import PROVIDERS, runnable
 from speed.results import MODES, PASSES, MemoryFormat
 from speed.work import DTYPES, LAYERS, Preset, Work, WorkError, named_shapes, preset
 
-__all__ = ["Plan", "UsageError", "make_plan", "parser"]
-
 _COMPILATION_S = 4.0
 
 

@@ -27,8 +27,6 @@ from speed.results import (
     write_atomically,
 )
 
-__all__ = ["Look", "Plot", "in_order", "look", "plots_of", "write_plots"]
-
 _MOST_WORKS = 20  # in one figure of ratios
 _BAR = 0.66  # of a work's height that its bars fill
 _WIDTH = 7.6  # inches: at the width of a phone its text can still be read

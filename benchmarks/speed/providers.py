@@ -1,7 +1,6 @@
-"""Who can do the work: our backends, torch's layers, compiled ones, other libraries, a copy.
+"""Implementations to benchmark: our backends, torch's layers, compiled layers, other libraries.
 
 A provider turns a :class:`~speed.case.Case` into a :class:`~speed.case.Runner`.
-Libraries that are not installed and backends that cannot run say so in a sentence.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from normnorm.noise import draw_seed
 from speed.case import Case, Runner, sums_in_storage
 from speed.work import EPS, Work
 
-__all__ = ["PROVIDERS", "Provider", "Unavailable", "names", "runnable"]
-
 
 class Unavailable(RuntimeError):
     """This provider does not do this work; its text says why."""
@@ -31,13 +28,13 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who can do the work.
+    """One implementation.
 
     Attributes:
         name: as in :class:`speed.results.Measurement`.
         build: makes it ready for a case; raises :class:`Unavailable` for work it does not do.
         missing: why it cannot run on a device at all, or None.
-        within: a context in which it is to be called.
+        within: the context of every call.
         normality: whether it computes normality normalization; else torch's normalization.
         compiled: whether it compiles first, which takes seconds.
         allowance: how much further than others it may be from the reference, for a known reason.
@@ -75,17 +72,15 @@ def _backend(name: str) -> Provider:
 
 
 def _normals(case: Case) -> float:
-    """What a GPU's normals may differ by: its logarithm instruction errs by 2^-22 absolutely near
-    1, so that the radius of a pair, the root of twice that, is off by up to sqrt(2^-21) where it
-    is itself no larger. Among many normals the largest is above 4, and so is the largest output in
-    the same measure."""
+    """Allowance for a GPU's normals: its logarithm instruction has an absolute error of 2^-22 near
+    1, so that the radius of a pair, the root of twice that, is off by up to sqrt(2^-21). Errors
+    are relative to the largest output, which is above 4 normals."""
     return 2.0**-10.5 / 4 if case.device.type == "cuda" and case.work.mode == "noise" else 0.0
 
 
 def _definition(case: Case) -> Runner:
-    """The definition as autograd sees it, operation by operation, all intermediates kept: what
-    it costs to write the method down in PyTorch. (The reference backend, "normnorm-reference",
-    keeps the input alone and computes the forward pass again in the backward pass.)"""
+    """The definition, operation by operation under autograd, all intermediates kept. (The reference
+    backend, "normnorm-reference", keeps the input alone and recomputes the forward pass.)"""
     work, module = case.work, case.module(ours=True)
     training = work.mode != "eval"
     running = None
@@ -123,11 +118,8 @@ def _no_compiler(device: torch.device) -> str | None:
 
 
 def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiled for one shape, without graph breaks.
-
-    And without donated buffers, since a backward pass is measured again and again after one
-    forward pass: a gradient is not written over what was saved, and nothing else changes.
-    """
+    """Compiled for one shape, without graph breaks, and without donated buffers: a backward pass is
+    repeated after one forward pass, so that gradients must not overwrite what was saved."""
     from torch._functorch import config
 
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
@@ -147,7 +139,7 @@ def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _functional(case: Case) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Runner]:
     """Our layer as a function of input and seed: compiled code draws other random numbers than
-    eager code does, so that the seed comes from outside, as an argument."""
+    eager code does."""
     work, module = case.work, case.module(ours=True)
     training, noise = work.mode != "eval", module.noise_train
     common: dict[str, Any] = {"eps": EPS, "noise_train": noise}
@@ -191,13 +183,11 @@ def _compiled_reference(case: Case) -> Runner:
 @contextmanager
 def _cudnn(enabled: bool) -> Iterator[None]:
     now = torch.backends.cudnn
-    # By torch's own context: plain assignment is refused where it is the only way allowed.
+    # torch may forbid plain assignment in favour of this context.
     with now.flags(
-        enabled=enabled,
-        benchmark=now.benchmark,
-        benchmark_limit=now.benchmark_limit,
+        enabled=enabled, benchmark=now.benchmark, benchmark_limit=now.benchmark_limit,
         deterministic=now.deterministic,
-    ):
+    ):  # fmt: skip
         yield
 
 
@@ -270,7 +260,7 @@ def _quack(case: Case) -> Runner:
     from quack.rmsnorm import layernorm_bwd, layernorm_fwd
 
     class LayerNorm(torch.autograd.Function):
-        """quack's two kernels; the library itself leaves joining them to its caller."""
+        """quack's forward and backward kernels as one differentiable function."""
 
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
@@ -291,7 +281,7 @@ def _quack(case: Case) -> Runner:
 
 
 def _copy(case: Case) -> Runner:
-    """Into memory that is there already: the roof of anything that reads and writes once."""
+    """Into allocated memory: the roof of a kernel of one read and one write."""
     outputs = [torch.empty_like(x) for x in case.inputs]
     places = {id(x): output for x, output in zip(case.inputs, outputs, strict=True)}
     return Runner(lambda x: places[id(x)].copy_(x.detach()), case.weight, case.bias)
@@ -322,11 +312,6 @@ PROVIDERS = {
         Provider("copy", _copy, normality=False),
     )
 }  # fmt: skip
-
-
-def names() -> tuple[str, ...]:
-    """Every provider's name."""
-    return tuple(PROVIDERS)
 
 
 def runnable(device: torch.device) -> dict[str, str | None]:

@@ -22,26 +22,6 @@ from typing import Any, Literal
 from normnorm.commands import CommandError
 from normnorm.environment import Gpu
 
-__all__ = [
-    "FORMAT",
-    "LANES",
-    "MODES",
-    "PASSES",
-    "VERSION",
-    "Count",
-    "Environment",
-    "Measurement",
-    "NetworkMeasurement",
-    "Results",
-    "ResultsError",
-    "Row",
-    "input_words",
-    "json_text",
-    "load",
-    "save",
-    "write_atomically",
-]
-
 FORMAT: Literal["normnorm-bench"] = "normnorm-bench"
 VERSION: Literal[1] = 1
 

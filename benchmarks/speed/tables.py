@@ -27,22 +27,6 @@ from speed.results import (
     load,
 )
 
-__all__ = [
-    "BEGIN",
-    "CSV_COLUMNS",
-    "END",
-    "Change",
-    "changes",
-    "comparison",
-    "csv_text",
-    "markdown",
-    "readme_files",
-    "readme_section",
-    "table",
-    "text",
-    "with_section",
-]
-
 
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, markdown: bool = True

@@ -1,7 +1,7 @@
 """How long calls take, several interleaved, by medians and percentiles; and how much memory.
 
-Everything compared is timed in one process, call after call in a shuffled order, so that a clock
-that drifts or a neighbour that wakes up meets all of them. Three ways to take one sample:
+Calls are timed in one process, interleaved in shuffled order, so that a change of clock or load
+affects all of them. Three ways to take one sample:
 
 * ``wall``: the wall clock around a number of calls, for CPU tensors;
 * ``graph``: CUDA events around the replay of a CUDA graph that holds one call for each of several
@@ -10,8 +10,8 @@ that drifts or a neighbour that wakes up meets all of them. Three ways to take o
 * ``stream``: the wall clock around calls made from Python on a GPU, with a synchronization at
   either end, for tensors so small that launching is what costs.
 
-A call is a function of one argument, the index of the copy of the inputs to use. It has to keep
-from reading values on the host: a CUDA graph holds no such thing.
+A call is a function of one argument, the index of the copy of the inputs to use. It must not read
+values on the host, which a CUDA graph cannot capture.
 """
 
 from __future__ import annotations
@@ -32,19 +32,6 @@ import torch
 from torch import Tensor
 
 from speed.results import Method
-
-__all__ = [
-    "Call",
-    "Settings",
-    "Timing",
-    "capture_stream",
-    "copies_beyond_cache",
-    "cuda_graph",
-    "interleaved",
-    "kept_bytes",
-    "peak_bytes",
-    "sentence",
-]
 
 Call = Callable[[int], object]
 Sample = Callable[[], float]
@@ -124,8 +111,8 @@ def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that graphs are captured and replayed on, one for a device.
 
-    Whoever measures a backward pass alone does its forward pass on this stream: autograd runs a
-    backward node on the stream of its forward, and a capture cannot wait for another stream.
+    To measure a backward pass alone, run its forward pass on this stream: autograd runs a backward
+    node on the stream of its forward, and a capture cannot wait for another stream.
     """
     return torch.cuda.Stream(device)
 
@@ -235,8 +222,7 @@ def _samples(
     low: int,
     seconds: float,
 ) -> dict[str, list[float] | Exception]:
-    """Each call's samples, or what it raised. After so many seconds only those that everybody has
-    to have are still taken."""
+    """Each call's samples, or what it raised; after ``seconds`` only the first ``low`` of each."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     failures: dict[str, list[float] | Exception] = {}
     total = max(turns.values(), default=0)
@@ -357,7 +343,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Without what the profiler's library writes past Python to the process's standard error."""
+    """Hides what the profiler's library writes to the process's standard error."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

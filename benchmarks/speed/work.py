@@ -13,8 +13,6 @@ from torch import nn
 import normnorm
 from speed.results import MemoryFormat, Method, Mode, Operation, input_words
 
-__all__ = ["DTYPES", "LAYERS", "Layer", "Work", "WorkError", "named_shapes", "preset"]
-
 Preset = Literal["quick", "default", "full"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
