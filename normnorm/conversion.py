@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as torch_functional
 
-from normnorm import counterparts
+from normnorm import norm_map
 from normnorm.checks import check_noise_train, check_transform
-from normnorm.counterparts import Target
 from normnorm.modules import _Transform
+from normnorm.norm_map import Target
 
 __all__ = ["NormSwap", "Replacement", "replace_norms", "restore_norms"]
 
@@ -203,19 +203,19 @@ def _refuse_bare_norm(model: nn.Module, cls: Target | None) -> None:
 
 
 def _decide_to_replace(module: nn.Module) -> tuple[Target | None, str | None]:
-    target = counterparts.counterpart(module)
+    target = norm_map.counterpart(module)
     if target is None:
-        return None, counterparts.why_unknown(module)
-    return target, counterparts.obstacle(module, target)
+        return None, norm_map.why_unknown(module)
+    return target, norm_map.obstacle(module, target)
 
 
 def _decide_to_restore(module: nn.Module) -> tuple[Target | None, str | None]:
     if not isinstance(module, _Transform):
         return None, None
-    target = counterparts.original(module)
+    target = norm_map.original(module)
     if target is None:
-        return None, counterparts.why_not_restored(module)
-    return target, counterparts.obstacle(module, target)
+        return None, norm_map.why_not_restored(module)
+    return target, norm_map.obstacle(module, target)
 
 
 def _plan_settings(
@@ -307,12 +307,12 @@ def replace_norms(
     )
     _check_model(model, "replace")
     _wrap_freezing()
-    _refuse_bare_norm(model, counterparts.counterpart(model))
+    _refuse_bare_norm(model, norm_map.counterpart(model))
     changes, summary = _plan(
         model,
         where,
         _decide_to_replace,
-        lambda module, target: counterparts.recast(module, target, settings),
+        lambda module, target: norm_map.recast(module, target, settings),
     )
     ours, changed = _plan_settings(model, where, settings)
     for layer, new in ours:
@@ -340,7 +340,7 @@ def restore_norms(model: nn.Module, where: Where = None) -> Replacement:
     """
     _check_model(model, "restore")
     if isinstance(model, _Transform):
-        _refuse_bare_norm(model, counterparts.original(model))
-    changes, summary = _plan(model, where, _decide_to_restore, counterparts.restored)
+        _refuse_bare_norm(model, norm_map.original(model))
+    changes, summary = _plan(model, where, _decide_to_restore, norm_map.restored)
     _carry_out(model, changes)
     return summary

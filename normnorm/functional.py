@@ -50,8 +50,8 @@ from normnorm.checks import (
     with_residual,
 )
 from normnorm.config import Config
+from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of, to_local
 from normnorm.noise import as_seed, draw_seed
-from normnorm.sharding import check_plain, is_dtensor, shards_of, to_local
 from normnorm.statistics import statistics_dtype
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm import annealing, reference, watched
+from normnorm import annealing, layer_outputs, reference
 from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_integer
 from normnorm.fused import AddLayerNormalNorm
@@ -131,7 +131,7 @@ class Monitor:
         self._elements = elements
         # All keys from the start: compiled code guards on them.
         self._seen: dict[str, _Seen | None] = dict.fromkeys(layers)
-        self._watch = watched.Watch(model, layers, self._observe, "normnorm.monitor")
+        self._watch = layer_outputs.Watch(model, layers, self._observe, "normnorm.monitor")
 
     def _observe(self, name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         # Slices and one small copy: no device synchronization, no random numbers.
@@ -153,7 +153,7 @@ class Monitor:
                 )
             noisy = layer.training and layer.noise_train > 0.0
             seen = _Seen(values.clone(), running, noisy)
-            if not watched.recomputing():
+            if not layer_outputs.recomputing():
                 self._seen[name] = seen
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
@@ -236,7 +236,7 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
             "groups must be at least 1 and elements at least 8; "
             f"got groups={groups}, elements={elements}"
         )
-    layers = watched.named_layers(model, lambda _, module: isinstance(module, _Transform))
+    layers = layer_outputs.named_layers(model, lambda _, module: isinstance(module, _Transform))
     if not layers:
         raise ValueError("the model has no normality layer; normnorm.replace_norms puts them in")
     watch = Monitor(model, layers, groups, elements)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normnorm import watched
+from normnorm import layer_outputs
 from normnorm.autograd import forward_mode
 from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_integer, check_number
@@ -240,7 +240,7 @@ class PER:
         _check_directions(num_slices, generator)
         if not 0 <= weight < math.inf:
             raise ValueError(f"weight must be finite and not negative; got {weight}")
-        chosen = watched.named_layers(model, layers)
+        chosen = layer_outputs.named_layers(model, layers)
         if not chosen:
             raise ValueError("no layer was chosen to regularize")
         self.weight = weight
@@ -250,21 +250,21 @@ class PER:
         self._losses: dict[str, list[_Pass]] = {name: [] for name in chosen}
         self._begun: list[tuple[BaseException | None, dict[str, int]]] = []
         self._removed = False
-        self._watch = watched.Watch(model, chosen, self._take, "normnorm.PER")
+        self._watch = layer_outputs.Watch(model, chosen, self._take, "normnorm.PER")
         self._handles = [
-            model.register_forward_pre_hook(watched.Hook(model, self._begin)),
-            model.register_forward_hook(watched.Hook(model, self._end), always_call=True),
+            model.register_forward_pre_hook(layer_outputs.Hook(model, self._begin)),
+            model.register_forward_hook(layer_outputs.Hook(model, self._end), always_call=True),
         ]
 
     def _take(self, name: str, module: nn.Module, _: Any, __: Any, output: Any) -> None:
         # loss() computes the loss: here, checkpointing would compute it twice.
         if not module.training or _in_reentrant_checkpoint(name) or not torch.is_grad_enabled():
             return
-        vectors = watched.channels_last(module, watched.tensor_of(name, module, output))
+        vectors = layer_outputs.channels_last(module, layer_outputs.tensor_of(name, module, output))
         vectors = vectors.flatten(0, -2)
         if torch.compiler.is_compiling():
             self._losses[name].append(_Pass(vectors.clone(), None))
-        elif not watched.recomputing():
+        elif not layer_outputs.recomputing():
             self._losses[name].append(_Pass(vectors, vectors._version))
 
     def _begin(self, *_: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm import watched
+from normnorm import layer_outputs
 
 __all__ = ["NORM_LAYERS", "batches", "channels_last_rows", "choose_layers", "pooled", "watching"]
 
@@ -32,10 +32,10 @@ def choose_layers(
         ValueError: an unknown name, or no layer selected.
     """
     if layers is None:
-        chosen = watched.named_layers(model, lambda _, module: isinstance(module, NORM_LAYERS))
+        chosen = layer_outputs.named_layers(model, lambda _, layer: isinstance(layer, NORM_LAYERS))
         wanted = "a normalization layer"
     else:
-        chosen = watched.named_layers(model, layers)
+        chosen = layer_outputs.named_layers(model, layers)
         wanted = "a layer that the predicate accepts" if callable(layers) else "one of no names"
     if not chosen:
         raise ValueError(f"the model has nothing to watch: {wanted} was wanted; name some layers")
@@ -45,14 +45,14 @@ def choose_layers(
 def channels_last_rows(module: nn.Module, output: Tensor) -> Tensor:
     """The layer's output as observations of its channels: (observations, channels).
 
-    For the channels' dimension and the errors see :func:`normnorm.watched.channels_last`.
+    For the channels' dimension and the errors see :func:`normnorm.layer_outputs.channels_last`.
     """
-    return watched.channels_last(module, output).flatten(0, -2)
+    return layer_outputs.channels_last(module, output).flatten(0, -2)
 
 
 def pooled(module: nn.Module, output: Tensor) -> Tensor:
     """One vector per sample, (samples, channels): the mean over all positions."""
-    moved = watched.channels_last(module, output)
+    moved = layer_outputs.channels_last(module, output)
     return moved.flatten(1, -2).mean(1) if moved.dim() > 2 else moved
 
 
@@ -105,7 +105,7 @@ def watching(
     silent = set(layers)
 
     def seen(name: str, module: nn.Module, _: Any, __: Any, output: Any) -> Any:
-        given = watched.tensor_of(name, module, output)
+        given = layer_outputs.tensor_of(name, module, output)
         if given.numel() > 0:
             silent.discard(name)
         other = see(name, given)
@@ -113,7 +113,7 @@ def watching(
             return other
         return (other, *output[1:])
 
-    watch = watched.Watch(model, layers, seen, owner)
+    watch = layer_outputs.Watch(model, layers, seen, owner)
     try:
         model.eval()
         with torch.no_grad(), _uncompiled():

@@ -24,6 +24,7 @@ from timm.models import convnext
 from torch import Tensor, nn
 
 import normnorm
+from normnorm.distributed.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
 from normnorm.eps import CANNOT_FOLD
 from normnorm.freezing import freeze_statistics, unfreeze_statistics
 from normnorm.modules import (
@@ -33,7 +34,6 @@ from normnorm.modules import (
     LayerNormalNorm2d,
     _RunningNorm,
 )
-from normnorm.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
 
 __all__ = [
     "BatchNormalNormAct2d",

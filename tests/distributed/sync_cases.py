@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import normnorm
-from normnorm import backends, reference, sync
+from normnorm import backends, reference
+from normnorm.distributed import sync
+from normnorm.distributed.sync import sync_batch_normal_norm
 from normnorm.noise import standard_normals
-from normnorm.sync import sync_batch_normal_norm
 
 CASES: dict[str, Callable[[int, int], None]] = {}
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -181,7 +182,7 @@ def an_activation_with_a_hook_is_called_behind_the_messages(rank, ranks):
 
 @case
 def passes_over_pieces_of_the_channels_give_the_same(rank, ranks):
-    with mock.patch("normnorm.ranks._CHUNK", 40):
+    with mock.patch("normnorm.distributed.statistics._CHUNK", 40):
         agree(rank, ranks, (7, 4, 2), True, 0.4)
 
 
@@ -447,13 +448,13 @@ def bad_arguments_are_refused_before_anything_is_sent(rank, ranks):
         layer.noise_train = -1.0
         with pytest.raises(ValueError, match="noise_train"):
             layer(torch.randn(4, 3, 5))
-        joined = normnorm.sync.SyncBatchNormalNormAct2d(3)
+        fused = normnorm.sync.SyncBatchNormalNormAct2d(3)
         residuals = (torch.randn(4, 3, 1, 5), torch.ones(4, 3, 5, 5).long(), "x")
         for residual in residuals:
             with pytest.raises((ValueError, TypeError), match="residual"):
-                joined(torch.randn(4, 3, 5, 5), residual)
+                fused(torch.randn(4, 3, 5, 5), residual)
     assert sent == []
-    assert layer.num_batches_tracked == joined.num_batches_tracked == 0
+    assert layer.num_batches_tracked == fused.num_batches_tracked == 0
 
 
 @case

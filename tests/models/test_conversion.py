@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import normnorm
-from normnorm import counterparts, lazy, sync
+from normnorm import lazy, norm_map, sync
 
 _FLAG = "__allow_nonbracketed_mutation_flag"
 _allowed = getattr(torch.backends, _FLAG, True)
@@ -545,7 +545,7 @@ def test_a_model_compiled_and_run_before_runs_the_new_layers():
 def test_a_failure_halfway_changes_nothing(monkeypatch):
     model = model_of_all()
     before = fingerprint(model)
-    recast, calls = counterparts.recast, []
+    recast, calls = norm_map.recast, []
 
     def failing(*arguments):
         calls.append(1)
@@ -553,7 +553,7 @@ def test_a_failure_halfway_changes_nothing(monkeypatch):
             raise MemoryError
         return recast(*arguments)
 
-    monkeypatch.setattr(counterparts, "recast", failing)
+    monkeypatch.setattr(norm_map, "recast", failing)
     with pytest.raises(MemoryError):
         normnorm.replace_norms(model)
     assert fingerprint(model) == before

@@ -19,10 +19,10 @@ from torch.nn.utils import parametrize
 
 from normnorm import lazy, modules
 from normnorm.checks import check_transform
+from normnorm.distributed.sync import SyncBatchNormalNorm
 from normnorm.eps import plain
 from normnorm.modules import _RunningNorm, _Transform
 from normnorm.registry import Registered, registered, registered_base
-from normnorm.sync import SyncBatchNormalNorm
 
 __all__ = [
     "Target",

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import normnorm
-from normnorm import watched
+from normnorm import layer_outputs
 
 
 class MyNorm2d(nn.LayerNorm):
@@ -85,7 +85,7 @@ def test_where_the_channels_are(name: str) -> None:
     layer, shape, channels = LAYERS[name]
     output = torch.randn(shape)
     assert shape[channels] == 4
-    assert torch.equal(watched.channels_last(layer, output), output.movedim(channels, -1))
+    assert torch.equal(layer_outputs.channels_last(layer, output), output.movedim(channels, -1))
 
 
 @pytest.mark.parametrize(
@@ -102,30 +102,30 @@ def test_where_the_channels_are(name: str) -> None:
 )
 def test_a_sample_without_a_batch_is_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape \(batch, \.\.\.\) are wanted; \w+ gave \("):
-        watched.channels_last(layer, torch.randn(shape))
+        layer_outputs.channels_last(layer, torch.randn(shape))
 
 
 def test_a_name_is_one_layer() -> None:
     model = nn.ModuleDict({"layer1": nn.ReLU(), "b": nn.ReLU()})
-    assert watched.named_layers(model, "layer1") == {"layer1": model["layer1"]}
-    assert list(watched.named_layers(model, iter(["b", "layer1"]))) == ["b", "layer1"]
+    assert layer_outputs.named_layers(model, "layer1") == {"layer1": model["layer1"]}
+    assert list(layer_outputs.named_layers(model, iter(["b", "layer1"]))) == ["b", "layer1"]
     with pytest.raises(ValueError, match=r"no layer named 'layer2'$"):
-        watched.named_layers(model, "layer2")
+        layer_outputs.named_layers(model, "layer2")
 
 
 def test_the_normalized_output_is_taken_and_not_the_sum() -> None:
     layer = normnorm.AddLayerNormalNorm(4, noise_train=0.0)
     normed, total = layer(torch.randn(3, 4), torch.randn(3, 4))
-    assert watched.tensor_of("norm", layer, (normed, total)) is normed
+    assert layer_outputs.tensor_of("norm", layer, (normed, total)) is normed
     with pytest.raises(TypeError, match=r"'act' \(ReLU\) gave tuple; wanted is a layer that gives"):
-        watched.tensor_of("act", nn.ReLU(), (normed, total))
+        layer_outputs.tensor_of("act", nn.ReLU(), (normed, total))
 
 
 def test_a_module_with_two_names_goes_by_both() -> None:
     layer = nn.ReLU()
     model = nn.ModuleDict({"a": layer, "b": layer})
-    assert watched.named_layers(model, ["b", "a"]) == {"b": layer, "a": layer}
-    found = watched.named_layers(model, lambda _, module: isinstance(module, nn.ReLU))
+    assert layer_outputs.named_layers(model, ["b", "a"]) == {"b": layer, "a": layer}
+    found = layer_outputs.named_layers(model, lambda _, module: isinstance(module, nn.ReLU))
     assert found == {"a": layer}
 
 
@@ -133,16 +133,16 @@ def test_names_are_those_without_the_compiler() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     compiled = torch.compile(nn.Sequential(torch.compile(model)))
     for name in ("0.1", "_orig_mod.0._orig_mod.1"):
-        assert list(watched.named_layers(compiled, name).values()) == [model[1]]
-    found = watched.named_layers(compiled, lambda _, module: isinstance(module, nn.Linear))
+        assert list(layer_outputs.named_layers(compiled, name).values()) == [model[1]]
+    found = layer_outputs.named_layers(compiled, lambda _, module: isinstance(module, nn.Linear))
     assert found == {"0.0": model[0]}
 
 
-def _watching(model: nn.Module) -> tuple[watched.Watch, list[str]]:
+def _watching(model: nn.Module) -> tuple[layer_outputs.Watch, list[str]]:
     """A watch of layer "1", and its recorded outputs."""
     seen: list[str] = []
-    layers = watched.named_layers(model, "1")
-    return watched.Watch(model, layers, lambda name, *_: seen.append(name), "the test"), seen
+    layers = layer_outputs.named_layers(model, "1")
+    return layer_outputs.Watch(model, layers, lambda name, *_: seen.append(name), "the test"), seen
 
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -183,8 +183,8 @@ def test_a_part_compiled_before_is_named() -> None:
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(3, 3), torch.compile(nn.ReLU(), backend="eager"))
     model(torch.randn(2, 3))
-    layers = watched.named_layers(model, ["0", "1"])
-    watch = watched.Watch(model, layers, lambda *_: None, "the test")
+    layers = layer_outputs.named_layers(model, ["0", "1"])
+    watch = layer_outputs.Watch(model, layers, lambda *_: None, "the test")
     model(torch.randn(2, 3))
     with pytest.raises(RuntimeError, match="'1' was not seen: code compiled before the test began"):
         watch.require_ran()
