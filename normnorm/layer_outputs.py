@@ -1,7 +1,6 @@
-"""Which of a model's layers a caller means, hooks on them, and how what they give out is read.
+"""Selecting a model's layers, hooks on them, and the channel dimension of their outputs.
 
-What :func:`normnorm.monitor`, :class:`normnorm.PER` and :mod:`normnorm.diagnostics` have in
-common: the same layers, hooks with the same limits, the same numbers for a vector of channels.
+Shared by :func:`normnorm.monitor`, :class:`normnorm.PER` and :mod:`normnorm.diagnostics`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from normnorm.modules import _InstanceNormalNorm
 
 __all__ = ["Hook", "Watch", "channels_last", "named_layers", "recomputing", "tensor_of"]
 
-# As in Conv1d, LayerNorm2d, LayerNormAct2dFp32: how many dimensions stand behind (batch, channels).
+# Conv1d, LayerNorm2d, LayerNormAct2dFp32: the number of dimensions after (batch, channels).
 _POSITIONS = re.compile(r"([123])d(?![a-z])")
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, _InstanceNormalNorm)
 
@@ -27,16 +26,16 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, _Ins
 def named_layers(
     model: nn.Module, layers: str | Iterable[str] | Callable[[str, nn.Module], bool]
 ) -> dict[str, nn.Module]:
-    """The layers that are meant, by name; none where the names or the predicate choose none.
+    """The selected layers, by name; may be empty.
 
     Args:
-        model: whose ``named_modules`` are meant, without the "_orig_mod." that torch.compile puts
-            into their names.
-        layers: a name, names, or a predicate of (name, module). A module that the model uses
-            under several names goes by each of them, and is offered to a predicate once.
+        model: contains the layers. Their names are those of ``named_modules`` without the
+            "_orig_mod." of torch.compile.
+        layers: a name, names, or a predicate of (name, module). A module with several names can be
+            selected by each of them; a predicate sees it once.
 
     Raises:
-        ValueError: a name is not the model's.
+        ValueError: an unknown name.
     """
     if callable(layers):
         once = ((_plain(name), module) for name, module in model.named_modules())
@@ -51,29 +50,29 @@ def named_layers(
 
 
 def _plain(name: str) -> str:
-    """A module's name as it is without torch.compile."""
+    """A module's name without the prefixes of torch.compile."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def recomputing() -> bool:
-    """Whether a backward pass is running: a forward pass inside it repeats an earlier one, for
-    either kind of activation checkpointing."""
+    """Whether a backward pass is running, in which case a forward pass is a recomputation by
+    activation checkpointing (reentrant or not)."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Hook:
-    """A hook of one module that does nothing for any other.
+    """A hook that acts on one module only.
 
-    A copy of a module has the module's hooks: a shallow copy and a replica of nn.DataParallel
-    share them, a deep copy and a pickled module have copies of them, which do nothing.
+    Copies of a module keep its hooks: shallow copies and replicas of nn.DataParallel share them,
+    deep copies and pickled modules have copies of them. On all of these the hook does nothing.
 
     Args:
-        module: whose calls are meant.
-        function: called with ``first`` and the hook's arguments; what it returns is handed on.
+        module: the module.
+        function: called with ``first`` and the hook's arguments; its result is the hook's.
 
     Attributes:
-        ran: whether the module was called; written only, since compiled code would be compiled
-            again for another value that it reads.
+        ran: whether the module was called. Compiled code only writes it, since reading would add a
+            guard and recompile when it changes.
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], *first: Any) -> None:
@@ -97,21 +96,21 @@ def _inert_hook() -> Callable[..., None]:
 
 
 def _nothing(*_: Any) -> None:
-    """The hook of a copy."""
+    """A copied hook."""
 
 
 class Watch:
-    """Forward hooks on layers, and which of these layers ran.
+    """Forward hooks on layers, and a record of which layers ran.
 
-    A copied or unpickled watch watches nothing.
+    A copied or unpickled watch has no hooks.
 
     Args:
-        model: whose layers they are.
+        model: contains the layers.
         layers: by name.
         see: called as ``see(name, layer, args, kwargs, output)`` after each forward pass of a
-            layer, a recomputation among them (:func:`recomputing`); what it returns, unless None,
-            takes the place of the output.
-        owner: whom the hooks serve, for the sentences of errors.
+            layer, recomputations included (:func:`recomputing`); its result, unless None, replaces
+            the output.
+        owner: the name of the hooks' owner in error messages.
 
     Raises:
         TypeError: a layer is a module of TorchScript, whose code calls no hooks.
@@ -131,7 +130,7 @@ class Watch:
                     "calls no hooks; give the model as it was before torch.jit"
                 )
         self._owner = owner
-        self._compiled = _compiled_layers(model, layers)  # of which none has run yet
+        self._compiled = _compiled_layers(model, layers)  # without those that have run
         self._hooks = {name: Hook(layer, see, name) for name, layer in layers.items()}
         self._handles = [
             layer.register_forward_hook(self._hooks[name], with_kwargs=True)
@@ -139,14 +138,14 @@ class Watch:
         ]
 
     def require_ran(self, afresh: bool = False) -> None:
-        """Makes sure that what the hooks have seen is what ran.
+        """Checks that the layers ran with their hooks.
 
         Args:
-            afresh: to ask at the next call only about what ran since this one.
+            afresh: whether the next call is to consider only what runs after this one.
 
         Raises:
-            RuntimeError: no layer ran, or one of a compiled module never has: then other code than
-                the layers' own ran in their place.
+            RuntimeError: no layer ran, or a layer of a compiled module never has: then compiled
+                code without the hooks ran in its place.
         """
         ran = {name for name, hook in self._hooks.items() if hook.ran}
         self._compiled -= ran
@@ -164,7 +163,7 @@ class Watch:
                 hook.ran = False
 
     def remove(self) -> None:
-        """Takes the hooks off the layers."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -184,11 +183,11 @@ def _compiled_layers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]
 
 
 def tensor_of(name: str, module: nn.Module, output: Any) -> Tensor:
-    """What a layer gave out as one tensor; of :class:`AddLayerNormalNorm` what it normalized,
-    without the sum.
+    """A layer's output as one tensor; for :class:`AddLayerNormalNorm` the normalized output without
+    the sum.
 
     Raises:
-        TypeError: the output is anything else.
+        TypeError: the output is not a tensor.
     """
     if isinstance(module, AddLayerNormalNorm):
         output = output[0]
@@ -203,25 +202,25 @@ def tensor_of(name: str, module: nn.Module, output: Any) -> Tensor:
 def channels_last(module: nn.Module, output: Tensor) -> Tensor:
     """The output with its channels as the last dimension; all others are positions.
 
-    The channels are dimension 1 of what batch, group and instance layers give out, and of any
-    layer whose class says how many dimensions follow them and gives that many: ``Conv1d`` of
-    (N, C, L), ``LayerNorm2d`` of (N, C, H, W). They are the last dimension behind other layer
-    normalizations and behind ``nn.Linear``. What no class tells is decided by the rank: (batch,
-    length, features) of three dimensions, (batch, channels, ...) of more.
+    The channels are dimension 1 for batch, group and instance layers, and for any layer whose class
+    name says how many dimensions follow the channels, if the output has that many: ``Conv1d`` with
+    (N, C, L), ``LayerNorm2d`` with (N, C, H, W). They are the last dimension for other layer
+    normalizations and for ``nn.Linear``. For any other layer, three dimensions are read as (batch,
+    length, features), more as (batch, channels, ...).
 
     Args:
-        module: the layer that gave the output.
+        module: the layer.
         output: (batch, ...), two dimensions or more.
 
     Returns:
-        a view, (batch, ..., channels).
+        A view, (batch, ..., channels).
 
     Raises:
-        ValueError: the output has fewer than two dimensions, or is a single sample of a
-            convolution or an instance layer, without the dimension of the batch.
+        ValueError: the output has fewer than two dimensions, or is an unbatched sample of a
+            convolution or an instance layer.
     """
     positions = _positions(module)
-    # These also take a sample alone, whose dimension 1 is a position.
+    # These layers also take an unbatched sample, whose dimension 1 is a position.
     unbatched = output.dim() - 1 == positions and (
         hasattr(module, "out_channels") or isinstance(module, _INSTANCE_NORMS)
     )
@@ -235,10 +234,9 @@ def channels_last(module: nn.Module, output: Tensor) -> Tensor:
 
 
 def _positions(module: nn.Module) -> int | None:
-    """How many dimensions the layer's class, or one that it derives from, says to follow the
-    channels. By name: torchvision's and timm's channels-first ``LayerNorm2d`` derive from
-    ``nn.LayerNorm`` like ours, and differ from it in nothing else that could be asked of them
-    without importing these libraries."""
+    """The number of dimensions after the channels by the name of the layer's class or of a base
+    class; None if no name tells. torchvision's and timm's channels-first ``LayerNorm2d`` derive
+    from ``nn.LayerNorm`` and, without importing these libraries, are recognized by name only."""
     for cls in type(module).__mro__:
         found = _POSITIONS.search(cls.__name__)
         if found:
@@ -247,9 +245,9 @@ def _positions(module: nn.Module) -> int | None:
 
 
 def _last(module: nn.Module, output: Tensor) -> bool:
-    """Whether a layer that has not said otherwise by its class has its channels last."""
-    # Layer and root mean square norms have this attribute, torch's and other libraries' alike;
-    # those of transformers say the layout in a second one where they know both.
+    """Whether a layer without a telling class name has its channels last."""
+    # Layer and RMS norms of torch and other libraries have this attribute; those of transformers
+    # with two layouts name theirs in a second one.
     if hasattr(module, "normalized_shape"):
         return getattr(module, "data_format", None) != "channels_first"
     return isinstance(module, nn.Linear) or output.dim() == 3

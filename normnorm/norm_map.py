@@ -1,8 +1,9 @@
-"""Which layer of ours stands for which of torch's, and how one becomes the other.
+"""The map between normalization layers of torch and other libraries and those of normnorm, and the
+conversion of one layer.
 
-A layer becomes its counterpart by taking over its whole state: the parameters and buffers
-themselves, not copies of them, its attributes, its forward and backward hooks, its place on a
-device and its training flag. An optimizer made before, and handles of hooks, stay valid.
+The converted layer takes over the whole state of the original: the same parameters and buffers (no
+copies), attributes, forward and backward hooks, and training flag. Optimizers and hook handles stay
+valid.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ __all__ = [
     "why_unknown",
 ]
 
-# What a layer is to become: a class, or what a user's function for its class makes of it.
+# The class that a layer is converted to, or the user's registration for its class.
 Target = type[nn.Module] | Registered
 
-# torch's class -> ours. Of exactly that class: what a subclass adds is not known here.
+# torch's class -> ours, for exactly that class: a subclass may add state or behaviour.
 _TORCH: dict[type, type] = {
     **{
         getattr(nn, f"{kind}Norm{dim}d"): getattr(modules, f"{kind}NormalNorm{dim}d")
@@ -56,10 +57,10 @@ _TORCH: dict[type, type] = {
 }
 _ORIGINALS = {ours: theirs for theirs, ours in _TORCH.items()}
 
-# Libraries with classes of their own; normnorm.integrations has a module for each.
+# Libraries with norm layers of their own; normnorm.integrations has a module for each.
 _LIBRARIES = ("timm", "torchvision", "transformers")
 
-# Names of norm layers (RMSNorm, EvoNorm2dB0, LayerNormAct2dFp32), not of what merely holds one.
+# Names of norm layers (RMSNorm, EvoNorm2dB0, LayerNormAct2dFp32), not of blocks that contain one.
 _A_NORM = re.compile(r"Norm(alization)?(\d[dP]?|Act|Fp32|Exp|Tlu|[BS]\da?)*$")
 _ROOT_MEAN_SQUARE = ("RMSNorm", "RmsNorm", "T5LayerNorm", "SimpleNorm")
 
@@ -77,7 +78,7 @@ _FORWARD_HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# What torch keeps beside them: which hooks take keywords, or run after an error.
+# torch's tables of hooks that take keywords or always run.
 _HOOK_KINDS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -86,7 +87,7 @@ _HOOK_KINDS = (
 
 
 def counterpart(module: nn.Module) -> Target | None:
-    """What of ours stands for the module, or None."""
+    """The class of normnorm for the module, or the user's registration; None if there is none."""
     cls = type(module)
     known = registered(cls)
     if known is not None:
@@ -100,24 +101,25 @@ def counterpart(module: nn.Module) -> Target | None:
 
 
 def original(module: nn.Module) -> Target | None:
-    """What a layer of ours once was, or stands for; None if there is no way back to it."""
+    """The class that a layer of ours was converted from, or corresponds to; None if it has none or
+    cannot be converted back."""
     found: type[nn.Module] | None
     found = vars(module).get("original_class") or _ORIGINALS.get(type(module))
     if type(module) is SyncBatchNormalNorm:
-        return nn.SyncBatchNorm  # whatever it was before convert_sync made it one
+        return nn.SyncBatchNorm  # whatever its class was before convert_sync
     if "registered_class" in vars(module):
         known = registered(vars(module)["registered_class"])
         return None if known is None or known.restore is None else known
     if found is None and _is_of_a_library(module):
         found = importlib.import_module(type(module).__module__).original(module)
     if found is not None and not isinstance(module, LazyModuleMixin):
-        # Initialized since, a lazy layer has become what torch's would have.
+        # The layer was converted while lazy and is initialized now, as torch's would be.
         return getattr(found, "cls_to_become", None) or found
     return found
 
 
 def _is_of_a_library(module: nn.Module) -> bool:
-    """Whether a layer of ours is one that was written for another library."""
+    """Whether a layer of ours comes from an integration with another library."""
     return type(module).__module__.startswith("normnorm.integrations.")
 
 
@@ -132,7 +134,7 @@ def why_not_restored(module: nn.Module) -> str:
 
 
 def why_unknown(module: nn.Module) -> str | None:
-    """Why a layer has no counterpart; None where it is no normalization layer at all."""
+    """Why a layer has no counterpart; None if it is not a normalization layer."""
     cls = type(module)
     if isinstance(module, _Transform):
         return None
@@ -147,7 +149,7 @@ def why_unknown(module: nn.Module) -> str | None:
     if not _A_NORM.search(cls.__name__) or cls.__module__.startswith("torch.nn.utils."):
         return None
     if any(_A_NORM.search(type(child).__name__) for child in list(module.modules())[1:]):
-        return None  # a block, such as ConvNormAct, that holds one
+        return None  # a block, such as ConvNormAct, that contains one
     if "Frozen" in cls.__name__:
         return "its statistics are frozen: there is nothing to estimate"
     if any(word in cls.__name__ for word in _ROOT_MEAN_SQUARE):
@@ -159,13 +161,12 @@ _PARAMETRIZED = "it is parametrized: remove the parametrization first"
 
 
 def obstacle(module: nn.Module, target: Target) -> str | None:
-    """Why this layer cannot become its counterpart although its class could."""
+    """Why this layer cannot be converted although its class can."""
     return _bound(module) or (None if isinstance(target, Registered) else _unfit(module))
 
 
 def _bound(module: nn.Module) -> str | None:
-    """What a layer carries that belongs to this very object and would be lost, or go on without
-    the new one."""
+    """Why the layer cannot be replaced by another object: state or hooks that are bound to it."""
     state = vars(module)
     if parametrize.is_parametrized(module):
         return _PARAMETRIZED
@@ -181,7 +182,7 @@ def _bound(module: nn.Module) -> str | None:
     hooks = {name: len(state[name]) for name in (*_STATE_HOOKS, *_FORWARD_HOOKS)}
     if isinstance(module, LazyModuleMixin):
         for name in ("_load_state_dict_pre_hooks", "_forward_pre_hooks"):
-            hooks[name] -= 1  # its own, by which it initializes itself
+            hooks[name] -= 1  # the layer's own, which initializes it
         if any(hooks.values()):
             return "it has hooks and is not initialized: run the model once first"
     elif any(hooks[name] for name in _STATE_HOOKS):
@@ -192,7 +193,8 @@ def _bound(module: nn.Module) -> str | None:
 
 
 def _is_own_method(name: str, module: nn.Module) -> bool:
-    """Whether an attribute is but the class's method, as accelerate leaves ``forward`` behind."""
+    """Whether an instance attribute is the class's own bound method: accelerate leaves such a
+    ``forward``."""
     value: Any = vars(module)[name]
     function = getattr(value, "__func__", None)
     return (
@@ -203,7 +205,7 @@ def _is_own_method(name: str, module: nn.Module) -> bool:
 
 
 def _holds(function: Any, module: nn.Module) -> bool:
-    """Whether a method is one of this very module, or a partial call has it as an argument."""
+    """Whether a function is a bound method of this module, or a partial with it as an argument."""
     if isinstance(function, functools.partial):
         given = (*function.args, *function.keywords.values())
         return _holds(function.func, module) or any(value is module for value in given)
@@ -211,7 +213,7 @@ def _holds(function: Any, module: nn.Module) -> bool:
 
 
 def _unfit(module: nn.Module) -> str | None:
-    """What of a layer's numbers and tensors ours would refuse."""
+    """Why a layer of normnorm would refuse this layer's eps or tensors; None if it would not."""
     eps: Any = module.eps
     try:
         check_transform(eps, 1.0, 2, 0.0)
@@ -225,12 +227,12 @@ def _unfit(module: nn.Module) -> str | None:
 
 
 def _shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A module of another class with the state of this one, sharing tensors and hooks."""
+    """A module of another class that shares this module's tensors, hooks and attributes."""
     new = cls.__new__(cls)
     state = {k: value for k, value in vars(module).items() if not _is_own_method(k, module)}
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         state[name] = state[name].copy()
-    for name in ("eps", "_eps"):  # where a layer keeps it depends on its class
+    for name in ("eps", "_eps"):  # the attribute's name depends on the class
         state.pop(name, None)
     vars(new).update(state)
     new.eps = plain(module.eps)
@@ -238,7 +240,7 @@ def _shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def _new_lazy(module: Any, cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
-    """A lazy layer of another class. Its hooks are bound to it, so it is built anew."""
+    """A new lazy layer of another class, since a lazy layer's hooks are bound to the object."""
     like: dict[str, Any] = {}
     for tensor in (*module.buffers(), *module.parameters()):
         like = {"device": tensor.device, "dtype": tensor.dtype}
@@ -249,13 +251,13 @@ def _new_lazy(module: Any, cls: type[nn.Module], settings: dict[str, Any]) -> nn
         **settings,
     )  # fmt: skip
     for name, parameter in module._parameters.items():
-        # The objects themselves: an optimizer may hold them.
+        # The same objects: an optimizer may hold them.
         new._parameters[name] = parameter
     return new.train(module.training)
 
 
 def _by_function(module: nn.Module, function: Any, wanted: type, words: str) -> nn.Module:
-    """What a user's function makes of a layer, with the layer's training flag and hooks."""
+    """The result of a user's conversion, with the layer's training flag and hooks."""
     new = function(module)
     if not isinstance(new, wanted) or new is module:
         got = "the layer itself" if new is module else f"a {type(new).__name__}"
@@ -265,7 +267,7 @@ def _by_function(module: nn.Module, function: Any, wanted: type, words: str) -> 
     assert isinstance(new, nn.Module)
     for name in (*_FORWARD_HOOKS, *_HOOK_KINDS):
         hooks = vars(module)[name]
-        if hooks:  # the dictionary itself, by which a hook's handle removes it
+        if hooks:  # the same dictionary, from which handles remove their hooks
             hooks.update(vars(new)[name])
             vars(new)[name] = hooks
     if module._backward_hooks:
@@ -274,16 +276,16 @@ def _by_function(module: nn.Module, function: Any, wanted: type, words: str) -> 
 
 
 def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Module:
-    """The layer of ours for a layer, on the same tensors.
+    """The normality layer for a layer, on the same tensors.
 
     Args:
         module: a layer whose :func:`counterpart` is ``cls``.
-        cls: the class wanted, or what a user has registered.
-        settings: ``noise_train``, ``alpha``, ``order``, ``transform_eps``; what is absent takes
-            the class's default.
+        cls: the class, or the user's registration.
+        settings: ``noise_train``, ``alpha``, ``order``, ``transform_eps``; missing ones take the
+            class's default.
 
     Raises:
-        TypeError: a user's function returned something that is no layer of ours.
+        TypeError: a user's function did not return a layer of normnorm.
     """
     if isinstance(cls, Registered):
         new = _by_function(module, cls.convert, _Transform, "a layer of normnorm")
@@ -309,7 +311,7 @@ def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Modul
 
 
 def restored(module: nn.Module, cls: Target) -> nn.Module:
-    """The layer of another library for a layer of ours, on the same tensors."""
+    """The original kind of layer for a layer of normnorm, on the same tensors."""
     if isinstance(cls, Registered):
         return _by_function(module, cls.restore, cls.cls, f"a {cls.cls.__name__}")
     if isinstance(module, LazyModuleMixin):
@@ -325,7 +327,7 @@ def restored(module: nn.Module, cls: Target) -> nn.Module:
 
 
 def _default(cls: type[nn.Module], name: str) -> Any:
-    """A constructor's default, from the first class that says it."""
+    """The default of a constructor's keyword, from the first class in the MRO that has it."""
     for base in cls.__mro__:
         found = getattr(vars(base).get("__init__"), "__kwdefaults__", None) or {}
         if name in found:

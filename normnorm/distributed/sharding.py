@@ -1,17 +1,15 @@
-"""Distributed tensors (``torch.distributed.tensor.DTensor``): each rank normalizes its own shard.
+"""``torch.distributed.tensor.DTensor`` inputs: each rank normalizes its own shard.
 
-A group must lie whole on one rank; then nothing is sent but what the placements of the parameters
-ask for, and the kernels see ordinary tensors, in eager mode and in compiled graphs alike. Where a
-shard would cut a group, a sentence says so.
+Every normalization group must lie on one rank; then only redistributed parameters are
+communicated, and the kernels see local tensors, in eager mode and in compiled graphs. A shard that
+would split a group is an error.
 
-What lies on one rank whole, by kind: ``layer``, shards of the dimensions before the normalized
-ones; ``instance``, of batch and channels; ``group``, of the batch, and of channels where no group
-is cut; ``batch`` with its own statistics, of channels; with running statistics, of everything. A
-shard of the channels takes its share of the parameters.
+Dimensions that may be sharded, by kind: ``layer``, those before the normalized ones; ``instance``,
+batch and channels; ``group``, the batch, and channels if no group is split; ``batch`` with batch
+statistics, channels; with running statistics, all. Parameters are sharded with the channels.
 
-Each shard has noise of its own: its index among the shards is the noise's stream. Copies on other
-ranks get the same noise: they agree on a seed, by one message of eight bytes, where an input is
-replicated along a dimension of the mesh.
+The index of a shard is the noise's stream, so that shards have different noise. Replicas of a shard
+share a seed, and so their noise: one message of eight bytes per replicated mesh dimension.
 """
 
 from __future__ import annotations
@@ -31,26 +29,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Shards", "check_plain", "is_dtensor", "shards_of", "shards_of_batch", "to_local"]
 
-_CHANNELS = 1  # the dimension in every kind but "layer"
+_CHANNELS = 1  # the channels' dimension in every kind but "layer"
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is a distributed tensor; imports nothing."""
+    """Whether a value is a DTensor, without importing torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def to_local(tensor: Any) -> Any:
-    """This rank's part of a distributed tensor; anything else as it is."""
+    """The local tensor of a DTensor; any other value unchanged."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def check_plain(input: Tensor, **tensors: Tensor | None) -> None:
-    """Refuses distributed tensors beside an input that is none.
-
-    Raises:
-        TypeError: with the tensor's name.
-    """
+    """Raises TypeError for a DTensor argument beside a plain input."""
     for name, tensor in tensors.items():
         if is_dtensor(tensor) and not is_dtensor(input):
             raise TypeError(
@@ -60,7 +54,7 @@ def check_plain(input: Tensor, **tensors: Tensor | None) -> None:
 
 
 class Shards(NamedTuple):
-    """How an input lies on a mesh, under placements that leave every group whole."""
+    """An input's placements on a mesh, none of which splits a group."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -69,7 +63,7 @@ class Shards(NamedTuple):
     kind: str
 
     def stream(self) -> int:
-        """This rank's index among the shards; copies of a shard have the same."""
+        """This rank's index among the shards; equal for replicas."""
         index = 0
         coordinate = self.mesh.get_coordinate() or [0] * len(self.placements)
         for i, placement in enumerate(self.placements):
@@ -81,7 +75,7 @@ class Shards(NamedTuple):
         return self.kind != "layer" and self.placements[i].is_shard(_CHANNELS)
 
     def parameter(self, name: str, parameter: Tensor | None) -> Tensor | None:
-        """This rank's part of a parameter; its gradient is summed over the shards."""
+        """The local part of a parameter, whose gradient is summed over the shards."""
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         if parameter is None:
@@ -98,8 +92,8 @@ class Shards(NamedTuple):
         return _placed(parameter, wanted).to_local(grad_placements=gradients)
 
     def statistic(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """This rank's part of a running statistic, which may also be an ordinary tensor, equal on
-        all ranks. Unless channels are cut it is the tensor's own memory."""
+        """The local part of a running statistic, which may also be a plain tensor, equal on all
+        ranks. It shares memory with the argument unless channels are sharded."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         if tensor is None:
@@ -117,14 +111,14 @@ class Shards(NamedTuple):
         ).to_local()
 
     def residual(self, residual: Tensor | None) -> Any:
-        """This rank's part of a tensor that is added to the input."""
+        """The local part of a residual, redistributed like the input."""
         if residual is None:
             return None
         self._check_mesh("residual", residual)
         return _placed(residual, self.placements).to_local()
 
     def seed(self, seed: Tensor | None) -> Tensor | None:
-        """The seed that all copies of this rank's shard have: that of the first of them."""
+        """The seed of the first replica of this rank's shard, for all its replicas."""
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
         if seed is None:
@@ -136,8 +130,8 @@ class Shards(NamedTuple):
         coordinate = self.mesh.get_coordinate() or [0] * len(self.placements)
         copies = [not placement.is_shard() for placement in self.placements]
         first = all(coordinate[i] == 0 for i, copied in enumerate(copies) if copied)
-        # The sum of one seed and zeros, over the dimensions along which there are copies. The
-        # shards along the others keep the seeds that they have.
+        # A sum of the first replica's seed and zeros over the replicated mesh dimensions; along
+        # the others the seeds are left as they are.
         found = DTensor.from_local(
             seed if first else torch.zeros_like(seed),
             self.mesh,
@@ -149,7 +143,7 @@ class Shards(NamedTuple):
         ).to_local()
 
     def whole(self, local: Tensor) -> Tensor:
-        """The distributed tensor of which this rank computed its shard."""
+        """The DTensor with this local shard."""
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(
@@ -170,8 +164,8 @@ class Shards(NamedTuple):
 
 
 def _placed(tensor: Any, placements: Any) -> Any:
-    """The tensor under these placements; itself where it has them, so that its gradient stays a
-    sum that is not yet taken, as in torch's layers."""
+    """The tensor redistributed to these placements. The same object if it has them already, so that
+    its gradient stays a Partial placement, as in torch's layers."""
     if tuple(tensor.placements) == tuple(placements):
         return tensor
     return tensor.redistribute(placements=placements)
@@ -180,24 +174,24 @@ def _placed(tensor: Any, placements: Any) -> Any:
 def shards_of(
     input: Any, config: Config, own_statistics: bool, updates: bool
 ) -> tuple[Shards, Tensor, Config]:
-    """How a distributed input is normalized shard by shard.
+    """Splits a normalization into one per shard.
 
     Args:
         input: the DTensor.
-        config: its op's, for the whole input.
+        config: of the op over the whole input.
         own_statistics: whether groups are normalized by their own statistics.
-        updates: whether running statistics are moved towards them.
+        updates: whether running statistics are updated from them.
 
     Returns:
-        the shards, this rank's, and the configuration for it.
+        The placements, the local input, and the configuration for it.
 
     Raises:
-        ValueError: a shard would cut a group, or running statistics would be a shard's alone.
+        ValueError: a shard would split a group, or running statistics would depend on one shard.
     """
     from torch.distributed.tensor import Replicate
 
     mesh = input.device_mesh
-    # A sum that is not yet taken is normalized once it is.
+    # A Partial input is summed before it is normalized.
     placements = tuple(p if not p.is_partial() else Replicate() for p in input.placements)
     cuts: list[list[int]] = [[] for _ in range(input.dim())]
     placement: Any
@@ -213,7 +207,7 @@ def shards_of(
     local = _placed(input, placements).to_local()
     groups = config.num_groups
     if config.kind == "group" and cuts[_CHANNELS]:
-        # A shard without channels has no elements either, and then any number of groups will do.
+        # A shard without channels has no elements: any positive number of groups is correct.
         groups = max(1, groups * local.size(_CHANNELS) // input.size(_CHANNELS))
     stream = shards.stream() if config.noise_train > 0.0 else 0
     return shards, local, config._replace(num_groups=groups, stream=stream)
@@ -222,7 +216,8 @@ def shards_of(
 def _check_cut(
     input: Any, dim: int, parts: list[int], config: Config, own_statistics: bool, updates: bool
 ) -> None:
-    """Refuses a dimension that is cut into so many parts, each of these into so many, ..."""
+    """Raises ValueError if sharding a dimension into parts[0] parts, each of these into parts[1],
+    and so on, splits a group or makes updated running statistics depend on one shard."""
     kind = config.kind
     advice = "redistribute it to Replicate first"
     if kind == "layer":
@@ -240,7 +235,7 @@ def _check_cut(
             size = input.size(_CHANNELS)
             group = size // config.num_groups
             for count in parts:
-                size = -(-size // count)  # of all shards but the last, as torch.chunk cuts
+                size = -(-size // count)  # of all shards but the last, as in torch.chunk
                 whole = whole and size % group == 0
     if not whole:
         raise ValueError(
@@ -257,15 +252,15 @@ def _check_cut(
 
 
 def shards_of_batch(input: Any, process_group: Any) -> Shards:
-    """How a batch is spread over the ranks of a group, each with a shard of its own.
+    """The placements of a batch with one shard on every rank of a process group.
 
     Raises:
-        ValueError: the mesh has other ranks than the group, channels are cut, or some ranks hold
-            copies.
+        ValueError: the mesh has other ranks than the group, channels are sharded, or shards are
+            replicated.
     """
     mesh, placements = input.device_mesh, tuple(input.placements)
     fits = mesh.size() == dist.get_world_size(process_group)
-    if fits and not torch.compiler.is_compiling():  # which has no list of the mesh's ranks
+    if fits and not torch.compiler.is_compiling():  # where the mesh has no list of ranks
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         fits = sorted(mesh.mesh.flatten().tolist()) == sorted(ranks)
     if not fits or any(not p.is_shard() or p.is_shard(_CHANNELS) for p in placements):

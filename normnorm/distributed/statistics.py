@@ -1,19 +1,18 @@
-"""The passes and the messages of batch normality normalization over several ranks.
+"""Forward and backward of batch normality normalization with statistics over several ranks.
 
-Every rank holds a shard of the batch, and outputs, gradients and statistics are those of one
-process that holds all of it. What travels is small, a few numbers a channel:
+Each rank holds a shard of the batch; outputs, gradients and statistics equal those of one process
+with the whole batch. Collectives:
 
-* forward: one all-gather of (mean, its low part, sum of squares) and the count, merged as Chan et
-  al. do ("Algorithms for computing the sample variance", 1983); one all-reduce of the four sums
-  behind lambda; where there is noise, two more of one number a channel each, for its scale;
-* backward: one all-reduce of five numbers a channel. Gradients of weight and bias stay local, as
-  everywhere in data-parallel training.
+* forward: one all-gather of the count and, per channel, (mean, its low part, sum of squares),
+  merged as in Chan et al., "Algorithms for computing the sample variance" (1983); one all-reduce
+  of the four sums that give lambda; with noise, two more of one number per channel for its scale;
+* backward: one all-reduce of five numbers per channel. Gradients of weight and bias stay local, as
+  is usual in data-parallel training.
 
-Messages are float64, so that the merge adds no rounding of its own, and nothing is read back to
-the host on the way: the same code serves gloo and NCCL. The passes between the messages are
-PyTorch operations on the definition's own pieces (:mod:`normnorm.reference`); the transform, noise
-and affine map, and the gradients of the latter are one pass of the op each. While compiling,
-everything is traced.
+Messages are float64, so that the merge adds no rounding error, and nothing is copied to the host
+in between: the same code serves gloo and NCCL. The passes between the collectives are PyTorch
+operations from :mod:`normnorm.reference`; the transform, noise with affine map, and the gradients
+of the affine map are one call of the op each. Under torch.compile everything is traced.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from normnorm.statistics import ROWS, Row, statistics_dtype
 
 __all__ = ["Synchronised"]
 
-# Elements that the passes in PyTorch operations take at once: their intermediate results, some
-# sixty of the size of what they work on, would otherwise dwarf the input.
+# Elements per piece of the passes in PyTorch operations, whose intermediate results are about sixty
+# times as large as the piece.
 _CHUNK = 2**22
 
 
 class _Setup(NamedTuple):
-    """What a layer computes and with whom; ``config.stream`` is the rank."""
+    """The op's configuration, whose ``stream`` is the rank, and the process group."""
 
     config: Config
     group: Any
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs beside the tensors: how many elements a channel has over all
+    """Saved for the backward pass beside the input tensors: the elements of a channel over all
     ranks; the means A, B, D and E, (4, C), float64; the statistics tensor, (8, C)."""
 
     elements: Tensor
@@ -53,7 +52,7 @@ class _Saved(NamedTuple):
     stats: Tensor
 
 
-# Messages
+# Collectives
 
 
 def _all_gather(message: Tensor, group: Any) -> Tensor:
@@ -64,13 +63,14 @@ def _all_gather(message: Tensor, group: Any) -> Tensor:
 
 
 def _all_reduce(message: Tensor, group: Any) -> Tensor:
-    """The sum of every rank's message, in its place."""
+    """The sum over the ranks, in place."""
     dist.all_reduce(message, group=group)
     return message
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum over the ranks, differentiable to any order: the losses of all ranks count."""
+    """A sum over the ranks, differentiable to any order; its gradient is that of the sum of all
+    ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:  # type: ignore[override]
@@ -82,7 +82,7 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient, ctx.group), None
 
 
-# One rank's passes over its shard
+# Passes over the shard of this rank
 
 
 def _dims(input: Tensor) -> tuple[int, ...]:
@@ -90,12 +90,12 @@ def _dims(input: Tensor) -> tuple[int, ...]:
 
 
 def _spread(values: Tensor, input: Tensor) -> Tensor:
-    """One value a channel, to be broadcast over the input."""
+    """One value per channel, (C,), in a shape that broadcasts over the input."""
     return values.reshape(1, -1, *(1,) * (input.dim() - 2))
 
 
 def _pieces(input: Tensor) -> list[slice]:
-    """The channels in slices of about ``_CHUNK`` elements; a compiler gets them whole."""
+    """Slices of the channels, about ``_CHUNK`` elements each; a single one under torch.compile."""
     channels = input.size(1)
     if torch.compiler.is_compiling() or input.numel() <= _CHUNK:
         return [slice(0, channels)]
@@ -110,12 +110,12 @@ def _standardize(input: Tensor, stats: Tensor, piece: slice) -> Tensor:
 
 
 def _sums(tensors: tuple[Tensor, ...]) -> Tensor:
-    """The sums of each tensor over each channel, (tensors, channels), float64."""
+    """The sum of each tensor per channel, (tensors, channels), float64."""
     return torch.stack([t.sum(_dims(t)).double() for t in tensors])
 
 
 def _moments(input: Tensor, dtype: torch.dtype) -> Tensor:
-    """The shard's message for the first round: count, then mean, low part and sum of squares."""
+    """The shard's message for the all-gather: count, then mean, low part and sum of squares."""
     count = input.numel() // max(input.size(1), 1)
     share = 1.0 / max(count, 1)
     parts = []
@@ -132,10 +132,10 @@ def _moments(input: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merge(gathered: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(count, statistics of shape (3, C)): mean, its low part and rstd of all shards together.
+    """(count, statistics of shape (3, C)): mean, its low part and rstd over all shards.
 
-    The means are merged as distances from the largest shard's, so that shards of one constant
-    give that constant exactly.
+    Means are merged as differences from the mean of the largest shard, so that equal constant
+    shards give the constant exactly.
     """
     counts = gathered[:, :1]
     mean, low, squares = gathered[:, 1:].unflatten(1, (3, -1)).unbind(1)
@@ -144,7 +144,7 @@ def _merge(gathered: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Te
     pilot = counts.argmax(0)
     pilot_mean, pilot_low = mean.index_select(0, pilot)[0], low.index_select(0, pilot)[0]
     distance = (mean - pilot_mean) + (low - pilot_low)
-    # A shard without elements has a mean of 0, and no say.
+    # An empty shard has mean 0 and must not contribute.
     distance = torch.where(counts > 0, distance, 0.0)
     shift = (counts * distance).sum(0) * share
     variance = (squares + counts * (distance - shift).square()).sum(0) * share
@@ -156,7 +156,7 @@ def _merge(gathered: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
-    """The rounds before the output: (statistics, transformed values)."""
+    """The collectives of the forward pass: (statistics, transformed values)."""
     config, group = setup
     dtype = statistics_dtype(input.dtype)
     count, merged = _merge(_all_gather(_moments(input, dtype), group), config.eps, dtype)
@@ -190,13 +190,13 @@ def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
     return _Saved(count, means, torch.stack([rows[row] for row in ROWS])), x
 
 
-# The op as a pass over values that are standardized already: frozen at mean 0, and at a variance
-# that its own eps completes to 1.
+# The op over values that are standardized already: with frozen mean 0, and variance 0.5 to which
+# eps 0.5 is added.
 _HALF = 0.5
 
 
 def _transform(h: Tensor, lmbda: Tensor, config: Config) -> Tensor:
-    """psi(h; lmbda), by the op."""
+    """psi(h; lmbda), computed by the op."""
     zero = torch.zeros_like(lmbda)
     alone = config._replace(eps=_HALF, noise_train=0.0)
     return normal_norm(h, (zero, zero + _HALF, lmbda), *(None,) * 5, alone, False)[0]
@@ -206,7 +206,7 @@ def _finish(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, seed: Tensor | None, scale: Tensor,
     config: Config,
 ) -> Tensor:  # fmt: skip
-    """Noise and affine map of transformed values, by the op at lambda 1, where psi is the
+    """Noise and affine map of transformed values, by the op with lambda 1, for which psi is the
     identity."""
     zero = torch.zeros_like(scale)
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
@@ -225,7 +225,7 @@ def _pull_back_piece(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, stats: Tensor, slopes: Tensor,
     piece: slice, config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(G psi_h, w, the sums of five products) of some channels of the shard."""
+    """(G psi_h, w, the sums of five products) for a slice of the shard's channels."""
     h = _standardize(input, stats, piece)
     g = grad_output[:, piece].to(h.dtype)
     if weight is not None:
@@ -245,15 +245,15 @@ def _pull_back_piece(
 def _input_gradient(
     grad_output: Tensor, input: Tensor, weight: Tensor | None, saved: _Saved, setup: _Setup
 ) -> Tensor:
-    """The gradient in the input of all ranks' losses, its five means taken over the ranks
-    (section 4 of ``docs/internals/mathematics.md``)."""
+    """The input's gradient of the sum of all ranks' losses, with its five means taken over the
+    ranks (section 4 of ``docs/internals/mathematics.md``)."""
     count, means, stats = saved
     config, group = setup
 
     def estimate(values: Tensor) -> Tensor:
         return reference.newton_step(values.unbind(0), config.eps, config.alpha, config.order)[0]
 
-    # d lambda by A, B, D and E.
+    # Derivatives of lambda in A, B, D and E.
     (slopes,) = torch.func.vjp(estimate, means)[1](torch.ones_like(means[0]))
     slopes = slopes.to(stats.dtype)
     pieces = _pieces(input)
@@ -277,10 +277,10 @@ def _parameter_gradients(
     grad_output: Tensor, tensors: tuple[Any, ...], stats: Tensor, needs: tuple[bool, bool],
     config: Config,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of weight and bias on this rank; all that it takes is in the statistics.
+    """The gradients of weight and bias on this rank.
 
-    They are those of all ranks, so the op gets them as frozen: the reference backend would
-    otherwise take the shard's own anew.
+    The statistics of all ranks are passed as frozen, since the reference backend would otherwise
+    recompute them from the shard.
     """
     input, weight, bias, seed = tensors
     if not torch.compiler.is_compiling():
@@ -301,8 +301,8 @@ def _parameter_gradients(
 
 
 def _differentiable(tensors: tuple[Any, ...], saved: _Saved, setup: _Setup) -> Tensor:
-    """The forward pass as a function to be differentiated more than once, sums over the ranks
-    and all; the noise and its scale are constants."""
+    """The forward pass, sums over the ranks included, as a function that autograd can differentiate
+    repeatedly; the noise and its scale are constants."""
     input, weight, bias, seed = tensors
     count, _, stats = saved
     config, group = setup
@@ -347,7 +347,7 @@ class Synchronised(torch.autograd.Function):
         tensors, saved = tuple(tensors), _Saved(count, means, stats)
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Somebody may differentiate this backward pass.
+            # With create_graph=True this backward pass must be differentiable.
             return *_again(grad_output, tensors, saved, ctx.setup, needs), None, None, None
         grad_input = grad_weight = grad_bias = None
         if needs[0]:
@@ -364,7 +364,7 @@ def _again(
     grad_output: Tensor, tensors: tuple[Any, ...], saved: _Saved, setup: _Setup,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of input, weight and bias, differentiable in their turn."""
+    """The gradients of input, weight and bias with a graph of their own."""
     *_, seed = tensors
     asked = [i for i, needed in enumerate(needs) if needed]
 

@@ -1,6 +1,5 @@
-"""Batch normality normalization of a batch that is spread over the ranks of a process group.
-
-The function, the layers, and the conversion of a model. What the ranks tell each other is in
+"""Batch normality normalization of a batch that is sharded over the ranks of a process group: the
+function, the layers, and the conversion of a model. The collectives are in
 :mod:`normnorm.distributed.statistics`.
 """
 
@@ -43,7 +42,7 @@ __all__ = [
     "sync_batch_normal_norm",
 ]
 
-# Whether torch.compile differentiates the messages: under 2.11 the input's gradient is wrong.
+# Whether torch.compile differentiates the collectives: under 2.11 the input's gradient is wrong.
 COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
@@ -65,27 +64,27 @@ def sync_batch_normal_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """Batch normality normalization in training: a group is one channel of all ranks' shards.
+    """Batch normality normalization in training over the shards of all ranks.
 
-    Every rank of the group must call it, with the same arguments but for the input's elements and
-    its batch size, which may be 0; and must take the backward pass if any does.
+    Every rank of the group must call it, with the same arguments except for the input's elements
+    and its batch size, which may be 0; all must run the backward pass if any does.
 
     Args:
         input: (N, C) or (N, C, *), this rank's shard of the batch.
-        running_mean, running_var, running_lmbda: (C,), all three or none; moved towards the
+        running_mean, running_var, running_lmbda: (C,), all three or none; updated from the
             statistics of the whole batch, equal on all ranks afterwards if they were before.
         weight, bias, momentum, eps: see :func:`normnorm.functional.batch_normal_norm`.
         noise_train, alpha, order, transform_eps: see :mod:`normnorm.functional`.
-        seed: may be the same on all ranks: the noise's stream is the process's global rank.
+        seed: may be the same on all ranks: the global rank is the noise's stream.
         num_batches_tracked: int64, one element, incremented.
-        process_group: whose ranks hold the batch; None for all.
+        process_group: of the ranks that hold the batch; None for all.
 
     Raises:
-        ValueError, TypeError: bad arguments, before anything is sent; a single value per channel
-            over all ranks (on the CPU, where the count is known to the host).
+        ValueError, TypeError: bad arguments, before any communication; a single value per channel
+            over all ranks (on the CPU, where reading the count costs no synchronization).
         RuntimeError: under torch.func transforms and in forward mode; inside torch.compile with
-            fullgraph=True before torch 2.13; and from
-            torch.distributed, where another rank fails or is late beyond the group's time-out.
+            fullgraph=True before torch 2.13; and from torch.distributed, if another rank fails or
+            exceeds the group's time-out.
     """
     check_is_tensor(input)
     if torch.compiler.is_compiling() and not COMPILES:
@@ -131,33 +130,32 @@ def sync_batch_normal_norm(
             num_batches_tracked.add_(1)
             if momentum is None:
                 factor = num_batches_tracked.double().reciprocal()
-        # A batch without elements moves nothing. Known to the device alone, it is no branch.
+        # An empty batch leaves the running statistics unchanged. A branch on the count would
+        # synchronize with the device.
         factor = (count > 0).double() * factor
         move_running(stats, running, factor, count.clamp_min(2.0), eps)  # type: ignore[arg-type]
     return output if shards is None else shards.whole(output)
 
 
-# What revert_sync() turns a layer into: its class, and the "original_class" that replace_norms()
-# has left on the layer, or None. That one is not what a synchronised layer stands for.
+# For revert_sync(): the layer's class before the conversion, and its "original_class" attribute
+# from replace_norms(), or None; a synchronised layer must not keep that attribute.
 _Alone = tuple[type[_BatchNormalNorm], type[nn.Module] | None]
 
 
 class SyncBatchNormalNorm(_BatchNormalNorm):
-    """Batch normality normalization whose batch is spread over the ranks of a process group.
+    """Batch normality normalization of a batch that is sharded over a process group.
 
-    In training the statistics, lambda and the noise's scale are those of the whole batch, and the
-    gradients take account of it; outputs, gradients and running statistics are what one process
-    with the whole batch would have. Shards may differ in size, and be empty. In evaluation, in a
-    group of one rank and where torch.distributed is not initialised it is a plain
-    :class:`BatchNormalNorm2d`, and sends nothing.
+    In training the statistics, lambda and the noise's scale are those of the whole batch; outputs,
+    gradients and running statistics equal those of one process with the whole batch. Shards may
+    differ in size and be empty. In evaluation, in a group of one rank and without an initialised
+    torch.distributed it equals :class:`BatchNormalNorm2d` and communicates nothing.
 
-    The noise of each rank is its own: the global rank selects the noise's stream, so that ranks
-    may share a seed.
+    The global rank is the noise's stream, so that ranks with equal seeds have different noise.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: see :class:`BatchNormalNorm1d`.
-        process_group: whose ranks hold the batch; None for all. Every rank of it must take part
-            in each training step, forward and backward.
+        process_group: of the ranks that hold the batch; None for all. Every rank of it must take
+            part in each training step, forward and backward.
         device, dtype, bias, noise_train, alpha, order, transform_eps: see
             :class:`BatchNormalNorm1d`.
 
@@ -165,7 +163,7 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
     with NCCL).
 
     Raises:
-        ValueError, TypeError: see :class:`BatchNormalNorm1d`, before anything is sent; a single
+        ValueError, TypeError: see :class:`BatchNormalNorm1d`, before any communication; a single
             value per channel over all ranks.
         RuntimeError: see :func:`sync_batch_normal_norm`.
     """
@@ -212,7 +210,7 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
         self._check_input_dim(input)
         check_noise_train(self.noise_train)
         if residual is not None:
-            with_residual(input, residual)  # for what it refuses, before anything is sent
+            with_residual(input, residual)  # raises before any communication
         self._complete()
         buffers = self._buffers if self.track_running_stats else {}
         output = sync_batch_normal_norm(
@@ -234,27 +232,26 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
 
 
 class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
-    """:class:`BatchNormalNormAct2d` whose batch is spread over the ranks of a process group.
+    """:class:`BatchNormalNormAct2d` of a batch that is sharded over a process group.
 
-    ``act(norm(input) + residual)`` with the statistics of the whole batch, as
-    :class:`SyncBatchNormalNorm` takes them; the sum and the activation are passes of their own
-    behind it, and round each by itself in half precision. Where nothing is to be sent (evaluation,
-    a group of one rank) one kernel does it all.
+    ``act(norm(input) + residual)`` with the statistics of :class:`SyncBatchNormalNorm`; the sum and
+    the activation are separate operations, each rounded in half precision. Without communication
+    (evaluation, a group of one rank) one kernel fuses all three.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer, act_kwargs,
             inplace, drop_layer, device, dtype, bias, noise_train, alpha, order, transform_eps:
             see :class:`BatchNormalNormAct2d`.
-        process_group: whose ranks hold the batch; None for all.
+        process_group: of the ranks that hold the batch; None for all.
 
     Shape: input and residual (N, C) or (N, C, *).
 
     Raises:
-        ValueError, TypeError, RuntimeError: see the two classes, before anything is sent.
+        ValueError, TypeError, RuntimeError: see the two classes, before any communication.
     """
 
     def __init__(self, *arguments: Any, process_group: Any = None, **keywords: Any) -> None:
-        # Not SyncBatchNormalNorm's, which knows nothing of activations.
+        # SyncBatchNormalNorm's constructor takes no activation.
         BatchNormalNormAct2d.__init__(self, *arguments, **keywords)
         self.process_group = process_group
         self._alone = None
@@ -266,8 +263,8 @@ def _ranks(process_group: Any) -> int:
     return dist.get_world_size(process_group)
 
 
-# Which class takes the place of which, of exactly these: what a derived class adds is not known.
-# normnorm.integrations enters its own.
+# Classes and their synchronised ones; for exactly these classes, since a subclass may add state.
+# normnorm.integrations adds its own.
 SYNCHRONISED: dict[type[_BatchNormalNorm], type[SyncBatchNormalNorm]] = {
     BatchNormalNorm1d: SyncBatchNormalNorm,
     BatchNormalNorm2d: SyncBatchNormalNorm,
@@ -277,25 +274,25 @@ SYNCHRONISED: dict[type[_BatchNormalNorm], type[SyncBatchNormalNorm]] = {
 
 
 def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """Makes every BatchNormalNorm layer of a model synchronised, in place.
+    """Converts every BatchNormalNorm layer of a model to a synchronised one, in place.
 
     BatchNormalNorm1d, 2d and 3d become :class:`SyncBatchNormalNorm`, BatchNormalNormAct2d becomes
-    :class:`SyncBatchNormalNormAct2d`. Parameters, buffers, hooks and attributes stay the very same
-    objects, so an optimizer that holds them need not be told. The BatchNorm layers of torch and
-    timm are left alone: they are for ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and
-    ``timm.layers.convert_sync_batchnorm``, which in turn leave ours alone.
+    :class:`SyncBatchNormalNormAct2d`. Parameters, buffers, hooks and attributes remain the same
+    objects, so that optimizers stay valid. BatchNorm layers of torch and timm are not converted;
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``timm.layers.convert_sync_batchnorm`` do
+    that, and do not convert layers of normnorm.
 
     Args:
         module: a model or a single layer.
-        process_group: whose ranks hold the batch; None for all.
+        process_group: of the ranks that hold the batch; None for all.
 
     Returns:
         The same module.
 
     Raises:
-        TypeError: a layer is of a class derived from ours (a lazy layer before its first input, a
-            parametrized one, a user's own), whose additions a conversion would lose. Nothing has
-            been converted then.
+        TypeError: a layer's class is derived from one of normnorm (a lazy layer before its first
+            input, a parametrized one, a user's class), whose additions a conversion would lose. No
+            layer has been converted then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")
@@ -317,7 +314,7 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
 
 
 def revert_sync(module: nn.Module) -> nn.Module:
-    """Undoes :func:`convert_sync`, in place; layers built as synchronised ones stay.
+    """Reverses :func:`convert_sync`, in place; layers constructed as synchronised ones stay.
 
     Returns:
         The same module.
