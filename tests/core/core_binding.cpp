@@ -1,17 +1,16 @@
-// csrc/math for Python, one function at a time, so that the tests can hold each against mpmath and SciPy.
+// The functions of csrc/math for Python, for tests against mpmath and SciPy.
 //
-// float32 functions run over SIMD lanes of the instruction set this file is compiled for, a partial vector at
-// the end; float64 ones run on scalars, as the definition of the same templates. NN_MODULE names the Python
-// module.
+// float32 functions run on SIMD vectors of the instruction set this file is compiled for, with a partial one at the end,
+// float64 functions on scalars. NN_MODULE is the name of the Python module.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "../../csrc/cpu/io.h"
+#include "../../csrc/cpu/noise.h"
 #include "../../csrc/math/lmbda.h"
 #include "../../csrc/math/moments.h"
 #include "../../csrc/math/projected_error.h"
 #include "../../csrc/math/transform.h"
-#include "../../csrc/cpu/noise.h"
-#include "../../csrc/cpu/io.h"
 
 namespace py = pybind11;
 using namespace normnorm;
@@ -21,7 +20,7 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-// f over every element, a vector of lanes at a time for float.
+// f of every element.
 template <class F>
 py::array_t<float> map(Array<float> in, F f) {
   py::array_t<float> out(in.size());
@@ -127,10 +126,7 @@ py::array_t<uint32_t> lane_words(uint64_t seed, uint32_t stream, uint64_t first_
 template <class T>
 py::array_t<T> normals_of(uint64_t seed, uint32_t stream, int64_t position, int64_t count, bool transposed,
                           int64_t rows, int64_t cols) {
-  NoiseSource source;
-  source.seed = seed;
-  source.stream = stream;
-  source.order = {{}, transposed, rows, cols};
+  const NoiseSource source{seed, stream, {{}, transposed, rows, cols}};
   py::array_t<T> buffer(count + kNoiseSlack), out(count);
   const T* z = normals(buffer.mutable_data(), position, count, source);
   for (int64_t i = 0; i < count; ++i) out.mutable_data()[i] = z[i];

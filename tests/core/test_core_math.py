@@ -1,4 +1,4 @@
-"""Every device function of csrc/math against mpmath and SciPy, on every instruction set here."""
+"""csrc/math against mpmath and SciPy, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def powers(low: float, high: float, count: int = 1501) -> np.ndarray:
     return np.exp(np.linspace(np.log(low), np.log(high), count)).astype(np.float32)
 
 
-# --- elementary functions: docs/internals/numerics.md states the numbers of ulps ------------------
+# --- elementary functions ------------------------------------------------------------------------
 
 
 def test_log1p_is_within_two_ulp(core):
@@ -173,7 +173,7 @@ def test_logarithm_of_the_uniform_is_within_three_ulp_at_both_ends(core):
 
 # --- the transform -------------------------------------------------------------------------------
 
-LAMBDAS = (-5.0, -1.0, -0.01, 0.0, 1e-6, 0.003, 0.3, 0.9, 1.0, 1.25, 1.999, 2.0, 2.003, 3.0, 7.0)
+LAMBDAS = (-5.0, -0.01, 0.0, 1e-6, 0.3, 1.0, 1.25, 2.0, 2.003, 7.0)
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +189,13 @@ def psi_exact(h: float, lmbda: float) -> mpmath.mpf:
     return sign * (logarithm if eta == 0 else mpmath.expm1(eta * logarithm) / eta)
 
 
-def rounded(lmbda: float) -> float:
-    return float(np.float32(lmbda))
-
-
 @pytest.mark.parametrize("lmbda", LAMBDAS)
 def test_psi_is_accurate_for_every_lambda(core, values, lmbda):
-    lmbda = rounded(lmbda)
+    wide = values.astype(np.float64)
+    np.testing.assert_allclose(
+        core.float64.psi(wide, lmbda, 0.0), yeojohnson(wide, lmbda), rtol=3e-14
+    )
+    lmbda = float(np.float32(lmbda))
     want = np.array([float(psi_exact(float(h), lmbda)) for h in values])
     got = core.float32.psi(values, lmbda, 0.0)
     nonzero = want != 0
@@ -207,29 +207,17 @@ def test_psi_is_accurate_for_every_lambda(core, values, lmbda):
 
 
 @pytest.mark.parametrize("lmbda", LAMBDAS)
-def test_psi_in_float64_is_scipys(core, values, lmbda):
-    got = core.float64.psi(values.astype(np.float64), lmbda, 0.0)
-    np.testing.assert_allclose(got, yeojohnson(values.astype(np.float64), lmbda), rtol=3e-14)
-
-
-@pytest.mark.parametrize("lmbda", LAMBDAS)
 def test_slopes_of_psi_are_its_derivatives(core, values, lmbda):
-    lmbda = rounded(lmbda)
+    lmbda = float(np.float32(lmbda))
     h = values[values != 0][::7]
     with mpmath.workdps(40):
         by_h = np.array(
             [float(mpmath.diff(lambda a: psi_exact(a, lmbda), mpmath.mpf(float(v)))) for v in h]
         )
         step = mpmath.mpf(10) ** -12
-        by_lambda = np.array(
-            [
-                float(
-                    (psi_exact(float(v), lmbda + step) - psi_exact(float(v), lmbda - step))
-                    / (2 * step)
-                )
-                for v in h
-            ]
-        )
+        above, below = ([psi_exact(float(v), lmbda + s) for v in h] for s in (step, -step))
+        differences = [a - b for a, b in zip(above, below, strict=True)]
+        by_lambda = np.array([float(d / (2 * step)) for d in differences])
     wide = h.astype(np.float64)
     np.testing.assert_allclose(core.float64.psi_h(wide, lmbda, 0.0), by_h, rtol=2e-13)
     np.testing.assert_allclose(
@@ -238,7 +226,7 @@ def test_slopes_of_psi_are_its_derivatives(core, values, lmbda):
     exponent = np.abs((np.sign(h) * (lmbda - 1)) * np.log1p(np.abs(h)))
     error = np.abs(core.float32.psi_h(h, lmbda, 0.0) - by_h) / by_h
     assert np.all(error <= (8 + 4 * exponent) * 2.0**-23)
-    # the derivative in lambda enters sums with its neighbours: accurate beside log(1+t) P
+    # the derivative in lambda is only summed: its error is relative to log(1+t) P
     power = (1 + np.abs(wide)) ** (1 + np.sign(wide) * (lmbda - 1))
     scale = np.log1p(np.abs(wide)) * np.maximum(power, 1)
     error = np.abs(core.float32.psi_lambda(h, lmbda, 0.0) - by_lambda)
@@ -252,7 +240,7 @@ def test_true_derivatives_at_zero(core):
         assert core.float64.psi_lambda(zero, lmbda, 0.0)[0] == 0
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.001, -0.003, 2.0, 1.998, 0.5, -1.0])
+@pytest.mark.parametrize("lmbda", [0.0, 0.001, -0.003, 2.0, 0.5])
 def test_shifted_exponent_takes_the_logarithm_near_zero(core, values, lmbda):
     shift = np.sqrt(1e-5)
     h = values.astype(np.float64)
@@ -360,30 +348,30 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
-def test_philox_gives_the_known_answers(core, counter, key, words):
-    assert list(core.philox(np.array(counter, np.uint32), *key)) == words
+def test_philox_gives_the_known_answers(core):
+    for counter, key, words in KNOWN:
+        assert list(core.philox(np.array(counter, np.uint32), *key)) == words
 
 
-@pytest.mark.parametrize("first", [0, 5, 2**32 - 3, 2**40 + 1])
-def test_words_over_lanes_are_bitwise_the_same_everywhere(core, first):
+def test_vectorised_words_are_those_of_the_oracle_bit_for_bit(core):
     seed, stream = -123456789012345, 7
-    want = noise_words(4 * 61, seed, stream, first)
-    got = core.lane_words(seed & (2**64 - 1), stream, first, 61)
-    np.testing.assert_array_equal(got, want)
+    for first in (0, 5, 2**32 - 3, 2**40 + 1):
+        want = noise_words(4 * 61, seed, stream, first)
+        got = core.lane_words(seed & (2**64 - 1), stream, first, 61)
+        np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("position", [0, 1, 6, 4095])
-def test_normals_are_those_of_the_oracle(core, position):
+def test_normals_are_those_of_the_oracle(core):
     count = 333
-    want = normals((position + count,), 99, 3)[position:].astype(np.float64)
-    got = core.float64.normals(99, 3, position, count, False, 1, 1)
-    np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-14)
-    error = np.abs(core.float32.normals(99, 3, position, count, False, 1, 1) - want)
-    assert np.all(error <= 4 * 2.0**-24 * (1 + 2 * np.abs(want)))
+    for position in (0, 1, 6, 4095):
+        want = normals((position + count,), 99, 3)[position:].astype(np.float64)
+        got = core.float64.normals(99, 3, position, count, False, 1, 1)
+        np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-14)
+        error = np.abs(core.float32.normals(99, 3, position, count, False, 1, 1) - want)
+        assert np.all(error <= 4 * 2.0**-24 * (1 + 2 * np.abs(want)))
 
 
-def test_normals_across_the_grain_of_the_canonical_order(core):
+def test_normals_where_the_canonical_order_is_transposed(core):
     want = normals((2, 3, 4), 5, 0, channels_last=True).ravel()
     got = core.float64.normals(5, 0, 0, 24, True, 3, 4)
     np.testing.assert_allclose(got, want.astype(np.float64), rtol=1e-13, atol=1e-14)

@@ -1,4 +1,4 @@
-"""What floating arithmetic must not spoil: each hard case, and errors bounded from the dtype.
+"""Accuracy: errors bounded from the dtype, and inputs that are hard for floating-point arithmetic.
 
 The bounds come from :mod:`oracle`: the change that single roundings at every step of the formulae
 make in a group, times a small factor, plus one rounding to the storage dtype.
@@ -112,8 +112,8 @@ def test_half_storage_is_computed_in_float32(dtype, backend, device):
         exact = run(case, *arguments, **options)
         allowed = bounds(case, exact, *arguments, dtype=torch.float32, **options)["stats"]
         low = numpy(stats[Row.MEAN_LOW])
-        joined = np.concatenate([numpy(stats[:1]) + low, 0 * low[None], numpy(stats[2:])])
-        assert_within(torch.from_numpy(joined), exact["stats"], allowed, f"{law} statistics")
+        got = np.concatenate([numpy(stats[:1]) + low, 0 * low[None], numpy(stats[2:])])
+        assert_within(torch.from_numpy(got), exact["stats"], allowed, f"{law} statistics")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_name)
@@ -159,65 +159,11 @@ def test_a_constant_group_gives_the_bias_exactly_and_lambda_one(case, dtype, bac
         assert (stats[Row.MEAN_D] == 0.0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_name)
-def test_a_constant_group_has_the_gradient_of_a_plain_normalization(dtype, backend, device):
-    for case in CASES:
-        check(case, torch.full(case.shape, 2.5, dtype=dtype, device=device), noise_train=0.0)
-
-
-@pytest.mark.parametrize("shape", [(1, 65536), (16, 4096)])
-def test_the_variance_at_an_offset_is_no_difference_of_raw_sums(shape, backend, device):
-    """At offset 1000 float32's raw sum of squares is off by tenths; here by roundings."""
-    case = Case("layer", shape, normalized_ndim=1)
-    values = 1000.0 + 0.1 * np.random.default_rng(1).normal(size=shape)
-    x = torch.from_numpy(values).to(device, torch.float32)
-    exact = 1 / np.sqrt(numpy(x).var(1) + 1e-5)
-    rstd = numpy(_statistics(case, x, backend)[Row.RSTD])
-    np.testing.assert_allclose(rstd, exact, rtol=16 * UNIT[torch.float32])
-
-
 @pytest.mark.parametrize("law", ["lognormal", "student_t", "offset"])
 def test_a_long_group_in_float32_is_summed_in_trees(law, backend, device):
     case = Case("batch", (32, 1, 32, 32))
     x = draw(case, law, 6, torch.float32, device)
     check(case, x, *draw_parameters(case, 6, torch.float32, device), noise_train=0.4, what=law)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("law", ["lognormal", "one_hot", "offset"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-def test_a_very_long_group_is_summed_in_trees(law, dtype, backend, device):
-    """2^18 elements of one sign: adding them one by one would lose two digits in float32."""
-    case = Case("layer", (1, 2**18), normalized_ndim=1)
-    check(case, draw(case, law, 6, dtype, device), noise_train=0.4, what=law)
-
-
-@pytest.mark.parametrize(
-    ("build", "shapes"),
-    [
-        (lambda: normnorm.BatchNormalNorm1d(3), [(1, 3), (1, 3, 1)]),
-        (lambda: normnorm.BatchNormalNorm2d(3), [(1, 3, 1, 1)]),
-        (lambda: normnorm.BatchNormalNorm3d(3), [(1, 3, 1, 1, 1)]),
-        (lambda: normnorm.InstanceNormalNorm1d(3, track_running_stats=True), [(4, 3, 1)]),
-        (lambda: normnorm.InstanceNormalNorm2d(3, track_running_stats=True), [(4, 3, 1, 1)]),
-        (lambda: normnorm.GroupNormalNorm(3, 3), [(1, 3)]),
-    ],
-)
-def test_one_value_a_channel_is_refused_as_torch_does_and_changes_nothing(
-    build, shapes, backend, device
-):
-    layer = build().to(device)
-    counterpart = {"GroupNormalNorm": torch.nn.GroupNorm(3, 3)}.get(type(layer).__name__)
-    for shape in shapes:
-        before = {name: value.clone() for name, value in layer.state_dict().items()}
-        if counterpart is not None:  # torch's own rule decides whether (1, 3) in 3 groups passes
-            counterpart(torch.randn(2, 3))
-            with pytest.raises(ValueError, match="more than 1"):
-                counterpart(torch.randn(shape))
-        with pytest.raises(ValueError, match="more than 1"):
-            layer(torch.randn(shape, device=device))
-        for name, value in layer.state_dict().items():
-            assert torch.equal(value, before[name]), name
 
 
 def test_one_element_groups_where_torch_allows_them_give_the_bias(backend, device):
@@ -328,8 +274,15 @@ NAN_CASES = [
 ]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        (math.nan, torch.float32),
+        (math.inf, torch.float64),
+        (math.nan, torch.bfloat16),
+        (-math.inf, torch.float16),
+    ],
+)
 @pytest.mark.parametrize("case", NAN_CASES, ids=str)
 def test_a_nan_or_infinity_stays_in_its_group(case, dtype, bad, backend, device):
     clean = draw(case, "exponential", 1, dtype, device)
@@ -455,6 +408,13 @@ def _strided_rows(x):
     return wide[..., ::2]
 
 
+def _sliced_rows(x):
+    """All but the first element of each row of a tensor one wider."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 1), math.nan).to(x.device, x.dtype)
+    wide[..., 1:] = x
+    return wide[..., 1:]
+
+
 def _sliced_channels(x):
     """Channels 1.. of a tensor with two more."""
     if x.dim() < 2:
@@ -471,7 +431,7 @@ def _transposed(x):
 
 
 def _offset_by_one(x):
-    """Off every alignment that a vector load could want."""
+    """Without any alignment beyond that of an element."""
     flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
     flat[1:] = x.flatten()
     return flat[1:].view(x.shape)
@@ -494,6 +454,7 @@ LAYOUTS = {
     "sliced_channels_last": _sliced_channels_last,
     "transposed": _transposed,
     "strided_rows": _strided_rows,
+    "sliced_rows": _sliced_rows,
     "sliced_channels": _sliced_channels,
     "expanded": _expanded,
     "offset_by_one": _offset_by_one,
@@ -536,9 +497,16 @@ def test_without_transform_and_noise_it_is_torchs_layer(case, dtype, backend, de
         assert ours[0].stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_name)
-@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
-@pytest.mark.parametrize("shape", [(6, 4), (5, 4, 3), (4, 4, 3, 5), (2, 4, 2, 3, 2)])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float32, (6, 4)),
+        (torch.float64, (5, 4, 3)),
+        (torch.float32, (4, 4, 3, 5)),
+        (torch.float32, (2, 4, 2, 3, 2)),
+    ],
+)
 def test_without_transform_and_noise_a_training_run_is_torchs(
     dtype, momentum, shape, backend, device
 ):
@@ -593,35 +561,14 @@ def test_every_layout_of_input_gradient_and_parameters(case, layout, backend, de
         assert du.stride() == torch.empty_like(x).stride()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.shape) >= 4], ids=str)
-@pytest.mark.parametrize("training", [True, False])
-def test_channels_last_stays_channels_last(case, training, backend, device):
-    memory_format = torch.channels_last if len(case.shape) == 4 else torch.channels_last_3d
-    x = _channels_last(draw(case, "normal", 1, torch.float32, device)).requires_grad_()
-    if case.kind == "batch" and not training:
-        running = [torch.ones(case.shape[1], device=device) for _ in range(3)]
-        y = F.batch_normal_norm(x, *running)
-    else:
-        y = case.apply(x, training=training)
-    assert y.is_contiguous(memory_format=memory_format)
-    (du,) = torch.autograd.grad(y, x, torch.randn(case.shape, device=device))
-    assert du.is_contiguous(memory_format=memory_format)
-
-
-def test_an_upstream_gradient_of_one_repeated_number(backend, device):
-    """What sum().backward() hands down: no stride is other than 0."""
+def test_gradient_and_parameters_whose_strides_are_all_zero(backend, device):
+    """sum().backward() gives such a gradient."""
     for case in CASES:
         x = draw(case, "exponential", 1, torch.float32, device)
         g = torch.ones((), device=device).expand(case.shape)
-        check(case, x, *draw_parameters(case, 1, torch.float32, device), g, noise_train=0.2)
-
-
-def test_parameters_without_memory_of_their_own(backend, device):
-    for case in CASES[::3]:
-        x = draw(case, "exponential", 1, torch.float32, device)
         weight = torch.full((), 1.5, device=device).expand(case.parameter_shape)
         bias = torch.full((), -0.5, device=device).expand(case.parameter_shape)
-        check(case, x, weight, bias, noise_train=0.2)
+        check(case, x, weight, bias, g, noise_train=0.2)
 
 
 @pytest.mark.parametrize("which", ["weight", "bias", "neither"])
@@ -635,7 +582,7 @@ def test_one_parameter_without_the_other(which, backend, device):
         )  # fmt: skip
 
 
-# --- nothing to do ---
+# --- no elements ---
 
 EMPTY = [
     Case("batch", (0, 5)),
@@ -651,8 +598,7 @@ EMPTY = [
 
 
 @pytest.mark.parametrize("case", EMPTY, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=_name)
-@pytest.mark.parametrize("noise_train", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "noise_train"), [(torch.float32, 0.0), (torch.bfloat16, 0.5)])
 def test_an_input_without_elements_passes_through(case, dtype, noise_train, backend, device):
     x = torch.empty(case.shape, dtype=dtype, device=device, requires_grad=True)
     parameters = [
@@ -681,7 +627,7 @@ def test_an_empty_batch_leaves_running_statistics_as_torch_does(backend, device)
     assert torch.equal(ours.running_lmbda, torch.ones(3, device=device))
 
 
-# --- whatever comes ---
+# --- random combinations ---
 
 
 @st.composite
@@ -701,7 +647,7 @@ def _cases(draw_) -> Case:
     return case
 
 
-def _whatever(data, device):
+def _check_random(data, device):
     case = data.draw(_cases())
     dtype = data.draw(st.sampled_from(DTYPES))
     law = data.draw(st.sampled_from(sorted(LAWS)))
@@ -740,12 +686,12 @@ def _whatever(data, device):
 
 @hypothesis.settings(PROFILE, max_examples=60)
 @hypothesis.given(data=st.data())
-def test_whatever_shape_layout_dtype_law_and_option(data, backend, device):
-    _whatever(data, device)
+def test_random_shapes_layouts_dtypes_laws_and_options(data, backend, device):
+    _check_random(data, device)
 
 
 @pytest.mark.slow
 @hypothesis.settings(PROFILE, max_examples=1500)
 @hypothesis.given(data=st.data())
-def test_whatever_shape_layout_dtype_law_and_option_many_times(data, backend, device):
-    _whatever(data, device)
+def test_random_shapes_layouts_dtypes_laws_and_options_many_times(data, backend, device):
+    _check_random(data, device)

@@ -1,6 +1,5 @@
-// csrc/cpu without torch, for the sanitizers: a few walks of every sort over tensors in exactly sized heap
-// memory, on plain threads. Prints one number per walk, which must not depend on the number of threads (the
-// only argument).
+// csrc/cpu without torch, for the sanitizers: passes of every kind over tensors in heap memory of exactly their size, on
+// plain threads. Prints a line of checksums per case, which must not depend on the number of threads, the only argument.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,7 +23,7 @@ void run_on_threads(int64_t count, RangeBody body, void* context) {
   for (auto& t : threads) t.join();
 }
 
-struct Walk {
+struct Case {
   const char* name;
   Storage storage;
   Geometry geometry;
@@ -67,7 +66,7 @@ double checksum(const std::vector<char>& data) {
   return double(sum >> 11);
 }
 
-void run(const Walk& w, bool noisy, bool frozen) {
+void run(const Case& w, bool noisy, bool frozen) {
   const Geometry& g = w.geometry;
   const int64_t count = g.groups() * g.group_size();
   const size_t real = w.storage == Storage::kFloat64 ? 8 : 4;
@@ -101,7 +100,6 @@ void run(const Walk& w, bool noisy, bool frozen) {
               checksum(grad_input), checksum(grad_weight), checksum(grad_bias));
 }
 
-// float64 values are sums of the C library's; those of float32 of our own polynomials.
 void run_projected(Storage storage, int64_t count, bool slopes) {
   auto projections = tensor(storage, count, 6);
   const double sum =
@@ -114,7 +112,7 @@ void run_projected(Storage storage, int64_t count, bool slopes) {
 int main(int argc, char** argv) {
   g_threads = argc > 1 ? std::atoi(argv[1]) : 1;
   const auto f32 = Storage::kFloat32;
-  const Walk walks[] = {
+  const Case cases[] = {
       {"batch", f32, {false, 1, 3, 4, 49}, Affine::kPerGroup, {0, 49, 147}, 3},
       {"batch-long", f32, {false, 1, 2, 3, 5001}, Affine::kPerGroup, {0, 5001, 10002}, 2},
       {"batch-bf16", Storage::kBFloat16, {false, 1, 3, 2, 701}, Affine::kPerGroup, {0, 701, 2103}, 3},
@@ -130,7 +128,7 @@ int main(int argc, char** argv) {
       {"columns-wide", f32, {true, 1, 4100, 3, 1}, Affine::kPerColumn, {0, 1, 4100}, 4100},
       {"columns-groups", f32, {true, 3, 2, 50, 9}, Affine::kPerColumn, {900, 9, 18}, 18},
   };
-  for (const Walk& w : walks) {
+  for (const Case& w : cases) {
     run(w, true, false);
     run(w, false, false);
     if (w.affine == Affine::kPerGroup || w.affine == Affine::kPerColumn) run(w, false, true);

@@ -79,7 +79,7 @@ def supported(flags: list[str], folder: Path) -> bool:
 @pytest.mark.parametrize(
     "isa", ["generic", *(pytest.param(i, marks=pytest.mark.slow) for i in ISAS)]
 )
-def test_no_walk_leaves_its_memory_or_defined_behaviour(isa, tmp_path):
+def test_kernels_stay_in_their_memory_and_in_defined_behaviour(isa, tmp_path):
     if isa not in runnable():
         pytest.skip(f"this processor has no {isa}: its kernels did not run under the sanitizers")
     if not supported(ADDRESS, tmp_path):
