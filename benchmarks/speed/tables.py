@@ -284,8 +284,8 @@ def _full_name(row: Measurement | NetworkMeasurement) -> str:
 
 
 def _timed(results: Results) -> dict[tuple[object, ...], Measurement | NetworkMeasurement]:
-    """Rows with a time, by what they measure; the first where suites share a work."""
-    return {_key(row): row for row in reversed(_rows(results)) if row.median_ms is not None}
+    """Rows with a time, by what they measure."""
+    return {_key(row): row for row in _rows(results) if row.median_ms is not None}
 
 
 def _change(old: Row, new: Row, name: str) -> Change:

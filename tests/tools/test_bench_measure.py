@@ -11,13 +11,10 @@ from bench_samples import BRIEF, CPU, DTYPES, EAGER, TINY, row
 from layer_table import LAYERS as LAYER_ROWS
 from torch import nn
 
-from normnorm import reference
-from normnorm.noise import draw_seed
 from speed import case as case_module
 from speed import measure
 from speed.case import Case, bound, sums_in_storage, worst_error
 from speed.networks import _Training, measure_network, networks
-from speed.providers import runnable
 from speed.work import LAYERS, RESNET18, RESNET50, Work, WorkError, named_shapes, preset
 
 # One small work a layer class.
@@ -67,12 +64,10 @@ def test_resnet_shapes_are_those_of_the_network(name, shapes):
 
 
 def test_shapes_choose_their_layers():
-    def layers(*shape):
-        return {work.layer for work in named_shapes([], [shape], "quick", "cpu")}
-
-    assert layers(8, 16) == {"BatchNormalNorm1d", "LayerNormalNorm"}
-    assert layers(8, 16, 4, 4) == {"BatchNormalNorm2d"}
-    assert layers(8, 16, 4, 4, 4) == {"BatchNormalNorm3d"}
+    for shape, layers in (
+        ((8, 16), {"BatchNormalNorm1d", "LayerNormalNorm"}), ((8, 16, 4, 4), {"BatchNormalNorm2d"})
+    ):  # fmt: skip
+        assert {work.layer for work in named_shapes([], [shape], "quick", "cpu")} == layers
     group = named_shapes(["GroupNormalNorm"], [(4, 48, 5)], "quick", "cpu")
     assert {work.groups for work in group} == {16}
 
@@ -108,19 +103,6 @@ def test_the_reference_in_chunks_is_the_reference(work, mode, monkeypatch):
     whole = case.expected(True, 7)
     monkeypatch.setattr(case_module, "_CHUNK", work.elements // 3)
     torch.testing.assert_close(case.expected(True, 7), whole, rtol=1e-12, atol=1e-12)
-    # ... and that of the definition with the same seed, asked directly.
-    x = case.inputs[0].detach().double()
-    torch.manual_seed(7)
-    seed = draw_seed(CPU) if mode == "noise" else None
-    frozen = None
-    if mode == "eval" and case.running is not None:
-        frozen = reference.pack_running(*case.running, 1e-5, torch.float64)
-    output, _ = reference.normal_norm(
-        x, case.weight.double(), case.bias.double(), kind=work.kind, num_groups=work.groups,
-        normalized_ndim=int(work.kind == "layer"), seed=seed, frozen=frozen,
-        noise_train={"layer": 1.0}.get(work.kind, 0.4) if mode == "noise" else 0.0,
-    )  # fmt: skip
-    torch.testing.assert_close(whole["output"], output, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("work", SMALL, ids=lambda work: work.layer)
@@ -160,10 +142,6 @@ def test_torchs_running_sums_in_bfloat16_are_allowed_for_and_no_others():
     bounds = {m.provider: m.bound for m in rows}
     assert bounds["normnorm-cpu"] == bound(work) < 0.02
     assert bounds["torch"] == bound(work) + sums_in_storage(work) > 0.4
-    (batch,) = measure.measure(
-        replace(SMALL[0], dtype="bfloat16", operations=("full",)), ["torch"], CPU, BRIEF
-    )
-    assert batch.bound == bound(replace(SMALL[0], dtype="bfloat16"))
 
 
 def test_channels_last_inputs_stay_so_and_are_checked():
@@ -173,10 +151,8 @@ def test_channels_last_inputs_stay_so_and_are_checked():
     case = Case(work, CPU, 2, 1)
     for x in (*case.inputs, *case.grads):
         assert x.is_contiguous(memory_format=torch.channels_last)
-        assert (x != 0).all()
     assert not case.inputs[0].equal(case.inputs[1])
-    rows = measure.measure(work, EAGER, CPU, BRIEF)
-    assert {m.status for m in rows} == {"ok"}
+    assert {m.status for m in measure.measure(work, EAGER, CPU, BRIEF)} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -206,14 +182,6 @@ def test_a_backend_provider_runs_that_backend(monkeypatch):
         assert set(served) == {name}
 
 
-def test_libraries_that_are_not_there_are_named():
-    reasons = runnable(CPU)
-    assert "cuda tensors" in reasons["cudnn"]
-    for name, package in (("liger", "liger-kernel"), ("quack", "quack-kernels")):
-        assert reasons[name] is not None
-        assert package in reasons[name]
-
-
 def test_the_worst_error_is_relative_and_nan_is_worst():
     value = {"output": torch.tensor([4.0, 1.0]), "grad_input": torch.tensor([10.0])}
     off = {"output": torch.tensor([4.0, 1.4]), "grad_input": torch.tensor([10.5])}
@@ -225,13 +193,9 @@ def test_the_worst_error_is_relative_and_nan_is_worst():
 
 def test_the_ratio_is_to_the_faster_of_torchs():
     rows = [row("torch", 2.0), row("cudnn", 1.0), row("normnorm-cuda", 1.5), row("copy", 0.1)]
-    found = {r.provider: measure._with_ratio(r, rows) for r in rows}
-    assert found["normnorm-cuda"].ratio == 1.5
-    assert found["normnorm-cuda"].peer == "cudnn"
-    assert found["torch"].ratio == 2.0
-    assert found["copy"].ratio is None
-    failed = row("torch", None, status="failed", message="it did")
-    assert measure._with_ratio(row("normnorm-cuda", 1.5), [failed]).ratio is None
+    found = [(r.ratio, r.peer) for r in (measure._with_ratio(r, rows) for r in rows)]
+    assert found == [(2.0, "cudnn"), (1.0, "cudnn"), (1.5, "cudnn"), (None, None)]
+    assert measure._with_ratio(rows[2], [row("torch", None)]).ratio is None
 
 
 # Networks

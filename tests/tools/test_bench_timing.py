@@ -13,7 +13,7 @@ import torch
 from bench_samples import CPU
 
 from speed import timing
-from speed.timing import Timing, copies_beyond_cache, cuda_graph, interleaved
+from speed.timing import Timing, copies_beyond_cache, interleaved
 
 # Timing
 
@@ -61,8 +61,10 @@ def test_medians_of_interleaved_calls(clock):
     assert found["varying"].median_ms == pytest.approx(2.0)
     assert (found["varying"].rounds, found["varying"].warm_up) == (50, 2)
     assert found["slow"].rounds == 5  # a third of the time
-    # The slow one's samples are spread over the whole measurement, not done first.
+    # In rounds without shuffling the two others would alternate.
     log = [name for name, _ in clock.log]
+    assert len([n for n, _ in itertools.groupby(log) if n != "slow"]) < 2 * 50
+    # The slow one's samples are spread over the whole measurement, not done first.
     at = [i for i, name in enumerate(log) if name == "slow"][2:]
     assert min(log[i:j].count("varying") for i, j in itertools.pairwise(at)) >= 5
 
@@ -185,24 +187,6 @@ def test_launches_are_timed_from_the_host(pretended_gpu):
     assert found["a"].median_ms == pytest.approx(0.02)
     assert found["a"].calls >= 25
     assert pretended_gpu.replays == 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graphs_time_the_device_and_rotate_over_more_than_the_cache():
-    device = torch.device("cuda")
-    copies = copies_beyond_cache(1 << 22, device)
-    xs = [torch.randn(1 << 20, device=device) for _ in range(copies)]
-    seen = torch.zeros(copies, device=device)
-
-    def call(copy):
-        seen[copy] += 1
-        return xs[copy] * 2
-
-    cuda_graph(call, copies, device).replay()
-    torch.cuda.synchronize()
-    assert (seen == 3).all()  # two turns before the capture, and one replay
-    found = interleaved({"graph": call}, device, copies=copies, budget_s=0.2)
-    assert 1e-4 < found["graph"].median_ms < 1
 
 
 # Memory
