@@ -17,8 +17,6 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from normnorm.commands import CommandError
 
-__all__ = ["DATASETS", "Data", "Images", "Spec", "load", "shift_and_mirror", "torchvision"]
-
 
 class Data(NamedTuple):
     """A data set to train on.

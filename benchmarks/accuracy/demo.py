@@ -29,8 +29,6 @@ from normnorm.commands import check_folder, check_output, execute, usable_device
 from normnorm.diagnostics import normal_r_squared, qq_r_squared
 from normnorm.diagnostics.capture import NORM_LAYERS
 
-__all__ = ["PRESET", "Run", "Side", "judge", "main", "sides", "standard_error", "table"]
-
 SEEDS = 5
 BAR = 97.0  # percent that BatchNorm must reach for the comparison to mean something
 TOLERANCE = 1.0  # points of accuracy that a normality layer may lack, beside a standard error

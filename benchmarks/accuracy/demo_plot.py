@@ -15,8 +15,6 @@ from torch import Tensor
 from accuracy.demo import Side, standard_error
 from normnorm.diagnostics import normal_quantiles
 
-__all__ = ["draw"]
-
 # Okabe and Ito's blue and vermilion, distinct under common colour vision deficiencies.
 _LINES = (("#0072B2", "-"), ("#D55E00", "--"))
 _SHOWN_QUANTILES = 99

@@ -12,8 +12,6 @@ from accuracy.nets import MODELS
 from accuracy.norms import make_norm
 from normnorm.commands import CommandError
 
-__all__ = ["Experiment", "recipe"]
-
 _CHOICES = {
     "dataset": ("digits", *DATASETS),
     "model": tuple(MODELS),

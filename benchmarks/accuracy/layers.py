@@ -14,8 +14,6 @@ from normnorm.functional import estimate_lmbda
 from normnorm.modules import BatchNormalNorm2d
 from normnorm.noise import draw_seed
 
-__all__ = ["DecorrelatedBatchNorm2d", "IteratedBatchNormalNorm2d", "inverse_square_root"]
-
 
 class _InverseSquareRoot(torch.autograd.Function):
     """S^(-1/2) of symmetric positive definite matrices (..., n, n).

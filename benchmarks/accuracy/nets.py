@@ -13,8 +13,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from accuracy.data import torchvision
 from normnorm.commands import CommandError
 
-__all__ = ["MODELS", "Block", "ConvNet", "Net", "Norm", "Transformer", "WideResNet"]
-
 # A layer's class, or anything that makes a layer for a number of features.
 Norm = Callable[[int], nn.Module]
 _SMALL = 64  # residual networks take images up to this size without their early subsampling

@@ -13,8 +13,6 @@ from accuracy.layers import DecorrelatedBatchNorm2d, IteratedBatchNormalNorm2d
 from normnorm import modules
 from normnorm.commands import CommandError
 
-__all__ = ["IMAGES", "NORMS", "TOKENS", "has_transform", "make_norm"]
-
 Make = Callable[..., nn.Module]
 _GROUPS = 32  # the group normalization paper's; fewer where they do not divide the channels
 

@@ -23,8 +23,6 @@ from accuracy.norms import has_transform
 from accuracy.trainer import Epoch, Trainer, World, process_group, read_checkpoint
 from normnorm.commands import CommandError, check_folder, check_output, execute
 
-__all__ = ["folder_name", "main", "run"]
-
 _METRICS, _CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
 _SWEPT = ("norm", "seed", "alpha", "noise_train", "per_weight")
 

@@ -26,8 +26,6 @@ from accuracy.trainer import Trainer, World, process_group
 from normnorm import diagnostics
 from normnorm.commands import CommandError, check_folder, check_output, execute
 
-__all__ = ["COMPARISONS", "SEEDS", "Difference", "Study", "arms", "difference", "interval", "main"]
-
 FORMAT = "normnorm study 1"
 SEEDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)
 # The strong baseline's learning rate is chosen on seeds, and so on test images, of its own.

@@ -13,8 +13,6 @@ from tabulate import tabulate
 
 from accuracy.study import COMPARISONS, Difference, Study, difference, interval
 
-__all__ = ["write"]
-
 _PAGE = """\
 # Does it help? A study on handwritten digits
 

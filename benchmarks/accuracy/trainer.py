@@ -26,8 +26,6 @@ from normnorm.commands import CommandError, usable_device
 from normnorm.diagnostics.capture import NORM_LAYERS
 from normnorm.per import PER
 
-__all__ = ["Epoch", "Trainer", "World", "process_group", "read_checkpoint"]
-
 _EVALUATION_BATCH = 500
 _NO_MIRROR = ("digits", "mnist", "svhn")
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
