@@ -48,8 +48,7 @@ class Loading(_NormBase):
             state_dict.pop(prefix + "running_norm", None)
         if self._buffers.get("running_lmbda") is not None:
             mean, var, lmbda = (state_dict.get(prefix + name) for name in _RUNNING)
-            # torch.distributed.checkpoint fills missing keys with the model's own tensors, on meta
-            # too.
+            # torch.distributed.checkpoint fills gaps with the model's tensors, even on meta.
             missing = foreign if lmbda is None else getattr(lmbda, "is_meta", False)
             # Requires both, because some loaders load one tensor at a time.
             if missing and isinstance(mean, Tensor) and isinstance(var, Tensor):

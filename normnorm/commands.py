@@ -36,7 +36,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
     Returns:
         0 for success; 1 for a failed check; 2 for an invalid request, with a message on stderr; 130
         for an interrupt; 141 for a closed stdout.
-        """
+    """
     parsed = argparse.Namespace()
     try:
         try:

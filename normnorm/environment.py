@@ -136,7 +136,7 @@ def _number(text: str) -> float | None:
 
 
 def gpu(device: torch.device) -> Gpu | None:
-    """Properties of a CUDA device, and what nvidia-smi says of it; None for a CPU."""
+    """Properties of a CUDA device, and its nvidia-smi values; None for a CPU."""
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)

@@ -35,8 +35,7 @@ class Eps(float):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _ADDITIONS:
             eps = next(value for value in (*args, *kwargs.values()) if isinstance(value, Eps))
-            # RuntimeError, because Python would turn a TypeError into "unsupported operand type(s)
-            # for +".
+            # Python would turn a TypeError into "unsupported operand type(s) for +".
             raise RuntimeError(
                 f"{CANNOT_FOLD.format(eps._layer)}. Its eps is not added to a tensor, which such a "
                 "fold begins with; float(layer.eps) is the plain number"

@@ -94,8 +94,7 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
         return act
 
     def _fuses(self) -> bool:
-        """Whether the norm's kernel can apply dropout and activation with the same visible
-        effects."""
+        """Whether the norm's kernel can replace dropout and activation."""
         # Exactly these classes: a subclass may do anything.
         if type(self.drop) is not nn.Identity or type(self.act) not in (nn.Identity, nn.ReLU):
             return False

@@ -50,7 +50,7 @@ class _Transform:
     bias: Any
 
     def reset_parameters(self) -> None:
-        """Weight 1 and bias 0."""
+        """Sets weight 1 and bias 0."""
         # torch 2.10 and 2.11: the base class of batch and group layers fails here without a bias.
         if self.weight is not None:
             nn.init.ones_(self.weight)
@@ -164,8 +164,7 @@ class _RunningNorm(_Transform, Loading):
         self._eps = plain(value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Like nn.Module's, except that a parameter named eps is stored; the next call rejects
-        it."""
+        """Like nn.Module's, but stores a parameter named eps, which the next call rejects."""
         if name == "eps":
             self.__dict__["_eps"] = param
         else:
@@ -241,7 +240,7 @@ class _BatchNormalNorm(_RunningNorm):
         mean, var = buffers["running_mean"], buffers["running_var"]
         lmbda = buffers["running_lmbda"]
         if lmbda is not None and lmbda.is_meta:
-            lmbda = self.running_lmbda  # 1 if a checkpoint set only the other statistics
+            lmbda = self.running_lmbda  # 1 if the checkpoint has no lambda
         own_statistics = training or (mean is None and var is None)
         if training and not self.track_running_stats:
             mean = var = lmbda = None
@@ -289,6 +288,9 @@ class BatchNormalNorm1d(_BatchNormalNorm):
         transform_eps: 0 for the exact Yeo-Johnson transform. ``math.sqrt(eps)`` shifts the
             exponent as the authors' code does and reproduces the outputs of their checkpoints
             (whose unused ``running_norm`` is dropped).
+
+    Shape: input and output (N, C) or (N, C, L), floating, in any memory layout. The output has the
+    input's dtype; parameters have it too, or float32 for half-precision inputs.
 
     Buffers: ``running_mean``, ``running_var`` (unbiased), ``running_lmbda``,
     ``num_batches_tracked``. A torch BatchNorm checkpoint loads strictly, with lambda 1.
@@ -419,6 +421,8 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
         device, dtype: of the parameters.
         noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
 
+    Shape: input and output (*, *normalized_shape); dtypes as in :class:`BatchNormalNorm1d`.
+
     Raises:
         ValueError: an input that does not end in ``normalized_shape``, ``eps`` <= 0, negative or
             non-finite ``noise_train``, unknown ``order``.
@@ -526,6 +530,8 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         device, dtype: of the parameters.
         bias: whether the affine map has a bias.
         noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
+
+    Shape: input and output (N, C, *); dtypes as in :class:`BatchNormalNorm1d`.
 
     Raises:
         ValueError: ``num_groups`` that does not divide ``num_channels``, a wrong channel count,

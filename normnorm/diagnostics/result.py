@@ -156,7 +156,7 @@ class Diagnosis:
 
         Returns:
             the PNG files, in ``folder``, which is created if missing.
-            """
+        """
         from normnorm.diagnostics import plots
 
         return plots.draw(self, Path(folder))
