@@ -1,4 +1,4 @@
-"""The layers that the notes speak of, on a CPU: ``bench.py`` with the selection they need.
+"""The layers of ``NOTES.md`` on a CPU: ``bench.py`` with a fixed selection.
 
     python benchmarks/cpu_layers.py [--threads 2] [any other option of bench.py]
 

@@ -1,4 +1,4 @@
-"""What ``gpu_check.py`` measures: the works that ``gpu_targets.py`` speaks of, most telling first.
+"""The benchmark of ``gpu_check.py``: the works of ``gpu_targets.py``, most important first.
 
     python benchmarks/gpu_bench.py --part cuda|triton|networks --seconds 60 --json FILE [--dry]
 

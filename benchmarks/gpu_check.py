@@ -119,8 +119,8 @@ class Check:
         self, name: str, command: Sequence[str], seconds: float, *, watched: Path | None = None,
         **variables: str,
     ) -> Ended:  # fmt: skip
-        """Runs a program to its end, or kills it when its time or everybody's is over, or when a
-        file that it should add to has not grown for too long. Its output goes into the log."""
+        """Runs a program to its end, or kills it when its time or that of the check is over, or
+        when a file that it appends to has not grown for too long. Its output goes into the log."""
         output = self.scratch / f"{name}.out"
         began = time.monotonic()
         try:

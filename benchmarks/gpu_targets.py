@@ -1,7 +1,7 @@
-"""What the kernels are meant to reach, and whether the rows of a run say that they do.
+"""Targets of the kernels, and whether the rows of a run meet them.
 
-A target that no row speaks for is neither met nor missed; one that only some rows speak for says
-so. Rows are those of the benchmark's files, as plain data.
+A target without rows is neither met nor missed; one with fewer rows than it wants says so. Rows are
+those of the benchmark's files, as plain data.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def bench(args: argparse.Namespace) -> int:
     """
     plan = make_plan(args)
     if "png" in plan.outputs:
-        import speed.plots  # noqa: F401  (a missing package is to be said before the run)
+        import speed.plots  # noqa: F401  (a missing package shall end the run here)
     json = plan.outputs.get("json")
     # What stands at the JSON's path stays until the run is over.
     partial = json and json.with_name(json.name + ".partial")
@@ -82,7 +82,7 @@ def bench(args: argparse.Namespace) -> int:
             where = f"what was measured is in {partial}" if partial else ""
             raise KeyboardInterrupt(where) from None
         run.finish(complete=True)
-    try:  # first the files: nobody may be reading what is printed
+    try:  # files first: printing to a closed pipe raises
         _write([run.results], plan.outputs)
         if partial:
             with suppress(OSError):

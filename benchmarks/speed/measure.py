@@ -1,5 +1,5 @@
-"""Measures layers and networks: every provider checked against the float64 reference, then timed
-in alternation with the others; results are on disk after each work."""
+"""Measures layers and networks: every provider is checked against the float64 reference, then
+timed, interleaved with the others; results are on disk after each work."""
 
 from __future__ import annotations
 

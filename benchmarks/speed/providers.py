@@ -236,13 +236,13 @@ def _library(module: str, package: str) -> Callable[[torch.device], str | None]:
     return missing
 
 
-def _rows(work: Work, whose: str) -> None:
+def _require_rows(work: Work, library: str) -> None:
     if work.kind != "layer":
-        raise Unavailable(f"{whose} is measured on LayerNorm")
+        raise Unavailable(f"{library} is measured on LayerNorm")
 
 
 def _liger(case: Case) -> Runner:
-    _rows(case.work, "Liger")
+    _require_rows(case.work, "Liger")
     from liger_kernel.transformers import LigerLayerNorm
 
     module = LigerLayerNorm(case.work.shape[-1], eps=EPS)
@@ -254,7 +254,7 @@ def _liger(case: Case) -> Runner:
 
 
 def _quack(case: Case) -> Runner:
-    _rows(case.work, "quack")
+    _require_rows(case.work, "quack")
     if len(case.work.shape) != 2:
         raise Unavailable("quack's LayerNorm takes rows, inputs of two dimensions")
     from quack.rmsnorm import layernorm_bwd, layernorm_fwd

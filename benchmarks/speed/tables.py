@@ -226,7 +226,7 @@ def csv_text(results: Results) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     around = results.environment
-    # The last column's name is Liger's; its value says whose version it is.
+    # The last column's name is Liger's; its value names the project beside the version.
     last = [around.device_name, around.timestamp, f"normnorm {around.normnorm}"]
     for row in results.select(status="ok"):
         names = ("shape", "dtype", "memory_format", "mode", "groups", "method", "suite")

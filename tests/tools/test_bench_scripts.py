@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_written_gets_a_sentence(script, monkeypatch, tmp_
 def test_measuring_and_writing_need_no_msgspec(tmp_path):
     program = f"""
         import sys
-        sys.modules.update(dict.fromkeys(("msgspec", "tabulate", "tqdm", "jinja2")))
+        sys.modules.update(dict.fromkeys(("msgspec", "tqdm")))
         sys.path[:0] = [{str(SCRIPTS)!r}, {str(SCRIPTS.parent)!r}]
         import fused, gpu_bench
         from speed import environment, results

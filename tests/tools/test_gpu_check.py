@@ -13,19 +13,16 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import gpu_bench
+import gpu_check
+import gpu_summary
+import gpu_targets
 import pytest
 import torch
 from gpu import first_contact
 from host_cuda import torch_library
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu_bench  # noqa: E402
-import gpu_check  # noqa: E402
-import gpu_summary  # noqa: E402
-import gpu_targets  # noqa: E402
 
 
 def gpu_check_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
