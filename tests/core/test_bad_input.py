@@ -885,7 +885,7 @@ def test_unknown_backend_is_refused_and_the_choice_kept(name):
 
 
 @pytest.mark.parametrize("row", LAYERS, ids=NAMES)
-def test_environment_that_names_no_backend_is_told_at_the_forward_pass(row, monkeypatch):
+def test_an_unknown_backend_in_the_environment_raises_at_the_forward_pass(row, monkeypatch):
     monkeypatch.setattr(backends, "_selected", "quick")
     layer = row.make()
     with Unchanged(layer.buffers()):
@@ -905,7 +905,7 @@ def test_failing_block_restores_the_backend():
 @pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("noise", [0.0, 0.4])
-def test_a_bad_value_spoils_its_own_group_alone(row, value, noise, backend):
+def test_a_nonfinite_value_affects_only_its_group(row, value, noise, backend):
     layer = row.make(noise_train=noise, dtype=torch.float64)
     input = row.input()
     spoiled = input.clone()

@@ -124,7 +124,7 @@ def test_a_parametrized_weight_trains_its_original(row, cpu_backend):
     assert type(layer) is row.cls
 
 
-def test_orthogonal_layers_beside_ours_and_pruned_weights_in_ours_work():
+def test_orthogonal_layers_and_pruned_weights_work():
     model = nn.Sequential(
         parametrizations.orthogonal(nn.Linear(6, 6)), normnorm.BatchNormalNorm1d(6)
     )
@@ -302,7 +302,7 @@ def test_channels_first_layer_is_the_layer_over_moved_channels(dtype, memory_for
     assert input.grad.stride() == input.stride()
 
 
-def test_channels_first_layer_makes_noise_of_one_seed_again(cpu_backend):
+def test_channels_first_layer_repeats_the_noise_of_a_seed(cpu_backend):
     layer = channels_first()
     outputs = []
     for _ in range(2):
@@ -338,7 +338,7 @@ def test_channels_first_layer_on_meta_becomes_real():
         (lambda: channels_first()(torch.randn(2, 3, 4, 4)), ValueError, "normalized_shape"),
     ],
 )
-def test_channels_first_layer_refuses_other_inputs_in_a_sentence(call, error, words):
+def test_channels_first_layer_rejects_other_inputs(call, error, words):
     with pytest.raises(error, match=words):
         call()
 

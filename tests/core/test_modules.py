@@ -386,7 +386,7 @@ def test_torch_checkpoint_without_metadata_or_counter_loads_strictly(row):
 
 
 @each_running
-def test_own_checkpoint_must_hold_lambda(row):
+def test_own_checkpoint_must_have_lambda(row):
     layer = trained(row)
     state = layer.state_dict()
     del state["running_lmbda"]
@@ -398,7 +398,7 @@ def test_own_checkpoint_must_hold_lambda(row):
 @each_running
 @pytest.mark.parametrize("kept", [(), ("weight", "bias"), ("running_mean",), ("running_var",)])
 @pytest.mark.parametrize("metadata", [True, False], ids=["metadata", "plain dict"])
-def test_what_a_checkpoint_does_not_mention_survives_and_is_reported(row, kept, metadata):
+def test_layers_missing_from_a_checkpoint_keep_state_and_are_reported(row, kept, metadata):
     state = nn.Sequential(row.make_counterpart(track_running_stats=True), nn.Linear(2, 2))
     state = state.state_dict()
     for name in list(state):
@@ -426,7 +426,7 @@ def test_a_checkpoint_that_comes_tensor_by_tensor_in_any_order_is_loaded_whole(r
 
 
 @each_running
-def test_lambda_that_is_still_on_meta_is_one_beside_statistics_that_are_loaded(row):
+def test_lambda_left_on_meta_is_one_with_loaded_statistics(row):
     theirs = row.make_counterpart(track_running_stats=True).state_dict()
 
     def on_meta():
@@ -598,7 +598,7 @@ class Recorder(TorchDispatchMode):
 
 
 @each_running
-def test_momentum_none_averages_all_batches_without_asking_the_host(row, backend):
+def test_momentum_none_averages_all_batches_without_a_host_sync(row, backend):
     layer = row.make(track_running_stats=True, momentum=None, dtype=torch.float64)
     found = []
     for step in range(3):

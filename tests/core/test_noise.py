@@ -93,7 +93,7 @@ def test_normals_are_those_of_the_numpy_generator_to_rounding(seed, channels_las
             oracle.assert_within(z, want, UNIT[torch.float32] * (1e-6 + np.abs(want)) * 1.01, "z")
 
 
-def test_uniforms_reach_neither_end():
+def test_uniforms_exclude_zero_and_one():
     unit = 2.0**-33
     words = torch.tensor([0, 1, 2**31, 2**32 - 1])
     assert noise.uniforms(words).tolist() == [unit, 3 * unit, 0.5 + unit, 1 - unit]
@@ -114,7 +114,7 @@ def _within(value: float, deviation: float) -> bool:
     return abs(value) < 5 * deviation
 
 
-def test_the_law_is_the_normal_one(sample):
+def test_normals_pass_a_distribution_test(sample):
     assert scipy.stats.kstest(sample, "norm").pvalue > 1e-3
     for start in range(4):  # cosine and sine of either pair alone
         assert scipy.stats.kstest(sample[start::4], "norm").pvalue > 1e-3
@@ -128,7 +128,7 @@ def test_moments_are_those_of_the_normal_law(sample):
         assert _within((sample**power).mean() - moment, deviation), power
 
 
-def test_tails_are_as_heavy_as_they_should_be(sample):
+def test_tails_match_the_normal_distribution(sample):
     for threshold in (1.0, 2.0, 3.0, 4.0):
         for tail in (sample, -sample):
             chance = scipy.stats.norm.sf(threshold)
@@ -154,7 +154,7 @@ def test_channels_and_samples_are_independent():
         assert np.abs(off).max() < 5.5 / math.sqrt(rows.shape[1])
 
 
-def test_neighbouring_seeds_and_streams_are_independent():
+def test_adjacent_seeds_and_streams_are_independent():
     draws = [
         noise.standard_normals((1 << 16,), _seed(seed), stream).numpy()
         for seed, stream in ((5, 0), (6, 0), (5 + 2**32, 0), (-5, 0), (5, 1), (5, 2), (6, 1))
@@ -465,7 +465,7 @@ def test_the_stream_changes_the_noise_to_that_of_the_stream(case, backend, devic
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=_name)
-def test_a_given_noise_scale_takes_the_place_of_the_groups_own(case, dtype, backend, device):
+def test_a_given_noise_scale_replaces_the_groups(case, dtype, backend, device):
     x = draw(case, "exponential", 1, dtype, device)
     weight, _ = draw_parameters(case, 1, dtype, device)
     g = torch.randn(case.shape, device=device).to(dtype)

@@ -133,7 +133,7 @@ def test_a_view_gives_what_its_contiguous_copy_gives(view: str, cpu_backend: str
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_stays_so(value: float, cpu_backend: str) -> None:
+def test_nonfinite_activations_give_nonfinite_loss(value: float, cpu_backend: str) -> None:
     activations = torch.randn(700, 5)
     activations[600, 2] = value
     loss = normnorm.per_loss(activations.requires_grad_(), 200)
@@ -308,7 +308,7 @@ def test_a_block_is_bitwise_the_same_for_any_number_of_threads(
         assert torch.equal(sums, results[0][1])
 
 
-def test_only_what_is_asked_for_is_written(kernel: per_ops.ProjectedError) -> None:
+def test_slopes_are_written_only_on_request(kernel: per_ops.ProjectedError) -> None:
     t = torch.randn(100)
     before = t.clone()
     kernel(t, torch.zeros(1, dtype=torch.float64), False)
@@ -487,7 +487,7 @@ def test_a_recomputed_pass_is_taken_in_once(kind: str) -> None:
     torch.testing.assert_close(found[2:], found[:2], rtol=0, atol=0)
 
 
-def test_reentrant_checkpointing_leaves_nothing_for_the_next_step_and_says_so() -> None:
+def test_reentrant_checkpointing_is_skipped_with_a_warning() -> None:
     network, inputs = _twice(), torch.randn(5, 6, requires_grad=True)
     with normnorm.PER(network, ["0"], 1.0) as regularizer:
         for _ in range(2):
@@ -498,7 +498,7 @@ def test_reentrant_checkpointing_leaves_nothing_for_the_next_step_and_says_so() 
             assert not regularizer._losses["0"]
 
 
-def test_a_failed_pass_leaves_nothing_for_the_next() -> None:
+def test_a_failed_pass_is_discarded() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     with normnorm.PER(network, "0", 1.0, generator=_generator()) as regularizer:
         first = network(torch.randn(5, 3))
@@ -515,7 +515,7 @@ def test_a_failed_pass_leaves_nothing_for_the_next() -> None:
         assert regularizer.loss() > 0
 
 
-def test_copies_of_a_regularized_model_take_nothing_in() -> None:
+def test_copies_of_a_regularized_model_record_nothing() -> None:
     network, inputs = _network(), torch.randn(5, 1, 6, 6)
     with normnorm.PER(network, ["0", "4"], 1.0, generator=_generator()) as regularizer:
         network(inputs)
@@ -571,7 +571,7 @@ def test_a_model_compiled_with_its_hooks_is_regularized(in_place: bool) -> None:
 
 
 @pytest.mark.parametrize("compiled", ["model", "outer function"])
-def test_code_compiled_before_is_refused_and_not_taken_for_no_loss(compiled: str) -> None:
+def test_code_compiled_before_raises_instead_of_zero_loss(compiled: str) -> None:
     torch.compiler.reset()
     network, inputs = _twice(), torch.randn(5, 6)
     run = torch.compile(network if compiled == "model" else lambda x: network(x), backend="eager")
@@ -586,7 +586,7 @@ def test_code_compiled_before_is_refused_and_not_taken_for_no_loss(compiled: str
     torch.compiler.reset()
 
 
-def test_per_makes_activations_more_normal_where_nothing_holds_against_it() -> None:
+def test_training_on_per_lowers_the_loss() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(20, 20)
     inputs = 3 * torch.rand(500, 20) + 1

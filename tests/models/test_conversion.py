@@ -72,7 +72,7 @@ def test_every_torch_norm_has_a_counterpart_of_the_same_name():
 
 
 @each_layer
-def test_the_new_layer_is_what_its_constructor_makes(row):
+def test_the_new_layer_equals_a_constructed_one(row):
     model = nn.Sequential(counterpart_layer(row))
     normnorm.replace_norms(model)
     made = row.make()
@@ -172,7 +172,7 @@ def test_dtype_training_flag_and_frozen_parameters_are_kept(row, training, dtype
         assert ours.running_lmbda.dtype == dtype
 
 
-def test_half_precision_weights_with_full_precision_statistics_are_kept_so():
+def test_half_precision_weights_and_full_precision_statistics_keep_their_dtypes():
     theirs = nn.BatchNorm2d(3)
     theirs.weight.data, theirs.bias.data = theirs.weight.bfloat16(), theirs.bias.bfloat16()
     model = nn.Sequential(theirs)
@@ -222,7 +222,7 @@ def test_hooks_run_and_their_handles_still_remove_them():
     assert calls["pre"] == calls["backward"] == 2
 
 
-def test_attributes_that_somebody_put_on_a_layer_are_kept_both_ways():
+def test_attributes_set_on_a_layer_are_kept_both_ways():
     layer = nn.LayerNorm(4)
     layer.no_weight_decay = True
     model = nn.Sequential(layer)
@@ -259,7 +259,7 @@ def test_a_pruned_layer_stays_pruned():
     assert (model[0].weight == 0).sum() == 2
 
 
-def test_a_module_in_several_places_becomes_one_new_module():
+def test_a_shared_module_becomes_one_new_module():
     norm = nn.BatchNorm2d(3)
     block = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
     model = nn.ModuleDict({"a": block, "b": nn.Sequential(norm, nn.ReLU()), "c": block})
@@ -331,7 +331,7 @@ def test_a_second_call_finds_nothing_to_do():
     assert fingerprint(model) == before
 
 
-def test_a_second_call_changes_of_our_layers_the_settings_that_are_given():
+def test_a_second_call_changes_the_given_settings():
     model = model_of_all()
     normnorm.replace_norms(model, alpha=0.5)
     modules = list(model.modules())
@@ -506,7 +506,7 @@ def wrapped():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-def test_bad_arguments_raise_a_sentence_and_change_nothing(model, where, settings, error, words):
+def test_bad_arguments_raise_and_change_nothing(model, where, settings, error, words):
     model = model()
     before = fingerprint(model) if isinstance(model, nn.Module) else None
     with pytest.raises(error, match=words):
@@ -563,7 +563,7 @@ def test_a_failure_halfway_changes_nothing(monkeypatch):
 
 
 @each_layer
-def test_restoring_gives_the_class_back_with_the_weights_as_trained(row):
+def test_restoring_returns_the_class_with_trained_weights(row):
     model = nn.Sequential(counterpart_layer(row))
     normnorm.replace_norms(model)
     model(row.input(torch.float32)).square().sum().backward()
@@ -583,7 +583,7 @@ def test_restoring_gives_the_class_back_with_the_weights_as_trained(row):
 
 
 @each_layer
-def test_a_layer_built_as_ours_is_restored_to_torch(row):
+def test_a_constructed_layer_is_restored_to_torch(row):
     model = nn.Sequential(row.make())
     normnorm.restore_norms(model)
     assert type(model[0]) is row.counterpart
@@ -770,7 +770,7 @@ def test_a_registered_function_that_returns_anything_else_is_refused(returned, g
         ((ShiftedNorm, to_ours, "back"), TypeError, "restore must be a function"),
     ],
 )
-def test_what_cannot_be_registered_is_refused_in_a_sentence(arguments, error, words):
+def test_invalid_registrations_raise(arguments, error, words):
     with pytest.raises(error, match=words):
         normnorm.register_norm(*arguments)
     assert "can name one" in normnorm.replace_norms(nn.Sequential(ShiftedNorm(4))).left[0].reason
@@ -781,7 +781,7 @@ def test_what_cannot_be_registered_is_refused_in_a_sentence(arguments, error, wo
 
 @pytest.mark.parametrize("name", lazy.__all__)
 @pytest.mark.parametrize("affine", [True, False])
-def test_lazy_layers_are_swapped_both_ways_before_they_know_their_size(name, affine):
+def test_uninitialized_lazy_layers_are_replaced_and_restored(name, affine):
     theirs = getattr(nn, name.replace("Normal", ""))(affine=affine, momentum=0.3)
     model = nn.Sequential(theirs.double().eval())
     parameters = list(model.parameters())
@@ -818,7 +818,7 @@ def encoder(activation="relu", norm_first=False):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-def test_no_fast_path_passes_over_a_replaced_norm(norm_first, activation, masked):
+def test_the_fast_path_does_not_skip_a_replaced_norm(norm_first, activation, masked):
     model = encoder(activation, norm_first)
     before = [layer.activation_relu_or_gelu for layer in model.layers], model.use_nested_tensor
     plain = copy.deepcopy(model)
@@ -853,7 +853,7 @@ def test_no_fast_path_passes_over_a_replaced_norm(norm_first, activation, masked
         assert torch.equal(model(input, src_key_padding_mask=mask), expected)
 
 
-def test_the_fast_path_does_pass_over_a_norm_put_there_by_hand():
+def test_the_fast_path_skips_a_norm_assigned_by_hand():
     # Shows that the fast path needs to be disabled.
     model = encoder()
     calls = []
@@ -875,7 +875,7 @@ def test_only_layers_with_replaced_norms_lose_their_fast_path():
     assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 0]
 
 
-def test_a_user_hook_sees_our_layer_in_place_of_torchs():
+def test_a_user_hook_gets_the_new_layer():
     seen = []
     model = nn.Sequential(nn.GroupNorm(2, 4))
     model[0].register_forward_hook(lambda module, inputs, output: seen.append(module))
@@ -892,6 +892,6 @@ def test_a_traced_graph_module_is_converted():
     assert_close(model(input), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_are_no_norms_are_not_spoken_of():
+def test_other_layers_are_not_in_the_summary():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), normnorm.BatchNormalNorm1d(3))
     assert not normnorm.replace_norms(model).left

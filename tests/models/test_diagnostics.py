@@ -21,7 +21,7 @@ from normnorm.diagnostics.sample import RowSample
 
 
 @pytest.mark.parametrize("count", [2, 3, 48, 1000])
-def test_qq_r_squared_is_probplots(count: int) -> None:
+def test_qq_r_squared_equals_probplot(count: int) -> None:
     groups = np.random.default_rng(count).gamma(2.0, size=(5, count))
     found = quantiles.qq_r_squared(torch.from_numpy(groups))
     for row, r2 in zip(groups, found, strict=True):
@@ -30,7 +30,7 @@ def test_qq_r_squared_is_probplots(count: int) -> None:
         assert r2.item() == pytest.approx(r**2, abs=1e-12)
 
 
-def test_normal_samples_have_the_r_squared_that_is_said() -> None:
+def test_normal_samples_have_the_documented_r_squared() -> None:
     assert quantiles.normal_r_squared(48) == pytest.approx(0.977, abs=1e-3)
     assert 0.999 < quantiles.normal_r_squared(7200) < 1
 
@@ -60,7 +60,7 @@ def test_moments_do_not_depend_on_the_batches(sizes: list[int]) -> None:
     assert moments.sparsity.tolist() == [0.3, 0, 0]
 
 
-def test_constant_columns_have_no_shape() -> None:
+def test_constant_columns_have_nan_moments() -> None:
     moments = ColumnMoments(2)
     moments.add(torch.stack([torch.ones(5), torch.arange(5.0)], 1))
     assert moments.skewness.isnan().tolist() == [True, False]
@@ -69,7 +69,7 @@ def test_constant_columns_have_no_shape() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.1, 14.3, 3075.3])
-def test_a_constant_column_counts_nowhere_though_its_deviations_are_rounded(value: float) -> None:
+def test_a_constant_column_with_rounded_deviations_is_left_out(value: float) -> None:
     sample = np.random.default_rng(0).standard_exponential((2048, 4)).astype(np.float32)
     varying = np.delete(sample, 1, axis=1)
     sample[:, 1] = value
@@ -130,7 +130,7 @@ def test_equal_vectors_have_no_clusters() -> None:
     assert all(np.isnan(number) for number in found.values())
 
 
-def test_every_row_is_as_likely_to_stay() -> None:
+def test_every_row_is_kept_with_equal_probability() -> None:
     stayed = torch.zeros(50)
     for seed in range(400):
         sample = RowSample(10, seed)
@@ -147,7 +147,7 @@ def test_every_row_is_as_likely_to_stay() -> None:
 # Statistics.
 
 
-def test_joint_distance_sees_what_single_channels_do_not_show() -> None:
+def test_joint_distance_detects_nonnormal_pairs_of_normal_channels() -> None:
     random = np.random.default_rng(0)
     normal = random.standard_normal((2000, 2))
     # Each channel is normal, the pair is not: the second is the first with random signs.
@@ -158,7 +158,7 @@ def test_joint_distance_sees_what_single_channels_do_not_show() -> None:
     assert statistics.joint_distance(hidden, 32, 0) > 5 * expected
 
 
-def test_mutual_information_sees_dependence_without_correlation() -> None:
+def test_mutual_information_detects_dependence_without_correlation() -> None:
     values = np.random.default_rng(0).standard_normal((2000, 2))
     dependent = np.stack([values[:, 0], values[:, 0] ** 2], 1)
     assert abs(np.corrcoef(dependent.T)[0, 1]) < 0.1
@@ -201,7 +201,7 @@ def _loader(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def test_diagnose_is_what_the_captured_outputs_say() -> None:
+def test_diagnose_equals_statistics_of_captured_outputs() -> None:
     network, loader = _network(), _loader()
     found = diagnostics.diagnose(network, loader, ["1", "2", "5"], sample_size=10**6)
     outputs: list[torch.Tensor] = []
@@ -241,7 +241,7 @@ def test_the_channels_of_a_layer_normalization_are_its_last_dimension() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
-def test_the_channels_are_where_the_layer_says(
+def test_the_layer_determines_the_channel_dimension(
     layer: nn.Module, shape: tuple[int, ...], channels: int
 ) -> None:
     inputs = torch.randn(shape).exp()
@@ -302,7 +302,7 @@ def test_memory_is_bounded_by_the_sample_and_the_channels() -> None:
     assert (layer.channels, layer.watched_channels, layer.observations) == (30, 7, 64 * 81 * 5)
 
 
-def test_a_layer_of_zeros_is_dead_and_nothing_else_is_said_of_it() -> None:
+def test_a_layer_of_zeros_is_dead_with_nan_statistics() -> None:
     found = diagnostics.diagnose(nn.Sequential(nn.ReLU()), [-torch.rand(9, 4)], ["0"]).layers["0"]
     assert (found.sparsity, found.dead_channels) == (1, 1)
     assert np.isnan([found.qq_r2, found.skewness, found.correlation, found.joint_distance]).all()
@@ -363,7 +363,7 @@ def test_robustness_disturbs_one_layer_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("how", ["model", "in place", "outer function"])
-def test_compiled_code_is_diagnosed_as_it_was_written(how: str) -> None:
+def test_compiled_models_are_diagnosed_uncompiled(how: str) -> None:
     torch.compiler.reset()
     network, loader = _network().eval(), _loader()
     expected = diagnostics.diagnose(network, loader)
@@ -407,7 +407,7 @@ def test_bad_input_is_refused(
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_sizes_and_scales_that_mean_nothing_are_refused() -> None:
+def test_invalid_sizes_and_scales_raise() -> None:
     for argument in ("sample_size", "channels", "projections", "batches"):
         with pytest.raises(ValueError, match=f"{argument} must be positive; got 0"):
             diagnostics.diagnose(_network(), _loader(), **{argument: 0})

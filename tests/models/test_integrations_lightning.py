@@ -80,7 +80,7 @@ def test_two_processes_with_the_plugin_train_as_one_with_the_whole_batch(package
             assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
-def test_lightnings_own_switch_leaves_our_layers_alone():
+def test_sync_batchnorm_of_lightning_ignores_our_layers():
     plugin = lightning.plugins.TorchSyncBatchNorm()
     model = nn.Sequential(normnorm.BatchNormalNorm1d(3))
     assert type(plugin.apply(model)[0]) is normnorm.BatchNormalNorm1d

@@ -336,7 +336,7 @@ def test_create_model_takes_classes_partials_and_names(
     assert all(module.weight.grad.isfinite().all() for module in ours)
 
 
-def test_joined_layers_get_timms_activation(registered):
+def test_norm_act_layers_get_timms_activation(registered):
     model = timm.create_model("efficientnet_b0", norm_layer="batchnormalnorm2d")
     plain = timm.create_model("efficientnet_b0")
     ours = [type(m.act) for m in ours_in(model)]
@@ -363,7 +363,7 @@ def test_factories_of_single_layers_know_our_names(name, apply_act, registered):
     assert with_act(torch.randn(2, 64, 3, 3)).isfinite().all()
 
 
-def test_group_size_wins_over_the_number_of_groups_and_must_divide():
+def test_group_size_overrides_num_groups_and_must_divide():
     layer = normnorm_timm.GroupNormalNormAct(64, group_size=16)
     assert layer.num_groups == timm.layers.GroupNormAct(64, group_size=16).num_groups == 4
     with pytest.raises(ValueError, match="must be divisible by group_size \\(7\\)"):

@@ -154,7 +154,7 @@ def trained_resnet():
 
 
 @pytest.mark.parametrize("layer_left_out", [False, True])
-def test_what_a_checkpoint_lacks_gets_its_initial_value(layer_left_out, tmp_path):
+def test_tensors_missing_from_a_checkpoint_get_initial_values(layer_left_out, tmp_path):
     plain, input, _, _ = build("resnet")
     plain.save_pretrained(tmp_path)
     missing = "embedder.embedder.normalization."
@@ -175,7 +175,7 @@ def test_what_a_checkpoint_lacks_gets_its_initial_value(layer_left_out, tmp_path
         assert_close(first_tensor(model.eval()(input)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_transformers_asking_for_its_mark_moves_nothing_but_while_it_loads():
+def test_the_transformers_mark_initializes_only_during_loading():
     class Holder(transformers.PreTrainedModel):
         config_class = transformers.PretrainedConfig
 

@@ -81,7 +81,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_where_the_channels_are(name: str) -> None:
+def test_channel_dimension_by_class(name: str) -> None:
     layer, shape, channels = LAYERS[name]
     output = torch.randn(shape)
     assert shape[channels] == 4
@@ -121,7 +121,7 @@ def test_the_normalized_output_is_taken_and_not_the_sum() -> None:
         layer_outputs.tensor_of("act", nn.ReLU(), (normed, total))
 
 
-def test_a_module_with_two_names_goes_by_both() -> None:
+def test_a_module_with_two_names_is_found_by_both() -> None:
     layer = nn.ReLU()
     model = nn.ModuleDict({"a": layer, "b": layer})
     assert layer_outputs.named_layers(model, ["b", "a"]) == {"b": layer, "a": layer}
@@ -169,7 +169,7 @@ def test_a_copy_of_a_watched_model_is_not_watched(kind: str) -> None:
     watch.require_ran()
 
 
-def test_what_ran_is_asked_afresh() -> None:
+def test_require_ran_can_start_afresh() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     watch, _ = _watching(model)
     model(torch.randn(2, 3))

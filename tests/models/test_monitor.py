@@ -87,7 +87,7 @@ def by_scipy(groups):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_numbers_are_those_of_the_layer_itself(layer, shape, rows, training, cpu_backend):
+def test_scalars_equal_the_layers_statistics(layer, shape, rows, training, cpu_backend):
     generator = torch.Generator().manual_seed(7)
     input = torch.empty(shape).exponential_(generator=generator)
     layer.train(training).noise_train = 0.5
@@ -153,7 +153,7 @@ def test_the_dictionary_is_flat_floats_of_every_layer_of_the_last_step():
     assert watch.scalars() == {}
 
 
-def test_it_goes_straight_into_tensorboard(tmp_path):
+def test_tensorboard_accepts_the_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
@@ -186,7 +186,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_watching_waits_for_no_device_and_draws_no_random_number(training, cpu_backend):
+def test_the_hook_neither_synchronizes_nor_draws_random_numbers(training, cpu_backend):
     outputs = []
     for watched in (False, True):
         model = network().train(training)
@@ -237,7 +237,7 @@ def test_a_part_of_a_group_estimates_the_whole():
 
 
 @pytest.mark.parametrize("size", [16, 24, 56, 64])
-def test_the_part_that_is_kept_is_not_one_column_of_the_image(size):
+def test_the_kept_part_is_not_one_image_column(size):
     model = normnorm.BatchNormalNorm2d(1, noise_train=0.0)
     columns = torch.linspace(-2.0, 2.0, size).expand(4, 1, size, size).contiguous()
     with normnorm.monitor(model, elements=size) as watch:
@@ -247,7 +247,7 @@ def test_the_part_that_is_kept_is_not_one_column_of_the_image(size):
     assert len(kept.unique()) > 0.8 * len(kept)
 
 
-def test_the_tokens_that_are_kept_are_not_all_the_first():
+def test_the_kept_tokens_are_not_all_first_tokens():
     model = normnorm.LayerNormalNorm(16)
     tokens = torch.randn(8, 24, 16) + 10.0 * torch.arange(24.0)[:, None]
     with normnorm.monitor(model) as watch:
@@ -369,7 +369,7 @@ def test_empty_and_meta_inputs_are_passed_over():
         assert watch.scalars() == {}
 
 
-def test_under_function_transforms_nothing_escapes():
+def test_function_transforms_leak_no_tensors():
     layer = normnorm.LayerNormalNorm(16, noise_train=0.0)
     with normnorm.monitor(layer) as watch:
         torch.vmap(layer)(torch.randn(3, 2, 16))
@@ -415,7 +415,7 @@ def test_a_model_compiled_for_any_batch_size_is_watched_too():
 
 
 @pytest.mark.parametrize("compiled", ["model", "outer function"])
-def test_a_model_compiled_before_says_so_and_how_to_go_on(compiled):
+def test_a_model_compiled_before_raises_with_advice(compiled):
     torch.compiler.reset()
     model = small()
     what = model if compiled == "model" else lambda x: model(x)

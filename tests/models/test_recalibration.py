@@ -147,7 +147,7 @@ def test_layers_that_see_no_batch_keep_their_statistics(cpu_backend):
     assert not torch.equal(after["taken.1.running_mean"], before["taken.1.running_mean"])
 
 
-def test_a_model_none_of_whose_layers_sees_a_batch_is_left_as_it_was():
+def test_a_model_whose_layers_see_no_batch_is_unchanged():
     model = Branches()
     model.taken = nn.Linear(4, 4)
     model.not_taken(batches()[0])
