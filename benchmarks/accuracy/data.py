@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -163,6 +162,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        import numpy as np  # here, so that nets.py needs torch alone
+
         image, label = self._source[index]
         values = torch.from_numpy(np.array(self._square(image), dtype=np.float32)) / 255
         values = values.unsqueeze(0) if values.dim() == 2 else values.movedim(-1, 0)

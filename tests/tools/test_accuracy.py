@@ -253,12 +253,20 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
     ("schedule", "rates"),
     [("step", [0.1] * 4 + [0.01] * 4), ("cycle", [0.004, 0.1])],
 )
-def test_the_learning_rate_follows_its_schedule(schedule: str, rates: list[float]) -> None:
+def test_the_learning_rate_follows_its_schedule_and_every_step_has_a_seed(
+    schedule: str, rates: list[float]
+) -> None:
     experiment = Experiment(epochs=4, batch_size=32, limit=64, schedule=schedule, step_epochs=2)
     trainer = Trainer(experiment, data.load("digits", Path(), 2, 64), ALONE)
     (group,) = trainer._optimizer.param_groups
-    seen = [group["lr"]]
-    trainer.train(lambda: seen.append(group["lr"]))
+    seen, seeds = [group["lr"]], set()
+
+    def on_step() -> None:
+        seen.append(group["lr"])
+        seeds.add(torch.initial_seed())
+
+    trainer.train(on_step)
+    assert len(seeds) == 4 * trainer.steps
     assert not trainer.network.training  # evaluated last
     if schedule == "cycle":
         seen = [seen[0], max(seen)]
