@@ -49,28 +49,28 @@ def _shape(text: str) -> tuple[int, ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
-        "--no-checks", action="store_true", help="versions and machine alone: no layer is run"
+        "--no-checks", action="store_true", help="print versions and machine only"
     )
-    plan = parser.add_argument_group("which CUDA kernels would serve a tensor (no GPU is needed)")
+    plan = parser.add_argument_group("CUDA kernels selected for a tensor (needs no GPU)")
     plan.add_argument(
-        "--plan", metavar="SHAPE", type=_shape, help="print that instead, for 256,64,56,56"
+        "--plan", metavar="SHAPE", type=_shape, help="print them for a shape such as 256,64,56,56"
     )
     # No defaults here, so that an option without --plan can be reported; plans() sets them.
-    plan.add_argument("--kind", choices=_KINDS, help="of layer (batch)")
-    plan.add_argument("--dtype", choices=[_dtype_name(d) for d in _DTYPES], help="(float32)")
+    plan.add_argument("--kind", choices=_KINDS, help="default: batch")
+    plan.add_argument("--dtype", choices=[_dtype_name(d) for d in _DTYPES], help="default: float32")
     plan.add_argument(
-        "--memory-format", choices=("contiguous", "channels_last"), help="(contiguous)"
+        "--memory-format", choices=("contiguous", "channels_last"), help="default: contiguous"
     )
-    plan.add_argument("--num-groups", type=int, help="for kind group (32)")
-    plan.add_argument("--normalized-ndim", type=int, help="for kind layer: trailing dimensions (1)")
-    plan.add_argument("--no-noise", action="store_true", help="a layer with noise_train=0")
-    plan.add_argument("--no-affine", action="store_true", help="a layer without weight and bias")
+    plan.add_argument("--num-groups", type=int, help="of kind group; default: 32")
+    plan.add_argument("--normalized-ndim", type=int, help="of kind layer; default: 1")
+    plan.add_argument("--no-noise", action="store_true", help="noise_train=0")
+    plan.add_argument("--no-affine", action="store_true", help="without weight and bias")
     plan.add_argument(
         "--device-model",
         choices=tuple(cuda.DEVICE_MODELS),
-        help="the GPU to assume (the one that is here, else H200)",
+        help="default: the GPU of this machine, else H200",
     )
-    plan.add_argument("--sms", type=int, help="how many multiprocessors to assume")
+    plan.add_argument("--sms", type=int, help="number of multiprocessors, default: the model's")
 
 
 def environment() -> dict[str, Any]:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=[n for n, reason in backends.available_backends().items() if reason is None],
-        help="check this backend alone",
+        help="check only this backend",
     )
 
 
