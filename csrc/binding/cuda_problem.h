@@ -1,5 +1,5 @@
-// From shapes and numbers to the CUDA kernels' problem, all but its pointers. No torch here: `normnorm doctor
-// --plan` asks for plans of tensors that do not exist.
+// From shapes and numbers to the CUDA kernels' problem without its pointers. No torch here, because `normnorm doctor
+// --plan` has no tensors.
 #pragma once
 
 #include "../common/checks.h"
@@ -8,15 +8,14 @@
 
 namespace normnorm {
 
-// Whether a pass reads or writes noise in an order that no walk of these kernels can follow: that of a channels_last
-// tensor whose groups are whole runs of its spatial axes.
+// Whether neither layout of these kernels follows the order of the noise: that of a channels_last tensor whose groups
+// are whole runs of its spatial axes.
 bool noise_order_is_out_of_reach(const TensorView& input, const Config& c);
 
-// The walk that suits `output`, the tensor to be written, and the input; where there is noise, the one that follows
-// the noise's order.
+// The layout that suits `output`, the tensor to be written, and the input; with noise, the one in the noise's order.
 Layout cuda_layout(const TensorView& input, const TensorView& output, const Config& c, bool noise);
 
-// Throws std::invalid_argument where the walk is longer than the kernels count.
+// Throws std::invalid_argument where the geometry exceeds the kernels' counters.
 cuda::Problem cuda_problem(Storage storage, const Layout& layout, const Config& c, bool noise);
 
 }  // namespace normnorm

@@ -28,18 +28,17 @@ struct ColumnsArgs : KernelArgs<Real> {
   Real* sums;                      // [group][kMaxSums]: backward totals
 };
 
-// A block's tile and a thread's chunk in it.
+// A tile and a thread's chunk in it; split: which of the tile's blocks this is, where several share its rows.
 struct ColumnPlace {
   uint32_t outer, tile, split, x, y, column;
   Span span;
 };
 
-template <class T, bool kRagged>
-__device__ inline ColumnPlace locate_column(const ColumnsArgs<RealOf<T>>& a) {
+template <class T>
+__device__ inline ColumnPlace locate_tile(const ColumnsArgs<RealOf<T>>& a, uint32_t slab, uint32_t split = 0) {
   constexpr int N = kChunkOf<T>;
   ColumnPlace p;
-  const uint32_t slab = blockIdx.x / a.splits;
-  p.split = blockIdx.x - slab * a.splits;
+  p.split = split;
   p.outer = slab / a.tiles;
   p.tile = slab - p.outer * a.tiles;
   p.x = threadIdx.x % kTileChunks;
@@ -126,37 +125,6 @@ struct RowAt {
   }
 };
 
-// f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have no rows.
-template <class Raw, int kAhead, class Real, class Load, class F>
-__device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, Load load, F f) {
-  const uint32_t end = p.span.hi == 0 ? 0 : a.runs;
-  each_ahead<Raw, kAhead>(p.split * kColumnRows + p.y, end, a.splits * kColumnRows, load, f);
-}
-
-// The same over the input, and in fused kernels one tensor `beside` it: f(row, values, what was fetched of `beside`).
-template <class T, bool kRagged, bool kFused, class F>
-__device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
-                                               const FusedTensor& beside, F f) {
-  struct Raw {
-    Fetched<T, kRagged> u;
-    FusedFetch<T, kFused, kRagged> beside;
-  };
-  const auto load = [&](uint32_t row, Raw& raw) {
-    fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
-    fetch_fused<kFused>(RowAt<T, kRagged>{p, row}, beside, raw.beside);
-  };
-  each_row<Raw, kRagged ? 1 : 4>(a, p, load, [&](uint32_t row, const Raw& raw) {
-    RealOf<T> u[kChunkOf<T>];
-    row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
-    f(row, u, raw.beside);
-  });
-}
-template <class T, bool kRagged, class F>
-__device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
-  each_input_row<T, kRagged, false>(a, p, a.fused.addend,
-                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const Fetched<T, true>&) { f(row, u); });
-}
-
 // Sums each column over the threads of a block: totals[k][column of the tile], visible to all threads.
 template <class T, int K>
 __device__ inline void column_totals(RealOf<T> (&v)[K][kChunkOf<T>], RealOf<T> (&totals)[kMaxSums][kTileColumns<T>]) {
@@ -180,17 +148,6 @@ __device__ inline void column_totals(RealOf<T> (&v)[K][kChunkOf<T>], RealOf<T> (
     totals[i / kTileColumns<T>][i % kTileColumns<T>] = total;
   }
   __syncthreads();
-}
-
-// Writes a block's sums as its partial.
-template <class T, int K>
-__device__ inline void write_column_partial(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
-                                         RealOf<T> (&v)[K][kChunkOf<T>]) {
-  __shared__ RealOf<T> totals[kMaxSums][kTileColumns<T>];
-  column_totals<T, K>(v, totals);
-  RealOf<T>* partial = a.partial + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
-  for (int i = int(threadIdx.x); i < K * kTileColumns<T>; i += kColumnThreads)
-    partial[i] = totals[i / kTileColumns<T>][i % kTileColumns<T>];
 }
 
 // Loads the constants of a tile's columns into shared memory.

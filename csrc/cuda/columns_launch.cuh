@@ -50,10 +50,12 @@ class ColumnsPass {
 
   Plan plan() const { return plan_; }
   size_t workspace() const { return workspace_bytes_; }
-  int forward() const { return ragged_ ? forward_as<true>() : forward_as<sizeof(T) == 8>(); }
+  int forward() const {
+    return with_mode<T>(ragged_, [&](auto ragged) { return forward_as<ragged.value>(); });
+  }
 
   int backward() const {
-    int e = ragged_ ? backward_as<true>() : backward_as<sizeof(T) == 8>();
+    int e = with_mode<T>(ragged_, [&](auto ragged) { return backward_as<ragged.value>(); });
     if (e == 0) e = reduce(a_.weight_partials, p_.grad_weight);
     if (e == 0) e = reduce(a_.bias_partials, p_.grad_bias);
     return e;
@@ -92,33 +94,18 @@ class ColumnsPass {
 
   using Kernel = void (*)(const ColumnsArgs<Real>);
   int round(Kernel kernel, const ColumnsArgs<Real>& a) const {
-    Launch l;
-    l.threads = kColumnThreads;
-    l.grid = blocks_;
-    l.stream = stream_;
-    return launch(kernel, l, a);
+    return launch(kernel, {.grid = blocks_, .threads = kColumnThreads, .stream = stream_}, a);
   }
   int round(Kernel kernel, Kernel finish, const ColumnsArgs<Real>& a) const {
     if (const int e = round(kernel, a)) return e;
-    Launch l;
-    l.threads = finish_threads(int64_t(a.width) * a.splits);
-    l.grid = unsigned(p_.geometry.groups());
-    l.stream = stream_;
-    return launch(finish, l, a);
+    const unsigned groups = unsigned(p_.geometry.groups()), threads = finish_threads(int64_t(a.width) * a.splits);
+    return launch(finish, {.grid = groups, .threads = threads, .stream = stream_}, a);
   }
 
   using TileKernel = void (*)(const ColumnsArgs<Real>, typename TileThreads<T>::Sync);
-  Launch tile_launch() const {
-    Launch l;
-    l.threads = kColumnThreads;
-    l.grid = unsigned(plan_.thread_groups * plan_.blocks);
-    l.shared = size_t(plan_.shared_chunks) * chunk_bytes_ * kColumnThreads;
-    l.cooperative = true;
-    l.stream = stream_;
-    return l;
-  }
+  Launch tile_launch() const { return resident_launch(plan_, chunk_bytes_, stream_); }
   TileKernel tile_kernel(bool backward) const {
-    return ragged_ ? tile_kernel_as<true>(backward) : tile_kernel_as<sizeof(T) == 8>(backward);
+    return with_mode<T>(ragged_, [&](auto ragged) { return tile_kernel_as<ragged.value>(backward); });
   }
   template <bool kRagged>
   TileKernel tile_kernel_as(bool backward) const {

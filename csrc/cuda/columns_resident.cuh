@@ -61,21 +61,6 @@ class TileThreads {
   unsigned turn_ = 0, passed_ = 0;
 };
 
-template <class T>
-__device__ inline ColumnPlace locate_tile(const ColumnsArgs<RealOf<T>>& a, uint32_t slab) {
-  constexpr int N = kChunkOf<T>;
-  ColumnPlace p;
-  p.split = 0;
-  p.outer = slab / a.tiles;
-  p.tile = slab - p.outer * a.tiles;
-  p.x = threadIdx.x % kTileChunks;
-  p.y = threadIdx.x / kTileChunks;
-  p.column = p.tile * kTileColumns<T> + p.x * N;
-  const int left = int(a.columns) - int(p.column);
-  p.span = {0, left < 0 ? 0 : left < N ? left : N};
-  return p;
-}
-
 // Shared memory of a tile.
 template <class T>
 struct TileShared {

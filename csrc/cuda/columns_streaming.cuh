@@ -8,13 +8,60 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
+template <class T>
+__device__ inline ColumnPlace locate_column(const ColumnsArgs<RealOf<T>>& a) {
+  const uint32_t slab = blockIdx.x / a.splits;
+  return locate_tile<T>(a, slab, blockIdx.x - slab * a.splits);
+}
+
+// f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have no rows.
+template <class Raw, int kAhead, class Real, class Load, class F>
+__device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, Load load, F f) {
+  const uint32_t end = p.span.hi == 0 ? 0 : a.runs;
+  each_ahead<Raw, kAhead>(p.split * kColumnRows + p.y, end, a.splits * kColumnRows, load, f);
+}
+
+// The same over the input, and in fused kernels one tensor `beside` it: f(row, values, what was fetched of `beside`).
+template <class T, bool kRagged, bool kFused, class F>
+__device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
+                                               const FusedTensor& beside, F f) {
+  struct Raw {
+    Fetched<T, kRagged> u;
+    FusedFetch<T, kFused, kRagged> beside;
+  };
+  const auto load = [&](uint32_t row, Raw& raw) {
+    fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
+    fetch_fused<kFused>(RowAt<T, kRagged>{p, row}, beside, raw.beside);
+  };
+  each_row<Raw, kRagged ? 1 : 4>(a, p, load, [&](uint32_t row, const Raw& raw) {
+    RealOf<T> u[kChunkOf<T>];
+    row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
+    f(row, u, raw.beside);
+  });
+}
+template <class T, bool kRagged, class F>
+__device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
+  each_input_row<T, kRagged, false>(a, p, a.fused.addend,
+                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const Fetched<T, true>&) { f(row, u); });
+}
+
+// Writes a block's sums as its partial.
+template <class T, int K>
+__device__ inline void write_column_partial(const ColumnsArgs<RealOf<T>>& a, RealOf<T> (&v)[K][kChunkOf<T>]) {
+  __shared__ RealOf<T> totals[kMaxSums][kTileColumns<T>];
+  column_totals<T, K>(v, totals);
+  RealOf<T>* partial = a.partial + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
+  for (int i = int(threadIdx.x); i < K * kTileColumns<T>; i += kColumnThreads)
+    partial[i] = totals[i / kTileColumns<T>][i % kTileColumns<T>];
+}
+
 // Round 1, as stream_moments(): each column around its own pilot.
 template <class T, bool kRagged, bool kFused>
 __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ Real totals[kMaxSums][kTileColumns<T>];
-  const ColumnPlace p = locate_column<T, kRagged>(a);
+  const ColumnPlace p = locate_column<T>(a);
   Real pilot[2][N] = {};
   const uint32_t first = p.split * kColumnRows + p.y;
   if (p.span.hi > 0 && first < a.runs) {
@@ -60,7 +107,7 @@ template <class T, bool kRagged>
 __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
-  const ColumnPlace p = locate_column<T, kRagged>(a);
+  const ColumnPlace p = locate_column<T>(a);
   Real mean[N], rstd[N], shift[N], sums[4][N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -76,7 +123,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
     for (int j = 0; j < N; ++j) terms[j].add((u[j] - mean[j]) * rstd[j] + shift[j]);
   });
   column_lambda_totals(terms, sums);
-  write_column_partial<T, 4>(a, p, sums);
+  write_column_partial<T, 4>(a, sums);
 }
 
 // From a row of the input to x times the scale.
@@ -98,7 +145,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
-  const ColumnPlace p = locate_column<T, kRagged>(a);
+  const ColumnPlace p = locate_column<T>(a);
   load_tile<T>(a, p, tile);
   Real mean[N] = {}, sums[1][N] = {};
   if (kDeviation) {
@@ -118,7 +165,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
       for (int j = 0; j < N; ++j) sums[0][j] += kDeviation ? absolute(x[j] - mean[j]) : x[j];
     });
   });
-  write_column_partial<T, 1>(a, p, sums);
+  write_column_partial<T, 1>(a, sums);
 }
 
 // Round 5; the only one of a frozen layer without noise.
@@ -127,7 +174,7 @@ __global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
-  const ColumnPlace p = locate_column<T, kRagged>(a);
+  const ColumnPlace p = locate_column<T>(a);
   load_tile<T>(a, p, tile);
   const bool noisy = draws_noise<kNoise, kFused>(a);
   const PhiloxSchedule keys(noisy ? uint64_t(*a.seed) : 0);
@@ -162,7 +209,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
   __shared__ InputGradient<Real> gradients[kTileColumns<T>];
-  const ColumnPlace p = locate_column<T, kRagged>(a);
+  const ColumnPlace p = locate_column<T>(a);
   load_tile<T>(a, p, tile);
   if constexpr (!kSums) {
     for (uint32_t i = threadIdx.x; i < kTileColumns<T>; i += kColumnThreads) {
@@ -220,7 +267,7 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
   });
   if constexpr (kSums) {
     pass.natural();
-    write_column_partial<T, kGradientSums>(a, p, pass.sums);
+    write_column_partial<T, kGradientSums>(a, pass.sums);
   }
 }
 

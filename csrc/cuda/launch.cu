@@ -77,11 +77,8 @@ __global__ void __launch_bounds__(kRunningThreads) pack_running(const RunningSta
 }
 
 int launch_by_channel(void (*kernel)(const RunningStatistics), const RunningStatistics& r, void* stream) {
-  Launch l;
-  l.threads = kRunningThreads;
-  l.grid = unsigned(ceil_div(r.channels, kRunningThreads));
-  l.stream = stream;
-  return launch(kernel, l, r);
+  const unsigned blocks = unsigned(ceil_div(r.channels, kRunningThreads));
+  return launch(kernel, {.grid = blocks, .threads = kRunningThreads, .stream = stream}, r);
 }
 
 // The current device, or an error where the kernels cannot count the problem's elements.
@@ -133,9 +130,7 @@ extern "C" int normnorm_cuda_fold_running(const RunningStatistics* running, void
   const RunningStatistics& r = *running;
   if (const int e = launch_by_channel(r.double_stats ? fold_running<double> : fold_running<float>, r, stream)) return e;
   if (!r.cumulative) return cudaSuccess;
-  Launch l;
-  l.stream = stream;
-  return launch(advance_tracked, l, r);
+  return launch(advance_tracked, {.stream = stream}, r);
 }
 
 extern "C" int normnorm_cuda_pack_running(const RunningStatistics* running, void* stream) {

@@ -203,10 +203,8 @@ RealOf<T>* gradient_partials(Workspace& workspace, const Parameter& gradient, in
 template <class T>
 int reduce_gradient(const RealOf<T>* partial, int64_t count, int64_t elements, const Parameter& gradient, void* stream) {
   if (gradient.data == nullptr || partial == gradient.data) return 0;
-  Launch l;
-  l.threads = kReduceColumns * kReduceRows;
-  l.grid = unsigned(ceil_div(elements, kReduceColumns));
-  l.stream = stream;
+  const unsigned blocks = unsigned(ceil_div(elements, kReduceColumns));
+  const Launch l = {.grid = blocks, .threads = kReduceColumns * kReduceRows, .stream = stream};
   return launch(reduce_partials<T>, l, partial, count, elements, gradient.data, gradient.in_storage_type);
 }
 

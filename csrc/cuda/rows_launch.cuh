@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "rows_streaming.cuh"
 
@@ -108,6 +109,13 @@ void read_sum_as_input(KernelArgs<Real>& a) {
   a.at_input = a.fused.sum.at;
 }
 
+// f(std::bool_constant<kRagged>()); float64 has ragged kernels only.
+template <class T, class F>
+auto with_mode(bool ragged, F f) {
+  if constexpr (sizeof(T) == 8) return f(std::true_type());
+  else return ragged ? f(std::true_type()) : f(std::false_type());
+}
+
 // A resident kernel for each kind of thread group.
 template <class Real>
 struct ResidentKernels {
@@ -117,16 +125,13 @@ struct ResidentKernels {
 };
 
 inline Launch resident_launch(const Plan& plan, size_t chunk_bytes, void* stream) {
-  Launch l;
-  l.threads = unsigned(plan.threads);
-  l.grid = unsigned(plan.thread_groups * plan.blocks);
-  l.shared = size_t(plan.shared_chunks) * chunk_bytes * size_t(plan.threads);
-  l.stream = stream;
-  if (plan.tier == Tier::kCluster) l.cluster = plan.blocks;
-  l.cooperative = plan.tier == Tier::kGrid;
-  return l;
+  return {.grid = unsigned(plan.thread_groups * plan.blocks),
+          .threads = unsigned(plan.threads),
+          .shared = size_t(plan.shared_chunks) * chunk_bytes * size_t(plan.threads),
+          .cluster = plan.tier == Tier::kCluster ? plan.blocks : 1,
+          .cooperative = plan.tier == Tier::kGrid,
+          .stream = stream};
 }
-
 
 constexpr int64_t kWaveBytes = 32 << 20;  // of the tensors that the rounds of a wave read again, so that they stay in L2
 constexpr int kOutputChunks = 16;         // of a thread in a single round: enough to hide the start of a block
@@ -164,14 +169,15 @@ class RowsPass {
     int e = kNotCoResident;
     if (plan_.tier != Tier::kStreaming) e = launch_resident(args_);
     if (e != kNotCoResident) return e;
-    return mode_.ragged ? stream_forward<true>() : aligned_stream_forward();
+    return with_mode<T>(mode_.ragged, [&](auto ragged) { return stream_forward<ragged.value>(); });
   }
 
   int backward() const {
     int e = kNotCoResident;
     if (plan_.tier != Tier::kStreaming) e = launch_resident(main_args());
-    if (e == kNotCoResident) e = mode_.ragged ? stream_backward<true>() : aligned_stream_backward();
-    if (e == 0 && separate_gradients_) e = mode_.ragged ? parameter_pass<true>() : aligned_parameter_pass();
+    if (e == kNotCoResident) e = with_mode<T>(mode_.ragged, [&](auto ragged) { return stream_backward<ragged.value>(); });
+    if (e == 0 && separate_gradients_)
+      e = with_mode<T>(mode_.ragged, [&](auto ragged) { return parameter_pass<ragged.value>(); });
     if (e == 0) e = reduce(args_.weight_partials, p_.grad_weight);
     if (e == 0) e = reduce(args_.bias_partials, p_.grad_bias);
     return e;
@@ -196,8 +202,9 @@ class RowsPass {
   }
 
   ResidentKernels<Real> kernels() const {
-    if (backward_) return mode_.ragged ? backward_kernels<true>() : aligned_backward_kernels();
-    return mode_.ragged ? forward_kernels<true>() : aligned_forward_kernels();
+    return with_mode<T>(mode_.ragged, [&](auto ragged) {
+      return backward_ ? backward_kernels<ragged.value>() : forward_kernels<ragged.value>();
+    });
   }
 
   bool is_co_resident(const Device& device) const {
@@ -301,8 +308,8 @@ class RowsPass {
   template <bool kRagged, bool kFused>
   ResidentKernels<Real> backward_kernels() const {
     ResidentKernels<Real> k = {rows_backward<T, kRagged, false, BlockThreads<Real>, kFused>,
-                           rows_backward<T, kRagged, false, ClusterThreads<Real>, kFused>,
-                           rows_backward<T, kRagged, false, GridThreads<Real>, kFused>};
+                               rows_backward<T, kRagged, false, ClusterThreads<Real>, kFused>,
+                               rows_backward<T, kRagged, false, GridThreads<Real>, kFused>};
     if constexpr (!kRagged)
       if (sums_elements_) {
         k.block = rows_backward<T, kRagged, true, BlockThreads<Real>, kFused>;
@@ -324,21 +331,13 @@ class RowsPass {
     return e;
   }
 
-  int round(void (*kernel)(const StreamingArgs<Real>), const StreamingArgs<Real>& s, unsigned groups) const {
-    Launch l;
-    l.threads = kStreamThreads;
-    l.grid = groups * s.splits;
-    l.stream = stream_;
-    return launch(kernel, l, s);
+  using StreamKernel = void (*)(const StreamingArgs<Real>);
+  int round(StreamKernel kernel, const StreamingArgs<Real>& s, unsigned groups) const {
+    return launch(kernel, {.grid = groups * s.splits, .threads = kStreamThreads, .stream = stream_}, s);
   }
-  int round(void (*kernel)(const StreamingArgs<Real>), void (*finish)(const StreamingArgs<Real>), const StreamingArgs<Real>& s,
-            unsigned groups) const {
+  int round(StreamKernel kernel, StreamKernel finish, const StreamingArgs<Real>& s, unsigned groups) const {
     if (const int e = round(kernel, s, groups)) return e;
-    Launch l;
-    l.threads = finish_threads(s.splits);
-    l.grid = groups;
-    l.stream = stream_;
-    return launch(finish, l, s);
+    return launch(finish, {.grid = groups, .threads = finish_threads(s.splits), .stream = stream_}, s);
   }
 
   template <bool kRagged>
@@ -362,7 +361,6 @@ class RowsPass {
     });
   }
 
-  using StreamKernel = void (*)(const StreamingArgs<Real>);
   template <bool kRagged, bool kSums>
   static StreamKernel gradient_kernel(bool fused) {
     return fused ? stream_gradient<T, kRagged, kSums, true> : stream_gradient<T, kRagged, kSums, false>;
@@ -380,9 +378,7 @@ class RowsPass {
 
   template <bool kRagged>
   int parameter_pass() const {
-    Launch l;
-    l.threads = kStreamThreads;
-    l.stream = stream_;
+    Launch l = {.threads = kStreamThreads, .stream = stream_};
     if (p_.affine == Affine::kPerRun) {
       l.grid = unsigned(ceil_div(p_.geometry.groups() * p_.geometry.runs, kStreamThreads / 32));
       return launch(run_parameters<T, kRagged>, l, args_);
@@ -390,13 +386,6 @@ class RowsPass {
     l.grid = unsigned(ceil_div(ceil_div(args_.length, N), kStreamThreads)) * slabs_;
     return launch(element_parameters_pass<T, kRagged>, l, args_, slabs_);
   }
-
-  // float64 has ragged kernels only.
-  ResidentKernels<Real> aligned_forward_kernels() const { return forward_kernels<sizeof(T) == 8>(); }
-  ResidentKernels<Real> aligned_backward_kernels() const { return backward_kernels<sizeof(T) == 8>(); }
-  int aligned_stream_forward() const { return stream_forward<sizeof(T) == 8>(); }
-  int aligned_stream_backward() const { return stream_backward<sizeof(T) == 8>(); }
-  int aligned_parameter_pass() const { return parameter_pass<sizeof(T) == 8>(); }
 
   const Problem& p_;
   bool backward_;

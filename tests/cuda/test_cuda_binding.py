@@ -180,7 +180,14 @@ def test_frozen_layers_with_and_without_noise(case, dtype):
     ):
         _assert_agree(case, x, tuple(running))
         _assert_agree(case, x, tuple(running), noise_train=0.7)
-        _assert_agree(case, 1e6 * x, tuple(running))  # far outside the statistics
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5)], ids=["columns", "rows"])
+def test_frozen_layers_far_outside_their_statistics_are_finite(shape):
+    """Their powers would overflow; the exponent is bounded."""
+    running = [torch.full((4,), value) for value in (0.0, 1.0, 3.0)]
+    x = 1e15 * (1 + torch.rand(shape))
+    assert _forward("cuda", Case("batch", shape), x, running=running)[0].isfinite().all()
 
 
 def test_running_statistics_as_rows_of_the_statistics():

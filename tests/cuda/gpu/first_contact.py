@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 import torch
 from host_cuda import cases as small
-from host_cuda import harness
 
 from gpu import cases, forced
 from gpu.rig import Hang, Rig
@@ -42,24 +41,12 @@ PATHS = {
 def check(rig: Rig, kernels: object, name: str) -> str | None:
     """The error of a path, or None."""
     case, plan, columns = PATHS[name]
-    kind, shape, options = (small.COLUMNS if columns else small.ROWS)[case]
-    groups, trailing = options.get("num_groups", 0), options.get("normalized_ndim", 0)
+    row = (small.COLUMNS if columns else small.ROWS)[case]
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(20260105)
-        call = cases.make(
-            rig, cases.Case(name, kind, shape, shape, groups, trailing), dtype,
-            channels_last=columns, noise_train=0.7,
-        )  # fmt: skip
-        served = harness.Call(
-            kind, call.input, call.weight, call.bias, num_groups=groups,
-            normalized_ndim=trailing, noise_train=0.7, seed=cases.SEED, columns=columns,
-            force=plan,
-        )  # fmt: skip
-        with rig.device:
-            output, stats = served.forward(kernels)
-            du, dw, db = served.backward(kernels, call.grad, stats)
+        call, (results,) = forced.run(rig, kernels, row, columns, plan, dtype)
         try:
-            cases.compare(call, {"output": output, "input": du, "weight": dw, "bias": db})
+            cases.compare(call, results)
         except AssertionError as error:
             return f"{str(dtype)[6:]}: {error}"
     return None

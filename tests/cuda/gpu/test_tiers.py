@@ -6,17 +6,14 @@ Forced plans call the launchers directly (``forced.py``); automatic ones are tho
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from host_cuda import harness
-from host_cuda.cases import COLUMN_TIERS, COLUMNS, FUSIONS, ROW_TIERS, ROWS, fuse
+from host_cuda.cases import COLUMN_TIERS, COLUMNS, ROW_TIERS, ROWS
 
 from normnorm.backends import cuda
 
 from . import forced
-from .cases import DTYPES, SEED, Case, assert_same, check, compare, make
+from .cases import DTYPES, Case, assert_same, check, compare, make
 from .conftest import DRY
 
 # A dry run has a few; tests/cuda/test_cuda_host.py has them all on the CPU.
@@ -40,34 +37,9 @@ def kernels(rig):
     return forced.kernels(rig)
 
 
-def _assert_served(
-    rig, kernels, row: tuple, columns: bool, force: dict, dtype, noise=0.7, fused=False
-) -> None:
-    """Output and gradients of a forced plan are right, and the same again, bit for bit."""
-    kind, shape, extra = row
-    groups, trailing = extra.get("num_groups", 0), extra.get("normalized_ndim", 0)
-    call = make(
-        rig, Case(kind, kind, shape, shape, groups, trailing), dtype,
-        channels_last=columns and len(shape) == 4, noise_train=noise,
-    )  # fmt: skip
-    served = harness.Call(
-        kind, call.input, call.weight, call.bias, num_groups=groups, normalized_ndim=trailing,
-        noise_train=noise, seed=SEED, columns=columns, force=force,
-    )  # fmt: skip
-    if fused:
-        served = fuse(served, FUSIONS["both"])
-    results = []
-    for _ in range(2):
-        with call.input.device:  # where the harness makes its tensors
-            output, stats = served.forward(kernels)
-            du, dw, db = served.backward(kernels, call.grad, stats)
-        results.append({"output": output, "input": du, "weight": dw, "bias": db})
-    if fused:
-        assert torch.equal(served.sum, call.input + served.addend)
-        call = replace(
-            call, input=served.sum, residual=served.residual, relu=True, grad_sum=served.grad_sum,
-            found=output,
-        )  # fmt: skip
+def _check(rig, kernels, *given, **options) -> None:
+    """A forced plan gives the right results, and the same bits again."""
+    call, results = forced.run(rig, kernels, *given, **options, times=2)
     compare(call, results[0])
     assert_same(*results, "the same again")
 
@@ -77,7 +49,7 @@ def _assert_served(
 @pytest.mark.parametrize("tier", ROW_TIERS)
 @pytest.mark.parametrize("case", FORCED_ROWS)
 def test_forced_tiers_in_the_rows_layout(rig, kernels, case, tier, dtype, fused):
-    _assert_served(rig, kernels, ROWS[case], False, ROW_TIERS[tier], dtype, fused=fused)
+    _check(rig, kernels, ROWS[case], False, ROW_TIERS[tier], dtype, fused=fused)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -88,7 +60,7 @@ def test_forced_tiers_in_the_rows_layout(rig, kernels, case, tier, dtype, fused)
     [(c, t) for c in FORCED_COLUMNS for t in COLUMN_TIERS if "group" not in c or t == "streaming"],
 )
 def test_forced_tiers_in_the_columns_layout(rig, kernels, case, tier, dtype, fused):
-    _assert_served(rig, kernels, COLUMNS[case], True, COLUMN_TIERS[tier], dtype, fused=fused)
+    _check(rig, kernels, COLUMNS[case], True, COLUMN_TIERS[tier], dtype, fused=fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -99,7 +71,7 @@ def test_forced_tiers_at_size(rig, kernels, kind, tier, dtype):
         "layer": ("layer", rig.pick((13, 150_001), (3, 2500)), {"normalized_ndim": 1}),
         "batch": ("batch", rig.pick((37, 11, 64, 65), (5, 3, 9, 9)), {}),
     }[kind]
-    _assert_served(rig, kernels, row, False, LARGE[tier], dtype, noise=1.0)
+    _check(rig, kernels, row, False, LARGE[tier], dtype, noise=1.0)
 
 
 # Shapes whose plans are of all tiers on a GPU with clusters.
