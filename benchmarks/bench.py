@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from normnorm.commands import execute
+from normnorm.cli import execute
 from speed.options import parser
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from normnorm.commands import execute
+from normnorm.cli import execute
 from speed.options import parser
 
 RESULTS = Path(__file__).resolve().parent / "results"

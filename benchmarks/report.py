@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from normnorm.commands import execute
+from normnorm.cli import execute
 
 
 def parser() -> argparse.ArgumentParser:

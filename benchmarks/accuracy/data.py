@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from normnorm.commands import CommandError
+from normnorm.cli import CommandError
 
 
 class Data(NamedTuple):

@@ -24,8 +24,9 @@ from accuracy.experiment import Experiment
 from accuracy.nets import MODELS
 from accuracy.norms import make_norm
 from accuracy.trainer import Epoch, Trainer, World
+from commands import check_folder, check_output, usable_device
 from normnorm import backends, environment
-from normnorm.commands import check_folder, check_output, execute, usable_device
+from normnorm.cli import execute
 from normnorm.diagnostics import normal_r_squared, qq_r_squared
 from normnorm.diagnostics.capture import NORM_LAYERS
 

@@ -10,7 +10,7 @@ from typing import Any
 from accuracy.data import DATASETS
 from accuracy.nets import MODELS
 from accuracy.norms import make_norm
-from normnorm.commands import CommandError
+from normnorm.cli import CommandError
 
 _CHOICES = {
     "dataset": ("digits", *DATASETS),

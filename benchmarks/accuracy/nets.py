@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from accuracy.data import torchvision
-from normnorm.commands import CommandError
+from normnorm.cli import CommandError
 
 # A layer's class, or anything that makes a layer for a number of features.
 Norm = Callable[[int], nn.Module]

@@ -11,7 +11,7 @@ from torch import nn
 
 from accuracy.layers import DecorrelatedBatchNorm2d, IteratedBatchNormalNorm2d
 from normnorm import modules
-from normnorm.commands import CommandError
+from normnorm.cli import CommandError
 
 Make = Callable[..., nn.Module]
 _GROUPS = 32  # the group normalization paper's; fewer where they do not divide the channels

@@ -21,7 +21,8 @@ from accuracy.data import load
 from accuracy.experiment import Experiment, recipe
 from accuracy.norms import has_transform
 from accuracy.trainer import Epoch, Trainer, World, process_group, read_checkpoint
-from normnorm.commands import CommandError, check_folder, check_output, execute
+from commands import check_folder, check_output
+from normnorm.cli import CommandError, execute
 
 _METRICS, _CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
 _SWEPT = ("norm", "seed", "alpha", "noise_train", "per_weight")

@@ -23,8 +23,9 @@ from accuracy.data import load
 from accuracy.experiment import Experiment, recipe
 from accuracy.layers import DecorrelatedBatchNorm2d
 from accuracy.trainer import Trainer, World, process_group
+from commands import check_folder, check_output
 from normnorm import diagnostics
-from normnorm.commands import CommandError, check_folder, check_output, execute
+from normnorm.cli import CommandError, execute
 
 FORMAT = "normnorm study 1"
 SEEDS = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)

@@ -22,7 +22,8 @@ from accuracy.data import Data, shift_and_mirror
 from accuracy.experiment import Experiment
 from accuracy.nets import MODELS
 from accuracy.norms import make_norm
-from normnorm.commands import CommandError, usable_device
+from commands import usable_device
+from normnorm.cli import CommandError
 from normnorm.diagnostics.capture import NORM_LAYERS
 from normnorm.per import PER
 

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import torch
 
-from normnorm.commands import CommandError, check_output, usable_device
+from commands import check_output, usable_device
+from normnorm.cli import CommandError
 from speed.measure import Settings
 from speed.networks import NETWORK_PROVIDERS, Network, networks
 from speed.providers import PROVIDERS, runnable
@@ -47,7 +48,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The benchmark's options and its ``compare``, for :func:`normnorm.commands.execute`."""
+    """The benchmark's options and its ``compare``, for :func:`normnorm.cli.execute`."""
     parser = argparse.ArgumentParser(
         prog="bench.py", description="Times every layer beside torch's, compiled and copied."
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normnorm.commands import CommandError
+from normnorm.cli import CommandError
 from normnorm.environment import Gpu
 
 FORMAT: Literal["normnorm-bench"] = "normnorm-bench"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from normnorm.commands import execute
+from normnorm.cli import execute
 from normnorm.environment import Gpu
 from speed.measure import Settings
 from speed.options import parser

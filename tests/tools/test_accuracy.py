@@ -24,7 +24,7 @@ from accuracy.experiment import Experiment, recipe
 from accuracy.layers import DecorrelatedBatchNorm2d, inverse_square_root
 from accuracy.trainer import Trainer, World
 from normnorm import backends
-from normnorm.commands import CommandError
+from normnorm.cli import CommandError
 
 ALONE = World(0, 1, torch.device("cpu"))
 SCRIPT = Path(__file__).parents[2] / "benchmarks/train.py"

@@ -23,7 +23,7 @@ from bench_samples import (
 )
 from report import parser as report_parser
 
-from normnorm.commands import execute
+from normnorm.cli import execute
 from speed import counts, results
 from speed.plots import in_order, look
 from speed.results import Count, Measurement, NetworkMeasurement, ResultsError, load, save
