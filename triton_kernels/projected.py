@@ -1,8 +1,8 @@
-"""The projected error function of a block of projections, in their place, as ``csrc/math`` has it.
+"""The projected error function of a block of projections, in place, as in ``csrc/math``.
 
-The products with the directions around it stay torch's: float32's accuracy wants products without
-TF32, which Triton multiplies without tensor cores, as cuBLAS and rocBLAS do, and those are tuned.
-A block is small enough for a GPU's second-level cache, so that one more pass over it costs little.
+torch multiplies by the directions: float32 accuracy needs products without TF32, for which neither
+Triton nor cuBLAS and rocBLAS use tensor cores, and the libraries are tuned. A block fits a GPU's L2
+cache, so that another pass over it costs little.
 """
 
 import torch
@@ -17,16 +17,16 @@ __all__ = ["projected_error_"]
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 ROOT_TWO_OVER_PI = tl.constexpr(0.7978845608028654)
 WARPS = 4
-TILE_BYTES = 16 * 32 * WARPS  # of a tile: a vector a thread, and registers enough for erf
-CHUNK = 4096  # elements of a chunk, whose values are added up in the projections' dtype
+TILE_BYTES = 16 * 32 * WARPS  # a vector a thread, which leaves registers for erf
+CHUNK = 4096  # elements that are added up in the projections' dtype
 
 
 @triton.jit
 def projected_error(
     projections, sums, count, chunks, SLOPES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Adds t erf(t / sqrt 2) + sqrt(2 / pi) exp(-t^2 / 2) of the program's chunks to its element of
-    ``sums``; the slope is erf(t / sqrt 2)."""
+    """Adds t erf(t / sqrt 2) + sqrt(2 / pi) exp(-t^2 / 2) over the program's chunks to its element
+    of ``sums``; with SLOPES, replaces t by the slope erf(t / sqrt 2)."""
     program = tl.program_id(0)
     total = tl.load(sums + program)
     for chunk in range(program, chunks, tl.num_programs(0)):
@@ -65,7 +65,7 @@ def _check(projections: Tensor, sums: Tensor) -> None:
 
 def projected_error_(projections: Tensor, sums: Tensor, slopes: bool) -> None:
     """Adds the projected error function of the projections to ``sums``, a program an element, and
-    puts their slopes in their place where ``slopes`` says so. Equal inputs give equal bits."""
+    with ``slopes`` replaces them by their slopes. Equal inputs give equal bits."""
     _check(projections, sums)
     count = projections.numel()
     if count == 0:

@@ -1,8 +1,8 @@
-"""The Triton kernels: whether they can run here, and why not.
+"""The Triton backend: whether it can run here, and its registration.
 
-They serve the CUDA (or ROCm) tensors of torch. With ``TRITON_INTERPRET=1`` in the environment
-Triton runs kernels in Python on the host; then they serve CPU tensors instead, slowly, which is how
-they are tested and debugged without a GPU.
+It serves torch's CUDA (or ROCm) tensors. With ``TRITON_INTERPRET=1`` in the environment Triton
+interprets kernels on the host, slowly, and the backend serves CPU tensors instead: for tests and
+debugging without a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _OLDEST = (3, 6)
 
 
 def _interpreted() -> bool:
-    """Whether kernels will be interpreted, by the variable that Triton reads."""
+    """Whether Triton's environment variable selects the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def device_type() -> str:
-    """The kind of device whose tensors the kernels serve in this process."""
+    """The device type of the tensors that the kernels take in this process."""
     return "cpu" if _interpreted() else "cuda"
 
 
@@ -47,7 +47,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def unavailable_reason() -> str | None:
-    """None where the kernels can run; else one sentence that says why not."""
+    """None if the kernels can run, else a sentence that says why not."""
     version = _version()
     if version is None:
         return "Triton is not installed; `pip install normnorm[triton]`, or torch with a GPU build"
@@ -60,13 +60,13 @@ def unavailable_reason() -> str | None:
         )
     try:
         importlib.import_module("normnorm.triton_kernels.launch")
-    except Exception as error:  # whatever another version of Triton makes of the kernels
+    except Exception as error:  # another version of Triton may raise anything
         return f"the kernels do not import with Triton {version}: {error}"
     return None
 
 
 def register() -> None:
-    """Takes the kernels into the registry."""
+    """Registers the backend."""
     launch = importlib.import_module("normnorm.triton_kernels.launch")
     backends.register(
         backends.Backend(
@@ -83,6 +83,6 @@ def register() -> None:
 
 
 def info() -> dict[str, str]:
-    """What runs: Triton's version, and on what."""
+    """Triton's version, and whether kernels are compiled or interpreted."""
     where = "interpreted on the host" if _interpreted() else "compiled at the first call"
     return {"triton": _version() or "not installed", "kernels": where}

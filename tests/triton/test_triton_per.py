@@ -20,8 +20,7 @@ from normnorm import per
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-@pytest.mark.parametrize("parts", [1, 3, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, 3), (torch.float64, 64)])
 @interpreted
 def test_a_block_is_added_up_and_replaced_by_its_slopes(dtype, parts):
     from normnorm.triton_kernels.projected import projected_error_

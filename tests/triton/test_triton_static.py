@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels: registers, memory accesses, instruction counts. No GPU."""
+"""The compiled Triton kernels: registers, memory accesses, instruction counts. No GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def absent() -> str | None:
 
 pytestmark = pytest.mark.skipif(absent() is not None, reason=str(absent()))
 
-# Every kernel and walk: short and long rows, runs of a channel, columns, weights within groups.
+# Every kernel and layout: short and long rows, runs of a channel, columns, weights within groups.
 WORKS = {
     "layer rows of 64": (Case("layer", (640, 64), normalized_ndim=1), False),
     "layer rows of 768": (Case("layer", (512, 768), normalized_ndim=1), False),
@@ -62,10 +62,10 @@ COMBINATIONS = [
 
 def launches(
     target: str, work: str, dtype: torch.dtype, alpha: float = 1.0, noise: float = 0.4,
-    joins: str = "",
+    fused: str = "",
 ):  # fmt: skip
-    """All kernels of a training step, compiled; with relu and a residual that it ``joins``
-    "behind" the affine map or "in front" of the statistics."""
+    """All kernels of a training step, compiled; with ReLU and a residual ``fused`` "after" the
+    affine map or "before" the statistics."""
     from triton_tools import ahead
 
     from normnorm.triton_kernels import launch
@@ -79,12 +79,12 @@ def launches(
         weight = torch.empty(case.parameter_shape)
         config = case.config(
             "triton", noise_train=noise, channels_last=last, alpha=alpha,
-            activation="relu" if joins else "",
+            activation="relu" if fused else "",
         )  # fmt: skip
         seed = torch.tensor([1])
         none, needs = (None, None, None), (True, True, True)
-        w, result = (weight, weight), x if joins else None
-        if joins == "in front":
+        w, result = (weight, weight), x if fused else None
+        if fused == "before":
             *_, stats = launch.add_normal_norm_forward(x, x, *w, seed, None, *config)
             launch.add_normal_norm_backward(x, x, x, stats, *w, result, seed, *needs, *config)
         else:
@@ -114,8 +114,8 @@ def test_no_kernel_spills_and_aligned_ones_move_whole_vectors(target, work, dtyp
 def check_registers(
     compiled, target: str, what: str, folder: Path, spilt: int = 0
 ) -> list[str] | None:
-    """The instructions of a kernel that uses no memory for want of registers, or no more than for
-    a number of ``spilt`` ones; None on AMD."""
+    """The instructions of a kernel that spills at most ``spilt`` registers and has no atomics, so
+    that equal inputs give equal bits; None on AMD."""
     if target == "gfx942":
         scratch = re.findall(r"; ScratchSize: (\d+)", compiled.asm["amdgcn"])
         assert scratch, what
@@ -129,6 +129,7 @@ def check_registers(
     assert usage["LOCAL"] == 0, what
     assert sum(bool(re.match(r"STL\b", i)) for i in code) <= spilt, what
     assert spilt or not [i for i in code if re.match(r"LDL\b", i)], what
+    assert not [i for i in code if re.match(r"(ATOM|ATOMG|RED)\b", i)], what
     return code
 
 
@@ -138,7 +139,7 @@ READS = (*WRITES, "stream_moments", "stream_lambda", "stream_x", "stream_gradien
 
 
 def vector(compiled, dtype: torch.dtype) -> tuple[int, int]:
-    """(elements of the widest access that a tile allows, those that a thread has of a group)"""
+    """(elements of the widest access that the tile allows, elements of a group in a thread)"""
     spec = compiled.spec
     each = spec.R * spec.L // (32 * compiled.kernel.metadata.num_warps)
     widest = 4 if spec.LAYOUT == 2 else 16 // dtype.itemsize
@@ -146,7 +147,7 @@ def vector(compiled, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> None:
-    """Tensors are read and written by as wide accesses as alignment, tile and walk allow."""
+    """Loads and stores are as wide as alignment, tile and layout allow."""
     if compiled.name not in READS:
         return
     bits = 8 * vector(compiled, dtype)[0] * dtype.itemsize
@@ -161,62 +162,62 @@ def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> N
     assert not narrow, f"{what}: {narrow[:3]}"
 
 
-# Tensors that a kernel reads and writes beyond those of a plain pass: one behind the affine map
-# and for the mask; the residual twice (for a pilot as well), the sum, and the sum's own gradient.
-JOINED = {
-    "behind": {
+# Tensors that a kernel reads and writes beyond those of a plain pass: one after the affine map
+# and for the mask; the residual (twice where there is a pilot), the sum, and the sum's gradient.
+FUSED = {
+    "after": {
         "forward": [(1, 0)], "backward": [(1, 0)],
         "stream_output": [(1, 0)], "stream_gradient": [(1, 0), (1, 0)],
     },
-    "in front": {
+    "before": {
         "forward": [(1, 1)], "backward": [(2, 0)],
         "stream_moments": [(2, 1)], "stream_gradient": [(1, 0), (2, 0)],
     },
 }  # fmt: skip
-DEFAULT_JOINED = {
-    "layer rows of 768": ("in front",),
-    "batch (128, 1024)": ("behind",),
-    "batch 56x56": ("behind", "in front"),
+DEFAULT_FUSED = {
+    "layer rows of 768": ("before",),
+    "batch (128, 1024)": ("after",),
+    "batch 56x56": ("after", "before"),
 }
 ELSEWHERE = ("layer rows of 768", "batch 14x14", "batch 56x56")
-JOINED_COMBINATIONS = [
+FUSED_COMBINATIONS = [
     pytest.param(
-        target, work, dtype, joins, id=f"{target}-{work}-{str(dtype)[6:]}-{joins}",
+        target, work, dtype, fused, id=f"{target}-{work}-{str(dtype)[6:]}-{fused}",
         marks=()
-        if target == "sm_90" and dtype == torch.bfloat16 and joins in DEFAULT_JOINED.get(work, ())
+        if target == "sm_90" and dtype == torch.bfloat16 and fused in DEFAULT_FUSED.get(work, ())
         else pytest.mark.slow,
     )
     for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     for work in WORKS
     for dtype in (torch.bfloat16, torch.float32)
-    for joins in JOINED
-    # Seconds each: all of one architecture, and one work a walk of the others.
+    for fused in FUSED
+    # Seconds each: all of one architecture, and one work a layout of the others.
     if target == "sm_90" or (work in ELSEWHERE and dtype == torch.bfloat16)
 ]  # fmt: skip
 
 
 def room(compiled) -> int:
-    """Registers that a kernel may put aside. With sixteen warps a thread has 128, and one that
-    holds more than 24 elements of several runs uses them all without a residual: its address may
-    cost two, stored once, which a pass over memory more would not be worth."""
+    """Registers that a kernel may spill. With sixteen warps a thread has 128, and a thread that
+    holds more than 24 elements of several runs uses them all without a residual, whose address
+    takes two more: spilled once, that costs less than a further pass over memory."""
     full = compiled.name == "forward" and compiled.spec.LAYOUT == 1
     full = full and compiled.kernel.metadata.num_warps == 16
     return 2 if full and compiled.spec.K * compiled.spec.R * compiled.spec.L > 24 * 32 * 16 else 0
 
 
-@pytest.mark.parametrize(("target", "work", "dtype", "joins"), JOINED_COMBINATIONS)
-def test_what_a_kernel_joins_costs_whole_vectors_and_no_spill(target, work, dtype, joins, tmp_path):
-    plain, joined = (launches(target, work, dtype, joins=j) for j in ("", joins))
-    assert [c.name for c in plain] == [c.name for c in joined]
-    assert [c.spec for c in plain] == [c.spec and replace(c.spec, RELU=False) for c in joined]
+@pytest.mark.parametrize(("target", "work", "dtype", "fused"), FUSED_COMBINATIONS)
+def test_fused_operands_cost_whole_vectors_and_no_spill(target, work, dtype, fused, tmp_path):
+    plain, with_fused = (launches(target, work, dtype, fused=f) for f in ("", fused))
+    assert [c.name for c in plain] == [c.name for c in with_fused]
+    assert [c.spec for c in plain] == [c.spec and replace(c.spec, RELU=False) for c in with_fused]
     met: dict[str, int] = collections.Counter()
-    for before, compiled in zip(plain, joined, strict=True):
-        what = f"{compiled.name} of {work}, {joins}, {compiled.spec}"
+    for before, compiled in zip(plain, with_fused, strict=True):
+        what = f"{compiled.name} of {work}, {fused}, {compiled.spec}"
         code = check_registers(compiled, target, what, tmp_path, room(compiled))
         if code is None:
             continue
         check_vectors(compiled, code, dtype, what)
-        expected = JOINED[joins].get(compiled.name)
+        expected = FUSED[fused].get(compiled.name)
         if expected is None:
             continue
         reads, writes = expected[met[compiled.name]]
@@ -231,7 +232,8 @@ def test_what_a_kernel_joins_costs_whole_vectors_and_no_spill(target, work, dtyp
 
 
 def every_path() -> None:
-    """Frozen, given scales, one gradient alone, folding, float64, offsets beyond 31 bits."""
+    """Given statistics and noise scales, one gradient alone, running statistics, float64, offsets
+    beyond 31 bits."""
     from normnorm.triton_kernels import launch, plan
 
     none, seed = (None, None, None), torch.tensor([1])
@@ -246,7 +248,7 @@ def every_path() -> None:
         needs = (True, True, True, False)
         launch.normal_norm_backward(x, x, s, w, w, None, seed, *needs, *config)
 
-    def join(case: Case, dtype: torch.dtype) -> None:
+    def fuse(case: Case, dtype: torch.dtype) -> None:
         x, w = torch.empty(case.shape, dtype=dtype), torch.empty(case.parameter_shape, dtype=dtype)
         config = case.config("triton", activation="relu")
         y, total, s = launch.add_normal_norm_forward(x, x, w, w, None, None, *config)
@@ -280,16 +282,13 @@ def every_path() -> None:
                 launch.fold_running_(s, *buffers, tracked, momentum, 100, 1e-5, "triton")
     step(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
     step(Case("layer", (2, 70000), normalized_ndim=1), torch.float64)
-    step(Case("group", (2, 6, 9, 9), num_groups=2), torch.float64)
-    join(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
-    join(Case("batch", (16, 8, 8, 8)), torch.bfloat16)
+    fuse(Case("batch", (16, 8, 8, 8)), torch.bfloat16)
     narrow = plan._is_wide
     plan._is_wide = lambda *_: True
     try:
         step(Case("batch", (64, 8, 30, 30)), torch.float32)
         step(Case("batch", (64, 6, 30, 30)), torch.float32, True)
-        step(Case("layer", (64, 100), normalized_ndim=1), torch.float16)
-        join(Case("group", (2, 6, 30, 30), num_groups=2), torch.float16)
+        fuse(Case("group", (2, 6, 30, 30), num_groups=2), torch.float16)
     finally:
         plan._is_wide = narrow
 
@@ -310,8 +309,8 @@ FEW, MANY, PROBED_WARPS = 2, 4, 4
 
 
 def per_element(target: str, folder: Path) -> dict[str, dict[str, float]]:
-    """Instructions an element of the resident kernels: what two more tiles cost. With alpha 0, so
-    that the branch for small exponents, which is not taken as a rule, is not compiled."""
+    """Instructions an element of the resident kernels: the difference that two more tiles make.
+    With alpha 0, so that the series path, which few groups take, is not compiled."""
     from normnorm.triton_kernels import plan
 
     plan_of = plan.row_tiles
@@ -350,8 +349,8 @@ def triton_version() -> str:
     "target", ["sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "sm_100"))]
 )
 def test_instruction_budgets(target, tmp_path):
-    """Within 5 % of the stored counts, either way: who saves instructions stores the new count
-    (``python tests/triton/test_triton_static.py --update``)."""
+    """Within 5 % of the stored counts, either way. ``python tests/triton/test_triton_static.py
+    --update`` stores new ones."""
     stored = json.loads(BUDGETS.read_text()).get(triton_version())
     if stored is None:
         pytest.skip(f"no budgets are stored for Triton {triton_version()}")
@@ -364,7 +363,7 @@ def test_instruction_budgets(target, tmp_path):
 
 
 def test_normals_take_special_functions_and_no_stack(tmp_path):
-    """A sine and a cosine a pair of normals, where Triton's own would reduce angles of any size."""
+    """One sine and one cosine instruction a pair of normals; Triton's functions reduce angles."""
     for compiled in launches("sm_90", "layer rows of 768", torch.bfloat16):
         if compiled.name != "forward":
             continue
@@ -374,7 +373,7 @@ def test_normals_take_special_functions_and_no_stack(tmp_path):
             count = sum(i.startswith(f"MUFU.{function}") for i in code)
             assert count == elements // 2
         wide = sum(i.startswith("IMAD.WIDE.U32") for i in code)
-        # a product a 64-bit multiplication, two a round; the first rounds begin with constants
+        # a 64-bit multiplication a product, two a round; those of the first rounds have constants
         assert wide >= 18 * elements // 4
 
 

@@ -1,8 +1,7 @@
 """The Triton kernels compiled ahead of time, through the product's own launches.
 
-A driver that stands in for a GPU's lets every launch get as far as the compiled binary: the
-product runs on CPU tensors with all its code, and only the execution is left out. What comes
-back are the binaries of all kernels that an op would have launched.
+A stand-in for the GPU's driver lets every launch compile: the product runs on CPU tensors with all
+its code except the execution. The result is the binaries of all kernels that an op would launch.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ TARGETS = {
 
 
 class StandInDriver:
-    """As much of a driver as a launch asks for before it launches."""
+    """The parts of a driver that a launch uses before it executes."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -57,8 +56,8 @@ class Compiled:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Compiled]]:
-    """Within, launches compile for the target ("sm_90") and do nothing else; the list fills with
-    them."""
+    """In this context, launches compile for the target ("sm_90"), are appended to the list, and do
+    nothing else."""
     found: list[Compiled] = []
     driver, run, fast = triton.runtime.driver, triton.runtime.JITFunction.run, plan.FAST
 

@@ -1,9 +1,8 @@
 """Tests that run where Triton interprets its kernels.
 
-``TRITON_INTERPRET`` must be set before Triton is imported, and other tests of the same session want
-Triton as it is. So a test under :func:`interpreted` runs in a child process, which stays for the
-next one; what it raises there is the test's failure here. Parameters travel by pickle, fixtures
-do not.
+``TRITON_INTERPRET`` must be set before Triton is imported, and other tests of the session need the
+compiler. So a test under :func:`interpreted` runs in a child process, which is kept for the next
+one; its exception is the test's failure. Parameters are pickled; fixtures are not supported.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ INSIDE = "NORMNORM_TESTS_INTERPRETED"
 
 
 def missing() -> str | None:
-    """Why there is nothing to interpret here, or None."""
+    """Why Triton is not available, or None."""
     spec = importlib.util.find_spec("triton")
     return "Triton is not installed" if spec is None or spec.origin is None else None
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:
-    """Lets a test run in the child process."""
+    """Runs a test in the child process."""
     if os.environ.get(INSIDE):
         return test
 
@@ -45,7 +44,7 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
 
 class Child:
-    """A process that imports test modules with the interpreter on and runs what it is told."""
+    """A process with the interpreter enabled that imports test modules and runs their tests."""
 
     def __init__(self) -> None:
         environment = {
@@ -88,8 +87,8 @@ def _child() -> Child:
 
 
 def _round_to_bfloat16() -> None:
-    """Triton's interpreter cuts a float32 off where it stores a bfloat16; every GPU rounds it to
-    the nearest even one, and so does this."""
+    """Makes the interpreter round a float32 to the nearest even bfloat16, as every GPU does; it
+    truncates."""
     import numpy as np
     import torch
     import triton.language as tl
@@ -132,6 +131,6 @@ def _serve(orders: BinaryIO, answers: BinaryIO) -> None:
 
 if __name__ == "__main__":
     private = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not speak into the answers
+    os.dup2(2, 1)  # printed text goes to stderr, not into the pickled answers
     sys.path.remove(str(Path(__file__).parent))
     _serve(sys.stdin.buffer, private)

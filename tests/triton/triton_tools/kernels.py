@@ -1,4 +1,4 @@
-"""Small kernels around device functions of ``triton_kernels``, for the tests of those alone."""
+"""Small kernels around single device functions of ``triton_kernels``."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ from normnorm.triton_kernels.rounds import gradient_round
 
 @triton.jit
 def words(seed, quads, out, stream, N: tl.constexpr, WIDE: tl.constexpr):
-    """Row 0: whether tl.philox differs; rows 1 to 4: the words of each quad."""
+    """Row 0: how many words of a quad differ from tl.philox; rows 1 to 4: its words."""
     i = tl.arange(0, N)
     each = tl.load(quads + i)
     zero = tl.full([N], 0, tl.uint32)
