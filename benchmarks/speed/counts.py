@@ -34,7 +34,7 @@ _PROGRAM = """
 #include <cmath>
 #include <cstdio>
 #include <vector>
-#include "csrc/cpu/problem.h"
+#include "csrc/cpu/params.h"
 using namespace normnorm;
 using namespace normnorm::cpu;
 namespace normnorm::cpu { const Kernels* avx512_kernels() { return nullptr; } }

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "../cpu/problem.h"
+#include "../cpu/params.h"
 
 namespace normnorm {
 

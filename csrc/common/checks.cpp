@@ -12,13 +12,13 @@
 namespace normnorm {
 namespace {
 
-// `sentence` is a callable, so that nothing is formatted where all is well.
+// `sentence` is a callable, so that the message is formatted only on failure.
 template <class F>
 void require(bool condition, F sentence) {
   if (!condition) throw std::invalid_argument(sentence());
 }
 
-// The shortest text that reads back as the number, as Python prints it: a tiny one is not 0.000000.
+// The shortest text that reads back as the number, as Python prints it.
 std::string text(double v) {
   if (!std::isfinite(v)) return std::to_string(v);
   char digits[32];
@@ -99,7 +99,7 @@ void check_shape(const char* name, const TensorView& t, const int64_t* shape, in
   });
 }
 
-// A tensor that lies beside the input, element by element; one that is not given is all right.
+// An optional tensor of the input's shape, dtype and device.
 void check_like_input(const char* name, const TensorView& t, const TensorView& input) {
   if (!t.given) return;
   check_device(name, t, input);

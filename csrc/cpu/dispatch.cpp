@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "problem.h"
+#include "params.h"
 
 namespace normnorm {
 namespace cpu {

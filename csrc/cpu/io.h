@@ -1,7 +1,7 @@
 // Reads and writes of stored elements: float32, float64, bfloat16, float16.
 #pragma once
 
-#include "problem.h"
+#include "params.h"
 #include "simd.h"
 
 namespace normnorm {

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 
 #include "io.h"
-#include "problem.h"
+#include "params.h"
 
 namespace normnorm {
 namespace {

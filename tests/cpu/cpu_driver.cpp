@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/problem.h"
+#include "../../csrc/cpu/params.h"
 
 using namespace normnorm;
 using namespace normnorm::cpu;

@@ -37,7 +37,7 @@ def build(folder: Path, isas: list[str], flags: list[str]) -> Path:
     x86 = platform.machine() in ("x86_64", "AMD64")
     absent = [isa for isa in FLAGS if isa not in isas and (x86 or isa == "generic")]
     missing.write_text(
-        f'#include "{CPU / "problem.h"}"\nnamespace normnorm::cpu {{\n'
+        f'#include "{CPU / "params.h"}"\nnamespace normnorm::cpu {{\n'
         + "".join(f"const Kernels* {isa}_kernels() {{ return nullptr; }}\n" for isa in absent)
         + "}\n"
     )
