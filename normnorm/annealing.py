@@ -6,8 +6,8 @@ a constant, which costs nothing. Once the attribute has changed, the compiler ma
 the graph takes it through these ops. The tensor is on the host, where reading it does not
 synchronize.
 
-``normnorm::normal_norm_forward.annealed`` and ``normnorm::normal_norm_backward.annealed`` otherwise
-have the schemas of :mod:`normnorm.ops` and call those ops.
+``normnorm::normal_norm_forward.annealed`` and ``normnorm::normal_norm_backward.annealed`` have
+the schemas of :mod:`normnorm.ops` in all else, and call those ops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from normnorm import ops
 from normnorm.config import Config
 
-__all__ = ["as_tensor", "is_symbolic", "normal_norm_forward"]
+__all__ = ["as_tensor", "is_symbolic", "library", "normal_norm_forward", "with_tensor"]
 
 # Index of noise_train from the end of every argument list.
 _NOISE_TRAIN = Config._fields.index("noise_train") - len(Config._fields)
@@ -40,32 +40,34 @@ def as_tensor(noise_train: float) -> Tensor:
     return torch.ones((), dtype=torch.float64) * noise_train
 
 
-def _with_number(arguments: tuple[Any, ...], noise_train: float | None = None) -> tuple[Any, ...]:
-    """The arguments of the plain op, with the tensor's value or the given one."""
-    number = float(arguments[_NOISE_TRAIN]) if noise_train is None else noise_train
-    return (*arguments[:_NOISE_TRAIN], number, *arguments[_NOISE_TRAIN + 1 :])
+def _replaced(arguments: tuple[Any, ...], noise_train: Any) -> tuple[Any, ...]:
+    return (*arguments[:_NOISE_TRAIN], noise_train, *arguments[_NOISE_TRAIN + 1 :])
+
+
+def with_tensor(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of the op with the weight of the noise as a tensor."""
+    return _replaced(arguments, as_tensor(arguments[_NOISE_TRAIN]))
 
 
 def _implementation(op: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: op(*_with_number(arguments))
+    return lambda *arguments: op(*_replaced(arguments, float(arguments[_NOISE_TRAIN])))
 
 
 def _fake(fake: Callable[..., Any]) -> Callable[..., Any]:
-    # A fake tensor has no value; shapes do not depend on noise_train.
-    return lambda *arguments: fake(*_with_number(arguments, 1.0))
+    # A fake tensor has no number; any weight of noise gives the same shapes.
+    return lambda *arguments: fake(*_replaced(arguments, 1.0))
 
 
-_library = torch.library.Library("normnorm", "FRAGMENT")
+library = torch.library.Library("normnorm", "FRAGMENT")
 for _name, _op in (
     ("normal_norm_forward", ops.normal_norm_forward),
     ("normal_norm_backward", ops.normal_norm_backward),
 ):
     _schema = ops.SCHEMAS[_name].replace("float noise_train", "Tensor noise_train")
-    _library.define(f"{_name}.annealed{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(f"{_name}.annealed", _implementation(_op), "CompositeExplicitAutograd")
+    library.define(f"{_name}.annealed{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(f"{_name}.annealed", _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(
-        f"normnorm::{_name}.annealed", _fake(ops.FAKES[_name]), lib=_library
+        f"normnorm::{_name}.annealed", _fake(ops.FAKES[_name]), lib=library
     )
-ops.register_gradients(_library, "annealed")
 
 normal_norm_forward = torch.ops.normnorm.normal_norm_forward.annealed

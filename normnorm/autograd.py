@@ -1,15 +1,15 @@
-"""Gradients in eager mode, in the shape that costs least for what is asked.
+"""Gradients: one rule for each pass, in the form that costs least where it is used.
 
-* plain eager: :class:`_Eager`, an old-style ``autograd.Function`` over the backend's own ops;
-* under torch.func transforms: :class:`_Functional`, one with ``setup_context`` and ``vmap``;
-* in forward mode (torch.func.jvp, dual numbers): the definition in ``normnorm/reference.py``
-  itself, whose forward derivatives nest in any order;
-* while compiling: the registered op, whose gradient ``normnorm/ops.py`` registers; its form in
-  ``normnorm/annealing.py`` once the weight of the noise has changed; or the definition where the
-  reference backend is chosen, through which a compiler can fuse;
-* under torch.jit.trace: the registered op too, one node of the graph.
+* plain eager: :class:`_Eager`, an old-style ``autograd.Function`` over the backend's own ops, whose
+  host time is a third less than the new style's;
+* torch.func transforms: :class:`_Functional` and :class:`_Gradient`, new-style with ``vmap``;
+* compiling and torch.jit.trace: the registered op, one node of the graph, whose gradient is
+  registered here; its form in ``normnorm/annealing.py`` once the weight of the noise has changed;
+* forward mode (torch.func.jvp, dual numbers), and compiling under a transform: the definition in
+  ``normnorm/reference.py``, whose derivatives nest in any order. Compilers see it too where the
+  reference backend is chosen, and can fuse through it.
 
-Derivatives beyond the first come from the definition too.
+Derivatives beyond the first come from the definition on every backend.
 """
 
 from __future__ import annotations
@@ -20,22 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import relu
 
-from normnorm import annealing, backends, ops
+from normnorm import annealing, ops
 from normnorm.backends import reference
 from normnorm.backends.reference import transforms_active
-from normnorm.checks import check_residual
-from normnorm.config import Config
+from normnorm.config import BackwardArguments, Config
+from normnorm.ops import Results
 
-__all__ = [
-    "Running",
-    "add_normal_norm",
-    "decomposes",
-    "forward_mode",
-    "is_tracing",
-    "normal_norm",
-]
+__all__ = ["Running", "decomposes", "forward_mode", "is_tracing", "normal_norm"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -55,149 +47,147 @@ def decomposes(config: Config) -> bool:
 
 
 def normal_norm(
-    input: Tensor,
-    running: Running,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    noise_scale: Tensor | None,
-    config: Config,
-    keep_statistics: bool,
-) -> tuple[Tensor, Tensor | None]:
+    tensors: tuple[Tensor | None, ...], prenorm: bool, keep_stats: bool, config: Config
+) -> Results:
     """The forward pass by ``config.backend``, differentiable in input, weight, bias and residual.
 
+    Args:
+        tensors: those of :class:`normnorm.config.ForwardArguments`, from input to noise_scale.
+        prenorm, keep_stats, config: see there.
+
     Returns:
-        (output, statistics); the statistics, never differentiable, may be None unless
-        ``keep_statistics`` asks for them.
+        (output, statistics, sum). The statistics, never differentiable, are there if
+        ``keep_stats`` asks for them or a gradient may need them; the sum with ``prenorm``; else
+        there is None or an empty tensor.
     """
-    arguments = (input, *running, weight, bias, residual, seed, noise_scale, config)
+    arguments = (*tensors, prenorm, True, *config)
     if torch.compiler.is_compiling():
         if decomposes(config) or transforms_active() or forward_mode():
-            return reference.normal_norm_forward(*_flat(arguments))
+            return reference.normal_norm_forward(*arguments)
         if annealing.is_symbolic(config.noise_train):
-            return annealing.normal_norm_forward(*_flat(_annealed(arguments)))
-        return ops.normal_norm_forward(*_flat(arguments))
+            return annealing.normal_norm_forward(*annealing.with_tensor(arguments))
+        return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
     if forward_mode():
-        return reference.normal_norm_forward(*_flat(arguments))
+        return reference.normal_norm_forward(*arguments)
     if transforms_active():
-        return _under_transforms(arguments)
+        return _Functional.apply(*arguments)
     if is_tracing():  # which has no node for what an old-style Function holds
         if torch.onnx.is_in_onnx_export():
-            return reference.normal_norm_forward(*_flat(arguments))
-        return ops.normal_norm_forward(*_flat(arguments))
+            return reference.normal_norm_forward(*arguments)
+        return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
+    input, _, _, _, weight, bias, residual, _, _ = tensors
     if torch.is_grad_enabled() and (
-        input.requires_grad
+        input.requires_grad  # type: ignore[union-attr]
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        if residual is None and config.activation == "":
-            return _Eager.apply(input, weight, bias, arguments)
-        return _EagerActivated.apply(input, weight, bias, residual, arguments)
-    backend = backends.get(config.backend)
-    if keep_statistics or config.noise_train > 0.0:
-        return backend.forward(*_flat(arguments))
-    return backend.infer(input, *running, weight, bias, residual, *config.for_infer()), None
+        return _Eager.apply(input, weight, bias, residual, arguments, config)
+    return ops.run_forward((*tensors, prenorm, keep_stats, *config))
 
 
-def add_normal_norm(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    config: Config,
-) -> tuple[Tensor, Tensor]:
-    """Adds the residual, then normalizes: (output, sum), both differentiable."""
-    arguments = (input, residual, weight, bias, seed, None, config)
-    if not torch.compiler.is_compiling():
-        if not (forward_mode() or transforms_active() or is_tracing()):
-            if torch.is_grad_enabled() and any(
-                t is not None and t.requires_grad for t in arguments[:4]
-            ):
-                return _EagerAdd.apply(*arguments[:4], arguments)
-            return backends.get(config.backend).add_forward(*_flat(arguments))[:2]
-    elif not (
-        decomposes(config)
-        or transforms_active()
-        or forward_mode()
-        or annealing.is_symbolic(config.noise_train)
-    ):
-        return ops.add_normal_norm_forward(*_flat(arguments))[:2]
-    total = input + residual
-    running: Running = (None, None, None)
-    output, _ = normal_norm(total, running, weight, bias, None, seed, None, config, False)
-    return output, total
+# The gradient of the forward pass.
 
 
-def _flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The op's argument list: the configuration flat."""
-    return (*arguments[:-1], *arguments[-1])
-
-
-def _annealed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with the weight of the noise as a tensor."""
-    config = arguments[-1]
-    noise_train: Any = annealing.as_tensor(config.noise_train)
-    return (*arguments[:-1], config._replace(noise_train=noise_train))
-
-
-def _under_transforms(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """The op, then what it would have joined to itself, each differentiated on its own."""
-    *before, residual, seed, noise_scale, config = arguments
-    plain = config._replace(activation="")
-    output, stats = _Functional.apply(*before, seed, noise_scale, plain)
-    if residual is not None:
-        check_residual(before[0], residual)
-        output = output + residual
-    return relu(output) if config.activation else output, stats
+def _save(ctx: Any, arguments: tuple[Any, ...], results: Results, config: Config) -> None:
+    """What :func:`_gradients` needs of a forward pass."""
+    input, running_mean, _, _, weight, bias, _, seed, _, prenorm, keep_stats = arguments[:11]
+    output, stats, sum = results
+    # With an activation the output is kept, for its sign: with noise it could only be had again
+    # by computing the whole output, and the next layer mostly keeps that tensor anyway.
+    activated = output if config.activation else None
+    normalized, kept = sum if prenorm else input, stats if keep_stats else None
+    ctx.save_for_backward(normalized, kept, weight, bias, activated, seed)
+    if prenorm or sum is None:
+        ctx.mark_non_differentiable(stats)
+    else:
+        ctx.mark_non_differentiable(stats, sum)
+    ctx.set_materialize_grads(False)
+    ctx.frozen = running_mean is not None
+    ctx.prenorm = prenorm
+    ctx.config = config
 
 
 def _gradients(
-    ctx: Any, tensors: tuple[Any, ...], needs: tuple[bool, ...], config: Config
-) -> tuple[Any, ...]:
-    """(grad_input, grad_weight, grad_bias) of a forward Function, None where not needed.
+    ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], needs: tuple[bool, ...],
+    backward: Callable[..., Any],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of input, weight, bias and residual, None where ``needs`` has False.
 
-    ``tensors`` are grad_output, input, stats, weight, bias, output and seed.
+    Args:
+        ctx: of :func:`_save`.
+        saved: its tensors.
+        grads: of the results, (output, statistics, sum).
+        needs: whether each of the four gradients is wanted.
+        backward: called with the arguments of ``normal_norm_backward``.
     """
-    gradients: tuple[Any, ...]
-    if forward_mode():
-        grad_output, input, stats, weight, bias, output, seed = tensors
-        grad_output = reference.through_activation(grad_output, output, config)
-        gradients = reference.gradients(
-            grad_output, input, stats, weight, bias, seed, ctx.frozen, config
+    grad_output, _, grad_sum = grads
+    if grad_output is None:
+        return grad_sum, None, None, grad_sum
+    input, stats, weight, bias, output, seed = saved
+    if stats is None:
+        raise RuntimeError(
+            "normal_norm_forward keeps nothing for a backward pass with keep_stats=False"
         )
-    elif torch.is_grad_enabled() or transforms_active():
-        # Somebody may differentiate this backward pass, or vmap it.
-        gradients = _Gradient.apply(*tensors, needs, ctx.frozen, config)
-    else:
-        gradients = backends.get(config.backend).backward(*tensors, *needs, ctx.frozen, *config)
+    needs_input, needs_weight, needs_bias, needs_residual = needs
+    config: Config = ctx.config
+    grad_residual = None
+    if ctx.prenorm:
+        needs_input = needs_input or needs_residual
+    elif needs_residual:  # its gradient is the one in front of the activation
+        grad_output = grad_residual = reference.through_activation(grad_output, output, config)
+        output, config = None, config._replace(activation="")
+    grad_input, grad_weight, grad_bias = backward(
+        grad_output, input, stats, weight, bias, output, seed, grad_sum, needs_input, needs_weight,
+        needs_bias, ctx.frozen, *config,
+    )  # fmt: skip
+    grad_input = grad_input if needs_input else None
     return (
-        gradients[0] if needs[0] else None,
-        gradients[1] if needs[1] else None,
-        gradients[2] if needs[2] else None,
+        grad_input,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        grad_input if ctx.prenorm else grad_residual,
     )
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], stats: Tensor, activated: Tensor | None) -> None:
-    input, running_mean, _, _, weight, bias, _, seed, _, config = arguments
-    ctx.save_for_backward(input, stats, weight, bias, activated, seed)
-    ctx.mark_non_differentiable(stats)
+def _flat_gradients(
+    ctx: Any, grads: tuple[Tensor | None, ...], backward: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    """The same, one for each argument of ``normal_norm_forward``."""
+    n = ctx.needs_input_grad
+    found = _gradients(ctx, ctx.saved_tensors, grads, (n[0], n[4], n[5], n[6]), backward)
+    return (found[0], None, None, None, *found[1:], *(None,) * (len(n) - 7))
+
+
+# The gradient of the backward pass.
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, grad_sum = inputs[:8]
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
-    ctx.frozen = running_mean is not None
-    ctx.config = config
-    ctx.seed = seed
+    ctx.adds = grad_sum is not None
+    ctx.rest = inputs[8:]
 
 
-def _check_same_seed(saved: Tensor, drawn: Tensor) -> None:
-    """That activation checkpointing, which gives back what its second run of the forward pass has
-    saved, drew in it the seed of the first; without waiting for a device."""
-    torch._assert_async(
-        saved == drawn,
-        "activation checkpointing ran a normality layer again with other noise: leave "
-        "preserve_rng_state True, or set the layer's noise_train to 0",
-    )
+def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+    call = BackwardArguments.of(*ctx.saved_tensors, None, *ctx.rest)
+    to_output, to_input, to_weight = reference.second_gradients(directions, call)
+    to_sum = directions[0] if ctx.adds else None
+    return to_output, to_input, None, to_weight, None, None, None, to_sum, *(None,) * len(ctx.rest)
+
+
+# Who differentiates: eager mode, torch.func, compiled graphs.
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """``normal_norm_backward`` outside of compiled graphs."""
+    if forward_mode():
+        return reference.normal_norm_backward(*arguments)
+    if torch.is_grad_enabled() or transforms_active():
+        # This backward pass may be differentiated, or vmapped.
+        return _Gradient.apply(*arguments)
+    return ops.run_backward(arguments)
 
 
 class _Eager(torch.autograd.Function):
@@ -205,174 +195,92 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, arguments: Any
-    ) -> tuple[Tensor, Tensor]:
-        # ``arguments`` is the whole list; the three that may carry gradients stand apart, since
-        # every argument of a Function costs host time.
-        output, stats = backends.get(arguments[-1].backend).forward(*_flat(arguments))
-        _save(ctx, arguments, stats, None)
-        return output, stats
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
-        if grad_output is None:
-            return None, None, None, None
-        tensors = (grad_output, *ctx.saved_tensors)
-        if tensors[-1] is not ctx.seed:
-            _check_same_seed(tensors[-1], ctx.seed)
-        return *_gradients(ctx, tensors, ctx.needs_input_grad[:3], ctx.config), None
-
-
-class _EagerActivated(torch.autograd.Function):
-    """The same with a residual or an activation. The output is kept for the sign that an
-    activation's gradient needs: whatever reads the output next mostly keeps it as well, and with
-    noise the sign could only be had by computing the whole output again."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None, arguments: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        config = arguments[-1]
-        output, stats = backends.get(config.backend).forward(*_flat(arguments))
-        _save(ctx, arguments, stats, output if config.activation else None)
-        return output, stats
+        residual: Tensor | None, arguments: tuple[Any, ...], config: Config,
+    ) -> Results:  # fmt: skip
+        # ``arguments`` is the whole list; the four that may carry gradients stand apart, since
+        # every argument of a Function costs host time.
+        results = ops.run_forward(arguments)
+        _save(ctx, arguments, results, config)
+        ctx.seed = arguments[7]
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
-        if grad_output is None:
-            return None, None, None, None, None
-        *saved, activated, seed = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        seed = saved[5]
         if seed is not ctx.seed:
-            _check_same_seed(seed, ctx.seed)
-        config, grad_residual = ctx.config, None
-        if ctx.needs_input_grad[3]:  # and then nothing is left of the activation for the kernel
-            grad_output = reference.through_activation(grad_output, activated, config)
-            grad_residual, activated, config = grad_output, None, config._replace(activation="")
-        tensors = (grad_output, *saved, activated, seed)
-        return (
-            *_gradients(ctx, tensors, ctx.needs_input_grad[:3], config), grad_residual, None
-        )  # fmt: skip
-
-
-class _EagerAdd(torch.autograd.Function):
-    """The sum of input and residual, normalized; its gradient joins that of the output."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None,
-        arguments: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        config = arguments[-1]
-        output, total, stats = backends.get(config.backend).add_forward(*_flat(arguments))
-        activated = output if config.activation else None
-        ctx.save_for_backward(total, stats, weight, bias, activated, arguments[4])
-        ctx.set_materialize_grads(False)
-        ctx.frozen = False
-        ctx.config = config
-        ctx.seed = arguments[4]
-        return output, total
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None
-    ) -> Any:
-        of_input, of_residual, *of_parameters, _ = ctx.needs_input_grad
-        if grad_output is None:
-            return grad_sum, grad_sum, None, None, None
-        needs = (of_input or of_residual, *of_parameters)
-        config, tensors = ctx.config, (grad_output, *ctx.saved_tensors)
-        if tensors[-1] is not ctx.seed:
-            _check_same_seed(tensors[-1], ctx.seed)
-        nested = torch.is_grad_enabled() or transforms_active() or forward_mode()
-        if grad_sum is None or nested or not needs[0]:
-            grad, grad_weight, grad_bias = _gradients(ctx, tensors, needs, config)
-            if grad is not None and grad_sum is not None:
-                grad = grad + grad_sum
-        else:
-            grad, *found = backends.get(config.backend).add_backward(
-                grad_output, grad_sum, *ctx.saved_tensors, *needs, *config
+            # Activation checkpointing gives back what its second run of the forward pass saved.
+            torch._assert_async(  # waits for no device
+                seed == ctx.seed,
+                "activation checkpointing ran a normality layer again with other noise: leave "
+                "preserve_rng_state True, or set the layer's noise_train to 0",
             )
-            grad_weight, grad_bias = (
-                gradient if needed else None
-                for gradient, needed in zip(found, of_parameters, strict=True)
-            )
-        return (
-            grad if of_input else None, grad if of_residual else None, grad_weight, grad_bias, None
-        )  # fmt: skip
+        return *_gradients(ctx, saved, grads, ctx.needs_input_grad[:4], _backward), None, None
 
 
 class _Functional(torch.autograd.Function):
-    """The registered op, for torch.func transforms."""
-
-    # Where input, weight and bias stand among the arguments.
-    _differentiable = (0, 4, 5)
+    """``normal_norm_forward`` for torch.func transforms."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        *tensors, seed, noise_scale, config = arguments
-        return ops.normal_norm_forward(*tensors, None, seed, noise_scale, *config)
+    def forward(*arguments: Any) -> Results:  # type: ignore[override]
+        return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *before, seed, noise_scale, config = inputs
-        _save(ctx, (*before, None, seed, noise_scale, config), output[1], None)
+        _save(ctx, inputs, output, Config(*inputs[11:]))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> Any:  # type: ignore[override]
-        results: list[Any] = [None] * len(ctx.needs_input_grad)
-        if grad_output is not None:
-            needs = tuple(ctx.needs_input_grad[i] for i in _Functional._differentiable)
-            found = _gradients(ctx, (grad_output, *ctx.saved_tensors), needs, ctx.config)
-            for i, gradient in zip(_Functional._differentiable, found, strict=True):
-                results[i] = gradient
-        return tuple(results)
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        return _flat_gradients(ctx, grads, _backward)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
-        *tensors, config = arguments
-
-        def definition(*one: Any) -> Any:
-            *before, seed, noise_scale = one
-            return reference.normal_norm_forward(*before, None, seed, noise_scale, *config)
-
-        return _vmap_definition(definition, info, in_dims[:-1], tuple(tensors))
+        return _vmap_definition(reference.normal_norm_forward, info, in_dims, arguments)
 
 
 class _Gradient(torch.autograd.Function):
-    """The backward pass as a function that can itself be differentiated."""
+    """``normal_norm_backward`` as a function that can itself be differentiated."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        *tensors, needs, frozen, config = arguments
-        return ops.normal_norm_backward(*tensors, *needs, frozen, *config)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return ops.normal_norm_backward(*arguments)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.needs, ctx.frozen, ctx.config = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *directions: Tensor | None) -> Any:  # type: ignore[override]
-        to_output, to_input, to_weight = reference.second_gradients(
-            directions, ctx.saved_tensors, ctx.needs, ctx.frozen, ctx.config
-        )
-        return to_output, to_input, None, to_weight, None, None, None, None, None, None
+    setup_context = staticmethod(_save_backward)
+    backward = staticmethod(_differentiate_backward)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
-        *tensors, needs, frozen, config = arguments
-
-        def definition(*one: Any) -> Any:
-            return reference.normal_norm_backward(*one, *needs, frozen, *config)
-
-        return _vmap_definition(definition, info, in_dims[:7], tuple(tensors))
+        return _vmap_definition(reference.normal_norm_backward, info, in_dims, arguments)
 
 
 def _vmap_definition(
-    definition: Callable[..., Any], info: Any, in_dims: Any, tensors: tuple[Any, ...]
+    definition: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """A vmap rule: the definition, vmapped, exact whichever arguments are batched."""
-    results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*tensors)
+    results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*arguments)
     return results, (0,) * len(results)
+
+
+def _register(library: torch.library.Library, overload: str) -> None:
+    """Registers the gradients of an overload of both ops, which compiled graphs follow."""
+    suffix = "" if overload == "default" else f".{overload}"
+    backward = getattr(torch.ops.normnorm.normal_norm_backward, overload)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        _save(ctx, inputs, output, Config(*inputs[11:]))
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _flat_gradients(ctx, grads, backward)
+
+    for name, gradient, setup_context in (
+        ("normal_norm_forward", differentiate, save),
+        ("normal_norm_backward", _differentiate_backward, _save_backward),
+    ):
+        torch.library.register_autograd(
+            f"normnorm::{name}{suffix}", gradient, setup_context=setup_context, lib=library
+        )
+
+
+_register(ops.library, "default")
+_register(annealing.library, "annealed")

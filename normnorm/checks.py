@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normnorm.config import Config
+from normnorm.config import BackwardArguments, Config, ForwardArguments
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
@@ -25,10 +25,11 @@ __all__ = [
     "check_forward",
     "check_integer",
     "check_is_tensor",
+    "check_momentum",
     "check_noise_train",
     "check_number",
-    "check_residual",
     "check_tensors",
+    "check_together",
     "check_transform",
     "group_count",
     "group_size",
@@ -199,13 +200,6 @@ def _check_like_input(name: str, tensor: Tensor, input: Tensor) -> None:
         raise TypeError(f"{name} must have the input's dtype {input.dtype}; got {tensor.dtype}")
 
 
-def check_residual(input: Tensor, residual: Tensor) -> None:
-    """A tensor to be added to the input, or to the output, element by element."""
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a tensor; got {type(residual).__name__}")
-    _check_like_input("residual", residual, input)
-
-
 def with_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Input and residual in one dtype, the one that torch gives their sum: under autocast a
     branch in half precision meets a stream in float32. The ops themselves want one dtype."""
@@ -280,20 +274,24 @@ def _check_noise(
             )
 
 
-def _check_running(input: Tensor, kind: str, running: tuple[Tensor | None, ...]) -> None:
-    given = [tensor for tensor in running if tensor is not None]
-    if not given:
-        return
-    if len(given) != 3:
+def check_together(mean: Tensor | None, var: Tensor | None, lmbda: Tensor | None) -> None:
+    """Running statistics: all three or none."""
+    given = (mean is not None) + (var is not None) + (lmbda is not None)
+    if given not in (0, 3):
         raise ValueError(
             "running_mean, running_var and running_lmbda must be given together or not at all; "
-            f"got {len(given)} of them"
+            f"got {given} of them"
         )
-    if kind != "batch":
-        raise ValueError(f"running statistics belong to kind 'batch'; got kind '{kind}'")
-    for name, tensor in zip(("running_mean", "running_var", "running_lmbda"), given, strict=True):
-        _check_device(name, tensor, input)
-        _check_channel_buffer(name, tensor, input.size(1))
+
+
+def check_momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> None:
+    """The weight of a batch in the running statistics, or what stands in for it."""
+    if momentum is not None:
+        check_number("momentum", momentum)
+        if not -math.inf < momentum < math.inf:
+            raise ValueError(f"momentum must be finite or None; got {momentum}")
+    elif num_batches_tracked is None:
+        raise ValueError("momentum None (a cumulative average) needs num_batches_tracked; got None")
 
 
 def _check_channel_buffer(name: str, tensor: Tensor, channels: int) -> None:
@@ -305,59 +303,52 @@ def _check_channel_buffer(name: str, tensor: Tensor, channels: int) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
 
 
-def check_forward(
-    input: Tensor,
-    running: tuple[Tensor | None, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    noise_scale: Tensor | None,
-    config: Config,
-    shard: bool = False,
-) -> None:
-    """Everything that ``normal_norm_forward`` and ``normal_norm_infer`` ask of their arguments;
-    the input may be a ``shard`` of any size, other ranks holding the rest of its groups."""
-    check_tensors(weight=weight, bias=bias)
+def check_forward(call: ForwardArguments, shard: bool = False) -> None:
+    """Everything that ``normal_norm_forward`` asks of its arguments; the input may be a ``shard``
+    of any size, other ranks holding the rest of its groups."""
+    input, config = call.input, call.config
+    check_tensors(weight=call.weight, bias=call.bias)
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
     check_activation(config.activation)
-    if residual is not None:
-        check_residual(input, residual)
-    _check_running(input, config.kind, running)
-    if running[0] is None and not shard:
-        _check_group_size(input, config)
-    _check_noise(input, config.noise_train, seed, noise_scale, group_count(input, config))
-    _check_parameters(input, weight, bias, parameter_shape(input, config))
+    if call.residual is not None:
+        _check_like_input("residual", call.residual, input)
+    running = call[1:4]
+    if call.prenorm:
+        if call.residual is None:
+            raise ValueError("prenorm needs a residual; got None")
+        if any(tensor is not None for tensor in running):
+            raise ValueError("prenorm takes no running statistics; got them")
+    check_together(*running)
+    if call.running_mean is None:
+        if not shard:
+            _check_group_size(input, config)
+    else:
+        if config.kind != "batch":
+            raise ValueError(f"running statistics belong to kind 'batch'; got kind '{config.kind}'")
+        for name, tensor in zip(call._fields[1:4], running, strict=True):
+            assert tensor is not None
+            _check_device(name, tensor, input)
+            _check_channel_buffer(name, tensor, input.size(1))
+    _check_noise(input, config.noise_train, call.seed, call.noise_scale, group_count(input, config))
+    _check_parameters(input, call.weight, call.bias, parameter_shape(input, config))
 
 
-def check_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output: Tensor | None,
-    seed: Tensor | None,
-    needs_weight: bool,
-    needs_bias: bool,
-    config: Config,
-    grad_sum: Tensor | None = None,
-) -> None:
-    """Everything that ``normal_norm_backward`` and ``add_normal_norm_backward`` ask of their
-    arguments."""
+def check_backward(call: BackwardArguments) -> None:
+    """Everything that ``normal_norm_backward`` asks of its arguments."""
+    input, stats, config = call.input, call.stats, call.config
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
     check_activation(config.activation)
-    _check_like_input("grad_output", grad_output, input)
-    if config.activation and output is None:
+    _check_like_input("grad_output", call.grad_output, input)
+    if config.activation and call.output is None:
         raise ValueError(f"activation '{config.activation}' needs the forward's output; got None")
-    if output is not None:
+    if call.output is not None:
         if not config.activation:
             raise ValueError("output belongs to an activation; got a tensor and activation ''")
-        _check_like_input("output", output, input)
-    if grad_sum is not None:
-        _check_like_input("grad_sum", grad_sum, input)
+        _check_like_input("output", call.output, input)
+    if call.grad_sum is not None:
+        _check_like_input("grad_sum", call.grad_sum, input)
     groups = group_count(input, config)
     _check_device("stats", stats, input)
     if _shape(stats) != (len(Row), groups):
@@ -368,11 +359,11 @@ def check_backward(
         raise TypeError(
             f"stats must be {statistics_dtype(input.dtype)} for this input; got {stats.dtype}"
         )
-    _check_noise(input, config.noise_train, seed, None, groups)
-    _check_parameters(input, weight, bias, parameter_shape(input, config))
-    if needs_weight and weight is None:
+    _check_noise(input, config.noise_train, call.seed, None, groups)
+    _check_parameters(input, call.weight, call.bias, parameter_shape(input, config))
+    if call.needs_weight and call.weight is None:
         raise ValueError("needs_weight asks for weight; got None")
-    if needs_bias and bias is None:
+    if call.needs_bias and call.bias is None:
         raise ValueError("needs_bias asks for bias; got None")
 
 
@@ -425,15 +416,7 @@ def check_fold(
                 "num_batches_tracked must be one int64; got "
                 f"{num_batches_tracked.dtype} of shape {_shape(num_batches_tracked)}"
             )
-    if momentum is None:
-        if num_batches_tracked is None:
-            raise ValueError(
-                "momentum None (a cumulative average) needs num_batches_tracked; got None"
-            )
-    else:
-        check_number("momentum", momentum)
-        if not -math.inf < momentum < math.inf:
-            raise ValueError(f"momentum must be finite or None; got {momentum}")
+    check_momentum(momentum, num_batches_tracked)
 
 
 def _check_device_of_stats(name: str, tensor: Tensor, stats: Tensor) -> None:

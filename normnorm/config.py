@@ -1,14 +1,16 @@
-"""The arguments of an op that are not tensors."""
+"""The arguments of the ops, as named tuples in the order of their schemas."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Config"]
+from torch import Tensor
+
+__all__ = ["BackwardArguments", "Config", "ForwardArguments"]
 
 
 class Config(NamedTuple):
-    """An op's configuration, in schema order.
+    """The arguments that are not tensors, the same in the forward and the backward pass.
 
     Attributes:
         kind: "batch", "layer", "group" or "instance": what a group of elements is.
@@ -22,27 +24,84 @@ class Config(NamedTuple):
         stream: which noise of a seed: the rank in synchronised layers, else 0.
         channels_last: the noise index follows (N, spatial..., C) instead of row-major order.
         activation: "relu", applied to the output, or "" for none.
-        backend: who computes.
+        backend: the backend's name, which the public ops take and a backend does not.
     """
 
+    # groups of elements
     kind: str
     num_groups: int
     normalized_ndim: int
+    # standardization, noise and transform
     eps: float
     noise_train: float
     alpha: float
     order: int
     transform_eps: float
+    # position in the noise
     stream: int
     channels_last: bool
+    # epilogue
     activation: str
-    backend: str
+    backend: str = ""
 
-    def for_infer(self) -> tuple[Any, ...]:
-        """The part of it that ``normal_norm_infer`` takes: nothing of the noise."""
-        return (*self[:4], *self[5:8], *self[10:])
+
+class ForwardArguments(NamedTuple):
+    """The arguments of ``normal_norm_forward``; docs/backends.md describes each."""
+
+    input: Tensor
+    # used instead of the input's own statistics; all three or none
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    running_lmbda: Tensor | None
+    # affine map
+    weight: Tensor | None
+    bias: Tensor | None
+    # added to the output, or to the input where `prenorm`
+    residual: Tensor | None
+    # noise
+    seed: Tensor | None
+    noise_scale: Tensor | None
+    # which results there are beside the output
+    prenorm: bool
+    keep_stats: bool
+    config: Config
 
     @classmethod
-    def from_infer(cls, *arguments: Any) -> Config:
-        """The configuration of a ``normal_norm_infer`` call."""
-        return cls._make((*arguments[:4], 0.0, *arguments[4:7], 0, False, *arguments[7:]))
+    def of(cls, *arguments: Any) -> ForwardArguments:
+        """From the op's argument list, with or without the backend's name."""
+        return cls(*arguments[:11], Config(*arguments[11:]))  # type: ignore[call-arg]
+
+    def flat(self) -> tuple[Any, ...]:
+        """The public op's argument list."""
+        return (*self[:-1], *self.config)
+
+
+class BackwardArguments(NamedTuple):
+    """The arguments of ``normal_norm_backward``; docs/backends.md describes each."""
+
+    grad_output: Tensor
+    # what the forward pass saved; `input` is its sum where it was prenorm
+    input: Tensor
+    stats: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    output: Tensor | None
+    seed: Tensor | None
+    # the gradient of the sum, added to that of the input
+    grad_sum: Tensor | None
+    # which gradients are wanted
+    needs_input: bool
+    needs_weight: bool
+    needs_bias: bool
+    # no gradient passes through running statistics
+    frozen: bool
+    config: Config
+
+    @classmethod
+    def of(cls, *arguments: Any) -> BackwardArguments:
+        """From the op's argument list, with or without the backend's name."""
+        return cls(*arguments[:12], Config(*arguments[12:]))  # type: ignore[call-arg]
+
+    def flat(self) -> tuple[Any, ...]:
+        """The public op's argument list."""
+        return (*self[:-1], *self.config)

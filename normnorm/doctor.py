@@ -16,7 +16,7 @@ from normnorm import backends, selfcheck
 from normnorm import environment as machine
 from normnorm.backends import cuda
 from normnorm.checks import check_forward
-from normnorm.config import Config
+from normnorm.config import Config, ForwardArguments
 
 __all__ = ["add_arguments", "run"]
 
@@ -225,7 +225,7 @@ def plans(arguments: argparse.Namespace) -> dict[str, Any]:
         kind, options["num_groups"], options["normalized_ndim"], 1e-5, 0.0, 1.0, 2, 0.0, 0, False,
         "", "cuda",
     )  # fmt: skip
-    check_forward(input, (None, None, None), None, None, None, None, None, config, shard=True)
+    check_forward(ForwardArguments(input, *(None,) * 8, False, False, config), shard=True)
     return {
         "shape": list(arguments.plan),
         "kind": kind,

@@ -36,8 +36,5 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     return {
         ops.normal_norm_forward: reference.normal_norm_forward,
         ops.normal_norm_backward: reference.normal_norm_backward,
-        ops.normal_norm_infer: reference.normal_norm_infer,
-        ops.add_normal_norm_forward: reference.add_normal_norm_forward,
-        ops.add_normal_norm_backward: reference.add_normal_norm_backward,
         ops.fold_running_: reference.fold_running_,
     }

@@ -36,15 +36,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normnorm import backends, likelihood, ops, reference
-from normnorm.autograd import Running, add_normal_norm, decomposes, is_tracing, normal_norm
+from normnorm.autograd import Running, decomposes, is_tracing, normal_norm
 from normnorm.backends.reference import fold_running_, transforms_active
 from normnorm.checks import (
     check_activation,
     check_integer,
     check_is_tensor,
+    check_momentum,
     check_noise_train,
     check_number,
     check_tensors,
+    check_together,
     check_transform,
     group_size,
     with_residual,
@@ -128,38 +130,43 @@ def _apply(
     bias: Tensor | None,
     seed: Tensor | int | None,
     config: Config,
-    keep_statistics: bool = False,
+    keep_stats: bool = False,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The op, its seed drawn where there is noise: (output, statistics)."""
+    prenorm: bool = False,
+) -> tuple[Any, Tensor | None, Any]:
+    """The op, its seed drawn where there is noise: (output, statistics, sum)."""
     _check_parameters(input, weight, bias)
-    if residual is not None:
+    if residual is not None or prenorm:
         check_plain(input, residual=residual)
         narrow = input.dtype
-        input, residual = with_residual(input, residual)  # checked before a seed is drawn
-        if input.dtype is not narrow:
+        input, residual = with_residual(input, residual)  # type: ignore[arg-type]  # before a seed is drawn
+        if input.dtype is not narrow and not prenorm:
             weight, bias = _promoted(weight, narrow, input), _promoted(bias, narrow, input)
-    seed = _seed(seed, input, config)
-    if type(input) is not Tensor and is_dtensor(input):
-        shards, input, config = shards_of(input, config, running[0] is None, keep_statistics)
-        mean, var, lmbda = running
-        output, statistics = normal_norm(
+    drawn = None
+    if config.noise_train > 0.0:
+        drawn = draw_seed(input.device) if seed is None else as_seed(seed, input.device)
+    if type(input) is Tensor or not is_dtensor(input):
+        return normal_norm(
+            (input, *running, weight, bias, residual, drawn, None), prenorm, keep_stats, config
+        )
+    shards, input, config = shards_of(input, config, running[0] is None, keep_stats)
+    mean, var, lmbda = running
+    output, stats, total = normal_norm(
+        (
             input,
-            (
-                shards.statistic("running_mean", mean),
-                shards.statistic("running_var", var),
-                shards.statistic("running_lmbda", lmbda),
-            ),
+            shards.statistic("running_mean", mean),
+            shards.statistic("running_var", var),
+            shards.statistic("running_lmbda", lmbda),
             shards.parameter("weight", weight),
             shards.parameter("bias", bias),
             shards.residual(residual),
-            shards.seed(seed),
-            None, config, keep_statistics,
-        )  # fmt: skip
-        return shards.whole(output), statistics
-    return normal_norm(
-        input, running, weight, bias, residual, seed, None, config, keep_statistics
+            shards.seed(drawn),
+            None,
+        ),
+        prenorm, keep_stats, config,
     )  # fmt: skip
+    whole = shards.whole(total) if prenorm and total is not None else None
+    return shards.whole(output), stats, whole
 
 
 def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -178,12 +185,6 @@ def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> T
     return parameter.to(statistics_dtype(input.dtype))
 
 
-def _seed(seed: Tensor | int | None, input: Tensor, config: Config) -> Tensor | None:
-    if config.noise_train > 0.0:
-        return draw_seed(input.device) if seed is None else as_seed(seed, input.device)
-    return None
-
-
 def _fold(
     statistics: Tensor,
     running: Running,
@@ -196,16 +197,15 @@ def _fold(
     if is_dtensor(running[0]):  # replicated: shards_of() refuses what would make them differ
         running = tuple(map(to_local, running))
         num_batches_tracked = to_local(num_batches_tracked)
-    fold: Any  # one of three with the same arguments
-    if transforms_active():
-        fold = ops.fold_running_
-    elif torch.compiler.is_compiling():
-        fold = fold_running_ if decomposes(config) else ops.fold_running_
-    elif is_tracing():
-        fold = ops.fold_running_
+    arguments: Any = (
+        statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend
+    )  # fmt: skip
+    if torch.compiler.is_compiling() and not transforms_active() and decomposes(config):
+        fold_running_(*arguments)
+    elif torch.compiler.is_compiling() or transforms_active() or is_tracing():
+        ops.fold_running_(*arguments)
     else:
-        fold = backends.get(config.backend).fold
-    fold(statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend)
+        ops.run_fold(arguments)
 
 
 def _check_running(
@@ -213,27 +213,21 @@ def _check_running(
 ) -> bool:
     """Whether running statistics were given; said before anything is computed or drawn."""
     mean, var, lmbda = running
-    if mean is None and var is None and lmbda is None:
-        return False
     if mean is None or var is None or lmbda is None:
-        raise ValueError(
-            "running_mean, running_var and running_lmbda must be given together or not at all; "
-            f"got {sum(tensor is not None for tensor in running)} of them"
-        )
+        check_together(mean, var, lmbda)
+        return False
     if not (type(mean) is Tensor and type(var) is Tensor and type(lmbda) is Tensor):
         check_tensors(running_mean=mean, running_var=var, running_lmbda=lmbda)
     if tracked is not None and type(tracked) is not Tensor:
         check_tensors(num_batches_tracked=tracked)
-    if momentum is not None and type(momentum) is not float:
-        check_number("momentum", momentum)
     # The fold itself asks that var and lambda be like mean.
     if update and input.dim() > 1 and mean.shape != input.shape[1:2]:
         raise ValueError(
             f"running_mean must have shape ({input.size(1)},) for an input of shape "
             f"{tuple(input.shape)}; got {tuple(mean.shape)}"
         )
-    if update and momentum is None and tracked is None:
-        raise ValueError("momentum None (a cumulative average) needs num_batches_tracked; got None")
+    if type(momentum) is not float and (update or momentum is not None):
+        check_momentum(momentum, tracked)
     return True
 
 
@@ -291,8 +285,10 @@ def batch_normal_norm(
         transform_eps, activation,
     )  # fmt: skip
     if not training:
-        return _apply(input, running, weight, bias, seed, config, residual=residual)[0]
-    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked, residual)
+        return _apply(input, running, weight, bias, seed, config, False, residual)[0]
+    output, statistics, _ = _apply(
+        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
+    )
     if tracked:
         if input.numel() > 0:
             assert statistics is not None  # they were asked for
@@ -338,7 +334,7 @@ def layer_normal_norm(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
         transform_eps, activation,
     )  # fmt: skip
-    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual=residual)[0]
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, False, residual)[0]
 
 
 def _check_normalized_shape(input: Tensor, normalized_shape: Sequence[int]) -> None:
@@ -389,26 +385,14 @@ def add_layer_normal_norm(
             sum's dtype nor float32.
     """
     _check_normalized_shape(input, normalized_shape)
-    _check_parameters(input, weight, bias)
-    check_plain(input, residual=residual)
-    input, residual = with_residual(input, residual)
     config = _configure(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
         transform_eps,
     )  # fmt: skip
-    seed = _seed(seed, input, config)
-    if type(input) is not Tensor and is_dtensor(input):
-        shards, input, config = shards_of(input, config, True, False)
-        output, total = add_normal_norm(
-            input,
-            shards.residual(residual),
-            shards.parameter("weight", weight),
-            shards.parameter("bias", bias),
-            shards.seed(seed),
-            config,
-        )  # fmt: skip
-        return shards.whole(output), shards.whole(total)
-    return add_normal_norm(input, residual, weight, bias, seed, config)
+    output, _, total = _apply(
+        input, _NO_RUNNING, weight, bias, seed, config, False, residual, True
+    )  # fmt: skip
+    return output, total
 
 
 def group_normal_norm(
@@ -456,7 +440,7 @@ def group_normal_norm(
             "Expected more than 1 value per channel when training, "
             f"got input size {list(input.shape)}"
         )
-    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual=residual)[0]
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, False, residual)[0]
 
 
 def instance_normal_norm(
@@ -514,12 +498,14 @@ def instance_normal_norm(
             input, "batch", 0, 0, eps, noise_train, False, alpha, order,
             transform_eps, activation,
         )  # fmt: skip
-        return _apply(input, running, weight, bias, seed, config, residual=residual)[0]
+        return _apply(input, running, weight, bias, seed, config, False, residual)[0]
     config = _configure(
         input, "instance", 0, 0, eps, noise_train, training, alpha, order,
         transform_eps, activation,
     )  # fmt: skip
-    output, statistics = _apply(input, _NO_RUNNING, weight, bias, seed, config, tracked, residual)
+    output, statistics, _ = _apply(
+        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
+    )
     if tracked and input.numel() > 0:
         assert statistics is not None  # they were asked for
         count = group_size(input, config)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from normnorm.backends import reference
-from normnorm.checks import check_backward, check_fold, check_forward, check_residual
-from normnorm.config import Config
+from normnorm.checks import check_backward, check_fold, check_forward
+from normnorm.config import BackwardArguments, Config, ForwardArguments
 from normnorm.statistics import Row, statistics_dtype
 
 from . import params, reduce, resident, streaming
@@ -19,146 +19,25 @@ from . import plan as planning
 from .params import ABSENT, Affine, BackwardTensors, ForwardTensors, Noise, Operand, Running, Splits
 from .plan import MOMENT_COLUMNS, Plan, ceil_div, find_plan, make_numbers
 
-__all__ = [
-    "add_normal_norm_backward",
-    "add_normal_norm_forward",
-    "fold_running_",
-    "normal_norm_backward",
-    "normal_norm_forward",
-    "normal_norm_infer",
-]
-
-_NONE = (None, None, None)  # no running statistics
+__all__ = ["fold_running_", "normal_norm_backward", "normal_norm_forward"]
 
 
-def normal_norm_forward(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    running_lmbda: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    noise_scale: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:
+def normal_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``normnorm::normal_norm_forward``."""
-    config = Config(*arguments)
-    given = (running_mean, running_var, running_lmbda)
-    check_forward(input, given, weight, bias, residual, seed, noise_scale, config)
-    if input.numel() == 0:
-        return reference.normal_norm_forward(
-            input, *given, weight, bias, residual, seed, noise_scale, *arguments
-        )
-    output, _, stats = run_forward(
-        input, given, weight, bias, residual, False, seed, noise_scale, config, True
-    )
-    assert stats is not None
-    return output, stats
+    call = ForwardArguments.of(*arguments)
+    check_forward(call)
+    if call.input.numel() == 0:
+        return reference.normal_norm_forward(*arguments)
+    return run_forward(call)
 
 
-def normal_norm_infer(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    running_lmbda: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *arguments: Any,
-) -> Tensor:
-    """``normnorm::normal_norm_infer``."""
-    config = Config.from_infer(*arguments)
-    given = (running_mean, running_var, running_lmbda)
-    check_forward(input, given, weight, bias, residual, None, None, config)
-    if input.numel() == 0:
-        return torch.empty_like(input)
-    return run_forward(input, given, weight, bias, residual, False, None, None, config, False)[0]
-
-
-def add_normal_norm_forward(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    noise_scale: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``normnorm::add_normal_norm_forward``."""
-    config = Config(*arguments)
-    check_residual(input, residual)
-    check_forward(input, _NONE, weight, bias, None, seed, noise_scale, config)
-    if input.numel() == 0:
-        return reference.add_normal_norm_forward(
-            input, residual, weight, bias, seed, noise_scale, *arguments
-        )
-    output, sum, stats = run_forward(
-        input, _NONE, weight, bias, residual, True, seed, noise_scale, config, True
-    )
-    assert sum is not None
-    assert stats is not None
-    return output, sum, stats
-
-
-def normal_norm_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output: Tensor | None,
-    seed: Tensor | None,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    frozen: bool,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def normal_norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """``normnorm::normal_norm_backward``; a gradient not asked for is an empty tensor."""
-    config = Config(*arguments)
-    check_backward(
-        grad_output, input, stats, weight, bias, output, seed, needs_weight, needs_bias, config
-    )
-    needs = (needs_input, needs_weight, needs_bias)
-    if input.numel() == 0 or not any(needs):
-        return reference.normal_norm_backward(
-            grad_output, input, stats, weight, bias, output, seed, *needs, frozen, *arguments
-        )
-    return Backward(
-        grad_output, None, input, stats, weight, bias, output, seed, needs, frozen, config
-    ).run()
-
-
-def add_normal_norm_backward(
-    grad_output: Tensor,
-    grad_sum: Tensor,
-    sum: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output: Tensor | None,
-    seed: Tensor | None,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``normnorm::add_normal_norm_backward``; a gradient not asked for is an empty tensor."""
-    config = Config(*arguments)
-    check_backward(
-        grad_output, sum, stats, weight, bias, output, seed, needs_weight, needs_bias, config,
-        grad_sum,
-    )  # fmt: skip
-    needs = (needs_input, needs_weight, needs_bias)
-    if sum.numel() == 0 or not any(needs):
-        return reference.add_normal_norm_backward(
-            grad_output, grad_sum, sum, stats, weight, bias, output, seed, *needs, *arguments
-        )
-    return Backward(
-        grad_output, grad_sum, sum, stats, weight, bias, output, seed, needs, False, config
-    ).run()
+    call = BackwardArguments.of(*arguments)
+    check_backward(call)
+    if call.input.numel() == 0 or not (call.needs_input or call.needs_weight or call.needs_bias):
+        return reference.normal_norm_backward(*arguments)
+    return Backward(call).run()
 
 
 def fold_running_(
@@ -170,7 +49,6 @@ def fold_running_(
     momentum: float | None,
     count: int,
     eps: float,
-    backend: str,
 ) -> None:
     """``normnorm::fold_running_``: moves the running statistics towards a batch's, in place."""
     check_fold(
@@ -193,13 +71,10 @@ def fold_running_(
 # --- the forward pass ----------------------------------------------------------------------------
 
 
-def run_forward(
-    input: Tensor, given: tuple[Tensor | None, ...], weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, adds: bool, seed: Tensor | None, noise_scale: Tensor | None,
-    config: Config, keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(output, sum, statistics): the sum of input and residual if the pass ``adds`` them before it
-    normalizes, the statistics if they are to be kept or a later launch reads them."""
+def run_forward(call: ForwardArguments) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(output, statistics, sum)."""
+    input, residual, adds, config = call.input, call.residual, call.prenorm, call.config
+    given, noise_scale = call[1:4], call.noise_scale
     frozen, noisy = given[0] is not None, config.noise_train > 0.0
     output = torch.empty_like(input)
     tensors = (input, output) if residual is None else (input, output, residual)
@@ -210,11 +85,11 @@ def run_forward(
         p.written(torch.empty_like(input), 1) if adds else ABSENT,
     )  # fmt: skip
     stats = None
-    if keep or not (p.resident or frozen):
+    if call.keep_stats or not (p.resident or frozen):  # a later launch reads them
         dtype = statistics_dtype(input.dtype)
         stats = torch.empty(len(Row), p.layout.groups, dtype=dtype, device=input.device)
-    affine = Affine(dense_parameter(weight), dense_parameter(bias))
-    noise = Noise(seed, dense_parameter(noise_scale), stream_word(config))
+    affine = Affine(dense_parameter(call.weight), dense_parameter(call.bias))
+    noise = Noise(call.seed, dense_parameter(noise_scale), stream_word(config))
     numbers = make_numbers(config, p.layout)
     with torch.cuda.device_of(input):
         if p.resident:
@@ -237,7 +112,7 @@ def run_forward(
                 x._replace(sum=ABSENT), stats, affine, noise, running, *sums, p.geometry,
                 Splits(p.tiles.splits, p.left), *numbers, p.spec, num_warps=p.tiles.warps,
             )  # fmt: skip
-    return promised(t.output, input), promised(t.sum, input) if adds else None, stats
+    return promised(t.output, input), stats, promised(t.sum, input) if adds else None
 
 
 def _moments(t: ForwardTensors, part: Tensor, p: Plan) -> Tensor:
@@ -297,16 +172,14 @@ def _reduced(part: Tensor, p: Plan) -> Tensor:
 
 
 class Backward:
-    """One backward pass. ``result``: the output of a forward pass with an activation, which masks
-    the gradient; ``grad_sum``: added to the gradient of the input."""
+    """One backward pass."""
 
-    def __init__(
-        self, grad: Tensor, grad_sum: Tensor | None, input: Tensor, stats: Tensor,
-        weight: Tensor | None, bias: Tensor | None, result: Tensor | None, seed: Tensor | None,
-        needs: tuple[bool, ...], frozen: bool, config: Config,
-    ) -> None:  # fmt: skip
-        self.input, self.weight, self.bias = input, weight, bias
-        self.needs, self.frozen, self.config = needs, frozen, config
+    def __init__(self, call: BackwardArguments) -> None:
+        grad, input, config, frozen = call.grad_output, call.input, call.config, call.frozen
+        result, grad_sum = call.output, call.grad_sum
+        needs = (call.needs_input, call.needs_weight, call.needs_bias)
+        self.input, self.weight, self.bias = input, call.weight, call.bias
+        self.needs, self.frozen = needs, frozen
         # the noise affects no other gradient
         self.noisy = config.noise_train > 0.0 and needs[1]
         fused = config.kind == "layer" and (needs[1] or needs[2])
@@ -326,16 +199,16 @@ class Backward:
             ABSENT if result is None else p.read(result, 3),
             adds or ABSENT,
         )  # fmt: skip
-        self.noise = Noise(seed, None, stream_word(config))
-        self.stats = stats.contiguous()
-        self.dense_weight = dense_parameter(weight)
+        self.noise = Noise(call.seed, None, stream_word(config))
+        self.stats = call.stats.contiguous()
+        self.dense_weight = dense_parameter(call.weight)
         self.numbers = make_numbers(config, p.layout)
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, ...]:
         with torch.cuda.device_of(self.input):
             return self._run()
 
-    def _run(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self) -> tuple[Tensor, ...]:
         wants_parameters = self.needs[1] or self.needs[2]
         within_group = params.PER_GROUP.value != self.p.spec.AFFINE
         separate = wants_parameters and within_group and not self.fused

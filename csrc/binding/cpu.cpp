@@ -159,7 +159,7 @@ void prepare_stats(const Tensor& stats, const OptionalTensor& mean, const Option
   });
 }
 
-ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
+ForwardResult run_forward(const ForwardTensors& t, Config config) {
   const Arguments a = t.arguments();
   check_forward(a, config);
 
@@ -167,11 +167,12 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   const Dtype compute = statistics_dtype(a.input.dtype);
   const int64_t shape[] = {kStatRows, group_count(a.input, config)};
   Tensor stats = empty_contiguous(shape, 2, compute, a.input);
-  ForwardOutputs outputs{output, stats};
-  if (t.add) outputs.sum = empty_like(t.input, a.input);
+  OptionalTensor sum;
+  if (t.prenorm) sum = empty_like(t.input, a.input);
+  const auto result = [&]() -> ForwardResult { return {output, t.keep_stats ? OptionalTensor(stats) : std::nullopt, sum}; };
   if (a.input.numel() == 0) {
     torch::stable::zero_(stats);
-    return outputs;
+    return result();
   }
   const Layout layout(a.input, view(output), config);
   cpu::Problem p = make_problem(a.input, layout, config, t.seed);
@@ -179,9 +180,9 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   const Source source(t.input, layout);
   Target target(output, layout);
   const OptionalSource residual(t.residual, layout);
-  std::optional<Target> sum;
-  if (t.add) p.sum = sum.emplace(*outputs.sum, layout).operand;
-  (t.add ? p.addend : p.residual) = residual.operand;
+  std::optional<Target> sum_target;
+  if (sum) p.sum = sum_target.emplace(*sum, layout).operand;
+  (t.prenorm ? p.addend : p.residual) = residual.operand;
   p.relu = !config.activation.empty();
   p.input = source.operand;
   p.output = target.operand;
@@ -192,8 +193,8 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
                 config.eps);
   cpu::kernels().forward(p);
   target.finish();
-  if (sum) sum->finish();
-  return outputs;
+  if (sum_target) sum_target->finish();
+  return result();
 }
 
 BackwardResult run_backward(const BackwardTensors& t, Config config) {

@@ -9,7 +9,7 @@
 
 #include "../common/stats.h"
 #include "../cuda/launch.h"
-#include "by_definition.h"
+#include "fallback.h"
 #include "cuda_device.h"
 #include "cuda_problem.h"
 #include "ops.h"
@@ -111,21 +111,22 @@ void prepare_stats(Tensor& stats, const ForwardTensors& t, double eps, bool give
   }
 }
 
-ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
+ForwardResult run_forward(const ForwardTensors& t, Config config) {
   const Arguments a = t.arguments();
   check_forward(a, config);
   const bool noise = config.noise_train > 0;
-  if (noise && noise_order_is_out_of_reach(a.input, config)) return forward_by_definition(t, config);
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return fallback_forward(t, config);
 
   const OnDevice device(a.input);
   Tensor output = empty_like(t.input, a.input);
   const int64_t shape[] = {kStatRows, group_count(a.input, config)};
   Tensor stats = empty_contiguous(shape, 2, statistics_dtype(a.input.dtype), a.input);
-  ForwardOutputs outputs{output, stats};
-  if (t.add) outputs.sum = empty_like(t.input, a.input);
+  OptionalTensor sum;
+  if (t.prenorm) sum = empty_like(t.input, a.input);
+  const auto result = [&]() -> ForwardResult { return {output, t.keep_stats ? OptionalTensor(stats) : std::nullopt, sum}; };
   if (a.input.numel() == 0) {
     torch::stable::zero_(stats);
-    return outputs;
+    return result();
   }
   const Layout layout = cuda_layout(a.input, view(output), config, noise);
   cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
@@ -133,9 +134,9 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   const Source source(t.input, layout);
   Target target(output, layout);
   const OptionalSource residual(t.residual, layout);
-  std::optional<Target> sum;
-  if (t.add) p.sum = sum.emplace(*outputs.sum, layout).operand;
-  (t.add ? p.addend : p.residual) = residual.operand;
+  std::optional<Target> sum_target;
+  if (sum) p.sum = sum_target.emplace(*sum, layout).operand;
+  (t.prenorm ? p.addend : p.residual) = residual.operand;
   p.relu = !config.activation.empty();
   p.weight = weight.operand;
   p.bias = bias.operand;
@@ -148,8 +149,8 @@ ForwardOutputs run_forward(const ForwardTensors& t, Config config) {
   prepare_stats(stats, t, config.eps, p.noise.given_scale, device.stream);
   run(p, false, a.input, device.stream);
   target.finish();
-  if (sum) sum->finish();
-  return outputs;
+  if (sum_target) sum_target->finish();
+  return result();
 }
 
 BackwardResult run_backward(const BackwardTensors& t, Config config) {
@@ -157,7 +158,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   check_backward(a, config);
   // The gradients of the input and of the bias do not know the noise.
   const bool noise = config.noise_train > 0 && t.needs_weight;
-  if (noise && noise_order_is_out_of_reach(a.input, config)) return backward_by_definition(t, config);
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return fallback_backward(t, config);
 
   const OnDevice device(a.input);
   Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input);

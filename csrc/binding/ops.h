@@ -1,5 +1,5 @@
-// The ops' signatures, once for all devices: from a schema's argument list (normnorm/ops.py) to what a device's
-// passes take.
+// The ops' signatures, once for all devices: from a schema's argument list (normnorm/ops.py, without the backend's name)
+// to what a device's passes take.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,7 +8,7 @@
 
 namespace normnorm {
 
-template <ForwardOutputs (*run_forward)(const ForwardTensors&, Config),
+template <ForwardResult (*run_forward)(const ForwardTensors&, Config),
           BackwardResult (*run_backward)(const BackwardTensors&, Config), void (*run_fold)(const FoldTensors&)>
 class Ops {
  public:
@@ -16,9 +16,6 @@ class Ops {
   static void implement(Library& library) {
     library.impl("normal_norm_forward", TORCH_BOX(&Ops::normal_norm_forward));
     library.impl("normal_norm_backward", TORCH_BOX(&Ops::normal_norm_backward));
-    library.impl("normal_norm_infer", TORCH_BOX(&Ops::normal_norm_infer));
-    library.impl("add_normal_norm_forward", TORCH_BOX(&Ops::add_normal_norm_forward));
-    library.impl("add_normal_norm_backward", TORCH_BOX(&Ops::add_normal_norm_backward));
     library.impl("fold_running_", TORCH_BOX(&Ops::fold_running_));
   }
 
@@ -26,74 +23,32 @@ class Ops {
   static ForwardResult normal_norm_forward(
       const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
       const OptionalTensor& running_lmbda, const OptionalTensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale,
-      const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train,
-      double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
-      const std::string& activation, const std::string& /*backend*/) {
-    return run_forward(
-               {input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale},
-               {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                channels_last, activation})
-        .plain();
-  }
-
-  static Tensor normal_norm_infer(const Tensor& input, const OptionalTensor& running_mean,
-                                  const OptionalTensor& running_var, const OptionalTensor& running_lmbda,
-                                  const OptionalTensor& weight, const OptionalTensor& bias,
-                                  const OptionalTensor& residual, const std::string& kind, int64_t num_groups,
-                                  int64_t normalized_ndim, double eps, double alpha, int64_t order,
-                                  double transform_eps, const std::string& activation,
-                                  const std::string& /*backend*/) {
-    const OptionalTensor none;
-    return run_forward(
-               {input, running_mean, running_var, running_lmbda, weight, bias, residual, none, none},
-               {kind, num_groups, normalized_ndim, eps, 0.0, alpha, order, transform_eps, 0, false, activation})
-        .output;
+      const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale, bool prenorm,
+      bool keep_stats, const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps,
+      double noise_train, double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
+      const std::string& activation) {
+    return run_forward({input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale,
+                        prenorm, keep_stats},
+                       {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
+                        channels_last, activation});
   }
 
   static BackwardResult normal_norm_backward(
       const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
-      const OptionalTensor& bias, const OptionalTensor& output, const OptionalTensor& seed, bool needs_input,
-      bool needs_weight, bool needs_bias, bool frozen, const std::string& kind, int64_t num_groups,
-      int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
-      double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
-      const std::string& /*backend*/) {
-    return run_backward({grad_output, input, stats, weight, bias, output, seed, needs_input, needs_weight,
+      const OptionalTensor& bias, const OptionalTensor& output, const OptionalTensor& seed,
+      const OptionalTensor& grad_sum, bool needs_input, bool needs_weight, bool needs_bias, bool frozen,
+      const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train,
+      double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
+      const std::string& activation) {
+    return run_backward({grad_output, input, stats, weight, bias, output, seed, grad_sum, needs_input, needs_weight,
                          needs_bias, frozen},
-                        {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps,
-                         stream, channels_last, activation});
-  }
-
-  static AddResult add_normal_norm_forward(
-      const Tensor& input, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& seed, const OptionalTensor& noise_scale, const std::string& kind,
-      int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
-      double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
-      const std::string& /*backend*/) {
-    const OptionalTensor none, added = residual;
-    return run_forward({input, none, none, none, weight, bias, added, seed, noise_scale, true},
-                       {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps,
-                        stream, channels_last, activation})
-        .with_sum();
-  }
-
-  static BackwardResult add_normal_norm_backward(
-      const Tensor& grad_output, const Tensor& grad_sum, const Tensor& sum, const Tensor& stats,
-      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& output,
-      const OptionalTensor& seed, bool needs_input, bool needs_weight, bool needs_bias, const std::string& kind,
-      int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train, double alpha, int64_t order,
-      double transform_eps, int64_t stream, bool channels_last, const std::string& activation,
-      const std::string& /*backend*/) {
-    return run_backward({grad_output, sum, stats, weight, bias, output, seed, needs_input, needs_weight,
-                         needs_bias, false, grad_sum},
-                        {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps,
-                         stream, channels_last, activation});
+                        {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
+                         channels_last, activation});
   }
 
   static void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
                             const Tensor& running_lmbda, const OptionalTensor& num_batches_tracked,
-                            std::optional<double> momentum, int64_t count, double eps,
-                            const std::string& /*backend*/) {
+                            std::optional<double> momentum, int64_t count, double eps) {
     run_fold({stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps});
   }
 };

@@ -153,6 +153,7 @@ Arguments ForwardTensors::arguments() const {
   a.running_mean = view(mean), a.running_var = view(var), a.running_lmbda = view(lmbda);
   a.weight = view(weight), a.bias = view(bias), a.residual = view(residual);
   a.seed = view(seed), a.noise_scale = view(noise_scale);
+  a.prenorm = prenorm;
   return a;
 }
 

@@ -70,16 +70,16 @@ class Target {
 struct ForwardTensors {
   const Tensor& input;
   const OptionalTensor &mean, &var, &lmbda, &weight, &bias, &residual, &seed, &noise_scale;
-  bool add = false;  // the residual joins the input and not the output
+  bool prenorm;  // the residual is added to the input, not to the output
+  bool keep_stats;
 
   Arguments arguments() const;
 };
 
 struct BackwardTensors {
   const Tensor &grad_output, &input, &stats;
-  const OptionalTensor &weight, &bias, &output, &seed;
+  const OptionalTensor &weight, &bias, &output, &seed, &grad_sum;
   bool needs_input, needs_weight, needs_bias, frozen;
-  OptionalTensor grad_sum = {};
 
   Arguments arguments() const;
 };
@@ -94,15 +94,7 @@ struct FoldTensors {
   FoldArguments arguments() const;
 };
 
-struct ForwardOutputs {
-  Tensor output, stats;
-  OptionalTensor sum = {};  // where the residual joined the input
-
-  std::tuple<Tensor, Tensor> plain() const { return {output, stats}; }
-  std::tuple<Tensor, Tensor, Tensor> with_sum() const { return {output, *sum, stats}; }
-};
-using ForwardResult = std::tuple<Tensor, Tensor>;
-using AddResult = std::tuple<Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
+using ForwardResult = std::tuple<Tensor, OptionalTensor, OptionalTensor>;           // output, statistics, sum
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;                     // gradients of input, weight and bias
 
 }  // namespace normnorm

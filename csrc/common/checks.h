@@ -1,6 +1,5 @@
-// Checks of the ops' arguments, done before any pointer is read; they throw std::invalid_argument.
-//
-// Rules and messages are those of normnorm/checks.py, which serves the backends written in Python.
+// Checks of the ops' arguments, done before any pointer is read; they throw std::invalid_argument without saying which
+// argument is wrong. normnorm/ops.py then runs normnorm/checks.py, which says it.
 #pragma once
 
 #include <optional>
@@ -12,7 +11,7 @@ namespace normnorm {
 
 enum class Kind { kBatch, kLayer, kGroup, kInstance };
 
-// The configuration arguments of an op; the op infer leaves those of the noise at these defaults.
+// The configuration arguments of an op.
 struct Config {
   std::string kind_name;
   int64_t num_groups = 0, normalized_ndim = 0;
@@ -31,6 +30,7 @@ struct Arguments {
   TensorView input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale;
   TensorView grad_output, stats, output, grad_sum;  // backward
   bool needs_weight = false, needs_bias = false;
+  bool prenorm = false;  // forward
 };
 
 void check_forward(const Arguments& a, Config& config);

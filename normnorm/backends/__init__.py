@@ -1,7 +1,7 @@
 """Which backend serves: the registry, the user's switch, and the reasons why not.
 
-A backend is six callables with the argument order of the op schemas in ``normnorm/ops.py``.
-It is resolved once at each forward pass and handed to its backward pass by name.
+A backend is three callables with the arguments of the op schemas in ``normnorm/ops.py``, without
+the backend's name. It is resolved once at each forward pass; its backward pass follows by name.
 
 Backends of GPUs are looked for when they are first asked for: importing normnorm neither wakes a
 GPU's driver nor imports Triton. Each is a module here, with
@@ -35,18 +35,14 @@ class Backend:
     Attributes:
         name: what :func:`use_backend` and the ops' ``backend`` argument call it.
         device_type: the kind of device it serves; None for every device.
-        forward, backward, infer, fold, add_forward, add_backward: the ops, positional arguments
-            in schema order.
+        forward, backward, fold: the ops, positional arguments in schema order.
     """
 
     name: str
     device_type: str | None
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    infer: Callable[..., Any]
     fold: Callable[..., Any]
-    add_forward: Callable[..., Any]
-    add_backward: Callable[..., Any]
 
 
 # Of two that serve the same device, ``auto`` takes the one that stands first.
@@ -60,10 +56,7 @@ _backends: dict[str, Backend] = {
         None,
         reference.normal_norm_forward,
         reference.normal_norm_backward,
-        reference.normal_norm_infer,
         reference.fold_running_,
-        reference.add_normal_norm_forward,
-        reference.add_normal_norm_backward,
     )
 }
 # Which of them serves a kind of device when the user leaves the choice to us.
@@ -108,10 +101,7 @@ def register_compiled(name: str, device_type: str) -> None:
             device_type,
             ops.normal_norm_forward.default,
             ops.normal_norm_backward.default,
-            ops.normal_norm_infer.default,
             ops.fold_running_.default,
-            ops.add_normal_norm_forward.default,
-            ops.add_normal_norm_backward.default,
         )
     )
 

@@ -11,6 +11,8 @@ import torch
 
 from normnorm import backends
 from normnorm.backends import cpu
+from normnorm.checks import check_forward
+from normnorm.config import Config, ForwardArguments
 
 __all__ = [
     "DEVICE_MODELS",
@@ -170,7 +172,7 @@ def current_device() -> Device | None:
 
 
 class _Request(ctypes.Structure):
-    """PlanRequest of csrc/binding/cuda_about.cpp."""
+    """PlanRequest of csrc/binding/plan_query.cpp."""
 
     _fields_ = [
         ("kind", ctypes.c_char_p),
@@ -191,7 +193,7 @@ class _Request(ctypes.Structure):
 
 
 class _Answer(ctypes.Structure):
-    """PlanAnswer of csrc/binding/cuda_about.cpp."""
+    """PlanAnswer of csrc/binding/plan_query.cpp."""
 
     _fields_ = [
         ("groups", ctypes.c_int64),
@@ -278,6 +280,8 @@ def plan(
         raise ValueError(f"dtype must be one of {_STORAGES}; got {input.dtype}")
     dim = input.dim()
     last = dim > 2 and input.stride(1) == 1 and input.size(1) > 1
+    config = Config(kind, num_groups, normalized_ndim, 1e-5, 0.0, 1.0, 2, 0.0, 0, last, "")
+    check_forward(ForwardArguments(input, *(None,) * 8, False, True, config))
     request = _Request(
         kind.encode(), num_groups, normalized_ndim, dim, (ctypes.c_int64 * dim)(*input.shape),
         (ctypes.c_int64 * dim)(*input.stride()), _STORAGES.index(input.dtype), last, noise, affine,

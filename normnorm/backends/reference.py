@@ -15,26 +15,19 @@ import torch
 from torch import Tensor
 
 from normnorm.checks import check_backward, check_fold, check_forward
-from normnorm.config import Config
+from normnorm.config import BackwardArguments, Config, ForwardArguments
 from normnorm.reference import normal_norm, pack_running
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
-    "add_normal_norm_backward",
-    "add_normal_norm_forward",
     "fold_running_",
-    "gradients",
     "move_running",
     "normal_norm_backward",
     "normal_norm_forward",
-    "normal_norm_infer",
     "second_gradients",
     "through_activation",
     "transforms_active",
 ]
-
-
-_NONE = (None, None, None)  # no running statistics
 
 
 def _keywords(config: Config) -> dict[str, Any]:
@@ -98,66 +91,36 @@ def pull_back(
         )
 
 
-def normal_norm_forward(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    running_lmbda: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    noise_scale: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor]:
+def normal_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``normnorm::normal_norm_forward``; differentiable, since the definition is."""
-    config = Config(*arguments)
-    running = (running_mean, running_var, running_lmbda)
-    check_forward(input, running, weight, bias, residual, seed, noise_scale, config)
+    call = ForwardArguments.of(*arguments)
+    check_forward(call)
+    input, residual, config = call.input, call.residual, call.config
+    sum = input.new_empty(0)
+    if call.prenorm:
+        assert residual is not None  # the checks saw to it
+        input = sum = _like_input(input + residual, input)
+        residual = None
     frozen = None
-    if running_mean is not None and running_var is not None and running_lmbda is not None:
-        dtype = statistics_dtype(input.dtype)
-        frozen = pack_running(running_mean, running_var, running_lmbda, config.eps, dtype)
+    mean, var, lmbda = call.running_mean, call.running_var, call.running_lmbda
+    if mean is not None and var is not None and lmbda is not None:
+        frozen = pack_running(mean, var, lmbda, config.eps, statistics_dtype(input.dtype))
     output, stats = normal_norm(
-        input, weight, bias, seed=seed, noise_scale=noise_scale, frozen=frozen,
+        input, call.weight, call.bias, seed=call.seed, noise_scale=call.noise_scale, frozen=frozen,
         residual=residual, **_keywords(config),
     )  # fmt: skip
-    return _like_input(output, input), stats
+    return _like_input(output, input), stats if call.keep_stats else input.new_empty(0), sum
 
 
-def normal_norm_infer(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    running_lmbda: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *arguments: Any,
-) -> Tensor:
-    """``normnorm::normal_norm_infer``: the forward without noise, its statistics not kept."""
-    return normal_norm_forward(
-        input, running_mean, running_var, running_lmbda, weight, bias, residual, None, None,
-        *Config.from_infer(*arguments),
-    )[0]  # fmt: skip
-
-
-def definition(
-    input: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    frozen: bool,
-    config: Config,
-) -> Tensor:
-    """The forward pass that gave ``stats``, up to its activation, as a function to differentiate:
-    the noise scale is the saved one, a constant by definition, and so is every statistic of a
-    frozen layer."""
-    config = config._replace(activation="")
+def definition(call: BackwardArguments) -> Tensor:
+    """The forward pass that gave ``call.stats``, up to its activation, as a function to
+    differentiate: the noise scale is the saved one, a constant by definition, and so is every
+    statistic of a frozen layer."""
+    config = call.config._replace(activation="")
     return normal_norm(
-        input, weight, bias, seed=seed, noise_scale=stats.select(0, Row.NOISE_SCALE),
-        frozen=stats if frozen else None, **_keywords(config),
+        call.input, call.weight, call.bias, seed=call.seed,
+        noise_scale=call.stats.select(0, Row.NOISE_SCALE),
+        frozen=call.stats if call.frozen else None, **_keywords(config),
     )[0]  # fmt: skip
 
 
@@ -170,137 +133,65 @@ def through_activation(grad_output: Tensor, output: Tensor | None, config: Confi
     return torch.ops.aten.threshold_backward(grad_output, output, 0)
 
 
-def gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    frozen: bool,
-    config: Config,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(grad_input, grad_weight, grad_bias), None for absent parameters; differentiable again
+def _gradients(call: BackwardArguments) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias, None for absent parameters; differentiable again
     in grad_output, input and weight, which is the double backward of every backend."""
-    given = [parameter for parameter in (weight, bias) if parameter is not None]
+    present = [name for name in ("weight", "bias") if getattr(call, name) is not None]
 
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        rest = iter(parameters)
-        w = None if weight is None else next(rest)
-        b = None if bias is None else next(rest)
-        return definition(x, stats, w, b, seed, frozen, config)
+    def function(input: Tensor, *parameters: Tensor) -> Tensor:
+        given: dict[str, Any] = dict(zip(present, parameters, strict=True))
+        return definition(call._replace(input=input, **given))
 
-    grad_input, *rest = pull_back(function, (input, *given), grad_output)
-    grad_weight = None if weight is None else rest.pop(0)
-    return grad_input, grad_weight, rest.pop(0) if rest else None
+    primals = (call.input, *(getattr(call, name) for name in present))
+    grad_output = through_activation(call.grad_output, call.output, call.config)
+    grad_input, *rest = pull_back(function, primals, grad_output)
+    found = dict(zip(present, rest, strict=True))
+    return grad_input, found.get("weight"), found.get("bias")
 
 
 def second_gradients(
-    directions: tuple[Tensor | None, ...],
-    tensors: tuple[Any, ...],
-    needs: tuple[bool, ...],
-    frozen: bool,
-    config: Config,
+    directions: tuple[Tensor | None, ...], call: BackwardArguments
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of ``normal_norm_backward`` in (grad_output, input, weight), pulled back
-    along ``directions``, one for each of its results (None for zero).
-
-    ``tensors`` are grad_output, input, stats, weight, bias, output and seed.
-    """
-    grad_output, input, stats, weight, bias, output, seed = tensors
+    along ``directions``, one for each of its results (None for zero)."""
+    needs = (call.needs_input, call.needs_weight, call.needs_bias)
     asked = [i for i, needed in enumerate(needs) if needed]
-    results = (input, weight, bias)
+    results = (call.input, call.weight, call.bias)
     cotangents = []
     for i in asked:
         like, direction = results[i], directions[i]
         assert like is not None  # a gradient was asked for, so the parameter was there
         cotangents.append(torch.zeros_like(like) if direction is None else direction)
 
-    def function(g: Tensor, x: Tensor, w: Tensor | None = None) -> tuple[Any, ...]:
-        g = through_activation(g, output, config)
-        found = gradients(g, x, stats, w, bias, seed, frozen, config)
+    def function(grad_output: Tensor, input: Tensor, *weight: Tensor) -> tuple[Any, ...]:
+        point = call._replace(grad_output=grad_output, input=input)
+        found = _gradients(point._replace(weight=weight[0]) if weight else point)
         return tuple(found[i] for i in asked)
 
-    primals = (grad_output, input) if weight is None else (grad_output, input, weight)
+    weight = () if call.weight is None else (call.weight,)
+    primals = (call.grad_output, call.input, *weight)
     to_output, to_input, *rest = pull_back(function, primals, tuple(cotangents))
     return to_output, to_input, rest[0] if rest else None
 
 
-def normal_norm_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output: Tensor | None,
-    seed: Tensor | None,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    frozen: bool,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``normnorm::normal_norm_backward``; a gradient not asked for is an empty tensor."""
-    config = Config(*arguments)
-    check_backward(
-        grad_output, input, stats, weight, bias, output, seed, needs_weight, needs_bias, config
+def normal_norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """``normnorm::normal_norm_backward``; empty tensors for gradients that are not wanted."""
+    call = BackwardArguments.of(*arguments)
+    check_backward(call)
+    if not call.needs_weight:  # the noise reaches no other gradient
+        call = call._replace(config=call.config._replace(noise_train=0.0))
+    input, grad_sum = call.input, call.grad_sum
+    grad_input, grad_weight, grad_bias = _gradients(call)
+    if call.needs_input:
+        if grad_sum is not None:
+            dtype = statistics_dtype(input.dtype)
+            grad_input = (grad_input.to(dtype) + grad_sum.to(dtype)).to(input.dtype)
+        grad_input = _like_input(grad_input, input)
+    return (
+        grad_input if call.needs_input else input.new_empty(0),
+        grad_weight if call.needs_weight and grad_weight is not None else input.new_empty(0),
+        grad_bias if call.needs_bias and grad_bias is not None else input.new_empty(0),
     )
-    if not needs_weight:  # the noise reaches no other gradient
-        config = config._replace(noise_train=0.0)
-    grad_output = through_activation(grad_output, output, config)
-    found = gradients(grad_output, input, stats, weight, bias, seed, frozen, config)
-    grad_input, grad_weight, grad_bias = (
-        gradient if gradient is not None and needed else input.new_empty(0)
-        for gradient, needed in zip(found, (needs_input, needs_weight, needs_bias), strict=True)
-    )
-    return _like_input(grad_input, input) if needs_input else grad_input, grad_weight, grad_bias
-
-
-def add_normal_norm_forward(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    noise_scale: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``normnorm::add_normal_norm_forward``; differentiable, since the definition is."""
-    check_forward(input, _NONE, weight, bias, residual, seed, noise_scale, Config(*arguments))
-    total = _like_input(input + residual, input)
-    output, stats = normal_norm_forward(
-        total, *_NONE, weight, bias, None, seed, noise_scale, *arguments
-    )
-    return output, total, stats
-
-
-def add_normal_norm_backward(
-    grad_output: Tensor,
-    grad_sum: Tensor,
-    sum: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output: Tensor | None,
-    seed: Tensor | None,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``normnorm::add_normal_norm_backward``; a gradient not asked for is an empty tensor."""
-    check_backward(
-        grad_output, sum, stats, weight, bias, output, seed, needs_weight, needs_bias,
-        Config(*arguments), grad_sum,
-    )  # fmt: skip
-    grad_input, *rest = normal_norm_backward(
-        grad_output, sum, stats, weight, bias, output, seed, needs_input, needs_weight,
-        needs_bias, False, *arguments,
-    )  # fmt: skip
-    if needs_input:
-        dtype = statistics_dtype(sum.dtype)
-        grad_input = _like_input((grad_input.to(dtype) + grad_sum.to(dtype)).to(sum.dtype), sum)
-    return grad_input, *rest  # type: ignore[return-value]
 
 
 def fold_running_(
@@ -312,7 +203,7 @@ def fold_running_(
     momentum: float | None,
     count: int,
     eps: float,
-    backend: str,
+    *_: str,
 ) -> None:
     """``normnorm::fold_running_``: moves the running statistics towards a batch's, in place."""
     check_fold(

@@ -74,10 +74,7 @@ def register() -> None:
             device_type(),
             launch.normal_norm_forward,
             launch.normal_norm_backward,
-            launch.normal_norm_infer,
             launch.fold_running_,
-            launch.add_normal_norm_forward,
-            launch.add_normal_norm_backward,
         )
     )
 

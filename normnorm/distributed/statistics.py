@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normnorm import backends, reference
+from normnorm import ops, reference
 from normnorm.autograd import normal_norm
 from normnorm.backends.reference import definition, pull_back
-from normnorm.config import Config
+from normnorm.config import BackwardArguments, Config
 from normnorm.statistics import ROWS, Row, statistics_dtype
 
 __all__ = ["Synchronised"]
@@ -199,7 +199,7 @@ def _transform(h: Tensor, lmbda: Tensor, config: Config) -> Tensor:
     """psi(h; lmbda), computed by the op."""
     zero = torch.zeros_like(lmbda)
     alone = config._replace(eps=_HALF, noise_train=0.0)
-    return normal_norm(h, (zero, zero + _HALF, lmbda), *(None,) * 5, alone, False)[0]
+    return normal_norm((h, zero, zero + _HALF, lmbda, *(None,) * 5), False, False, alone)[0]
 
 
 def _finish(
@@ -213,8 +213,8 @@ def _finish(
     identity = config._replace(eps=_HALF, alpha=0.0, order=2, transform_eps=0.0)
     noise_scale = None if seed is None else scale
     return normal_norm(
-        x, (zero, zero + _HALF, zero + 1.0), weight, bias, None, seed, noise_scale, identity,
-        False,
+        (x, zero, zero + _HALF, zero + 1.0, weight, bias, None, seed, noise_scale), False, False,
+        identity,
     )[0]  # fmt: skip
 
 
@@ -284,16 +284,20 @@ def _parameter_gradients(
     """
     input, weight, bias, seed = tensors
     if not torch.compiler.is_compiling():
-        _, *found = backends.get(config.backend).backward(
-            grad_output, input, stats, weight, bias, None, seed, False, *needs, True, *config
-        )
+        saved = (input, stats, weight, bias, None, seed, None)
+        _, *found = ops.run_backward((grad_output, *saved, False, *needs, True, *config))
         return found[0] if needs[0] else None, found[1] if needs[1] else None
     names = [name for name, needed in zip(("weight", "bias"), needs, strict=True) if needed]
     given = {"weight": weight, "bias": bias}
 
     def function(*parameters: Tensor) -> Tensor:
         both = {**given, **dict(zip(names, parameters, strict=True))}
-        return definition(input, stats, both["weight"], both["bias"], seed, True, config)
+        return definition(
+            BackwardArguments(
+                grad_output, input, stats, both["weight"], both["bias"], None, seed, None,
+                False, *needs, True, config,
+            )
+        )  # fmt: skip
 
     pulled = torch.func.vjp(function, *(given[name] for name in names))[1](grad_output)
     gradients = dict(zip(names, pulled, strict=True))

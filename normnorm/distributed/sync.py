@@ -22,6 +22,7 @@ from normnorm.checks import (
     check_noise_train,
     with_residual,
 )
+from normnorm.config import ForwardArguments
 from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of_batch, to_local
 from normnorm.distributed.statistics import Synchronised
 from normnorm.fused import BatchNormalNormAct2d
@@ -114,7 +115,12 @@ def sync_batch_normal_norm(
         weight, bias = shards.parameter("weight", weight), shards.parameter("bias", bias)
         running = tuple(map(to_local, running))
         num_batches_tracked = to_local(num_batches_tracked)
-    check_forward(input, running, weight, bias, None, seed_tensor, None, config, shard=True)
+    check_forward(
+        ForwardArguments(
+            input, *running, weight, bias, None, seed_tensor, None, False, True, config
+        ),
+        shard=True,
+    )
     output, stats, count = Synchronised.apply(
         input, weight, bias, seed_tensor, config, process_group
     )

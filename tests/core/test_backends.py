@@ -49,16 +49,16 @@ def _seed(value: int, device: str) -> torch.Tensor:
 
 def _forward(case: Case, backend: str, x, weight=None, bias=None, seed=5, **options):
     return torch.ops.normnorm.normal_norm_forward(
-        x, None, None, None, weight, bias, None, _seed(seed, x.device), None,
+        x, None, None, None, weight, bias, None, _seed(seed, x.device), None, False, True,
         *case.config(backend, **options),
-    )  # fmt: skip
+    )[:2]  # fmt: skip
 
 
 def _backward(
     case: Case, backend: str, g, x, stats, weight, bias, needs=(True, True, True), seed=5, **options
 ):
     return torch.ops.normnorm.normal_norm_backward(
-        g, x, stats, weight, bias, None, _seed(seed, x.device), *needs, False,
+        g, x, stats, weight, bias, None, _seed(seed, x.device), None, *needs, False,
         *case.config(backend, **options),
     )  # fmt: skip
 
@@ -279,11 +279,7 @@ def _serving(device: str = "cpu") -> str:
             reached.append(backend.name)
             return backend.forward(*arguments)
 
-        def infer(*arguments):
-            reached.append(backend.name)
-            return backend.infer(*arguments)
-
-        return dataclasses.replace(backend, forward=forward, infer=infer)
+        return dataclasses.replace(backend, forward=forward)
 
     try:
         backends._backends.update({name: spy(backend) for name, backend in saved.items()})
@@ -555,11 +551,11 @@ def test_one_backends_backward_follows_anothers_frozen_forward(device, first, se
         torch.tensor(values, dtype=torch.float64, device=device)
         for values in ([0.1, -1.0, 2.0, 0.0], [0.5, 1.0, 2.0, 3.0], [0.0, 0.4, 1.0, 2.0])
     ]
-    y, stats = torch.ops.normnorm.normal_norm_forward(
-        x, *running, weight, bias, None, None, None, *case.config(first)
+    y, stats, _ = torch.ops.normnorm.normal_norm_forward(
+        x, *running, weight, bias, None, None, None, False, True, *case.config(first)
     )
     gradients = torch.ops.normnorm.normal_norm_backward(
-        g, x, stats, weight, bias, None, None, True, True, True, True, *case.config(second)
+        g, x, stats, weight, bias, None, None, None, *(True,) * 4, *case.config(second)
     )
     arguments = tuple(numpy(a) for a in (x, g, weight, bias))
     options = {"running": [numpy(s) for s in running]}
@@ -672,10 +668,11 @@ def test_inference_is_the_forward_pass_without_noise(case, dtype, backend, devic
     weight, bias = draw_parameters(case, 1, dtype, device)
     config = case.config(backend)
     want = _forward(case, backend, x, weight, bias)[0]
-    got = torch.ops.normnorm.normal_norm_infer(
-        x, None, None, None, weight, bias, None, *config[:4], *config[5:8], *config[10:]
+    got, stats, _ = torch.ops.normnorm.normal_norm_forward(
+        x, None, None, None, weight, bias, None, None, None, False, False, *config
     )
     assert torch.equal(got, want)
+    assert stats.numel() == 0
 
 
 @pytest.mark.parametrize("instance", [False, True])

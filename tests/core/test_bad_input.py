@@ -520,6 +520,7 @@ def forward_arguments(row, dtype=torch.float32):
         "running_mean": None, "running_var": None, "running_lmbda": None,
         "weight": torch.ones(row.parameter_shape), "bias": torch.ones(row.parameter_shape),
         "residual": None, "seed": torch.tensor([3]), "noise_scale": None,
+        "prenorm": False, "keep_stats": True,
         **configuration(row),
     }  # fmt: skip
 
@@ -533,36 +534,16 @@ def configuration(row):
     }  # fmt: skip
 
 
-def infer_arguments(row, dtype=torch.float32):
-    arguments = forward_arguments(row, dtype)
-    for name in ("seed", "noise_scale", "noise_train", "stream", "channels_last"):
-        del arguments[name]
-    return arguments
-
-
 def backward_arguments(row, dtype=torch.float32):
     forward = forward_arguments(row, dtype)
     stats = torch.ops.normnorm.normal_norm_forward(**forward)[1]
     return {
         "grad_output": torch.ones(row.shape), "input": forward["input"], "stats": stats,
         "weight": forward["weight"], "bias": forward["bias"], "output": None,
-        "seed": forward["seed"], "needs_input": True, "needs_weight": True, "needs_bias": True,
+        "seed": forward["seed"], "grad_sum": torch.ones(row.shape), "needs_input": True,
+        "needs_weight": True, "needs_bias": True,
         "frozen": False, **configuration(row),
     }  # fmt: skip
-
-
-def add_forward_arguments(row, dtype=torch.float32):
-    arguments = forward_arguments(row, dtype)
-    for name in ("running_mean", "running_var", "running_lmbda"):
-        del arguments[name]
-    return arguments | {"residual": row.input(dtype, seed=1)}
-
-
-def add_backward_arguments(row, dtype=torch.float32):
-    arguments = backward_arguments(row, dtype)
-    total = arguments.pop("input")
-    del arguments["frozen"]
-    return arguments | {"sum": total, "grad_sum": torch.ones(row.shape)}
 
 
 def fold_arguments(row, dtype=torch.float32):
@@ -575,10 +556,7 @@ def fold_arguments(row, dtype=torch.float32):
 
 VALID = {
     "normal_norm_forward": forward_arguments,
-    "normal_norm_infer": infer_arguments,
     "normal_norm_backward": backward_arguments,
-    "add_normal_norm_forward": add_forward_arguments,
-    "add_normal_norm_backward": add_backward_arguments,
     "fold_running_": fold_arguments,
 }
 
@@ -589,12 +567,8 @@ def torch_arguments(op):
     return [(argument.name, str(argument.type)) for argument in schema.arguments]
 
 
-NORMS = ("normal_norm_forward", "normal_norm_infer", "normal_norm_backward")
-NOISY = ("normal_norm_forward", "normal_norm_backward")
-FOLD = ("fold_running_",)
-ADDS = ("add_normal_norm_forward", "add_normal_norm_backward")
-FUSED = ("normal_norm_forward", "normal_norm_infer", "add_normal_norm_forward")
-BACKWARDS = ("normal_norm_backward", "add_normal_norm_backward")
+FORWARD, BACKWARD, FOLD = (("normal_norm_forward",), ("normal_norm_backward",), ("fold_running_",))
+NORMS = FORWARD + BACKWARD
 
 
 def like(name, function):
@@ -625,19 +599,28 @@ OP_MISTAKES = [
     (NORMS, fixed(order=-(2**40)), ("order must be 1 or 2", str(-(2**40))), None),
     (NORMS, fixed(transform_eps=-0.5), ("transform_eps", "-0.5"), None),
     (NORMS, fixed(transform_eps=math.inf), ("transform_eps", "inf"), None),
-    (NORMS + ADDS, fixed(activation="gelu"), ("activation must be 'relu'", "gelu"), None),
-    (FUSED, lambda a: {"residual": a["input"][:1]}, ("residual", "input's shape"), None),
-    (FUSED, lambda a: {"residual": a["input"].double()}, ("residual", "dtype", "float64"), None),
-    (FUSED, lambda a: {"residual": a["input"].to("meta")}, ("residual", "device", "meta"), None),
-    (BACKWARDS, fixed(activation="relu"), ("activation 'relu'", "output", "None"), None),
-    (BACKWARDS, lambda a: {"output": a["grad_output"]}, ("output belongs to an activation",), None),
+    (NORMS, fixed(activation="gelu"), ("activation must be 'relu'", "gelu"), None),
+    (FORWARD, lambda a: {"residual": a["input"][:1]}, ("residual", "input's shape"), None),
+    (FORWARD, lambda a: {"residual": a["input"].double()}, ("residual", "dtype", "float64"), None),
+    (FORWARD, lambda a: {"residual": a["input"].to("meta")}, ("residual", "device", "meta"), None),
+    (BACKWARD, fixed(activation="relu"), ("activation 'relu'", "output", "None"), None),
+    (BACKWARD, lambda a: {"output": a["grad_output"]}, ("output belongs to an activation",), None),
     (
-        BACKWARDS,
+        BACKWARD,
         lambda a: {"activation": "relu", "output": a["grad_output"].double()},
         ("output", "dtype", "float64"), None,
     ),
-    (ADDS[1:], lambda a: {"grad_sum": a["sum"][:1]}, ("grad_sum", "input's shape"), None),
-    (ADDS[1:], lambda a: {"grad_sum": a["sum"].double()}, ("grad_sum", "dtype"), None),
+    (BACKWARD, lambda a: {"grad_sum": a["input"][:1]}, ("grad_sum", "input's shape"), None),
+    (BACKWARD, lambda a: {"grad_sum": a["input"].double()}, ("grad_sum", "dtype"), None),
+    (FORWARD, fixed(prenorm=True), ("prenorm needs a residual",), None),
+    (
+        FORWARD,
+        lambda a: {
+            "prenorm": True, "residual": a["input"], "running_mean": ONES, "running_var": ONES,
+            "running_lmbda": ONES,
+        },
+        ("prenorm takes no running statistics",), ("batch",),
+    ),
     (NORMS, fixed(backend="fastest"), ("backend", "fastest", "reference"), None),
     (NORMS, fixed(backend=""), ("backend", "reference"), None),
     (NORMS, like("weight", lambda w: torch.ones(w.numel() + 1)), ("weight", "shape"), None),
@@ -651,7 +634,7 @@ OP_MISTAKES = [
     (NORMS, like("bias", lambda b: b.to("meta")), ("bias", "device", "meta"), None),
     (
         NORMS, lambda a: {"input": a["input"].half(), "bias": a["bias"].half()} | (
-            {"grad_output": a["grad_output"].half()} if "grad_output" in a else {}),
+            {"grad_output": a["grad_output"].half(), "grad_sum": None} if "grad_sum" in a else {}),
         ("weight and bias", "float32", "float16"), None,
     ),
     (NORMS, fixed(num_groups=7), ("num_groups", "7"), None),
@@ -662,24 +645,24 @@ OP_MISTAKES = [
     (NORMS, fixed(normalized_ndim=-1), ("normalized_ndim", "-1"), None),
     (NORMS, fixed(normalized_ndim=0), ("normalized_ndim", "0"), ("layer",)),
     (
-        ("normal_norm_forward", "normal_norm_infer"),
+        FORWARD,
         lambda a: {"input": a["input"][:1, :, :1].flatten(2)[..., :1]},
         ("more than 1 value per channel", "got input size"), ("batch",),
     ),
     (
-        ("normal_norm_forward", "normal_norm_infer"),
+        FORWARD,
         lambda a: {"input": a["input"].flatten(2)[..., :1]},
         ("more than 1 spatial element", "got input size"), ("instance",),
     ),
     # Running statistics.
-    (NORMS[:2], fixed(running_mean=ONES), ("together", "1"), ("batch",)),
-    (NORMS[:2], fixed(running_mean=ONES, running_lmbda=ONES), ("together", "2"), ("batch",)),
+    (FORWARD, fixed(running_mean=ONES), ("together", "1"), ("batch",)),
+    (FORWARD, fixed(running_mean=ONES, running_lmbda=ONES), ("together", "2"), ("batch",)),
     (
-        NORMS[:2], fixed(running_mean=ONES, running_var=ONES, running_lmbda=ONES),
+        FORWARD, fixed(running_mean=ONES, running_var=ONES, running_lmbda=ONES),
         ("running statistics", "batch"), ("layer", "group", "instance"),
     ),
     *(
-        (NORMS[:2], fixed(**{n: ONES for n in names if n != name}, **{name: bad}), (name, word),
+        (FORWARD, fixed(**{n: ONES for n in names if n != name}, **{name: bad}), (name, word),
          ("batch",))
         for names in [("running_mean", "running_var", "running_lmbda")]
         for name in names
@@ -691,21 +674,21 @@ OP_MISTAKES = [
         )
     ),
     # Noise.
-    (NOISY, fixed(noise_train=-0.5), ("noise_train", "at least 0", "-0.5"), None),
-    (NOISY, fixed(noise_train=math.nan), ("noise_train", "finite", "nan"), None),
-    (NOISY, fixed(noise_train=math.inf), ("noise_train", "finite", "inf"), None),
-    (NOISY, fixed(seed=None), ("seed", "noise_train", "None"), None),
-    (NOISY, fixed(seed=torch.tensor(1)), ("seed", "shape (1,)", "()"), None),
-    (NOISY, fixed(seed=torch.tensor([[1]])), ("seed", "(1,)", "(1, 1)"), None),
-    (NOISY, fixed(seed=torch.tensor([], dtype=torch.int64)), ("seed", "(1,)", "(0,)"), None),
-    (NOISY, fixed(seed=torch.tensor([1], dtype=torch.int32)), ("seed", "int64", "int32"), None),
-    (NOISY, fixed(seed=torch.tensor([1.0])), ("seed", "int64", "float32"), None),
-    (NOISY, fixed(seed=torch.tensor([1], device="meta")), ("seed", "device", "meta"), None),
-    (NOISY[:1], fixed(noise_scale=torch.ones(77)), ("noise_scale", "shape", "(77,)"), None),
-    (NOISY[:1], fixed(noise_scale=torch.ones(())), ("noise_scale", "shape", "()"), None),
+    (NORMS, fixed(noise_train=-0.5), ("noise_train", "at least 0", "-0.5"), None),
+    (NORMS, fixed(noise_train=math.nan), ("noise_train", "finite", "nan"), None),
+    (NORMS, fixed(noise_train=math.inf), ("noise_train", "finite", "inf"), None),
+    (NORMS, fixed(seed=None), ("seed", "noise_train", "None"), None),
+    (NORMS, fixed(seed=torch.tensor(1)), ("seed", "shape (1,)", "()"), None),
+    (NORMS, fixed(seed=torch.tensor([[1]])), ("seed", "(1,)", "(1, 1)"), None),
+    (NORMS, fixed(seed=torch.tensor([], dtype=torch.int64)), ("seed", "(1,)", "(0,)"), None),
+    (NORMS, fixed(seed=torch.tensor([1], dtype=torch.int32)), ("seed", "int64", "int32"), None),
+    (NORMS, fixed(seed=torch.tensor([1.0])), ("seed", "int64", "float32"), None),
+    (NORMS, fixed(seed=torch.tensor([1], device="meta")), ("seed", "device", "meta"), None),
+    (FORWARD, fixed(noise_scale=torch.ones(77)), ("noise_scale", "shape", "(77,)"), None),
+    (FORWARD, fixed(noise_scale=torch.ones(())), ("noise_scale", "shape", "()"), None),
     # The backward op alone.
     *(
-        (("normal_norm_backward",), change, words, None)
+        (BACKWARD, change, words, None)
         for change, words in (
             (like("stats", lambda s: s[:7]), ("stats", "(8, ", "(7, ")),
             (like("stats", lambda s: s[:, 1:]), ("stats", "(8, ")),

@@ -234,12 +234,12 @@ def test_annealed_ops_are_sound(row):
     input, weight, bias, seed, config = annealed_arguments(row)
     ops = torch.ops.normnorm
     tracked = [t.requires_grad_() for t in (input, weight, bias)]
-    forward = (tracked[0], None, None, None, *tracked[1:], None, seed, None, *config)
+    forward = (tracked[0], None, None, None, *tracked[1:], None, seed, None, False, True, *config)
     torch.library.opcheck(ops.normal_norm_forward.annealed, forward)
-    _, stats = ops.normal_norm_forward.annealed(*forward)
+    stats = ops.normal_norm_forward.annealed(*forward)[1]
     backward = (
         input.detach().cos(), input.detach(), stats, weight.detach(), bias.detach(), None, seed,
-        True, True, True, False, *config,
+        None, True, True, True, False, *config,
     )  # fmt: skip
     torch.library.opcheck(ops.normal_norm_backward.annealed, backward)
 
@@ -248,7 +248,7 @@ def test_annealed_ops_equal_the_ops(backend):
     row = KINDS[0]
     input, weight, bias, seed, config = annealed_arguments(row)
     plain = (*config[:4], 0.4, *config[5:])
-    tensors = (input, None, None, None, weight, bias, None, seed, None)
+    tensors = (input, None, None, None, weight, bias, None, seed, None, False, True)
     ops = torch.ops.normnorm
     found = ops.normal_norm_forward.annealed(*tensors, *config)
     for one, other in zip(found, ops.normal_norm_forward(*tensors, *plain), strict=True):

@@ -103,11 +103,12 @@ def test_every_op_of_a_training_step_decomposes_in_make_fx(row):
             "auto",
         )  # fmt: skip
         ops = torch.ops.normnorm
-        output, stats = ops.normal_norm_forward(
-            input, None, None, None, weight, bias, None, seed, None, *config
+        output, stats, _ = ops.normal_norm_forward(
+            input, None, None, None, weight, bias, None, seed, None, False, True, *config
         )
         gradients = ops.normal_norm_backward(
-            output.cos(), input, stats, weight, bias, None, seed, True, True, True, False, *config
+            output.cos(), input, stats, weight, bias, None, seed, None, True, True, True, False,
+            *config,
         )
         if row.kind == "batch":
             ops.fold_running_(stats, mean, var, lmbda, None, 0.1, 24, 1e-5, "auto")

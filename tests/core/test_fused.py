@@ -8,6 +8,7 @@ import math
 import pickle
 
 import pytest
+import raw_ops
 import torch
 from oracle import Case
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from normnorm import diagnostics
 from normnorm import functional as F
 
 OPS = torch.ops.normnorm
-NONE = (None, None, None)
 # One of each kind and walk; channels_last where there are images.
 WALKS = (
     Case("batch", (7, 5)), Case("batch", (3, 4, 5, 6)), Case("layer", (9, 40), normalized_ndim=1),
@@ -64,6 +64,20 @@ def parameters(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Ten
     return weight.to(device, dtype), bias.to(device, dtype)
 
 
+def forward(*arguments, **options) -> list[Tensor]:
+    """The results that were asked for: output, statistics, sum."""
+    output, stats, total = OPS.normal_norm_forward(*raw_ops.forward(*arguments, **options))
+    kept = [stats] if options.get("keep_stats", True) else []
+    return [output, *kept, total] if options.get("prenorm") else [output, *kept]
+
+
+def backward(*arguments, **options) -> list[Tensor]:
+    """The gradients that were asked for."""
+    found = OPS.normal_norm_backward(*raw_ops.backward(*arguments, **options))
+    needs = options.get("needs", (True, True, True))
+    return [result for result, needed in zip(found, needs, strict=True) if needed]
+
+
 def act(tensor: Tensor, activation: str) -> Tensor:
     return torch.relu(tensor) if activation else tensor
 
@@ -86,22 +100,19 @@ def test_joined_output_is_that_of_the_steps(backend, device, case, layout, dtype
         plain = case.config(backend, noise_train=noise, **options)
         # the same arithmetic without the last rounding
         whole = x.to(wide) if wide != dtype else x
-        steps, stats = OPS.normal_norm_forward(whole, *NONE, weight, bias, None, seed, None, *plain)
+        steps, stats = forward(plain, whole, weight, bias, seed=seed)
         for joined, activation in JOINS:
             config = case.config(backend, noise_train=noise, activation=activation, **options)
             given = residual if joined else None
-            output, found = OPS.normal_norm_forward(
-                x, *NONE, weight, bias, given, seed, None, *config
-            )
+            output, found = forward(config, x, weight, bias, residual=given, seed=seed)
             expected = act(steps + residual.to(wide) if joined else steps, activation).to(dtype)
             assert_close(output, expected, **CLOSE[dtype])
             assert_close(found, stats)
             assert output.stride() == torch.empty_like(x).stride()
-            if noise == 0.0:
-                inferred = OPS.normal_norm_infer(
-                    x, *NONE, weight, bias, given, *config[:4], *config[5:8], activation, backend
-                )
-                assert torch.equal(inferred, output)
+            (alone,) = forward(
+                config, x, weight, bias, residual=given, seed=seed, keep_stats=False
+            )
+            assert torch.equal(alone, output)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,19 +125,15 @@ def test_gradients_pass_where_the_output_is_positive(backend, device, case, layo
     options = {"channels_last": layout == "channels_last" and x.dim() == 4 and case.kind != "layer"}
     for noise in (0.0, 0.4):
         config = case.config(backend, noise_train=noise, activation="relu", **options)
-        output, stats = OPS.normal_norm_forward(
-            x, *NONE, weight, bias, residual, seed, None, *config
-        )
+        output, stats = forward(config, x, weight, bias, residual=residual, seed=seed)
         masked = torch.where(output <= 0, torch.zeros_like(g), g)
         assert 0 < masked.count_nonzero() < masked.numel()
         for needs in ((True, True, True), (True, False, False), (False, True, True)):
-            found = OPS.normal_norm_backward(
-                g, x, stats, weight, bias, output, seed, *needs, False, *config
+            found = backward(
+                config, g, x, stats, weight, bias, output=output, seed=seed, needs=needs
             )
-            expected = OPS.normal_norm_backward(
-                masked, x, stats, weight, bias, None, seed, *needs, False,
-                *case.config(backend, noise_train=noise, **options),
-            )  # fmt: skip
+            plain = case.config(backend, noise_train=noise, **options)
+            expected = backward(plain, masked, x, stats, weight, bias, seed=seed, needs=needs)
             for mine, theirs in zip(found, expected, strict=True):
                 assert_close(mine, theirs, **CLOSE[dtype])
 
@@ -142,33 +149,27 @@ def test_the_sum_is_what_is_normalized(backend, device, case, layout, dtype, act
     seed = torch.tensor([11], device=device)
     options = {"channels_last": layout == "channels_last" and x.dim() == 4 and case.kind != "layer"}
     config = case.config(backend, noise_train=0.4, activation=activation, **options)
-    output, total, stats = OPS.add_normal_norm_forward(
-        x, residual, weight, bias, seed, None, *config
+    output, stats, total = forward(
+        config, x, weight, bias, residual=residual, seed=seed, prenorm=True
     )
     assert torch.equal(total, x + residual)
     assert total.stride() == output.stride() == torch.empty_like(x).stride()
-    expected, expected_stats = OPS.normal_norm_forward(
-        total, *NONE, weight, bias, None, seed, None, *config
-    )
+    expected, expected_stats = forward(config, total, weight, bias, seed=seed)
     assert_close(output, expected, **CLOSE[dtype])
     assert_close(stats, expected_stats)
     kept = output if activation else None
     for needs in ((True, True, True), (True, False, False), (False, True, False)):
-        found = OPS.add_normal_norm_backward(
-            g, grad_sum, total, stats, weight, bias, kept, seed, *needs, *config
-        )
-        steps = list(
-            OPS.normal_norm_backward(
-                g, total, stats, weight, bias, kept, seed, *needs, False, *config
-            )
-        )
+        saved = (total, stats, weight, bias)
+        options = {"output": kept, "seed": seed, "needs": needs}
+        found = backward(config, g, *saved, grad_sum=grad_sum, **options)
+        steps = list(backward(config, g, *saved, **options))
         if needs[0]:
             # What is stored was rounded once more in steps; a sum that cancels shows it.
-            size = (steps[0].double().abs() + grad_sum.double().abs()).amax()
-            steps[0] = (steps[0].double() + grad_sum.double()).to(dtype)
+            mine, theirs = found.pop(0), steps.pop(0)
+            size = (theirs.double().abs() + grad_sum.double().abs()).amax()
             bound = {**CLOSE[dtype], "atol": float(size) * CLOSE[dtype]["rtol"]}
-            assert_close(found[0], steps[0], **bound)
-        for mine, theirs in zip(found[1:], steps[1:], strict=True):
+            assert_close(mine, (theirs.double() + grad_sum.double()).to(dtype), **bound)
+        for mine, theirs in zip(found, steps, strict=True):
             assert_close(mine, theirs, **CLOSE[dtype])
 
 
@@ -183,33 +184,22 @@ def test_larger_groups_take_every_way_through_memory(backend, device):
         seed = torch.tensor([2], device=device)
         config = case.config(backend, noise_train=0.4, activation="relu")
         plain = case.config(backend, noise_train=0.4)
-        output, stats = OPS.normal_norm_forward(
-            x, *NONE, weight, bias, residual, seed, None, *config
-        )
-        steps, _ = OPS.normal_norm_forward(x, *NONE, weight, bias, None, seed, None, *plain)
+        output, stats = forward(config, x, weight, bias, residual=residual, seed=seed)
+        steps, _ = forward(plain, x, weight, bias, seed=seed)
         assert_close(output, torch.relu(steps + residual))
         masked = torch.where(output <= 0, torch.zeros_like(g), g)
-        found = OPS.normal_norm_backward(
-            g, x, stats, weight, bias, output, seed, True, True, True, False, *config
-        )
-        expected = OPS.normal_norm_backward(
-            masked, x, stats, weight, bias, None, seed, True, True, True, False, *plain
-        )
+        found = backward(config, g, x, stats, weight, bias, output=output, seed=seed)
+        expected = backward(plain, masked, x, stats, weight, bias, seed=seed)
         for mine, theirs in zip(found, expected, strict=True):
             assert_close(mine, theirs)
-        output, total, stats = OPS.add_normal_norm_forward(
-            x, residual, weight, bias, seed, None, *plain
+        output, stats, total = forward(
+            plain, x, weight, bias, residual=residual, seed=seed, prenorm=True
         )
         assert torch.equal(total, x + residual)
-        assert_close(
-            output, OPS.normal_norm_forward(total, *NONE, weight, bias, None, seed, None, *plain)[0]
-        )
-        (grad, *_) = OPS.add_normal_norm_backward(
-            g, residual, total, stats, weight, bias, None, seed, True, True, True, *plain
-        )
-        (steps, *_) = OPS.normal_norm_backward(
-            g, total, stats, weight, bias, None, seed, True, True, True, False, *plain
-        )
+        assert_close(output, forward(plain, total, weight, bias, seed=seed)[0])
+        saved = (total, stats, weight, bias)
+        (grad, *_) = backward(plain, g, *saved, seed=seed, grad_sum=residual)
+        (steps, *_) = backward(plain, g, *saved, seed=seed)
         assert_close(grad, steps + residual)
 
 
@@ -236,12 +226,12 @@ def test_a_nan_stays_and_its_gradient_passes(backend, device):
     x, g = draw(case, torch.float32, device, 2, "contiguous")
     x[2, 1] = math.nan
     config = case.config(backend, activation="relu")
-    output, stats = OPS.normal_norm_forward(x, *NONE, None, None, None, None, None, *config)
+    output, stats = forward(config, x)
     assert output[:, 1].isnan().all()
     assert (output[:, [0, 2]] >= 0).all()
     bias = torch.zeros(3, device=device)
-    (_, _, grad_bias) = OPS.normal_norm_backward(
-        g, x, stats, None, bias, output, None, False, False, True, False, *config
+    (grad_bias,) = backward(
+        config, g, x, stats, None, bias, output=output, needs=(False, False, True)
     )
     assert_close(grad_bias[1], g[:, 1].sum())
 
@@ -250,10 +240,10 @@ def test_empty_tensors_stay_empty(backend, device):
     case = Case("layer", (0, 4), normalized_ndim=1)
     x = torch.ones(case.shape, device=device)
     config = case.config(backend, activation="relu")
-    output, total, stats = OPS.add_normal_norm_forward(x, x, None, None, None, None, *config)
+    output, stats, total = forward(config, x, residual=x, prenorm=True)
     assert output.shape == total.shape == (0, 4)
-    grad, _, _ = OPS.add_normal_norm_backward(
-        x, x, total, stats, None, None, output, None, True, False, False, *config
+    (grad,) = backward(
+        config, x, total, stats, output=output, grad_sum=x, needs=(True, False, False)
     )
     assert grad.shape == (0, 4)
 
@@ -375,18 +365,18 @@ def test_the_ops_keep_their_promises_to_compilers(backend, device, activation):
     seed = torch.tensor([5], device=device)
     config = case.config(backend, noise_train=0.4, activation=activation)
     leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
-    forward = (leaves[0], *NONE, *leaves[2:], leaves[1], seed, None, *config)
-    torch.library.opcheck(OPS.normal_norm_forward.default, forward)
-    add = (*leaves, seed, None, *config)
-    torch.library.opcheck(OPS.add_normal_norm_forward.default, add)
+    x, residual, *affine = leaves
+    for prenorm in (False, True):
+        given = {"residual": residual, "seed": seed, "prenorm": prenorm}
+        arguments = raw_ops.forward(config, x, *affine, **given)
+        torch.library.opcheck(OPS.normal_norm_forward.default, arguments)
     with torch.no_grad():
-        output, total, stats = OPS.add_normal_norm_forward(*add)
-    kept = output if activation else None
-    backward = (total, stats, weight.detach(), bias.detach(), kept, seed, True, True, True)
-    torch.library.opcheck(
-        OPS.add_normal_norm_backward.default, (g, residual.detach(), *backward, *config)
-    )
-    torch.library.opcheck(OPS.normal_norm_backward.default, (g, *backward, False, *config))
+        output, stats, total = OPS.normal_norm_forward(*arguments)
+    saved = (total, stats, weight.detach(), bias.detach())
+    kept = {"output": output if activation else None, "seed": seed}
+    for grad_sum in (None, residual.detach()):
+        arguments = raw_ops.backward(config, g, *saved, grad_sum=grad_sum, **kept)
+        torch.library.opcheck(OPS.normal_norm_backward.default, arguments)
 
 
 class Block(nn.Module):
@@ -574,7 +564,7 @@ def test_a_residual_of_another_dtype_is_promoted_as_torch_does(backend, device, 
     dtype = torch.promote_types(*dtypes)
     shape = case.parameter_shape
     functions = {
-        "batch": lambda x, **kw: F.batch_normal_norm(x, *NONE, training=True, **kw),
+        "batch": lambda x, **kw: F.batch_normal_norm(x, *raw_ops.NONE, training=True, **kw),
         "layer": lambda x, **kw: F.layer_normal_norm(x, shape, training=True, **kw),
         "group": lambda x, **kw: F.group_normal_norm(x, case.num_groups, training=True, **kw),
         "instance": lambda x, **kw: F.instance_normal_norm(x, training=True, **kw),

@@ -447,8 +447,8 @@ def test_a_slice_has_the_noise_of_its_dense_copy(case, backend, device):
 def _forward(case, x, backend, *, weight=None, seed=5, noise_scale=None, **options):
     return torch.ops.normnorm.normal_norm_forward(
         x, None, None, None, weight, None, None, _seed(seed, str(x.device)), noise_scale,
-        *case.config(backend, **options),
-    )  # fmt: skip
+        False, True, *case.config(backend, **options),
+    )[:2]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -473,7 +473,7 @@ def test_a_given_noise_scale_replaces_the_groups(case, dtype, backend, device):
     y, stats = _forward(case, x, backend, weight=weight, noise_scale=given, noise_train=0.7)
     assert torch.equal(stats[Row.NOISE_SCALE], given)
     gradients = torch.ops.normnorm.normal_norm_backward(
-        g, x, stats, weight, None, None, _seed(5, device), True, True, False, False,
+        g, x, stats, weight, None, None, _seed(5, device), None, True, True, False, False,
         *case.config(backend, noise_train=0.7),
     )  # fmt: skip
     options = {"noise_train": 0.7, "z": normals(case.shape, 5), "noise_scale": numpy(given)}

@@ -48,7 +48,7 @@ def _statistics(case: Case, x: torch.Tensor, backend: str, **options) -> torch.T
     """The statistics tensor (8, groups) of the raw op."""
     seed = torch.zeros(1, dtype=torch.int64, device=x.device)
     return torch.ops.normnorm.normal_norm_forward(
-        x, None, None, None, None, None, None, seed, None, *case.config(backend, **options)
+        x, *(None,) * 6, seed, None, False, True, *case.config(backend, **options)
     )[1]
 
 

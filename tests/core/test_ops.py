@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import raw_ops
 import torch
 from layer_table import KINDS
 from torch._subclasses import FakeTensorMode
@@ -17,7 +18,8 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 import normnorm  # registers the ops
-from normnorm.ops import SCHEMAS, Config
+from normnorm.config import Config
+from normnorm.ops import SCHEMAS
 from normnorm.statistics import Row, statistics_dtype
 
 each_kind = pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
@@ -69,7 +71,7 @@ def running_of(row, dtype=torch.float32):
 
 def forward_arguments(
     row, backend, *, dtype=torch.float32, layout=LAYOUTS["contiguous"], noise=0.0, frozen=False,
-    affine=True, requires_grad=False,
+    affine=True, requires_grad=False, keep_stats=True,
 ):  # fmt: skip
     input = layout(row.input(dtype)).requires_grad_(requires_grad)
     weight = bias = None
@@ -81,22 +83,21 @@ def forward_arguments(
     running = running_of(row, statistics_dtype(dtype)) if frozen else (None, None, None)
     seed = torch.tensor([12345]) if noise else None
     config = configuration(row, backend, noise)
-    return (input, *running, weight, bias, None, seed, None, *config)
-
-
-def infer_arguments(row, backend, **keywords):
-    input, *middle, _, _ = forward_arguments(row, backend, **keywords)[:9]
-    return (input, *middle, *configuration(row, backend).for_infer())
+    return raw_ops.forward(
+        config, input, weight, bias, running=running, seed=seed, keep_stats=keep_stats
+    )
 
 
 def backward_arguments(row, backend, **keywords):
     arguments = forward_arguments(row, backend, **keywords)
-    input, running_mean, _, _, weight, bias, _, seed, _, *config = arguments
+    input, running_mean, _, _, weight, bias, _, seed, _, _, _, *config = arguments
     stats = OPS.normal_norm_forward(*arguments)[1]
     upstream = torch.linspace(-1.0, 2.0, input.numel()).reshape(input.shape).to(input.dtype)
     needs = (True, weight is not None, bias is not None)
     frozen = running_mean is not None
-    return (upstream, input, stats, weight, bias, None, seed, *needs, frozen, *config)
+    return raw_ops.backward(
+        config, upstream, input, stats, weight, bias, seed=seed, needs=needs, frozen=frozen
+    )
 
 
 def fold_arguments(row, backend, momentum=0.1, dtype=torch.float32):
@@ -130,12 +131,16 @@ def test_only_the_fold_changes_its_arguments():
             assert schema.is_mutable is False
 
 
-def test_compiled_backends_have_the_schemas_of_the_public_ops():
+def test_compiled_backends_have_the_schemas_of_the_public_ops_without_the_backend():
     for name, reason in normnorm.available_backends().items():
-        if reason is None and name != "reference":
-            namespace = getattr(torch.ops, f"normnorm_{name}")
-            for op, schema in SCHEMAS.items():
-                assert str(getattr(namespace, op).default._schema).endswith(f"::{op}{schema}")
+        if reason is None and name not in ("reference", "triton"):
+            for op in SCHEMAS:
+                public = getattr(OPS, op).default._schema
+                own = getattr(getattr(torch.ops, f"normnorm_{name}"), op).default._schema
+                assert [(a.name, str(a.type)) for a in own.arguments] == [
+                    (a.name, str(a.type)) for a in public.arguments[:-1]
+                ]
+                assert len(own.returns) == len(public.returns)
 
 
 def test_configuration_stands_last_in_the_schemas_and_the_backend_at_the_very_end():
@@ -188,25 +193,20 @@ def test_frozen_ops_pass_opcheck(dtype, affine, backend):
     keywords = {"dtype": dtype, "affine": affine, "frozen": True}
     arguments = forward_arguments(row, backend, **keywords, requires_grad=True)
     opcheck(OPS.normal_norm_forward.default, arguments)
-    opcheck(OPS.normal_norm_infer.default, infer_arguments(row, backend, **keywords))
 
 
 @each_kind
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
-)
-def test_infer_op_passes_opcheck(row, dtype, backend):
-    opcheck(OPS.normal_norm_infer.default, infer_arguments(row, backend, dtype=dtype))
+def test_forward_op_without_statistics_passes_opcheck(row, backend):
+    arguments = forward_arguments(row, backend, dtype=torch.float16, noise=0.4, keep_stats=False)
+    opcheck(OPS.normal_norm_forward.default, arguments)
 
 
 @each_kind
-def test_infer_and_backward_ops_do_not_pretend_to_be_differentiable(row, backend):
-    """Given what requires gradients they raise, or their registration is complete."""
-    for op, arguments in (
-        (OPS.normal_norm_infer, infer_arguments(row, backend, requires_grad=True)),
-        (OPS.normal_norm_backward, backward_arguments(row, backend, requires_grad=True)),
-    ):
-        opcheck(op.default, arguments, test_utils="test_autograd_registration")
+def test_backward_op_is_differentiable(row, backend):
+    arguments = backward_arguments(row, backend, requires_grad=True)
+    opcheck(
+        OPS.normal_norm_backward.default, arguments, test_utils="test_autograd_registration"
+    )
 
 
 NEEDS = list(itertools.product((True, False), repeat=3))
@@ -218,7 +218,7 @@ def test_backward_op_gives_what_is_asked_for_and_empty_tensors_elsewhere(needs, 
     noise = 0.0 if frozen else 0.4
     arguments = list(backward_arguments(KINDS[0], backend, frozen=frozen, noise=noise))
     everything = OPS.normal_norm_backward(*arguments)
-    arguments[7:10] = needs
+    arguments[8:11] = needs
     results = OPS.normal_norm_backward(*arguments)
     assert_as_announced(results, announced(OPS.normal_norm_backward, tuple(arguments)))
     for result, needed, wanted in zip(results, needs, everything, strict=True):
@@ -248,7 +248,6 @@ def test_ops_pass_opcheck_for_every_layout_and_dtype(row, layout, dtype, backend
     keywords = {"layout": layout, "noise": 0.4, "dtype": dtype}
     for op, arguments in (
         (OPS.normal_norm_forward, forward_arguments(row, backend, **keywords)),
-        (OPS.normal_norm_infer, infer_arguments(row, backend, layout=layout, dtype=dtype)),
         (OPS.normal_norm_backward, backward_arguments(row, backend, **keywords)),
     ):
         opcheck(op.default, arguments, test_utils=WITHOUT_AUTOGRAD)
@@ -264,9 +263,6 @@ def announced(op, arguments):
 
 
 def assert_as_announced(results, fakes):
-    results = results if isinstance(results, tuple) else (results,)
-    fakes = fakes if isinstance(fakes, tuple) else (fakes,)
-    assert len(results) == len(fakes)
     for result, fake in zip(results, fakes, strict=True):
         assert result.shape == fake.shape
         assert result.stride() == fake.stride()
@@ -284,14 +280,12 @@ def test_results_have_the_strides_announced(row, layout, dtype, noise, backend):
     keywords = {"layout": layout, "dtype": dtype}
     for op, arguments in (
         (OPS.normal_norm_forward, forward_arguments(row, backend, noise=noise, **keywords)),
-        (OPS.normal_norm_infer, infer_arguments(row, backend, **keywords)),
         (OPS.normal_norm_backward, backward_arguments(row, backend, noise=noise, **keywords)),
     ):
         results = op(*arguments)
         assert_as_announced(results, announced(op, arguments))
-        first = results[0] if isinstance(results, tuple) else results
         input = arguments[1] if op is OPS.normal_norm_backward else arguments[0]
-        assert first.stride() == torch.empty_like(input).stride()
+        assert results[0].stride() == torch.empty_like(input).stride()
 
 
 @each_kind
@@ -313,8 +307,8 @@ def test_upstream_strides_do_not_matter(row, layout, backend):
 def test_values_do_not_depend_on_the_layout(row, layout, backend):
     arguments = forward_arguments(row, backend, layout=layout, dtype=torch.float64, noise=0.4)
     dense = (arguments[0].contiguous(), *arguments[1:])
-    output, stats = OPS.normal_norm_forward(*arguments)
-    wanted, wanted_stats = OPS.normal_norm_forward(*dense)
+    output, stats, _ = OPS.normal_norm_forward(*arguments)
+    wanted, wanted_stats, _ = OPS.normal_norm_forward(*dense)
     assert_close(output, wanted, rtol=1e-12, atol=1e-12)
     assert_close(stats, wanted_stats, rtol=1e-11, atol=1e-11)
     given = backward_arguments(row, backend, layout=layout, dtype=torch.float64, noise=0.4)
@@ -328,7 +322,7 @@ def test_values_do_not_depend_on_the_layout(row, layout, backend):
 @each_kind
 @each_dtype
 def test_statistics_are_one_tensor_of_eight_rows_in_the_compute_dtype(row, dtype, backend):
-    output, stats = OPS.normal_norm_forward(*forward_arguments(row, backend, dtype=dtype))
+    output, stats, _ = OPS.normal_norm_forward(*forward_arguments(row, backend, dtype=dtype))
     assert output.dtype == dtype
     assert stats.shape == (8, row.groups) == (len(Row), row.groups)
     assert stats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -340,7 +334,7 @@ def test_meta_tensors_give_meta_results(row, backend):
     arguments = tree_map_only(
         torch.Tensor, lambda t: t.to("meta"), forward_arguments(row, backend, noise=0.4)
     )
-    output, stats = OPS.normal_norm_forward(*arguments)
+    output, stats, _ = OPS.normal_norm_forward(*arguments)
     assert output.is_meta
     assert stats.is_meta
     assert stats.shape == (8, row.groups)
@@ -354,7 +348,6 @@ def test_meta_tensors_give_meta_results(row, backend):
 def test_functional_ops_change_no_argument_and_share_no_memory(row, layout, backend):
     for op, arguments in (
         (OPS.normal_norm_forward, forward_arguments(row, backend, layout=layout, noise=0.4)),
-        (OPS.normal_norm_infer, infer_arguments(row, backend, layout=layout)),
         (OPS.normal_norm_backward, backward_arguments(row, backend, layout=layout, noise=0.4)),
     ):
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
@@ -365,8 +358,7 @@ def test_functional_ops_change_no_argument_and_share_no_memory(row, layout, back
             assert torch.equal(tensor, then)
             assert tensor._version == version
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        results = results if isinstance(results, tuple) else (results,)
-        owned = [result.untyped_storage().data_ptr() for result in results if result.numel()]
+        owned = [r.untyped_storage().data_ptr() for r in results if r.numel()]
         assert storages.isdisjoint(owned)
         assert len(set(owned)) == len(owned)
 
@@ -376,7 +368,7 @@ def test_no_op_at_all_still_gives_a_new_tensor(backend):
     row = KINDS[0]
     arguments = list(forward_arguments(row, backend, affine=False))
     arguments[-7] = 0.0
-    assert Config(*arguments[9:]).alpha == 0.0
+    assert Config(*arguments[11:]).alpha == 0.0
     output = OPS.normal_norm_forward(*arguments)[0]
     assert output.data_ptr() != arguments[0].data_ptr()
 
@@ -416,7 +408,6 @@ def test_forward_op_with_running_statistics_does_not_touch_them(backend):
     arguments = forward_arguments(KINDS[0], backend, frozen=True)
     before = [tensor.clone() for tensor in arguments[1:4]]
     OPS.normal_norm_forward(*arguments)
-    OPS.normal_norm_infer(*infer_arguments(KINDS[0], backend, frozen=True))
     for tensor, then in zip(arguments[1:4], before, strict=True):
         assert torch.equal(tensor, then)
 
@@ -443,18 +434,20 @@ def test_backward_follows_the_statistics_of_another_backend(row, dtype, noise, b
 
 
 @each_kind
-def test_infer_equals_forward_without_noise(row, backend):
+def test_statistics_are_kept_only_where_asked(row, backend):
     for frozen in (False, True) if row.kind == "batch" else (False,):
-        keywords = {"dtype": torch.float64, "frozen": frozen}
+        keywords = {"dtype": torch.float64, "frozen": frozen, "noise": 0.0 if frozen else 0.4}
         output = OPS.normal_norm_forward(*forward_arguments(row, backend, **keywords))[0]
-        assert torch.equal(
-            OPS.normal_norm_infer(*infer_arguments(row, backend, **keywords)), output
+        alone = OPS.normal_norm_forward(
+            *forward_arguments(row, backend, keep_stats=False, **keywords)
         )
+        assert torch.equal(alone[0], output)
+        assert [result.numel() for result in alone[1:]] == [0, 0]
 
 
 @each_kind
 def test_statistics_of_the_op_carry_no_gradient(row, backend):
-    output, stats = OPS.normal_norm_forward(
+    output, stats, _ = OPS.normal_norm_forward(
         *forward_arguments(row, backend, requires_grad=True, noise=0.4)
     )
     assert output.requires_grad

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ NONE = (None, None, None)
 
 def configuration(kind="batch", num_groups=0, normalized_ndim=0, **options):
     case = Case(kind, (), num_groups, normalized_ndim)
-    return case.config("cpu", **options)
+    return case.config("cpu", **options)[:-1]
 
 
 # --- the library ---------------------------------------------------------------------------------
@@ -151,20 +150,22 @@ LARGE = (
 
 
 def forward_and_backward(x, kind, normalized_ndim, noise=0.4, dtype=None, backend="cpu"):
-    serves = backends.get(backend)
     groups = 2 if kind == "group" else 0
     last = x.dim() > 2 and not x.is_contiguous()
     options = {"noise_train": noise, "channels_last": last}
     config = configuration(kind, groups, normalized_ndim, **options)
+    serves = backends.get(backend)
     shape = x.shape[x.dim() - normalized_ndim :] if kind == "layer" else x.shape[1:2]
     generator = torch.Generator().manual_seed(1)
     weight = (1 + torch.rand(shape, generator=generator)).to(x.dtype)
     bias = torch.rand(shape, generator=generator).to(x.dtype)
     g = torch.randn(x.shape, generator=generator).to(x.dtype)
     seed = torch.tensor([77])
-    y, stats = serves.forward(x, *NONE, weight, bias, None, seed, None, *config)
+    y, stats, _ = serves.forward(
+        x, *NONE, weight, bias, None, seed, None, False, True, *config
+    )  # fmt: skip
     return (y, stats, *serves.backward(
-        g, x, stats, weight, bias, None, seed, True, True, True, False, *config
+        g, x, stats, weight, bias, None, seed, None, True, True, True, False, *config
     ))  # fmt: skip
 
 
@@ -219,12 +220,14 @@ def test_nothing_outside_the_given_views_is_touched_or_read(case, dtype):
 
     x, g = guarded(draw(case, "normal", 0, dtype)), guarded(draw(case, "normal", 1, dtype))
     weight, bias = (guarded(p) for p in draw_parameters(case, 0, dtype))
-    config = case.config("cpu", noise_train=0.4)
+    config = case.config("cpu", noise_train=0.4)[:-1]
     seed = torch.tensor([5])
-    y, stats = OPS.normal_norm_forward(x, *NONE, weight, bias, None, seed, None, *config)
+    y, stats, _ = OPS.normal_norm_forward(
+        x, *NONE, weight, bias, None, seed, None, False, True, *config
+    )  # fmt: skip
     stats = guarded(stats)
     gradients = OPS.normal_norm_backward(
-        g, x, stats, weight, bias, None, seed, True, True, True, False, *config
+        g, x, stats, weight, bias, None, seed, None, True, True, True, False, *config
     )
     for result in (y, *gradients):
         assert torch.isfinite(result).all()
@@ -263,7 +266,6 @@ configurations = st.tuples(
     st.integers(-1, 2**40),
     st.booleans(),
     st.sampled_from(["", "relu"]),
-    st.just("cpu"),
 )
 REFUSALS = (ValueError, RuntimeError, TypeError, NotImplementedError)
 
@@ -280,15 +282,20 @@ def harmless(op, *arguments) -> None:
 
 
 @settings(max_examples=400)
-@given(tensors(optional=False), st.tuples(*[tensors()] * 8), configurations)
-def test_forward_given_anything_refuses_or_computes(x, rest, config):
-    harmless(OPS.normal_norm_forward, x, *rest, *config)
+@given(
+    tensors(optional=False),
+    st.tuples(*[tensors()] * 8),
+    st.tuples(*[st.booleans()] * 2),
+    configurations,
+)
+def test_forward_given_anything_refuses_or_computes(x, rest, flags, config):
+    harmless(OPS.normal_norm_forward, x, *rest, *flags, *config)
 
 
 @settings(max_examples=400)
 @given(
     st.tuples(*[tensors(optional=False)] * 3),
-    st.tuples(*[tensors()] * 4),
+    st.tuples(*[tensors()] * 5),
     st.tuples(*[st.booleans()] * 4),
     configurations,
 )
@@ -305,30 +312,7 @@ def test_backward_given_anything_refuses_or_computes(needed, optional, flags, co
     st.sampled_from([1e-5, 0.0, -1.0]),
 )
 def test_fold_given_anything_refuses_or_computes(needed, tracked, momentum, count, eps):
-    harmless(OPS.fold_running_, *needed, tracked, momentum, count, eps, "cpu")
-
-
-def test_refusals_are_the_sentences_of_the_python_checks():
-    x = torch.randn(4, 3)
-    mistakes = [
-        ((x, *NONE, torch.ones(4), None, None, None, None), {}),
-        ((x, *NONE, None, None, x[:1], None, None), {}),
-        ((x, *NONE, None, None, x.double(), None, None), {}),
-        ((x, *NONE, None, None, None, None, None), {"activation": "gelu"}),
-        ((x, x[0], None, None, None, None, None, None, None), {}),
-        ((x, *NONE, None, None, None, None, None), {"noise_train": 0.4}),
-        ((x, *NONE, None, None, None, torch.zeros(2, dtype=torch.int64), None), {"noise_train": 1}),
-        ((x, *NONE, None, None, None, None, None), {"order": 3}),
-        ((x.long(), *NONE, None, None, None, None, None), {}),
-        ((x[:1], *NONE, None, None, None, None, None), {}),
-    ]
-    for arguments, options in mistakes:
-        sentences = []
-        for backend in ("cpu", "reference"):
-            with pytest.raises((ValueError, TypeError)) as refusal:
-                backends.get(backend).forward(*arguments, *configuration(**options))
-            sentences.append(re.sub(r"\s+", " ", str(refusal.value)))
-        assert sentences[0] == sentences[1]
+    harmless(OPS.fold_running_, *needed, tracked, momentum, count, eps)
 
 
 # --- beyond 32-bit indices -----------------------------------------------------------------------
@@ -348,7 +332,9 @@ def test_more_than_2_to_the_31_elements():
         x[first : first + 1024] = piece[: min(1024, rows - first)]
     config = configuration("layer", normalized_ndim=1, noise_train=0.4)
     seed = torch.tensor([9])
-    y, stats = OPS.normal_norm_forward(x, *NONE, None, None, None, seed, None, *config)
+    y, stats, _ = OPS.normal_norm_forward(
+        x, *NONE, None, None, None, seed, None, False, True, *config
+    )  # fmt: skip
     for first in (0, 1024, 65536):  # equal rows of input, all beyond each other in noise
         torch.testing.assert_close(stats[:, first], stats[:, 0])
     assert not torch.equal(y[65536], y[0])
@@ -359,7 +345,7 @@ def test_more_than_2_to_the_31_elements():
     radius = torch.sqrt(-2.0 * torch.log(uniforms(words[0])))
     z = radius * torch.cos(2.0 * torch.pi * uniforms(words[1]))
     quiet = OPS.normal_norm_forward(
-        x[65536:65537], *NONE, None, None, None, None, None,
+        x[65536:65537], *(None,) * 8, False, True,
         *configuration("layer", normalized_ndim=1),
     )[0]  # fmt: skip
     scale = 0.4 * stats[4, 65536].item()

@@ -23,7 +23,7 @@ from layer_table import LAYERS, NAMES
 from oracle import CASES, DTYPES, Case, draw, draw_parameters
 
 import normnorm
-from normnorm import backends, selfcheck
+from normnorm import selfcheck
 from normnorm.statistics import Row
 
 pytestmark = pytest.mark.skipif(
@@ -121,14 +121,16 @@ def _forward(backend, case, x, weight=None, bias=None, running=NONE, scale=None,
     """(output, statistics) of the raw op."""
     seed = torch.tensor([5]) if options.get("noise_train") else None
     config = case.config(backend, **options)
-    return OPS.normal_norm_forward(x, *running, weight, bias, None, seed, scale, *config)
+    return OPS.normal_norm_forward(
+        x, *running, weight, bias, None, seed, scale, False, True, *config
+    )[:2]  # fmt: skip
 
 
 def _backward(backend, case, g, x, stats, weight=None, bias=None, frozen=False, **options):
     seed = torch.tensor([5]) if options.get("noise_train") else None
     needs = (True, weight is not None, bias is not None, frozen)
     config = case.config(backend, **options)
-    return OPS.normal_norm_backward(g, x, stats, weight, bias, None, seed, *needs, *config)
+    return OPS.normal_norm_backward(g, x, stats, weight, bias, None, seed, None, *needs, *config)
 
 
 def _assert_agree(case, x, running=NONE, **options):
@@ -297,7 +299,7 @@ def test_without_gradients_no_kernel_is_launched():
     stats = torch.empty(len(Row), 4)
     config = case.config("cuda")
     found = OPS.normal_norm_backward(
-        x, x, stats, None, None, None, None, False, False, False, False, *config
+        x, x, stats, None, None, None, None, None, False, False, False, False, *config
     )
     assert [t.numel() for t in found] == [0, 0, 0]
 
@@ -428,7 +430,7 @@ def test_wrong_arguments_are_refused_by_a_sentence():
 def test_tensors_of_a_device_that_it_does_not_serve_are_refused():
     mixed = (torch.ones(len(Row), 4), torch.ones(4), torch.ones(4, device="meta"), torch.ones(4))
     with pytest.raises(ValueError, match="must be on the statistics' device"):
-        backends.get("cuda").fold(*mixed, None, 0.1, 10, 1e-5, "cuda")
+        OPS.fold_running_(*mixed, None, 0.1, 10, 1e-5, "cuda")
     case = Case("layer", (3, 4), normalized_ndim=1)
     with pytest.raises(ValueError, match="weight must be on the input's device"):
         _forward("cuda", case, torch.ones(3, 4), torch.ones(4, device="meta"))
@@ -446,11 +448,12 @@ def test_the_ops_keep_their_promises_to_compilers(case, noise):
     weight, bias = draw_parameters(case, 1, torch.float32)
     seed = torch.tensor([5]) if noise else None
     config = case.config("cuda", noise_train=noise)
-    forward = (x.requires_grad_(), *NONE, weight, bias, None, seed, None, *config)
+    forward = (x.requires_grad_(), *NONE, weight, bias, None, seed, None, False, True, *config)
     torch.library.opcheck(OPS.normal_norm_forward.default, forward)
     stats = OPS.normal_norm_forward(*forward)[1]
-    backward = (x.detach(), x.detach(), stats, weight, bias, None, seed, True, True, True, False)
-    torch.library.opcheck(OPS.normal_norm_backward.default, (*backward, *config))
+    backward = (x.detach(), x.detach(), stats, weight, bias, None, seed, None)
+    needs = (True, True, True, False)
+    torch.library.opcheck(OPS.normal_norm_backward.default, (*backward, *needs, *config))
 
 
 def test_a_compiled_layer_gives_what_it_gives_eagerly():

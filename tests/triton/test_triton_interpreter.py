@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import raw_ops
 import test_golden
 import torch
 from oracle import CASES, Case, check, draw, draw_parameters, noise_words, normals
@@ -99,15 +100,15 @@ def forward_pass(
     relu = {"activation": "relu"} if "relu" in fused else {}
     config = case.config(backend, channels_last=last, **relu, **options)
     seed = torch.tensor([77]) if options.get("noise_train") else None
-    parameters = (t.get("weight"), t.get("bias"))
-    if "sum" in fused:
-        y, total, stats = ops.add_forward(
-            t["x"], t["residual"], *parameters, seed, noise_scale, *config
+    prenorm = "sum" in fused
+    y, stats, total = ops.forward(
+        *raw_ops.forward(
+            config[:-1], t["x"], t.get("weight"), t.get("bias"), running=running,
+            residual=t["residual"] if prenorm or "residual" in fused else None, seed=seed,
+            noise_scale=noise_scale, prenorm=prenorm,
         )
-        return y, stats, total
-    residual = t["residual"] if "residual" in fused else None
-    y, stats = ops.forward(t["x"], *running, *parameters, residual, seed, noise_scale, *config)
-    return y, stats, t["x"]
+    )  # fmt: skip
+    return y, stats, total if prenorm else t["x"]
 
 
 def backward_pass(
@@ -121,10 +122,13 @@ def backward_pass(
     config = case.config(backend, channels_last=last, **relu, **options)
     seed = torch.tensor([77]) if options.get("noise_train") else None
     y, stats, x = saved
-    tail = (stats, t.get("weight"), t.get("bias"), y if relu else None, seed, *needs)
-    if "sum" in fused:
-        return ops.add_backward(t["g"], t["grad_sum"], x, *tail, *config)
-    return ops.backward(t["g"], x, *tail, frozen, *config)
+    return ops.backward(
+        *raw_ops.backward(
+            config[:-1], t["g"], x, stats, t.get("weight"), t.get("bias"),
+            output=y if relu else None, seed=seed,
+            grad_sum=t["grad_sum"] if "sum" in fused else None, needs=needs, frozen=frozen,
+        )
+    )  # fmt: skip
 
 
 def both_passes(
@@ -326,7 +330,6 @@ def test_given_statistics_and_inference(dtype, last, fused, how):
     lmbda = torch.tensor([1e-4, 1.9999, 1.0, 3.0, -1.5])  # two of them take the series path
     running = (torch.randn(5), torch.rand(5) + 0.5, lmbda)
     config = case.config("triton", channels_last=last, activation="relu" if fused else "")
-    infer = (*config[:4], *config[5:8], *config[10:])
     found: dict[str, list[torch.Tensor]] = {}
     with path(how):
         for name, to in (("triton", dtype), ("reference", torch.float64)):
@@ -338,10 +341,17 @@ def test_given_statistics_and_inference(dtype, last, fused, how):
                 name, case, exact, (mask, stats, x), fused, last, frozen=True
             )
             residual = exact["residual"] if fused else None
-            tail = (exact["weight"], exact["bias"], residual, *infer)
-            ops = backends.get(name)
-            found[name] = [y, stats, *gradients, ops.infer(x, *NONE, *tail)]
-            assert torch.equal(ops.infer(x, *given, *tail), y)
+            own, same = (
+                backends.get(name).forward(
+                    *raw_ops.forward(
+                        config, x, exact["weight"], exact["bias"], running=r, residual=residual,
+                        keep_stats=False,
+                    )
+                )[0]
+                for r in (NONE, given)
+            )  # fmt: skip
+            found[name] = [y, stats, *gradients, own]
+            assert torch.equal(same, y)
         infinite = torch.full((5,), math.inf)
         plain = {n: t[n] for n in ("x", "weight", "bias")}
         y, _, _ = forward_pass("triton", case, plain, (), last, (running[0], infinite, running[2]))
@@ -360,7 +370,7 @@ def test_folding_is_the_definitions_to_the_bit(momentum):
         for name, kept in (("triton", ours), ("reference", theirs)):
             buffers = [torch.full((100,), 0.25, dtype=dtype) for _ in range(3)]
             tracked = torch.tensor(3)
-            backends.get(name).fold(stats, *buffers, tracked, momentum, 48, 1e-5, name)
+            backends.get(name).fold(stats, *buffers, tracked, momentum, 48, 1e-5)
             kept += [*buffers, tracked]
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)

@@ -85,11 +85,11 @@ def launches(
         none, needs = (None, None, None), (True, True, True)
         w, result = (weight, weight), x if fused else None
         if fused == "before":
-            *_, stats = launch.add_normal_norm_forward(x, x, *w, seed, None, *config)
-            launch.add_normal_norm_backward(x, x, x, stats, *w, result, seed, *needs, *config)
+            given, kept, grad_sum = (x, seed, None, True, True), result, x
         else:
-            _, stats = launch.normal_norm_forward(x, *none, *w, result, seed, None, *config)
-            launch.normal_norm_backward(x, x, stats, *w, result, seed, *needs, False, *config)
+            given, kept, grad_sum = (result, seed, None, False, True), result, None
+        _, stats, _ = launch.normal_norm_forward(x, *none, *w, *given, *config)
+        launch.normal_norm_backward(x, x, stats, *w, kept, seed, grad_sum, *needs, False, *config)
 
     return ahead.compiled(target, step)
 
@@ -244,20 +244,25 @@ def every_path() -> None:
             x = x.to(memory_format=torch.channels_last)
         w = torch.empty(case.parameter_shape, dtype=dtype)
         config = case.config("triton", channels_last=last, noise_train=0.4, **options)
-        _, s = launch.normal_norm_forward(x, *none, w, w, None, seed, None, *config)
+        _, s, _ = launch.normal_norm_forward(x, *none, w, w, None, seed, None, False, True, *config)
         needs = (True, True, True, False)
-        launch.normal_norm_backward(x, x, s, w, w, None, seed, *needs, *config)
+        launch.normal_norm_backward(x, x, s, w, w, None, seed, None, *needs, *config)
 
     def fuse(case: Case, dtype: torch.dtype) -> None:
         x, w = torch.empty(case.shape, dtype=dtype), torch.empty(case.parameter_shape, dtype=dtype)
         config = case.config("triton", activation="relu")
-        y, total, s = launch.add_normal_norm_forward(x, x, w, w, None, None, *config)
+        plain = (None, None, None)
+        y, s, total = launch.normal_norm_forward(
+            x, *plain, w, w, x, None, None, True, True, *config
+        )  # fmt: skip
         needs = (True, True, True)
-        launch.add_normal_norm_backward(x, x, total, s, w, w, y, None, *needs, *config)
+        launch.normal_norm_backward(x, total, s, w, w, y, None, x, *needs, False, *config)
         if case.kind == "batch":
             running = [torch.empty(case.shape[1]) for _ in range(3)]
-            y, s = launch.normal_norm_forward(x, *running, w, w, x, None, None, *config)
-            launch.normal_norm_backward(x, x, s, w, w, y, None, *needs, True, *config)
+            y, s, _ = launch.normal_norm_forward(
+                x, *running, w, w, x, None, None, False, True, *config
+            )  # fmt: skip
+            launch.normal_norm_backward(x, x, s, w, w, y, None, None, *needs, True, *config)
 
     for dtype, last in ((torch.bfloat16, False), (torch.float64, True)):
         case = Case("batch", (16, 8, 8, 8))
@@ -266,20 +271,20 @@ def every_path() -> None:
             x = x.to(memory_format=torch.channels_last)
         w, running = torch.empty(8, dtype=dtype), [torch.empty(8) for _ in range(3)]
         config = case.config("triton", channels_last=last)
-        _, s = launch.normal_norm_forward(x, *running, w, w, None, None, None, *config)
+        quiet = (None, None, None, False)
+        _, s, _ = launch.normal_norm_forward(x, *running, w, w, *quiet, True, *config)
         needs = (True, True, True, True)
-        launch.normal_norm_backward(x, x, s, w, w, None, None, *needs, *config)
-        infer = (*config[:4], *config[5:8], *config[10:])
-        launch.normal_norm_infer(x, *none, w, None, None, *infer)
+        launch.normal_norm_backward(x, x, s, w, w, None, None, None, *needs, *config)
+        launch.normal_norm_forward(x, *none, w, None, *quiet, False, *config)
         config = case.config("triton", channels_last=last, noise_train=0.3, order=1, stream=1)
         scale = torch.empty(8, dtype=s.dtype)
-        launch.normal_norm_forward(x, *none, w, w, None, seed, scale, *config)
+        launch.normal_norm_forward(x, *none, w, w, None, seed, scale, False, True, *config)
         needs = (False, True, False, False)
-        launch.normal_norm_backward(x, x, s, w, w, None, seed, *needs, *config)
+        launch.normal_norm_backward(x, x, s, w, w, None, seed, None, *needs, *config)
         for momentum in (0.1, None):
             for buffers in (running, [b.bfloat16() for b in running]):
                 tracked = torch.tensor(1)
-                launch.fold_running_(s, *buffers, tracked, momentum, 100, 1e-5, "triton")
+                launch.fold_running_(s, *buffers, tracked, momentum, 100, 1e-5)
     step(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
     step(Case("layer", (2, 70000), normalized_ndim=1), torch.float64)
     fuse(Case("batch", (16, 8, 8, 8)), torch.bfloat16)

@@ -30,7 +30,7 @@ from host_cuda import harness
 from normnorm import backends, ops
 
 ROOT = harness.ROOT
-BINDING = ("tensors", "cuda", "cuda_problem", "by_definition")
+BINDING = ("tensors", "cuda", "cuda_problem", "fallback")
 # The oldest torch whose stable ABI serves, as in setup.py.
 TORCH_TARGET = "0x020a000000000000"
 _FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DNN_CUDA_DISPATCH_KEY=CPU"]

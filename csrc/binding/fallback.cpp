@@ -1,0 +1,43 @@
+#include "fallback.h"
+
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <array>
+#include <string>
+
+namespace normnorm {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// Calls an op of namespace normnorm; results come back at the front of the arguments' own array.
+template <class... A>
+std::array<StableIValue, sizeof...(A)> call(const char* op, const A&... arguments) {
+  std::array<StableIValue, sizeof...(A)> stack{from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
+const std::string kReference = "reference";
+
+}  // namespace
+
+ForwardResult fallback_forward(const ForwardTensors& t, const Config& c) {
+  const auto results =
+      call("normnorm::normal_norm_forward", t.input, t.mean, t.var, t.lmbda, t.weight, t.bias, t.residual, t.seed,
+           t.noise_scale, t.prenorm, t.keep_stats, c.kind_name, c.num_groups, c.normalized_ndim, c.eps, c.noise_train,
+           c.alpha, c.order, c.transform_eps, c.stream, c.channels_last, c.activation, kReference);
+  return {to<Tensor>(results[0]), to<OptionalTensor>(results[1]), to<OptionalTensor>(results[2])};
+}
+
+BackwardResult fallback_backward(const BackwardTensors& t, const Config& c) {
+  const auto results =
+      call("normnorm::normal_norm_backward", t.grad_output, t.input, t.stats, t.weight, t.bias, t.output, t.seed,
+           t.grad_sum, t.needs_input, t.needs_weight, t.needs_bias, t.frozen, c.kind_name, c.num_groups,
+           c.normalized_ndim, c.eps, c.noise_train, c.alpha, c.order, c.transform_eps, c.stream, c.channels_last,
+           c.activation, kReference);
+  return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2])};
+}
+
+}  // namespace normnorm
