@@ -11,7 +11,7 @@ from cuda_static import sass
 pytestmark = pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing()))
 
 # Every type for the architecture that CI builds the extension for, and one type for each of the
-# others, whose compilation takes 80 seconds. Without float64: the C library's sine has a stack frame.
+# others, whose compilation takes 80 seconds. Not float64: the C library's sine takes a stack frame.
 BUILDS = [
     ("bfloat16", "sm_90"),
     pytest.param("float32", "sm_90", marks=pytest.mark.slow),
