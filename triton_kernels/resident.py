@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .epilogue import activated, read_gradient, stored_sum, with_residual
 from .layout import (
+    Tile,
     any_group,
     keep,
     locate_group,
@@ -50,6 +51,13 @@ def tile_number(i, S: tl.constexpr):
 
 
 @triton.jit
+def tile_at(tiles, i: tl.constexpr):
+    """tiles[i] with the names of its fields, which Triton 3.6 loses for a tuple in a tuple."""
+    t = tiles[i]
+    return Tile(t[0], t[1], t[2], t[3], t[4])
+
+
+@triton.jit
 def moments(x, tiles, n, S: tl.constexpr):
     """Round 1: (x - mean, mean, mean_low, rstd)."""
     K: tl.constexpr = S.K
@@ -60,7 +68,7 @@ def moments(x, tiles, n, S: tl.constexpr):
     sums, squares = sum_zeros(S), sum_zeros(S)
     centred = ()
     for i in tl.static_range(K):
-        c = keep(x[i] - mean, tiles[i], S)
+        c = keep(x[i] - mean, tile_at(tiles, i), S)
         centred = centred + (c,)
         sums = add(sums, c, S)
         squares = add(squares, c * c, S)
@@ -76,7 +84,7 @@ def estimate(centred, tiles, low, rstd, n, S: tl.constexpr):
     ds, es = sum_zeros(S), sum_zeros(S)
     signed = ()
     for i in tl.static_range(K):
-        h = keep(centred[i] * rstd - low * rstd, tiles[i], S)
+        h = keep(centred[i] * rstd - low * rstd, tile_at(tiles, i), S)
         signed_log, hd, d, e = lambda_round(h, S.FAST)
         signed = signed + (signed_log,)
         hds = add(hds, hd, S)
@@ -98,7 +106,7 @@ def deviation(x, tiles, inverse_count, S: tl.constexpr):
     mean = total(acc, S) * inverse_count
     acc = sum_zeros(S)
     for i in tl.static_range(K):
-        acc = add(acc, keep(absolute(x[i] - mean), tiles[i], S), S)
+        acc = add(acc, keep(absolute(x[i] - mean), tile_at(tiles, i), S), S)
     return total(acc, S) * inverse_count
 
 
@@ -142,14 +150,15 @@ def forward(
         scale = 0.0 * rstd
     for i in tl.static_range(K):
         y = x[i]
+        tile = tile_at(tiles, i)
         if S.NOISE > 0:
-            y += factor * normals(key, noise.stream, place, tiles[i], geometry.noise[2], S)
-        w = parameter(affine.weight, 1.0, place, tiles[i], geometry, S)
-        b = parameter(affine.bias, 0.0, place, tiles[i], geometry, S)
+            y += factor * normals(key, noise.stream, place, tile, geometry.noise[2], S)
+        w = parameter(affine.weight, 1.0, place, tile, geometry, S)
+        b = parameter(affine.bias, 0.0, place, tile, geometry, S)
         y = y * w + b
         if tensors.sum.data is None:
-            y = with_residual(y, tensors.residual, place, tiles[i], S)
-        write(tensors.output, place, tiles[i], activated(y, S), S)
+            y = with_residual(y, tensors.residual, place, tile, S)
+        write(tensors.output, place, tile, activated(y, S), S)
     if stats is not None:
         tl.store(stat(stats, MEAN, place, geometry), mean, mask=place.present)
         tl.store(stat(stats, MEAN_LOW, place, geometry), low, mask=place.present)
@@ -256,9 +265,10 @@ def backward(
             finished = finish_gradient(sums, n.inverse_count, rstd, S.FROZEN)
             for i in tl.static_range(K):
                 through_h, w, h = held[i]
+                tile = tile_at(tiles, i)
                 du = input_gradient(through_h, w, h, rstd, finished)
-                du = with_residual(du, tensors.grad_sum, place, tiles[i], S)
-                write(tensors.output, place, tiles[i], du, S)
+                du = with_residual(du, tensors.grad_sum, place, tile, S)
+                write(tensors.output, place, tile, du, S)
         if PARTS == 1:
             if parts.weight is not None:
                 tl.store(parts.weight + place.group, total(weight_sum, S), mask=place.present)
