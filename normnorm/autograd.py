@@ -60,30 +60,33 @@ def normal_norm(
         ``keep_stats`` asks for them or a gradient may need them; the sum with ``prenorm``; else
         there is None or an empty tensor.
     """
-    arguments = (*tensors, prenorm, True, *config)
     if torch.compiler.is_compiling():
+        arguments = (*tensors, prenorm, True, *config)
         if decomposes(config) or transforms_active() or forward_mode():
             return reference.normal_norm_forward(*arguments)
         if annealing.is_symbolic(config.noise_train):
             return annealing.normal_norm_forward(*annealing.with_tensor(arguments))
         return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
+    if forward_ad._current_level < 0 and not (transforms_active() or is_tracing()):
+        input, _, _, _, weight, bias, residual, _, _ = tensors
+        if torch.is_grad_enabled() and (
+            input.requires_grad  # type: ignore[union-attr]
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            arguments = (*tensors, prenorm, True, *config)
+            return _Eager.apply(input, weight, bias, residual, arguments, config)
+        return ops.run_forward((*tensors, prenorm, keep_stats, *config))
+    arguments = (*tensors, prenorm, True, *config)
     if forward_mode():
         return reference.normal_norm_forward(*arguments)
     if transforms_active():
         return _Functional.apply(*arguments)
-    if is_tracing():  # which has no node for what an old-style Function holds
-        if torch.onnx.is_in_onnx_export():
-            return reference.normal_norm_forward(*arguments)
-        return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
-    input, _, _, _, weight, bias, residual, _, _ = tensors
-    if torch.is_grad_enabled() and (
-        input.requires_grad  # type: ignore[union-attr]
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return _Eager.apply(input, weight, bias, residual, arguments, config)
-    return ops.run_forward((*tensors, prenorm, keep_stats, *config))
+    # torch.jit.trace, which has no node for what an old-style Function holds.
+    if torch.onnx.is_in_onnx_export():
+        return reference.normal_norm_forward(*arguments)
+    return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
 
 
 # The gradient of the forward pass.

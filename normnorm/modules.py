@@ -67,6 +67,15 @@ class _Transform:
         self.order = order
         self.transform_eps = transform_eps
 
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias."""
+        # From the dictionary, which has none that is parametrized: nn.Module's __getattr__ costs
+        # half a microsecond a name.
+        parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
+        if "weight" in parameters and "bias" in parameters:
+            return parameters["weight"], parameters["bias"]
+        return self.weight, self.bias
+
     def _transform(self) -> dict[str, Any]:
         return {
             "noise_train": self.noise_train,
@@ -249,8 +258,7 @@ class _BatchNormalNorm(_RunningNorm):
             mean,
             var,
             lmbda,
-            self.weight,
-            self.bias,
+            *self._affine(),
             own_statistics,
             self.momentum,
             self._eps,
@@ -368,8 +376,7 @@ class _InstanceNormalNorm(_RunningNorm):
             self.running_mean,
             self.running_var,
             self.running_lmbda,
-            self.weight,
-            self.bias,
+            *self._affine(),
             self.training or not self.track_running_stats,
             self.momentum,
             self._eps,
@@ -452,8 +459,7 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
         return F.layer_normal_norm(
             input,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            *self._affine(),
             self.eps,
             training=self.training,
             **self._transform(),
@@ -573,8 +579,7 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         return F.group_normal_norm(
             input,
             self.num_groups,
-            self.weight,
-            self.bias,
+            *self._affine(),
             self.eps,
             training=self.training,
             **self._transform(),

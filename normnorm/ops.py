@@ -122,7 +122,8 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 def run_forward(arguments: tuple[Any, ...]) -> Results:
     """The forward pass by the backend whose name stands last among the op's arguments."""
-    backend = backends.get(arguments[-1])
+    name = arguments[-1]
+    backend = backends._backends.get(name) or backends.get(name)
     try:
         return backend.forward(*arguments[:-1])  # type: ignore[no-any-return]
     except ValueError as error:
@@ -133,7 +134,8 @@ def run_forward(arguments: tuple[Any, ...]) -> Results:
 
 def run_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The backward pass by the backend whose name stands last among the op's arguments."""
-    backend = backends.get(arguments[-1])
+    name = arguments[-1]
+    backend = backends._backends.get(name) or backends.get(name)
     try:
         return backend.backward(*arguments[:-1])  # type: ignore[no-any-return]
     except ValueError as error:
