@@ -661,20 +661,6 @@ def test_a_gradient_not_asked_for_is_empty_and_the_others_are_the_same(case, bac
                 assert got.numel() == 0
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-def test_inference_is_the_forward_pass_without_noise(case, dtype, backend, device):
-    x = draw(case, "exponential", 1, dtype, device)
-    weight, bias = draw_parameters(case, 1, dtype, device)
-    config = case.config(backend)
-    want = _forward(case, backend, x, weight, bias)[0]
-    got, stats, _ = torch.ops.normnorm.normal_norm_forward(
-        x, None, None, None, weight, bias, None, None, None, False, False, *config
-    )
-    assert torch.equal(got, want)
-    assert stats.numel() == 0
-
-
 @pytest.mark.parametrize("instance", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
