@@ -370,7 +370,7 @@ def add_layer_normal_norm(
     """The residual stream of a pre-norm transformer: adds, then normalizes the sum.
 
     ``sum = input + residual; output = layer_normal_norm(sum, ...)`` by one kernel each way: the
-    sum is written and not read again, and its gradient joins the output's where that is written.
+    sum is written and not read again, and its gradient is added where the input's is written.
 
     Args:
         input, residual: (*, *normalized_shape), of one shape and device. Of two floating dtypes

@@ -48,9 +48,9 @@ def register_norm(
         normnorm.register_norm(CohereLayerNorm, convert, restore)
 
     It holds for layers of exactly that class, in this process, and comes before what normnorm
-    knows by itself. The functions need not care for the training flag and the forward and
-    backward hooks, which the new layer takes over, nor for the settings of :func:`replace_norms`,
-    which are applied to what ``convert`` returns; what is not given there stays as it returned it.
+    knows by itself. ``replace_norms`` itself copies the training flag and the forward and
+    backward hooks to the new layer and applies the settings it was given; other settings stay as
+    ``convert`` returned them.
 
     Args:
         cls: the class of the layers.

@@ -1,8 +1,7 @@
 // The ops of namespace normnorm_cpu.
 //
-// Schemas are defined in normnorm/ops.py. Each op turns its tensors into views, has them checked, plans the
-// walk over memory, and calls the kernels; a tensor whose memory the walk cannot follow is replaced by a
-// dense copy.
+// normnorm/ops.py defines the schemas. Each op makes views of its tensors, checks them, selects a layout and calls the
+// kernels. A tensor whose strides do not fit the layout is replaced by a dense copy.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 

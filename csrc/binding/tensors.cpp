@@ -134,17 +134,17 @@ Source::Source(const Tensor& t, const Layout& layout) : tensor_(t) {
   operand = {tensor_.data_ptr(), *strides};
 }
 
-Target::Target(const Tensor& t, const Layout& layout) : tensor_(t), walked_(t) {
+Target::Target(const Tensor& t, const Layout& layout) : tensor_(t), dense_(t) {
   auto strides = layout.strides(view(t));
   if (!strides) {
-    walked_ = dense_copy(t, view(t), layout, false);
-    strides = layout.strides(view(walked_));
+    dense_ = dense_copy(t, view(t), layout, false);
+    strides = layout.strides(view(dense_));
   }
-  operand = {walked_.data_ptr(), *strides};
+  operand = {dense_.data_ptr(), *strides};
 }
 
 void Target::finish() {
-  if (walked_.get() != tensor_.get()) torch::stable::copy_(tensor_, walked_);
+  if (dense_.get() != tensor_.get()) torch::stable::copy_(tensor_, dense_);
 }
 
 Arguments ForwardTensors::arguments() const {

@@ -1,5 +1,5 @@
-// What the ops of every device share: torch's tensors as the checks and the walks see them. This folder alone
-// knows torch, through its stable ABI alone.
+// Shared by the ops of all devices: views and operands of torch's tensors. Only this folder includes torch, and only
+// its stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -33,7 +33,7 @@ Tensor nothing(const TensorView& like);
 // refuses to go backward. The tensor's contents stay.
 void note_write(const Tensor& t);
 
-// A tensor that a walk reads: itself, or a dense copy where its strides do not fit.
+// A tensor that the kernels read: itself, or a dense copy where its strides do not fit the layout.
 class Source {
  public:
   Source(const Tensor& t, const Layout& layout);
@@ -55,7 +55,7 @@ class OptionalSource {
   std::optional<Source> source_;
 };
 
-// A tensor that a walk writes; finish() moves a stand-in's contents to it.
+// A tensor that the kernels write; finish() copies a dense substitute back to it.
 class Target {
  public:
   Target(const Tensor& t, const Layout& layout);
@@ -63,7 +63,7 @@ class Target {
   Operand operand;
 
  private:
-  Tensor tensor_, walked_;
+  Tensor tensor_, dense_;
 };
 
 // The tensors of the ops, in the order of their schemas (normnorm/ops.py).

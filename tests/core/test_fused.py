@@ -20,8 +20,8 @@ from normnorm import diagnostics
 from normnorm import functional as F
 
 OPS = torch.ops.normnorm
-# One of each kind and walk; channels_last where there are images.
-WALKS = (
+# One of each kind and layout; channels_last where there are images.
+CASES_BY_LAYOUT = (
     Case("batch", (7, 5)), Case("batch", (3, 4, 5, 6)), Case("layer", (9, 40), normalized_ndim=1),
     Case("layer", (2, 3, 4, 5), normalized_ndim=3), Case("group", (2, 8, 5, 5), num_groups=4),
     Case("group", (5, 12), num_groups=3), Case("instance", (2, 3, 5, 6)),
@@ -31,7 +31,7 @@ SMALL = (
     Case("batch", (3, 2, 2)), Case("layer", (2, 6), normalized_ndim=1),
     Case("group", (2, 4, 2), num_groups=2), Case("instance", (2, 2, 4)),
 )  # fmt: skip
-JOINS = [(True, ""), (False, "relu"), (True, "relu")]
+EPILOGUES = [(True, ""), (False, "relu"), (True, "relu")]
 # One rounding more or less in the compute dtype, seen through one in the storage dtype.
 CLOSE = {
     torch.float64: {"rtol": 1e-13, "atol": 1e-13},
@@ -87,8 +87,8 @@ def act(tensor: Tensor, activation: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("case", WALKS, ids=str)
-def test_joined_output_is_that_of_the_steps(backend, device, case, layout, dtype):
+@pytest.mark.parametrize("case", CASES_BY_LAYOUT, ids=str)
+def test_fused_output_is_that_of_the_steps(backend, device, case, layout, dtype):
     x, residual = draw(case, dtype, device, 2, layout)
     weight, bias = parameters(
         case, torch.float64 if dtype == torch.float64 else torch.float32, device
@@ -101,11 +101,12 @@ def test_joined_output_is_that_of_the_steps(backend, device, case, layout, dtype
         # the same arithmetic without the last rounding
         whole = x.to(wide) if wide != dtype else x
         steps, stats = forward(plain, whole, weight, bias, seed=seed)
-        for joined, activation in JOINS:
+        for with_residual, activation in EPILOGUES:
             config = case.config(backend, noise_train=noise, activation=activation, **options)
-            given = residual if joined else None
+            given = residual if with_residual else None
             output, found = forward(config, x, weight, bias, residual=given, seed=seed)
-            expected = act(steps + residual.to(wide) if joined else steps, activation).to(dtype)
+            added = steps + residual.to(wide) if with_residual else steps
+            expected = act(added, activation).to(dtype)
             assert_close(output, expected, **CLOSE[dtype])
             assert_close(found, stats)
             assert output.stride() == torch.empty_like(x).stride()
@@ -117,7 +118,7 @@ def test_joined_output_is_that_of_the_steps(backend, device, case, layout, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("case", WALKS, ids=str)
+@pytest.mark.parametrize("case", CASES_BY_LAYOUT, ids=str)
 def test_gradients_pass_where_the_output_is_positive(backend, device, case, layout, dtype):
     x, g, residual = draw(case, dtype, device, 3, layout)
     weight, bias = parameters(case, dtype, device)
@@ -141,7 +142,7 @@ def test_gradients_pass_where_the_output_is_positive(backend, device, case, layo
 @pytest.mark.parametrize("activation", ["", "relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("case", WALKS, ids=str)
+@pytest.mark.parametrize("case", CASES_BY_LAYOUT, ids=str)
 def test_the_sum_is_what_is_normalized(backend, device, case, layout, dtype, activation):
     x, residual, g, grad_sum = draw(case, dtype, device, 4, layout)
     residual = residual.contiguous()  # whatever the input's layout is
@@ -252,7 +253,7 @@ def test_empty_tensors_stay_empty(backend, device):
 
 
 def functions(case: Case, seed: int = 3) -> dict[str, object]:
-    """Each way of joining, without noise: the whole map of (input, residual, weight, bias)."""
+    """Each epilogue, without noise: the whole map of (input, residual, weight, bias)."""
     return {
         "residual": lambda x, r, w, b: case.apply(x, w, b, noise_train=0.0, residual=r),
         "relu": lambda x, r, w, b: case.apply(x, w, b, noise_train=0.0, activation="relu"),
@@ -299,12 +300,12 @@ def test_gradients_that_are_not_wanted_are_left_out(backend, device, frozen):
     options = {"training": True, "noise_train": 0.7, "seed": 4}
     x, r, w, b = mine
     output, total = F.add_layer_normal_norm(x, r, (7,), w, b, **options)
-    joined = F.layer_normal_norm(x, (7,), w, b, residual=r, activation="relu", **options)
-    (output.sin() + total.cos() + joined.square()).sum().backward()
+    fused = F.layer_normal_norm(x, (7,), w, b, residual=r, activation="relu", **options)
+    (output.sin() + total.cos() + fused.square()).sum().backward()
     x, r, w, b = theirs
     steps = F.layer_normal_norm(x + r, (7,), w, b, **options)
-    joined = torch.relu(F.layer_normal_norm(x, (7,), w, b, **options) + r)
-    (steps.sin() + (x + r).cos() + joined.square()).sum().backward()
+    fused = torch.relu(F.layer_normal_norm(x, (7,), w, b, **options) + r)
+    (steps.sin() + (x + r).cos() + fused.square()).sum().backward()
     for i, (one, other) in enumerate(zip(mine, theirs, strict=True)):
         assert (one.grad is None) == (i in frozen)
         if one.grad is not None:
@@ -558,7 +559,7 @@ def mixed(x: Tensor, residual: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) 
 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
-@pytest.mark.parametrize("case", WALKS[1::2], ids=lambda case: case.kind)
+@pytest.mark.parametrize("case", CASES_BY_LAYOUT[1::2], ids=lambda case: case.kind)
 def test_a_residual_of_another_dtype_is_promoted_as_torch_does(backend, device, case, dtypes):
     x, residual, g = draw(case, torch.float64, device, 3, "contiguous")
     dtype = torch.promote_types(*dtypes)
@@ -595,7 +596,7 @@ def test_a_residual_of_another_dtype_is_promoted_as_torch_does(backend, device, 
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 def test_a_stream_of_another_dtype_is_promoted_as_torch_does(backend, device, dtypes):
-    case = WALKS[2]
+    case = CASES_BY_LAYOUT[2]
     x, stream, g, grad_sum = draw(case, torch.float64, device, 4, "contiguous")
     one, other = mixed(x, stream, dtypes)
     dtype = torch.promote_types(*dtypes)

@@ -16,7 +16,7 @@ from normnorm import functional as F
 
 
 class Residual(nn.Module):
-    """Every kind of layer, the joined ones with a residual."""
+    """Every kind of layer, the fused ones with a residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def test_tracing_in_training_does_not_fail_and_folds(cpu_backend, model):
         assert not torch.equal(after[f"batch.{name}"], before[f"batch.{name}"])
 
 
-def test_a_joined_sum_is_traced_by_itself(cpu_backend):
+def test_a_fused_sum_is_traced_by_itself(cpu_backend):
     layer = normnorm.AddLayerNormalNorm(6)
     x = torch.randn(3, 6)
     with warnings.catch_warnings():
