@@ -16,7 +16,8 @@ from normnorm.cli import execute
 from speed.options import parser
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SELECTION = ["--device", "cpu", "--dtype", "float32", "--no-networks"]
+SELECTION = ["--device", "cpu", "--dtype", "float32"]
+NETWORKS = ["--networks", "resnet18", "conv_net", "small_vit"]
 SUITES = ["--suites", "resnet", "features", "tokens", "small", "batch sweep", "row sweep"]
 
 
@@ -26,7 +27,7 @@ def main(options: list[str]) -> int:
     if "--threads" in options[:-1]:
         threads = options[options.index("--threads") + 1]
     name = f"cpu_layers_{threads}_threads.json"
-    words = [*SELECTION, *SUITES, "--json", str(RESULTS / name), *options]
+    words = [*SELECTION, *NETWORKS, *SUITES, "--json", str(RESULTS / name), *options]
     return execute(parser(), words)
 
 

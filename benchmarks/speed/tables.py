@@ -405,20 +405,18 @@ def _network_ratios(results: Results) -> Iterator[tuple[str, ...]]:
 
 
 def _layer_ratios(results: Results) -> Iterator[tuple[str, ...]]:
-    """The largest input of each layer, suite, dtype, memory format and mode, sweeps left out."""
+    """Training with noise of each layer, dtype and memory format: its largest input, no sweep."""
+    works: dict[tuple[object, ...], list[Measurement]] = {}
+    for row in results.select(mode="noise", operation="full", status="ok"):
+        if "sweep" not in row.suite:
+            works.setdefault(row.work, []).append(row)
     largest: dict[tuple[object, ...], list[Measurement]] = {}
-    wanted: tuple[tuple[str, Operation], ...] = (("noise", "full"), ("eval", "forward"))
-    for mode, operation in wanted:
-        works: dict[tuple[object, ...], list[Measurement]] = {}
-        for row in results.select(mode=mode, operation=operation, status="ok"):
-            if "sweep" not in row.suite:
-                works.setdefault(row.work, []).append(row)
-        for rows in works.values():
-            first = rows[0]
-            line = (first.layer, first.suite, first.dtype, first.memory_format, mode)
-            bigger = line not in largest or first.elements > largest[line][0].elements
-            if bigger and any(_ours(row.provider) and row.ratio for row in rows):
-                largest[line] = rows
+    for rows in works.values():
+        first = rows[0]
+        line = (first.layer, first.dtype, first.memory_format)
+        bigger = line not in largest or first.elements > largest[line][0].elements
+        if bigger and any(_ours(row.provider) and row.ratio for row in rows):
+            largest[line] = rows
     for rows in largest.values():
         by_provider = {row.provider: row for row in rows}
         for provider, row in by_provider.items():

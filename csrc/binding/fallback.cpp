@@ -28,7 +28,10 @@ ForwardResult fallback_forward(const ForwardTensors& t, const Config& c) {
       call("normnorm::normal_norm_forward", t.input, t.mean, t.var, t.lmbda, t.weight, t.bias, t.residual, t.seed,
            t.noise_scale, t.prenorm, t.keep_stats, c.kind_name, c.num_groups, c.normalized_ndim, c.eps, c.noise_train,
            c.alpha, c.order, c.transform_eps, c.stream, c.channels_last, c.activation, kReference);
-  return {to<Tensor>(results[0]), to<OptionalTensor>(results[1]), to<OptionalTensor>(results[2])};
+  // The public op returns an empty tensor for a result that was not asked for.
+  const Tensor stats = to<Tensor>(results[1]), sum = to<Tensor>(results[2]);
+  return {to<Tensor>(results[0]), t.keep_stats ? OptionalTensor(stats) : std::nullopt,
+          t.prenorm ? OptionalTensor(sum) : std::nullopt};
 }
 
 BackwardResult fallback_backward(const BackwardTensors& t, const Config& c) {
