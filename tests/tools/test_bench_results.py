@@ -262,7 +262,9 @@ def test_readme_ratio_is_that_of_the_two_columns_beside_it(files):
         "BatchNormalNorm2d", "8x64x28x28 float32", "forward + backward, training with noise",
         "normnorm (CPU)", "0.401", "0.522", "1.30",
     ]  # fmt: skip
-    for *_, torch_ms, ms, ratio in lines[head + 2 : head + 6]:
+    rows = [line for line in lines if line[-1][0].isdigit()]
+    assert len(rows) >= 3
+    for *_, torch_ms, ms, ratio in rows:
         assert float(ratio) == pytest.approx(float(ms) / float(torch_ms), rel=0.01)
     assert not any("x64x14x14" in line[1] for line in lines)  # sweeps are left out
     assert "1 measurements failed or were wrong" in words
