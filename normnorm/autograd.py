@@ -1,13 +1,14 @@
-"""Gradients: one rule for each pass, in the form that costs least where it is used.
+"""Gradients: one rule for each pass, in the form with the least overhead for each mode.
 
-* plain eager: :class:`_Eager`, an old-style ``autograd.Function`` over the backend's own ops, whose
-  host time is a third less than the new style's;
+* plain eager: :class:`_Eager`, an old-style ``autograd.Function`` around the backend's own ops; it
+  takes a third less host time than a new-style one;
 * torch.func transforms: :class:`_Functional` and :class:`_Gradient`, new-style with ``vmap``;
 * compiling and torch.jit.trace: the registered op, one node of the graph, whose gradient is
-  registered here; its form in ``normnorm/annealing.py`` once the weight of the noise has changed;
+  registered here. Once ``noise_train`` has changed, compiled graphs use the overload in
+  ``normnorm/annealing.py``;
 * forward mode (torch.func.jvp, dual numbers), and compiling under a transform: the definition in
-  ``normnorm/reference.py``, whose derivatives nest in any order. Compilers see it too where the
-  reference backend is chosen, and can fuse through it.
+  ``normnorm/reference.py``, whose derivatives nest in any order. With the reference backend a
+  compiler traces the definition too, and can fuse it.
 
 Derivatives beyond the first come from the definition on every backend.
 """
@@ -31,7 +32,7 @@ __all__ = ["Running", "decomposes", "forward_mode", "is_tracing", "normal_norm"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# torch.jit.is_tracing() without its frame, for the host's time.
+# torch.jit.is_tracing() without its Python frame, to save host time.
 is_tracing = torch._C._is_tracing
 
 
@@ -41,8 +42,8 @@ def forward_mode() -> bool:
 
 
 def decomposes(config: Config) -> bool:
-    """Whether a compiler is to see the definition, PyTorch's own operations, in place of the op:
-    where the reference backend is chosen, and in an export to ONNX, which has no such op."""
+    """Whether a compiler traces the definition (PyTorch's own operations) instead of the op: with
+    the reference backend, and in an export to ONNX, which has no such op."""
     return config.backend == "reference" or torch.onnx.is_in_onnx_export()
 
 
@@ -52,13 +53,13 @@ def normal_norm(
     """The forward pass by ``config.backend``, differentiable in input, weight, bias and residual.
 
     Args:
-        tensors: those of :class:`normnorm.config.ForwardArguments`, from input to noise_scale.
-        prenorm, keep_stats, config: see there.
+        tensors: fields ``input`` to ``noise_scale`` of :class:`normnorm.config.ForwardArguments`.
+        prenorm, keep_stats, config: the fields of the same names.
 
     Returns:
-        (output, statistics, sum). The statistics, never differentiable, are there if
-        ``keep_stats`` asks for them or a gradient may need them; the sum with ``prenorm``; else
-        there is None or an empty tensor.
+        (output, statistics, sum). The statistics, never differentiable, are returned with
+        ``keep_stats`` or if a gradient may need them, the sum with ``prenorm``; otherwise each is
+        None or an empty tensor.
     """
     if torch.compiler.is_compiling():
         arguments = (*tensors, prenorm, True, *config)
@@ -83,7 +84,7 @@ def normal_norm(
         return reference.normal_norm_forward(*arguments)
     if transforms_active():
         return _Functional.apply(*arguments)
-    # torch.jit.trace, which has no node for what an old-style Function holds.
+    # Under torch.jit.trace, which has no node for an old-style Function.
     if torch.onnx.is_in_onnx_export():
         return reference.normal_norm_forward(*arguments)
     return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
@@ -93,11 +94,11 @@ def normal_norm(
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], results: Results, config: Config) -> None:
-    """What :func:`_gradients` needs of a forward pass."""
+    """Saves the tensors and settings of a forward pass for :func:`_gradients`."""
     input, running_mean, _, _, weight, bias, _, seed, _, prenorm, keep_stats = arguments[:11]
     output, stats, sum = results
-    # With an activation the output is kept, for its sign: with noise it could only be had again
-    # by computing the whole output, and the next layer mostly keeps that tensor anyway.
+    # With an activation the output is saved, for its sign. With noise the sign could only be
+    # recomputed with the whole output, and the next layer usually saves the same tensor.
     activated = output if config.activation else None
     normalized, kept = sum if prenorm else input, stats if keep_stats else None
     ctx.save_for_backward(normalized, kept, weight, bias, activated, seed)
@@ -115,13 +116,13 @@ def _gradients(
     ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], needs: tuple[bool, ...],
     backward: Callable[..., Any],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of input, weight, bias and residual, None where ``needs`` has False.
+    """The gradients of input, weight, bias and residual; None if ``needs`` is False for one.
 
     Args:
-        ctx: of :func:`_save`.
-        saved: its tensors.
-        grads: of the results, (output, statistics, sum).
-        needs: whether each of the four gradients is wanted.
+        ctx: the context that :func:`_save` filled.
+        saved: the saved tensors of ``ctx``.
+        grads: gradients of the results (output, statistics, sum).
+        needs: whether each of the four gradients is needed.
         backward: called with the arguments of ``normal_norm_backward``.
     """
     grad_output, _, grad_sum = grads
@@ -137,7 +138,7 @@ def _gradients(
     grad_residual = None
     if ctx.prenorm:
         needs_input = needs_input or needs_residual
-    elif needs_residual:  # its gradient is the one in front of the activation
+    elif needs_residual:  # its gradient is that of the activation's input
         grad_output = grad_residual = reference.through_activation(grad_output, output, config)
         output, config = None, config._replace(activation="")
     grad_input, grad_weight, grad_bias = backward(
@@ -156,7 +157,7 @@ def _gradients(
 def _flat_gradients(
     ctx: Any, grads: tuple[Tensor | None, ...], backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    """The same, one for each argument of ``normal_norm_forward``."""
+    """The gradients of all arguments of ``normal_norm_forward``."""
     n = ctx.needs_input_grad
     found = _gradients(ctx, ctx.saved_tensors, grads, (n[0], n[4], n[5], n[6]), backward)
     return (found[0], None, None, None, *found[1:], *(None,) * (len(n) - 7))
@@ -180,7 +181,7 @@ def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tenso
     return to_output, to_input, None, to_weight, None, None, None, to_sum, *(None,) * len(ctx.rest)
 
 
-# Who differentiates: eager mode, torch.func, compiled graphs.
+# The autograd Functions and rules: eager mode, torch.func, compiled graphs.
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -201,8 +202,8 @@ class _Eager(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None,
         residual: Tensor | None, arguments: tuple[Any, ...], config: Config,
     ) -> Results:  # fmt: skip
-        # ``arguments`` is the whole list; the four that may carry gradients stand apart, since
-        # every argument of a Function costs host time.
+        # ``arguments`` has all arguments of the op. Only the four tensors that may need gradients
+        # are also arguments of the Function, because each one costs host time.
         results = ops.run_forward(arguments)
         _save(ctx, arguments, results, config)
         ctx.seed = arguments[7]
@@ -213,7 +214,7 @@ class _Eager(torch.autograd.Function):
         saved = ctx.saved_tensors
         seed = saved[5]
         if seed is not ctx.seed:
-            # Activation checkpointing gives back what its second run of the forward pass saved.
+            # Activation checkpointing returns the tensors saved by its second forward pass.
             torch._assert_async(  # waits for no device
                 seed == ctx.seed,
                 "activation checkpointing ran a normality layer again with other noise: leave "
@@ -260,13 +261,13 @@ class _Gradient(torch.autograd.Function):
 def _vmap_definition(
     definition: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """A vmap rule: the definition, vmapped, exact whichever arguments are batched."""
+    """The vmap rule: vmaps the definition, whichever arguments are batched."""
     results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*arguments)
     return results, (0,) * len(results)
 
 
 def _register(library: torch.library.Library, overload: str) -> None:
-    """Registers the gradients of an overload of both ops, which compiled graphs follow."""
+    """Registers the gradients of an overload of both ops, for compiled graphs."""
     suffix = "" if overload == "default" else f".{overload}"
     backward = getattr(torch.ops.normnorm.normal_norm_backward, overload)
 

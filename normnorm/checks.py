@@ -1,9 +1,9 @@
-"""What every op accepts, and the sentence that says so when it does not.
+"""The checks of every op's arguments, and their error messages.
 
-Called by each backend written in Python and by the shape inference of the ops; the compiled
-backends hold the same rules in front of their first pointer. Nothing here reads a tensor's
-values, so nothing here waits for a device. A sentence is put together only when it is needed: a
-compiler that traces these lines cannot format a symbolic number.
+Backends written in Python and the shape inference of the ops call these functions; the compiled
+backends check the same rules before they read a pointer. No function reads a tensor's values, so
+none waits for a device. Messages are formatted only when an error is raised, because a compiler
+that traces this code cannot format a symbolic number.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def group_count(input: Tensor, config: Config) -> int:
-    """How many groups an input has: the second size of its statistics tensor."""
+    """The number of groups of an input: the second size of its statistics tensor."""
     if config.kind == "batch":
         return input.size(1)
     if config.kind == "layer":
@@ -58,7 +58,7 @@ def group_count(input: Tensor, config: Config) -> int:
 
 
 def group_size(input: Tensor, config: Config) -> int:
-    """How many elements one group has."""
+    """The number of elements of one group."""
     if config.kind == "layer":
         return math.prod(input.shape[input.dim() - config.normalized_ndim :])
     spatial = math.prod(input.shape[2:])
@@ -117,11 +117,11 @@ def _check_group_size(input: Tensor, config: Config) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """A real number, of Python, of numpy, or a compiler's symbol for one."""
+    """Checks for a real number of Python or numpy, or a compiler's symbolic number."""
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         return
     if isinstance(value, Tensor):
-        # An op would read the number out of it, and no gradient could ever come back.
+        # An op would read the number from the tensor, which would get no gradient.
         raise TypeError(
             f"{name} must be a number, since its gradient is not computed; got a tensor of shape "
             f"{_shape(value)}"
@@ -131,21 +131,21 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any) -> None:
-    """A whole number that is one by its type too."""
+    """Checks for a number of an integer type."""
     check_number(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}")
 
 
 def check_tensors(**tensors: Any) -> None:
-    """Arguments that are tensors or None."""
+    """Checks that the arguments are tensors or None."""
     for name, tensor in tensors.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor or None; got {type(tensor).__name__}")
 
 
 def check_transform(eps: float, alpha: float, order: int, transform_eps: float) -> None:
-    """The numbers that shape the transform."""
+    """Checks the settings of the standardization and the transform."""
     check_number("eps", eps)
     check_number("alpha", alpha)
     check_integer("order", order)
@@ -165,7 +165,7 @@ def check_transform(eps: float, alpha: float, order: int, transform_eps: float) 
 
 
 def check_noise_train(noise_train: float) -> None:
-    """The weight of the noise, also where none will be added."""
+    """Checks the weight of the noise, also in evaluation."""
     if type(noise_train) is not float:
         check_number("noise_train", noise_train)
     if not 0.0 <= noise_train < math.inf:
@@ -173,7 +173,7 @@ def check_noise_train(noise_train: float) -> None:
 
 
 def check_is_tensor(input: Tensor) -> None:
-    """An input that is a tensor at all, and one that lies in memory element by element."""
+    """Checks that the input is a dense (strided) tensor."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor; got {type(input).__name__}")
     if input.layout is not _STRIDED:
@@ -181,7 +181,7 @@ def check_is_tensor(input: Tensor) -> None:
 
 
 def check_activation(activation: str) -> None:
-    """What may stand behind the affine map."""
+    """Checks the name of the activation."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be 'relu' or '' for none; got '{activation}'")
 
@@ -201,8 +201,10 @@ def _check_like_input(name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def with_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and residual in one dtype, the one that torch gives their sum: under autocast a
-    branch in half precision meets a stream in float32. The ops themselves want one dtype."""
+    """Input and residual in the dtype of ``input + residual``, since the ops require one dtype.
+
+    Under autocast, for example, a branch is in half precision and the residual stream in float32.
+    """
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a tensor; got {type(residual).__name__}")
     if residual.layout is not _STRIDED:
@@ -275,7 +277,7 @@ def _check_noise(
 
 
 def check_together(mean: Tensor | None, var: Tensor | None, lmbda: Tensor | None) -> None:
-    """Running statistics: all three or none."""
+    """Checks that all three running statistics are given, or none."""
     given = (mean is not None) + (var is not None) + (lmbda is not None)
     if given not in (0, 3):
         raise ValueError(
@@ -285,7 +287,7 @@ def check_together(mean: Tensor | None, var: Tensor | None, lmbda: Tensor | None
 
 
 def check_momentum(momentum: float | None, num_batches_tracked: Tensor | None) -> None:
-    """The weight of a batch in the running statistics, or what stands in for it."""
+    """Checks the momentum, and with None that ``num_batches_tracked`` is given."""
     if momentum is not None:
         check_number("momentum", momentum)
         if not -math.inf < momentum < math.inf:
@@ -304,8 +306,10 @@ def _check_channel_buffer(name: str, tensor: Tensor, channels: int) -> None:
 
 
 def check_forward(call: ForwardArguments, shard: bool = False) -> None:
-    """Everything that ``normal_norm_forward`` asks of its arguments; the input may be a ``shard``
-    of any size, other ranks holding the rest of its groups."""
+    """Checks all arguments of ``normal_norm_forward``.
+
+    A ``shard`` may have groups of any size, because other ranks hold the rest of them.
+    """
     input, config = call.input, call.config
     check_tensors(weight=call.weight, bias=call.bias)
     _check_geometry(input, config)
@@ -335,7 +339,7 @@ def check_forward(call: ForwardArguments, shard: bool = False) -> None:
 
 
 def check_backward(call: BackwardArguments) -> None:
-    """Everything that ``normal_norm_backward`` asks of its arguments."""
+    """Checks all arguments of ``normal_norm_backward``."""
     input, stats, config = call.input, call.stats, call.config
     _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
@@ -377,7 +381,7 @@ def check_fold(
     count: int,
     eps: float,
 ) -> None:
-    """Everything that ``fold_running_`` asks of its arguments."""
+    """Checks all arguments of ``fold_running_``."""
     if not 0.0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite; got {eps}")
     if count < 2:

@@ -7,7 +7,7 @@ affine map (Eftekhari and Papyan, ICML 2025; formulae in ``docs/internals/mathem
 What the functions share:
 
 * dtypes float64, float32, bfloat16 and float16 (half types compute in float32); the output has
-  the input's dtype (but see ``residual``), shape and memory format;
+  the input's dtype (except with a ``residual`` of another dtype), shape and memory format;
 * ``noise_train``: weight of the noise, in units of the group's mean absolute deviation;
 * ``alpha``: length of the Newton step; with ``alpha=0`` and no noise each function equals its
   counterpart in torch.nn.functional;
@@ -15,15 +15,16 @@ What the functions share:
 * ``transform_eps``: 0 for the exact Yeo-Johnson transform; ``math.sqrt(eps)`` shifts its exponent
   as the authors' code does;
 * ``residual``: added to the output, of the input's shape; ``activation``: None or "relu", applied
-  last. Both by the same kernel: nothing is written and read again between them. A gradient with
-  an activation keeps the output beside the input, as torch's relu does. A residual of another
-  floating dtype is promoted with the input as torch promotes a sum: the narrower one is cast
-  first, and the output has the wider dtype;
+  last. The same kernel computes both, without intermediate reads and writes of memory. With an
+  activation autograd saves the output in addition to the input, as torch's relu does. A residual
+  of another floating dtype is promoted with the input as in torch's ``input + residual``, before
+  the op, and the output has the promoted dtype;
 * ``seed``: makes the noise reproducible: an int or an int64 tensor of shape (1,) on the input's
   device. None draws one from the device's default generator;
-* errors: ValueError or TypeError, a sentence with what was got and what was wanted; no buffer
-  has changed then. ``eps`` must be positive (torch's own layer_norm accepts 0);
-* RuntimeError where the chosen backend cannot serve (:func:`normnorm.use_backend`).
+* errors: wrong arguments raise ValueError or TypeError with the expected and the actual value, and
+  leave every buffer unchanged. ``eps`` must be positive (torch's own layer_norm accepts 0). The
+  functions raise RuntimeError if the chosen backend cannot run or does not serve the input's
+  device (:func:`normnorm.use_backend`).
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ _NO_RUNNING: Running = (None, None, None)
 
 
 def _is_channels_last(input: Tensor) -> bool:
-    """Whether the input lies densely in (N, spatial..., C) order and not in row-major order.
+    """Whether the input is dense in (N, spatial..., C) order and not in row-major order.
 
-    From the strides, since torch.vmap answers no question about memory formats.
+    Computed from the strides, because torch.vmap does not support queries of memory formats.
     """
     if input.dim() not in (4, 5) or input.is_contiguous():
         return False
@@ -98,32 +99,32 @@ def _configure(
     transform_eps: float,
     activation: str | None = None,
 ) -> Config:
-    """The op's configuration: the caller's, the noise's order, and the backend that serves."""
+    """The op's configuration: the caller's settings, the noise's order, and the backend's name."""
     if not (
         type(eps) is float
         and type(alpha) is float
         and type(order) is int
         and type(transform_eps) is float
     ):
-        # An op would read the number out of a tensor, and drop its gradient without a word.
+        # An op would read the number from a tensor and drop its gradient without an error.
         check_transform(eps, alpha, order, transform_eps)
     check_noise_train(noise_train)
     if activation is None:
         activation = ""
     else:
-        check_activation(activation)  # torch.func's transforms never show it to an op
+        check_activation(activation)  # no op gets it under torch.func transforms
     channels_last = False
     if training and noise_train > 0.0:
         channels_last = _is_channels_last(input)
     else:
-        noise_train = 0.0  # a constant, where a compiler has made the attribute symbolic too
+        noise_train = 0.0  # a constant even if a compiler has made the attribute symbolic
     fields = (
         kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, 0,
         channels_last, activation, backends.resolve(input.device).name,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return Config(*fields)
-    return tuple.__new__(Config, fields)  # without the class's own frame, for the host's time
+    return tuple.__new__(Config, fields)  # skips Config.__new__, to save host time
 
 
 def _apply(
@@ -137,7 +138,7 @@ def _apply(
     residual: Tensor | None = None,
     prenorm: bool = False,
 ) -> tuple[Any, Tensor | None, Any]:
-    """The op, its seed drawn where there is noise: (output, statistics, sum)."""
+    """Draws a seed if there is noise and runs the op: (output, statistics, sum)."""
     _check_parameters(input, weight, bias)
     if residual is not None or prenorm:
         check_plain(input, residual=residual)
@@ -173,7 +174,7 @@ def _apply(
 
 
 def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Parameters that are tensors; nn.Parameter itself is told at once."""
+    """Checks that the parameters are tensors; returns early for nn.Parameter."""
     if (weight is not None and type(weight) is not Parameter) or (
         bias is not None and type(bias) is not Parameter
     ):
@@ -182,9 +183,9 @@ def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None)
 
 
 def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:
-    """A parameter that an input of dtype ``narrow`` may have, for the input as it is now."""
+    """A parameter for an input of dtype ``narrow``, cast for the promoted input."""
     if parameter is None or parameter.dtype not in (narrow, statistics_dtype(narrow)):
-        return parameter  # the op says what is wrong with it
+        return parameter  # of a wrong dtype, for which the op raises an error
     return parameter.to(statistics_dtype(input.dtype))
 
 
@@ -196,8 +197,8 @@ def _fold(
     count: int,
     config: Config,
 ) -> None:
-    """Moves the running statistics towards the batch's, by one op."""
-    if is_dtensor(running[0]):  # replicated: shards_of() refuses what would make them differ
+    """Updates the running statistics with the batch's, by one op."""
+    if is_dtensor(running[0]):  # replicated: shards_of() raises an error if they could differ
         running = tuple(map(to_local, running))
         num_batches_tracked = to_local(num_batches_tracked)
     arguments: Any = (
@@ -214,7 +215,7 @@ def _fold(
 def _check_running(
     input: Tensor, running: Running, momentum: float | None, tracked: Tensor | None, update: bool
 ) -> bool:
-    """Whether running statistics were given; said before anything is computed or drawn."""
+    """Whether running statistics were given; checks them before a seed is drawn."""
     mean, var, lmbda = running
     if mean is None or var is None or lmbda is None:
         check_together(mean, var, lmbda)
@@ -223,7 +224,7 @@ def _check_running(
         check_tensors(running_mean=mean, running_var=var, running_lmbda=lmbda)
     if tracked is not None and type(tracked) is not Tensor:
         check_tensors(num_batches_tracked=tracked)
-    # The fold itself asks that var and lambda be like mean.
+    # fold_running_ checks that var and lambda have the shape of mean.
     if update and input.dim() > 1 and mean.shape != input.shape[1:2]:
         raise ValueError(
             f"running_mean must have shape ({input.size(1)},) for an input of shape "
@@ -257,8 +258,9 @@ def batch_normal_norm(
     """Batch normality normalization: a group is one channel over the batch and its positions.
 
     In training the batch's own statistics are used, noise is added, and the running statistics,
-    where given, move towards the batch's by ``momentum`` (the variance unbiased, lambda as it
-    is). Otherwise the running statistics are used, lambda included, and no noise is added.
+    where given, move towards the batch's by ``momentum`` (the variance is unbiased, lambda is the
+    batch's estimate). In evaluation the running statistics are used, including lambda, and no noise
+    is added.
 
     Args:
         input: (N, C) or (N, C, *).
@@ -330,7 +332,7 @@ def layer_normal_norm(
             docstring.
 
     Raises:
-        ValueError: also where the input does not end in ``normalized_shape``.
+        ValueError: also if the input's shape does not end in ``normalized_shape``.
     """
     _check_normalized_shape(input, normalized_shape)
     config = _configure(
@@ -369,23 +371,24 @@ def add_layer_normal_norm(
 ) -> tuple[Tensor, Tensor]:
     """The residual stream of a pre-norm transformer: adds, then normalizes the sum.
 
-    ``sum = input + residual; output = layer_normal_norm(sum, ...)`` by one kernel each way: the
-    sum is written and not read again, and its gradient is added where the input's is written.
+    ``sum = input + residual; output = layer_normal_norm(sum, ...)`` by fused kernels: the forward
+    pass writes the sum and does not read it again, and the backward pass adds the sum's gradient
+    when it writes that of the input.
 
     Args:
-        input, residual: (*, *normalized_shape), of one shape and device. Of two floating dtypes
-            the narrower is cast to what torch gives their sum.
+        input, residual: (*, *normalized_shape), of one shape and device. Different floating
+            dtypes are promoted as in ``input + residual``.
         normalized_shape, weight, bias, eps, training, noise_train, alpha, order, transform_eps,
             seed: as for :func:`layer_normal_norm`.
 
     Returns:
         (output, sum), both of the input's shape and of the dtype of ``input + residual``; the sum
-        is what the next residual connection adds to.
+        is the residual stream that the next block adds to.
 
     Raises:
-        ValueError: also where the residual is not of the input's shape or device.
-        TypeError: also where the residual is not floating, or the parameters are neither of the
-            sum's dtype nor float32.
+        ValueError: also if the residual has another shape or device than the input.
+        TypeError: also if the residual is not floating, or the parameters have neither the sum's
+            dtype nor float32.
     """
     _check_normalized_shape(input, normalized_shape)
     config = _configure(
@@ -426,7 +429,7 @@ def group_normal_norm(
             docstring.
 
     Raises:
-        ValueError: also where one group holds the batch's only value, as in torch.
+        ValueError: also if the batch is one sample and a group has one value, as in torch.
     """
     check_is_tensor(input)
     if input.dim() < 2:
@@ -473,7 +476,7 @@ def instance_normal_norm(
         input: (N, C, *).
         running_mean, running_var, running_lmbda: (C,), all three or none. With
             ``use_input_stats`` they move towards the mean of the samples' statistics; without
-            it they are used in place of them.
+            it they replace the samples' statistics.
         weight, bias: (C,).
         use_input_stats: whether each instance is normalized by its own statistics.
         momentum: weight of the batch in the running statistics; None averages over all batches
@@ -496,7 +499,7 @@ def instance_normal_norm(
                 "Expected running_mean, running_var and running_lmbda to be given when "
                 "use_input_stats=False"
             )
-        # Frozen statistics know no samples: this is the batch layer's evaluation.
+        # Running statistics are the same for all samples: a batch layer's evaluation.
         config = _configure(
             input, "batch", 0, 0, eps, noise_train, False, alpha, order,
             transform_eps, activation,
@@ -530,7 +533,7 @@ def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) ->
         A tensor of the broadcast shape in h's dtype.
 
     Raises:
-        TypeError: h is not a floating tensor, lmbda is no real number or tensor.
+        TypeError: h is not a floating tensor, or lmbda is neither a real number nor a tensor.
         ValueError: transform_eps is negative or not finite.
     """
     _check_floating("h", h)
@@ -559,19 +562,20 @@ def estimate_lmbda(
 
     Args:
         h: standardized values (mean 0, variance 1 over ``dim``), floating.
-        dim: the dimensions that one estimate spans; None or () for all.
+        dim: the dimensions to reduce; None or () for all.
         eps: its root is added to the second derivative.
         alpha: length of the step.
         order: 2 for Newton's step, 1 for a plain gradient step.
         keepdim: whether the reduced dimensions stay as size 1.
-        iterations: how many steps, 1 in the layers; None for the likelihood's optimum, with its
-            gradient by the implicit function theorem. Other than 1 with whole Newton steps only.
+        iterations: number of steps (the layers take 1); None for the likelihood's optimum, with its
+            gradient by the implicit function theorem. Values other than 1 require ``alpha=1`` and
+            ``order=2``.
 
     Returns:
         Lambda in float32 (float64 for float64 input), differentiable in ``h``.
 
     Raises:
-        TypeError: h is not a floating tensor, or another argument of the wrong type.
+        TypeError: h is not a floating tensor, or another argument has the wrong type.
         ValueError: eps, alpha, order or iterations out of range, a dimension named twice.
         IndexError: a dimension that h does not have.
     """
@@ -600,7 +604,7 @@ def estimate_lmbda(
 
 
 def _dims(h: Tensor, dim: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The dimensions to reduce, counted from the first: all for None and (), as in torch."""
+    """The dimensions to reduce, as non-negative indices: all for None and (), as in torch."""
     given: Any = () if dim is None else (dim,) if isinstance(dim, int) else dim
     if (
         isinstance(given, str)

@@ -2,8 +2,8 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and the
 Box-Muller transform in plain PyTorch integer and float64 operations. The compiled kernels
-produce the same words bit for bit and the same normals to rounding, which is how a backward
-pass regenerates the noise of its forward pass instead of storing it.
+produce the same words bit for bit and the same normals up to rounding, so a backward pass
+regenerates the noise of its forward pass instead of storing it.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ _ROUNDS = 10
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed, shape (1,), int64, from the device's default generator.
 
-    An ordinary random operation, so CUDA graphs and activation checkpointing treat it as they
-    treat any other. In a graph of torch.compile it is ``normnorm::draw_seed``, which draws the
-    same number.
+    In eager mode this is ``torch.randint``, which CUDA graphs and activation checkpointing
+    support. In a graph of torch.compile it is the op ``normnorm::draw_seed``, which draws the same
+    number.
 
     Raises:
-        RuntimeError: while compiling with a budget of 0 for what the forward pass may save.
+        RuntimeError: while compiling with an activation memory budget of 0, or of less than 1
+            under torch.func.
     """
-    # An exported program holds torch's own operation: nothing splits it into two passes. (The
+    # An exported program contains torch.randint, since nothing splits it into two passes. (The
     # function is_exporting() is true under any torch.compile of torch 2.10 to 2.12.)
     if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
         if not torch._C._are_functorch_transforms_active():
             return torch.ops.normnorm.draw_seed.default(device=device)
-        _check_budget(config.activation_memory_budget, 1.0)  # torch.vmap knows randint alone
+        _check_budget(config.activation_memory_budget, 1.0)  # torch.vmap supports only randint
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-# A compiler that splits a graph into forward and backward may compute again in the backward pass
-# what the forward pass need not save then. A seed drawn again would be another. So ``draw_seed``,
-# which dynamo's graph holds, becomes ``fresh_seed`` where forward and backward are traced, and that
-# node is marked as one that must be saved.
+# A compiler that splits a graph into forward and backward may recompute values in the backward
+# pass instead of saving them. A recomputed seed would differ. So ``draw_seed``, the op in dynamo's
+# graph, becomes ``fresh_seed`` in the joint graph of forward and backward, and the node of
+# ``fresh_seed`` is marked as one that must be saved.
 _library = torch.library.Library("normnorm", "FRAGMENT")
 for _name in ("draw_seed", "fresh_seed"):
     _library.define(
@@ -77,8 +78,9 @@ def _fake_seed(*, device: torch.device) -> Tensor:
 
 
 def _check_budget(budget: float | None, least: float = 0.0) -> None:
-    """Refuses the budget of activation memory at which a partitioner saves the graph's inputs
-    alone, whatever is marked; under a transform, whose seed is not marked, any that is below 1."""
+    """Raises an error for an activation memory budget of 0, at which a partitioner saves only the
+    graph's inputs and ignores the mark, or of less than ``least``: 1 under a transform of
+    torch.func, whose seed is not marked."""
     if budget is not None and (budget == 0 or budget < least):
         raise RuntimeError(
             f"with an activation memory budget of {budget} torch.compile would draw another noise "
@@ -93,7 +95,7 @@ torch.library.register_fake("normnorm::fresh_seed", _fake_seed, lib=_library)
 
 
 def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    """The seed tensor for a user's ``seed`` argument: drawn for None, made for an int."""
+    """The seed tensor for a user's ``seed`` argument: None draws one, an int is converted."""
     if seed is None:
         return draw_seed(device)
     if isinstance(seed, Tensor):
@@ -151,14 +153,14 @@ def standard_normals(
 ) -> Tensor:
     """The noise z ~ N(0, 1) of a tensor of the given logical shape.
 
-    Element i of the canonical dense order takes normal i of the stream: the order is
-    row-major, or (N, spatial..., C) where ``channels_last`` is set.
+    Element i gets normal i of the stream. Elements are numbered in row-major order, or in
+    (N, spatial..., C) order if ``channels_last`` is set.
 
     Args:
-        shape: logical shape, (N, C, ...) where ``channels_last`` is set.
+        shape: logical shape; (N, C, ...) if ``channels_last`` is set.
         seed: int64 tensor of one element; its device is the device of the result.
-        stream: separates noise that shares a seed (the rank in synchronised layers).
-        channels_last: whose order the element index follows.
+        stream: selects different noise for the same seed (the rank in synchronised layers).
+        channels_last: whether the element index counts in (N, spatial..., C) order.
         dtype: dtype of the result; the arithmetic is float64.
     """
     order = (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)

@@ -1,12 +1,14 @@
 """The ops: their schemas, shape inference and implementations.
 
-``torch.ops.normnorm.*`` are the public ops, which call the backend that their last argument names.
+``torch.ops.normnorm.*`` are the public ops. Their last argument names the backend that they call.
 Each compiled backend has a namespace (``normnorm_cpu``, ...) with the same schemas without that
-name, which its library implements. Eager code calls those, since a second trip through the
-dispatcher costs as much as a small kernel. There a result that is not asked for is None; the public
-ops give an empty tensor in its place, because torch.jit.trace refuses an op with optional results.
+argument; its library implements these ops. Eager code calls them directly, because dispatching the
+public op as well costs as much as a small kernel. They return None for a result that was not
+requested; the public ops return an empty tensor instead, because torch.jit.trace does not support
+optional results.
 
-The order of an op's arguments: tensors, switches, the fields of :class:`normnorm.config.Config`.
+The arguments of an op are, in this order: tensors, switches, the fields of
+:class:`normnorm.config.Config`.
 Gradients are registered by :mod:`normnorm.autograd`.
 """
 
@@ -41,7 +43,7 @@ _CONFIG = (
     "int order, float transform_eps, int stream, bool channels_last, str activation"
 )
 
-# Arguments without the backend's name, and results.
+# op -> (arguments without the backend's name, results)
 _SCHEMAS = {
     "normal_norm_forward": (
         "Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? running_lmbda, "
@@ -62,7 +64,7 @@ _SCHEMAS = {
         "()",
     ),
 }
-# Of the public ops.
+# Schemas of the public ops.
 SCHEMAS = {
     name: f"({arguments}, str backend) -> {results.format('')}"
     for name, (arguments, results) in _SCHEMAS.items()
@@ -73,7 +75,7 @@ Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _filled(results: Results) -> tuple[Tensor, ...]:
-    """The results of the public forward op from those of a backend."""
+    """The results of the public forward op: a backend's, with empty tensors in place of None."""
     return tuple(results[0].new_empty(0) if result is None else result for result in results)
 
 
@@ -116,12 +118,12 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-# A compiled backend refuses arguments without saying which is wrong: the checks then say it. One
-# written in Python has called them itself.
+# A compiled backend raises ValueError without naming the wrong argument; the Python checks below
+# then raise the error with its message. A backend written in Python has already called them.
 
 
 def run_forward(arguments: tuple[Any, ...]) -> Results:
-    """The forward pass by the backend whose name stands last among the op's arguments."""
+    """The forward pass by the backend that the last of the op's arguments names."""
     name = arguments[-1]
     backend = backends._backends.get(name) or backends.get(name)
     try:
@@ -133,7 +135,7 @@ def run_forward(arguments: tuple[Any, ...]) -> Results:
 
 
 def run_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The backward pass by the backend whose name stands last among the op's arguments."""
+    """The backward pass by the backend that the last of the op's arguments names."""
     name = arguments[-1]
     backend = backends._backends.get(name) or backends.get(name)
     try:
@@ -145,7 +147,7 @@ def run_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def run_fold(arguments: tuple[Any, ...]) -> None:
-    """The fold by the backend whose name stands last among the op's arguments."""
+    """The update of running statistics by the backend that the last argument names."""
     backend = backends.get(arguments[-1])
     try:
         backend.fold(*arguments[:-1])
@@ -161,9 +163,11 @@ def run_fold(arguments: tuple[Any, ...]) -> None:
 
 
 def _resolved(arguments: tuple[Any, ...], device_of: int, tensors: str) -> tuple[Any, ...]:
-    """The arguments with the name of the backend that serves, "auto" resolved by the device of one
-    of the tensors; ``tensors`` names those at the front that must be given."""
-    # The dispatcher lets None pass for a tensor that the schema does not call optional.
+    """The arguments with the backend's name resolved by the device of argument ``device_of``.
+
+    ``tensors``: names of the leading arguments, which must not be None.
+    """
+    # The dispatcher accepts None for a tensor that is not optional in the schema.
     for name, tensor in zip(tensors.split(), arguments, strict=False):
         if tensor is None:
             raise TypeError(f"{name} must be a tensor; got None")
@@ -172,7 +176,7 @@ def _resolved(arguments: tuple[Any, ...], device_of: int, tensors: str) -> tuple
 
 
 def _refuse_forward_mode() -> None:
-    # An op without a forward-mode rule would give zero tangents without a word.
+    # An op without a forward-mode rule would return zero tangents without an error.
     if forward_ad._current_level >= 0:
         raise RuntimeError(
             "the normnorm ops have no forward-mode derivatives; normnorm.functional has"

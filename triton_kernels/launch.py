@@ -1,5 +1,5 @@
-"""The ops, with the argument order of ``ops.py``, and the launches of their passes: one where a
-program holds a group, else one a round."""
+"""The ops, with the argument order of ``normnorm/ops.py``, and the launches of their passes: one
+launch if a program keeps a group in registers, else one per round (a pass over the groups)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def normal_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor 
 
 
 def normal_norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """``normnorm::normal_norm_backward``; a gradient not asked for is an empty tensor."""
+    """``normnorm::normal_norm_backward``; a gradient that was not requested is an empty tensor."""
     call = BackwardArguments.of(*arguments)
     check_backward(call)
     if call.input.numel() == 0 or not (call.needs_input or call.needs_weight or call.needs_bias):
@@ -72,7 +72,7 @@ def fold_running_(
 
 
 def run_forward(call: ForwardArguments) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(output, statistics, sum)."""
+    """Launches the forward pass: (output, statistics, sum)."""
     input, residual, adds, config = call.input, call.residual, call.prenorm, call.config
     given, noise_scale = call[1:4], call.noise_scale
     frozen, noisy = given[0] is not None, config.noise_train > 0.0
@@ -116,7 +116,7 @@ def run_forward(call: ForwardArguments) -> tuple[Tensor, Tensor | None, Tensor |
 
 
 def _moments(t: ForwardTensors, part: Tensor, p: Plan) -> Tensor:
-    """Round 1: the partial moments."""
+    """Round 1: partial moments (4, splits, groups), added up to (4, groups) if there are many."""
     splits = p.tiles.splits
     residual = ABSENT if t.sum.data is None else t.residual
     streaming.stream_moments[(p.blocks * splits,)](
@@ -137,7 +137,7 @@ def _statistics(
     x: Operand, stats: Tensor, moments: Tensor, part: Tensor, p: Plan, numbers: params.Numbers,
     scales: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Rounds 2 to 4: the partial sums of lambda and, if asked for, those of the noise scales."""
+    """Rounds 2 to 4: the partial sums of lambda and, if ``scales``, those of the noise scales."""
     grid, splits = (p.blocks * p.tiles.splits,), Splits(p.tiles.splits, p.left)
     lambdas, means, deviations = part[:4], part[4:5], part[5:]
     streaming.stream_lambda[grid](
@@ -157,7 +157,7 @@ def _statistics(
 
 
 def _reduced(part: Tensor, p: Plan) -> Tensor:
-    """Partial sums (k, splits, groups) for the next kernel: added up if there are many."""
+    """Partial sums (k, splits, groups) for the next kernel, added up if there are many."""
     if p.reduce_moments is None:
         return part
     count, splits, groups = part.shape
@@ -172,7 +172,7 @@ def _reduced(part: Tensor, p: Plan) -> Tensor:
 
 
 class Backward:
-    """One backward pass."""
+    """One backward pass: plans it in ``__init__``, launches it in :meth:`run`."""
 
     def __init__(self, call: BackwardArguments) -> None:
         grad, input, config, frozen = call.grad_output, call.input, call.config, call.frozen
@@ -180,14 +180,14 @@ class Backward:
         needs = (call.needs_input, call.needs_weight, call.needs_bias)
         self.input, self.weight, self.bias = input, call.weight, call.bias
         self.needs, self.frozen = needs, frozen
-        # the noise affects no other gradient
+        # only the weight's gradient depends on the noise
         self.noisy = config.noise_train > 0.0 and needs[1]
         fused = config.kind == "layer" and (needs[1] or needs[2])
         output = torch.empty_like(input)
         optional = (result, grad_sum if needs[0] else None)
         tensors = (grad, input, output, *(t for t in optional if t is not None))
         p = find_plan(input, tensors, config, self.noisy, True, frozen, fused)
-        # with sixteen warps there are no registers left for sums over all groups
+        # a program of LARGEST_WARPS warps has no registers left for sums over all groups
         if fused and (not p.resident or p.tiles.warps == planning.LARGEST_WARPS):
             fused = False
             p = find_plan(input, tensors, config, self.noisy, True, frozen, False)
@@ -228,7 +228,7 @@ class Backward:
         )
 
     def _parts(self, rows: int, columns: int) -> Affine:
-        """Workspace for partial sums of the parameters' gradients that are needed."""
+        """Workspace (rows, columns) for the partial sums of each needed parameter gradient."""
         return Affine(
             *(self.stats.new_empty(rows, columns) if needed else None for needed in self.needs[1:])
         )
@@ -295,7 +295,7 @@ class Backward:
         )
 
     def _parameters(self) -> Affine:
-        """The gradients of weights that vary within a group, in a pass of their own."""
+        """The gradients of parameters that vary within a group, by a separate launch."""
         p, layout = self.p, self.p.layout
         per_run = layout.affine == params.PER_RUN.value
         row_runs = 1 if per_run else layout.runs
@@ -334,7 +334,7 @@ def dense_parameter(parameter: Tensor | None) -> Tensor | None:
 
 
 def promised(output: Operand, input: Tensor) -> Tensor:
-    """The output with the strides of ``empty_like(input)``."""
+    """The output with the strides of ``empty_like(input)``, copied if it has others."""
     result, wanted = output.data, torch.empty_like(input)
     assert result is not None
     return result if result.stride() == wanted.stride() else wanted.copy_(result)

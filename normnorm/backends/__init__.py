@@ -1,13 +1,13 @@
-"""Which backend serves: the registry, the user's switch, and the reasons why not.
+"""The selection of backends: the registry, the user's choice, and reasons for unavailability.
 
 A backend is three callables with the arguments of the op schemas in ``normnorm/ops.py``, without
-the backend's name. It is resolved once at each forward pass; its backward pass follows by name.
+the backend's name. Each forward pass resolves it once; the backward pass gets its name.
 
-Backends of GPUs are looked for when they are first asked for: importing normnorm neither wakes a
-GPU's driver nor imports Triton. Each is a module here, with
+The module of a GPU backend is imported at its first use: importing normnorm neither initializes a
+GPU's driver nor imports Triton. Each is a module of this package, with
 
-* ``unavailable_reason()``: None where it can run, else one sentence that says why not;
-* ``register()``: calls :func:`register` with its :class:`Backend`; only called where it can run.
+* ``unavailable_reason()``: None if it can run, else one sentence with the reason;
+* ``register()``: calls :func:`register` with its :class:`Backend`; only called if it can run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Backend:
 
     Attributes:
         name: what :func:`use_backend` and the ops' ``backend`` argument call it.
-        device_type: the kind of device it serves; None for every device.
+        device_type: the device type that it serves; None for every device.
         forward, backward, fold: the ops, positional arguments in schema order.
     """
 
@@ -45,9 +45,9 @@ class Backend:
     fold: Callable[..., Any]
 
 
-# Of two that serve the same device, ``auto`` takes the one that stands first.
+# In the order in which ``auto`` prefers them; ``reference``, for every device, is the fallback.
 NAMES = ("reference", "cpu", "cuda", "triton")
-# Those not looked for yet, and the device that they serve.
+# Backends whose modules have not been imported yet, and the device type that each serves.
 _late: dict[str, str] = {"cuda": "cuda", "triton": "cuda"}
 _UNAVAILABLE: dict[str, str] = {}
 _backends: dict[str, Backend] = {
@@ -59,31 +59,32 @@ _backends: dict[str, Backend] = {
         reference.fold_running_,
     )
 }
-# Which of them serves a kind of device when the user leaves the choice to us.
+# The backend that ``auto`` selects for each device type.
 _automatic: dict[str, Backend] = {}
 
-# The process's choice, and the last use_backend() that made it.
+# The process's choice, and a reference to the last use_backend() call that set it.
 _selected = os.environ.get("NORMNORM_BACKEND", "auto")
 _latest: Callable[[], Any] = lambda: None  # noqa: E731
 _lock = threading.Lock()
-# The choice of the innermost block that this thread or task is in, with what holds around it.
+# The innermost ``with`` block of this thread or task: (its choice, the enclosing block).
 _Block = tuple[str, Any] | None
 _block: ContextVar[_Block] = ContextVar("normnorm.use_backend", default=None)
-# What a block last set anywhere: compiled code is guarded by it, and cannot be by _block itself.
+# The last choice that a block of any thread set. Compiled code is guarded by this global, because
+# it cannot be guarded by the context variable _block.
 _last_block = ""
-# The choice of a block that is being traced; "" outside. No context variable: where a compiler
-# starts anew, it undoes what it has done to globals alone.
+# The choice of a block that is being traced; "" outside. This is not a context variable, because a
+# compiler that restarts its trace undoes only changes of globals.
 _traced = ""
 
 
 def _rank(name: str) -> int:
-    """A backend's place in ``auto``'s choice; one that is not ours was registered to be chosen."""
+    """A backend's position in ``auto``'s preference; -1, the first, for names not in NAMES."""
     return NAMES.index(name) if name in NAMES else -1
 
 
 def register(backend: Backend) -> None:
-    """Makes a backend available under its name, and the automatic choice for its device unless
-    a better one (:data:`NAMES`) serves that."""
+    """Makes a backend available under its name, and the automatic choice for its device type unless
+    one that precedes it in :data:`NAMES` is registered."""
     _backends[backend.name] = backend
     if backend.device_type is None:
         return
@@ -93,7 +94,7 @@ def register(backend: Backend) -> None:
 
 
 def register_compiled(name: str, device_type: str) -> None:
-    """Takes in a backend whose ops a loaded library implements in ``normnorm_<name>``."""
+    """Registers a backend whose ops a loaded library implements in ``normnorm_<name>``."""
     ops = getattr(torch.ops, f"normnorm_{name}")
     register(
         Backend(
@@ -107,7 +108,7 @@ def register_compiled(name: str, device_type: str) -> None:
 
 
 def register_compiled_backends() -> None:
-    """Called by ``normnorm.ops`` once it has defined the schemas that compiled code fills in."""
+    """Registers the CPU kernels. ``normnorm.ops`` calls this after it has defined the schemas."""
     reason = cpu.unavailable_reason()
     if reason is None:
         register_compiled(cpu.NAME, cpu.DEVICE_TYPE)
@@ -116,7 +117,7 @@ def register_compiled_backends() -> None:
 
 
 def _look_for(name: str) -> None:
-    """Registers a backend, or notes why it cannot run; before it those that are to be preferred."""
+    """Registers a backend, or records why it cannot run; first those that precede it in NAMES."""
     device_type = _late.get(name)
     for each in [other for other, served in _late.items() if served == device_type]:
         try:
@@ -135,7 +136,7 @@ def _look_for(name: str) -> None:
 
 
 def _automatic_choice(device_type: str) -> Backend:
-    """The best that serves a device; looks for its backends where that was not done yet."""
+    """The preferred backend for a device type; imports its backends' modules at the first call."""
     chosen = _automatic.get(device_type)
     if chosen is not None:
         return chosen
@@ -147,15 +148,15 @@ def _automatic_choice(device_type: str) -> Backend:
 
 
 def _find(name: str) -> Backend | None:
-    """The backend of that name, None where it cannot run; looks for it where that was not done
-    yet."""
+    """The backend of that name, or None if it cannot run; imports its module at the first call."""
     if name not in _backends:
         _look_for(name)
     return _backends.get(name)
 
 
 def _chosen(selected: str, last_block: str) -> str:
-    """The name that holds here; the arguments are the globals, for a compiler's guards."""
+    """The choice for this thread or task. A caller passes the globals so that compilers guard on
+    them."""
     block = _block.get()
     return selected if block is None else block[0]
 
@@ -167,10 +168,10 @@ def _set_block(block: _Block) -> _Block:
     return block
 
 
-# A compiler runs these functions instead of tracing into the search, which imports modules and
-# changes what it reads. (torch.compiler.assume_constant_result does the same, but imports the
-# compiler to do it.) Traced callers read the name and the device type of what they return, and
-# call none of its ops: functions would need guards, and a constant can have none.
+# A compiler runs these functions instead of tracing them, because they import modules and change
+# the globals that they read. (torch.compiler.assume_constant_result does the same, but imports the
+# compiler.) Traced callers read only the name and device type of the returned Backend and do not
+# call its ops: functions would need guards, which a constant cannot have.
 _automatic_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -178,7 +179,7 @@ _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _unavailable(name: str) -> Exception:
     if name not in NAMES:
-        # An unset variable is no name at all, not the name None.
+        # The default "auto" keeps a name None from matching an unset variable.
         set_to_it = os.environ.get("NORMNORM_BACKEND", "auto") == name
         source = "NORMNORM_BACKEND" if set_to_it else "backend"
         return ValueError(f"{source} must be 'auto' or one of {', '.join(NAMES)}; got {name!r}")
@@ -190,7 +191,7 @@ def get(name: str) -> Backend:
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: it cannot run here; the sentence says why.
+        RuntimeError: it cannot run on this machine; the message has the reason.
     """
     backend = _backends.get(name)
     if backend is None:
@@ -201,11 +202,11 @@ def get(name: str) -> Backend:
 
 
 def resolve(device: torch.device, name: str | None = None) -> Backend:
-    """The backend for tensors on ``device``: the user's choice, or the fastest that serves.
+    """The backend for tensors on ``device``: the user's choice, or the preferred available one.
 
     Raises:
         ValueError: the chosen name (or NORMNORM_BACKEND) names no backend.
-        RuntimeError: the chosen backend cannot run here or does not serve this device.
+        RuntimeError: the chosen backend cannot run or does not serve this device.
     """
     if name is None:
         name = _traced or _chosen(_selected, _last_block)
@@ -222,24 +223,25 @@ def resolve(device: torch.device, name: str | None = None) -> Backend:
 
 
 class use_backend:
-    """Chooses the backend for every layer from here on; as a context manager, for its block.
+    """Chooses the backend for all later calls; as a context manager, for the block.
 
     ``use_backend("reference")`` or ``with use_backend("cpu"): ...``. The environment variable
     ``NORMNORM_BACKEND`` sets the choice at import. The choice is read at each forward pass; a
     backward pass follows its forward.
 
-    A call chooses for the whole process. A block chooses for its own thread or asyncio task, and
-    for tasks that are started in it: it is a context variable. A thread that is started in a block
-    has the process's choice, and so has a recomputation of checkpointed activations where autograd
-    runs it in a thread of its own, as it does on GPUs. A call within a block ends with the block.
+    A plain call sets the choice for the whole process. A block sets it for its own thread or
+    asyncio task and for tasks started in the block (it is a context variable). A thread started in
+    a block uses the process's choice, and so does the recomputation of checkpointed activations if
+    autograd runs it in another thread, as it does on GPUs. A plain call within a block is in effect
+    until the block ends.
 
     Args:
-        name: "auto" (the fastest that serves the tensor's device), "reference", "cpu", "cuda"
-            or "triton".
+        name: "auto" (the preferred available one for the tensor's device), "reference", "cpu",
+            "cuda" or "triton".
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: that backend cannot run here; the sentence says why.
+        RuntimeError: that backend cannot run on this machine; the message has the reason.
     """
 
     def __init__(self, name: str) -> None:
@@ -272,7 +274,7 @@ class use_backend:
         outer = _block.get()
         if not self._entered:
             self._entered = True
-            # Of ``with use_backend(...)`` the block alone is to have the choice: it is taken back.
+            # ``with use_backend(...)`` applies to the block only: undo what __init__ set.
             if self._in_block is None:
                 self._take_back()
             elif outer is self._replaced:
@@ -302,15 +304,15 @@ class use_backend:
         _traced = self._name
 
     def _take_back(self) -> None:
-        """Unless another call came after, the process has its choice of before again."""
+        """Restores the process's previous choice, unless a later call has changed it."""
         global _selected, _latest
         with _lock:
             if _latest() is self:
                 _selected, _latest = self._chosen_before(), self._previous
 
     def _chosen_before(self) -> str:
-        # A call before this one that has become a block since, in another thread, chose nothing
-        # for the process.
+        # Skip a previous call that another thread has entered as a block since: its choice does not
+        # apply to the process.
         previous = self._previous()
         if previous is not None and previous._entered:
             return str(previous._chosen_before())
@@ -318,7 +320,7 @@ class use_backend:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend's name, with None where it can run and the reason where it cannot."""
+    """For each backend's name, None if it can run, else the reason."""
     for name in list(_late):
         _look_for(name)
     return {name: None if name in _backends else _UNAVAILABLE[name] for name in NAMES}
