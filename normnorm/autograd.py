@@ -215,7 +215,7 @@ class _Eager(torch.autograd.Function):
         seed = saved[5]
         if seed is not ctx.seed:
             # Activation checkpointing returns the tensors saved by its second forward pass.
-            torch._assert_async(  # waits for no device
+            torch._assert_async(  # does not synchronize with the device
                 seed == ctx.seed,
                 "activation checkpointing ran a normality layer again with other noise: leave "
                 "preserve_rng_state True, or set the layer's noise_train to 0",

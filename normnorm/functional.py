@@ -296,7 +296,7 @@ def batch_normal_norm(
     )
     if tracked:
         if input.numel() > 0:
-            assert statistics is not None  # they were asked for
+            assert statistics is not None  # keep_stats was set
             count = group_size(input, config)
             _fold(statistics, running, num_batches_tracked, momentum, count, config)
         elif num_batches_tracked is not None:
@@ -513,7 +513,7 @@ def instance_normal_norm(
         input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
     )
     if tracked and input.numel() > 0:
-        assert statistics is not None  # they were asked for
+        assert statistics is not None  # keep_stats was set
         count = group_size(input, config)
         _fold(statistics, running, num_batches_tracked, momentum, count, config)
     return output
