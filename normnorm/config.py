@@ -46,7 +46,7 @@ class Config(NamedTuple):
 
 
 class ForwardArguments(NamedTuple):
-    """The arguments of ``normal_norm_forward``; docs/backends.md describes each."""
+    """The arguments of ``normal_norm_forward``; ``docs/internals/backends.md`` describes each."""
 
     input: Tensor
     # used instead of the input's own statistics; all three or none
@@ -77,7 +77,7 @@ class ForwardArguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """The arguments of ``normal_norm_backward``; docs/backends.md describes each."""
+    """The arguments of ``normal_norm_backward``; ``docs/internals/backends.md`` describes each."""
 
     grad_output: Tensor
     # what the forward pass saved; `input` is its sum where it was prenorm
