@@ -148,6 +148,15 @@ def forward(
         key = tl.load(noise.seed)
     else:
         scale = 0.0 * rstd
+    if stats is not None:  # before the output, which then has their registers
+        tl.store(stat(stats, MEAN, place, geometry), mean, mask=place.present)
+        tl.store(stat(stats, MEAN_LOW, place, geometry), low, mask=place.present)
+        tl.store(stat(stats, RSTD, place, geometry), rstd, mask=place.present)
+        tl.store(stat(stats, LMBDA, place, geometry), lmbda, mask=place.present)
+        tl.store(stat(stats, NOISE_SCALE, place, geometry), scale, mask=place.present)
+        tl.store(stat(stats, MEAN_HD, place, geometry), mean_hd, mask=place.present)
+        tl.store(stat(stats, MEAN_D, place, geometry), mean_d, mask=place.present)
+        tl.store(stat(stats, CURVATURE, place, geometry), q, mask=place.present)
     for i in tl.static_range(K):
         y = x[i]
         tile = tile_at(tiles, i)
@@ -159,15 +168,6 @@ def forward(
         if tensors.sum.data is None:
             y = with_residual(y, tensors.residual, place, tile, S)
         write(tensors.output, place, tile, activated(y, S), S)
-    if stats is not None:
-        tl.store(stat(stats, MEAN, place, geometry), mean, mask=place.present)
-        tl.store(stat(stats, MEAN_LOW, place, geometry), low, mask=place.present)
-        tl.store(stat(stats, RSTD, place, geometry), rstd, mask=place.present)
-        tl.store(stat(stats, LMBDA, place, geometry), lmbda, mask=place.present)
-        tl.store(stat(stats, NOISE_SCALE, place, geometry), scale, mask=place.present)
-        tl.store(stat(stats, MEAN_HD, place, geometry), mean_hd, mask=place.present)
-        tl.store(stat(stats, MEAN_D, place, geometry), mean_d, mask=place.present)
-        tl.store(stat(stats, CURVATURE, place, geometry), q, mask=place.present)
 
 
 @triton.jit

@@ -366,6 +366,6 @@ def test_source_archive_builds_a_wheel_that_works(tmp_path: Path):
     left_out = {str(p) for p in project_files() if not (ROOT / p).is_symlink()} - names
     assert {n for n in left_out if not n.startswith((".", "shared/"))} == set()
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    built = build_wheel(unpacked, tmp_path / "wheels", TORCH_CUDA_ARCH_LIST="9.0")
+    built = build_wheel(unpacked, tmp_path / "wheels", NORMNORM_CUDA="0")  # minutes less
     binaries = install_in_empty_environment(built.wheel, tmp_path / "environment")
     run(binaries / "normnorm", "doctor", cwd=tmp_path / "environment")
