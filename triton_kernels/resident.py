@@ -111,6 +111,19 @@ def deviation(x, tiles, inverse_count, S: tl.constexpr):
 
 
 @triton.jit
+def store_statistics(stats, values, place, geometry):
+    mean, low, rstd, lmbda, scale, mean_hd, mean_d, q = values
+    tl.store(stat(stats, MEAN, place, geometry), mean, mask=place.present)
+    tl.store(stat(stats, MEAN_LOW, place, geometry), low, mask=place.present)
+    tl.store(stat(stats, RSTD, place, geometry), rstd, mask=place.present)
+    tl.store(stat(stats, LMBDA, place, geometry), lmbda, mask=place.present)
+    tl.store(stat(stats, NOISE_SCALE, place, geometry), scale, mask=place.present)
+    tl.store(stat(stats, MEAN_HD, place, geometry), mean_hd, mask=place.present)
+    tl.store(stat(stats, MEAN_D, place, geometry), mean_d, mask=place.present)
+    tl.store(stat(stats, CURVATURE, place, geometry), q, mask=place.present)
+
+
+@triton.jit
 def forward(
     tensors, stats, affine, noise, geometry,
     inverse_count: tl.float64, eps: tl.float64, root_eps: tl.float64, alpha: tl.float64,
@@ -148,15 +161,9 @@ def forward(
         key = tl.load(noise.seed)
     else:
         scale = 0.0 * rstd
-    if stats is not None:  # before the output, which then has their registers
-        tl.store(stat(stats, MEAN, place, geometry), mean, mask=place.present)
-        tl.store(stat(stats, MEAN_LOW, place, geometry), low, mask=place.present)
-        tl.store(stat(stats, RSTD, place, geometry), rstd, mask=place.present)
-        tl.store(stat(stats, LMBDA, place, geometry), lmbda, mask=place.present)
-        tl.store(stat(stats, NOISE_SCALE, place, geometry), scale, mask=place.present)
-        tl.store(stat(stats, MEAN_HD, place, geometry), mean_hd, mask=place.present)
-        tl.store(stat(stats, MEAN_D, place, geometry), mean_d, mask=place.present)
-        tl.store(stat(stats, CURVATURE, place, geometry), q, mask=place.present)
+    values = (mean, low, rstd, lmbda, scale, mean_hd, mean_d, q)
+    if stats is not None and S.LAYOUT != ROWS:  # the output then has their registers
+        store_statistics(stats, values, place, geometry)
     for i in tl.static_range(K):
         y = x[i]
         tile = tile_at(tiles, i)
@@ -168,6 +175,8 @@ def forward(
         if tensors.sum.data is None:
             y = with_residual(y, tensors.residual, place, tile, S)
         write(tensors.output, place, tile, activated(y, S), S)
+    if stats is not None and S.LAYOUT == ROWS:  # scalars of one group
+        store_statistics(stats, values, place, geometry)
 
 
 @triton.jit
