@@ -651,8 +651,6 @@ def _check_random(data, backend, device):
     case = data.draw(_cases())
     dtype = data.draw(st.sampled_from(DTYPES))
     law = data.draw(st.sampled_from(sorted(LAWS)))
-    # The next test holds CUDA to this.
-    hypothesis.assume((backend, law, dtype) != ("cuda", "tiny_variance", torch.float32))
     layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
     g_layout = data.draw(st.sampled_from(sorted(LAYOUTS)))
     seed = data.draw(st.integers(-(2**63), 2**63 - 1))
@@ -669,6 +667,11 @@ def _check_random(data, backend, device):
     )
     numbers = data.draw(st.integers(0, 2**32))
     x = LAYOUTS[layout](draw(case, law, numbers, dtype, device)).detach()
+    if backend == "cuda" and dtype == torch.float32:  # the strict xfail below has these groups
+        groups = case.group(numpy(x))
+        variance = groups.var(-1, keepdims=True) + options["eps"]
+        h = np.abs(groups - groups.mean(-1, keepdims=True)).max(-1, keepdims=True) / variance**0.5
+        hypothesis.assume(((h >= 2.0**-6) | (h < 2.0**-24)).all())
     g = LAYOUTS[g_layout](draw(case, "normal", numbers, dtype, device)).detach()
     weight, bias = draw_parameters(case, numbers, dtype, device)
     if not data.draw(st.booleans()):
