@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from oracle import Case
 from torch import Tensor, nn
 
 import normnorm
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer class of ours.
+class Layer(Case):
+    """A layer class of ours beside torch's, and a small input's shape."""
 
-    Attributes:
-        cls, counterpart: our class and torch's.
-        args: positional arguments of both constructors.
-        shape: a small input's shape.
-        kind, num_groups, normalized_ndim: the same layer in the words of the raw ops.
-        affine: keyword arguments that give it a weight and a bias.
-    """
-
-    cls: type[nn.Module]
-    counterpart: type[nn.Module]
-    args: tuple[Any, ...]
-    shape: tuple[int, ...]
-    kind: str
-    num_groups: int = 0
-    normalized_ndim: int = 0
-    affine: tuple[tuple[str, Any], ...] = ()
+    cls: type[nn.Module] = nn.Module
+    counterpart: type[nn.Module] = nn.Module
 
     @property
     def name(self) -> str:
@@ -44,30 +30,27 @@ class Layer:
         return self.kind == "batch"
 
     @property
-    def groups(self) -> int:
-        if self.kind == "batch":
-            return self.shape[1]
-        if self.kind == "layer":
-            return math.prod(self.shape[: -self.normalized_ndim])
-        return self.shape[0] * (self.num_groups if self.kind == "group" else self.shape[1])
-
-    @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        if self.kind == "layer":
-            return self.shape[-self.normalized_ndim :]
-        return (self.shape[1],)
-
-    @property
     def geometry(self) -> tuple[str, int, int]:
         return self.kind, self.num_groups, self.normalized_ndim
 
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of both constructors."""
+        if self.kind == "layer":
+            return (self.parameter_shape,)
+        return (self.num_groups, self.shape[1]) if self.kind == "group" else (self.shape[1],)
+
+    @property
+    def affine(self) -> dict[str, Any]:
+        """Keyword arguments that give it a weight and a bias."""
+        return {"affine": True} if self.kind == "instance" else {}
+
     def make(self, **keywords: Any) -> nn.Module:
         """Our layer, with a weight and a bias that are not the identity."""
-        layer = self.cls(*self.args, **{**dict(self.affine), **keywords})
-        return set_parameters(layer)
+        return set_parameters(self.cls(*self.args, **{**self.affine, **keywords}))
 
     def make_counterpart(self, **keywords: Any) -> nn.Module:
-        return set_parameters(self.counterpart(*self.args, **{**dict(self.affine), **keywords}))
+        return set_parameters(self.counterpart(*self.args, **{**self.affine, **keywords}))
 
     def input(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
         """Skewed values, so that no lambda is 1."""
@@ -87,27 +70,17 @@ def set_parameters(layer: nn.Module) -> nn.Module:
     return layer
 
 
-_AFFINE = (("affine", True),)
-
+# Kind, shape, num_groups, normalized_ndim, our class, torch's.
 LAYERS = (
-    Layer(normnorm.BatchNormalNorm1d, nn.BatchNorm1d, (3,), (6, 3), "batch"),
-    Layer(normnorm.BatchNormalNorm2d, nn.BatchNorm2d, (3,), (2, 3, 4, 3), "batch"),
-    Layer(normnorm.BatchNormalNorm3d, nn.BatchNorm3d, (2,), (2, 2, 2, 3, 2), "batch"),
-    Layer(normnorm.LayerNormalNorm, nn.LayerNorm, ((2, 5),), (3, 2, 5), "layer", 0, 2),
-    Layer(normnorm.GroupNormalNorm, nn.GroupNorm, (2, 4), (2, 4, 3), "group", 2),
-    Layer(
-        normnorm.InstanceNormalNorm1d, nn.InstanceNorm1d, (3,), (2, 3, 5), "instance",
-        affine=_AFFINE,
-    ),
-    Layer(
-        normnorm.InstanceNormalNorm2d, nn.InstanceNorm2d, (2,), (2, 2, 3, 2), "instance",
-        affine=_AFFINE,
-    ),
-    Layer(
-        normnorm.InstanceNormalNorm3d, nn.InstanceNorm3d, (2,), (2, 2, 2, 3, 2), "instance",
-        affine=_AFFINE,
-    ),
-)  # fmt: skip
+    Layer("batch", (6, 3), 0, 0, normnorm.BatchNormalNorm1d, nn.BatchNorm1d),
+    Layer("batch", (2, 3, 4, 3), 0, 0, normnorm.BatchNormalNorm2d, nn.BatchNorm2d),
+    Layer("batch", (2, 2, 2, 3, 2), 0, 0, normnorm.BatchNormalNorm3d, nn.BatchNorm3d),
+    Layer("layer", (3, 2, 5), 0, 2, normnorm.LayerNormalNorm, nn.LayerNorm),
+    Layer("group", (2, 4, 3), 2, 0, normnorm.GroupNormalNorm, nn.GroupNorm),
+    Layer("instance", (2, 3, 5), 0, 0, normnorm.InstanceNormalNorm1d, nn.InstanceNorm1d),
+    Layer("instance", (2, 2, 3, 2), 0, 0, normnorm.InstanceNormalNorm2d, nn.InstanceNorm2d),
+    Layer("instance", (2, 2, 2, 3, 2), 0, 0, normnorm.InstanceNormalNorm3d, nn.InstanceNorm3d),
+)
 
 
 def few(rows, fast):

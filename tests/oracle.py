@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import normnorm.functional as F
+from normnorm.config import Config
 
 REAL = np.longdouble
 FACTOR = 8.0
@@ -99,10 +100,9 @@ class Case:
         return array.sum((0, *range(2, ndim)))
 
     def apply(self, x: torch.Tensor, weight=None, bias=None, **options: Any) -> torch.Tensor:
-        """The product's function for this kind, its own statistics, training unless told."""
+        """The product's function for this kind, by ``running`` (mean, var, lmbda) if they are
+        given and by the input's own statistics if not, training unless told."""
         training = options.pop("training", True)
-        if self.kind == "batch":
-            return F.batch_normal_norm(x, None, None, None, weight, bias, training, **options)
         if self.kind == "layer":
             return F.layer_normal_norm(
                 x, self.parameter_shape, weight, bias, training=training, **options
@@ -111,26 +111,16 @@ class Case:
             return F.group_normal_norm(
                 x, self.num_groups, weight, bias, training=training, **options
             )
-        return F.instance_normal_norm(
-            x, None, None, None, weight, bias, training=training, **options
-        )
+        running = options.pop("running", None)
+        tensors = (x, *(running or (None, None, None)), weight, bias)
+        if self.kind == "batch":
+            return F.batch_normal_norm(*tensors, training and running is None, **options)
+        return F.instance_normal_norm(*tensors, training=training, **options)
 
-    def config(self, backend: str, **options: Any) -> tuple[Any, ...]:
+    def config(self, backend: str, **options: Any) -> Config:
         """The configuration arguments of the raw ops."""
-        return (
-            self.kind,
-            self.num_groups,
-            self.normalized_ndim,
-            options.get("eps", 1e-5),
-            options.get("noise_train", 0.0),
-            options.get("alpha", 1.0),
-            options.get("order", 2),
-            options.get("transform_eps", 0.0),
-            options.get("stream", 0),
-            options.get("channels_last", False),
-            options.get("activation", ""),
-            backend,
-        )
+        geometry = (self.kind, self.num_groups, self.normalized_ndim)
+        return Config(*geometry, 1e-5, 0.0, 1.0, 2, 0.0, 0, False, "", backend)._replace(**options)
 
 
 # One small case for each kind and rank.
