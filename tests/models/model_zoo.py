@@ -4,6 +4,31 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.testing import assert_close
+
+import normnorm
+
+OFF = {"alpha": 0.0, "noise_train": 0.0}  # a normality layer that gives what torch's gives
+
+
+def ours_in(model: nn.Module) -> list[nn.Module]:
+    """The model's normality layers."""
+    return [module for module in model.modules() if hasattr(module, "noise_train")]
+
+
+def check_replaced_and_restored(model: nn.Module, input: torch.Tensor) -> normnorm.Replacement:
+    """Without transform and noise a model's output stays, after restoring to the last bit."""
+    with torch.no_grad():
+        expected = first_tensor(model(input))
+        classes = [type(module) for module in model.modules()]
+        summary = normnorm.replace_norms(model, **OFF)
+        scale = expected.std().item()
+        assert scale > 1e-3
+        assert_close(first_tensor(model(input)), expected, rtol=1e-4, atol=1e-4 * scale)
+        normnorm.restore_norms(model)
+        assert [type(module) for module in model.modules()] == classes
+        assert torch.equal(first_tensor(model(input)), expected)
+    return summary
 
 
 def speak(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import types
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
-from layer_table import LAYERS, NAMES, set_parameters
+from layer_table import LAYERS
+from model_zoo import OFF, ours_in
 from torch import nn
-from torch.nn.utils import prune
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
 import normnorm
 from normnorm import lazy, norm_map, sync
-
-_FLAG = "__allow_nonbracketed_mutation_flag"
-_allowed = getattr(torch.backends, _FLAG, True)
-from torch.testing._internal import common_modules  # noqa: E402
-
-setattr(torch.backends, _FLAG, _allowed)
-
-OFF = {"alpha": 0.0, "noise_train": 0.0}
-each_layer = pytest.mark.parametrize("row", LAYERS, ids=NAMES)
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-def counterpart_layer(row, **keywords):
-    """Torch's layer after a batch, with non-initial running statistics."""
-    layer = row.make_counterpart(**keywords)
-    layer(row.input(next(layer.parameters()).dtype))
-    return layer
 
 
 def model_of_all():
@@ -53,123 +38,88 @@ def fingerprint(model):
     """The complete state of a model, which an error must not change."""
     modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
     tensors = [(name, id(t), t._version) for name, t in model.state_dict(keep_vars=True).items()]
-    paths = [getattr(module, "activation_relu_or_gelu", None) for module in model.modules()]
-    return modules, tensors, paths
+    return modules, tensors
 
 
 # Replaced layers
 
 
-def test_every_torch_norm_has_a_counterpart_of_the_same_name():
-    model = model_of_all()
-    summary = normnorm.replace_norms(model)
-    assert len(summary.replaced) == 8
-    assert not summary.left
-    for swap in summary.replaced:
-        assert swap.after == swap.before.replace("Norm", "NormalNorm")
-        assert type(model.get_submodule(swap.name)) is getattr(normnorm, swap.after)
-    assert type(model["others"][2]) is nn.Linear
+VARIANTS = {
+    "batch": (
+        {},
+        {"momentum": None},
+        {"affine": False, "eps": 1e-3, "momentum": 0.3},
+        {"track_running_stats": False},
+    ),
+    "layer": ({}, {"bias": False, "eps": 1e-3}, {"elementwise_affine": False}),
+    "group": ({}, {"affine": False, "eps": 1e-3}),
+    "instance": ({"affine": False, "eps": 1e-3}, {"track_running_stats": True, "momentum": 0.3}),
+}
 
 
-@each_layer
-def test_the_new_layer_equals_a_constructed_one(row):
-    model = nn.Sequential(counterpart_layer(row))
-    normnorm.replace_norms(model)
-    made = row.make()
-    assert vars(model[0]).keys() - {"original_class"} == vars(made).keys()
+@pytest.mark.parametrize(
+    ("row", "keywords"),
+    [
+        pytest.param(row, keywords, id="-".join((row.name, *keywords)))
+        for row in LAYERS
+        for keywords in VARIANTS[row.kind]
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_layer_becomes_the_constructed_one_on_the_same_tensors_and_comes_back(
+    row, keywords, training
+):
+    theirs = row.make_counterpart(**keywords).double()
+    theirs(row.input())  # running statistics that are not the initial ones
+    plain = copy.deepcopy(theirs.train(training))
+    tensors = theirs.state_dict(keep_vars=True)
+    model = nn.Sequential(theirs)
+    (swap,) = normnorm.replace_norms(model, **OFF).replaced
+    made = row.make(**keywords, **OFF).double().train(training)
+    ours = model[0]
+    assert swap == ("0", row.counterpart.__name__, row.name, "")
+    assert type(ours) is row.cls
+    assert repr(ours) == repr(made)
+    assert vars(ours).keys() - {"original_class"} == vars(made).keys()
     for name, value in vars(made).items():
         if not name.startswith("_"):
-            assert getattr(model[0], name) == value, name
-    assert repr(model[0]) == repr(made)
-    assert list(model[0].state_dict()) == list(made.state_dict())
-    assert model[0]._buffers.keys() == made._buffers.keys()
-    assert model[0]._parameters.keys() == made._parameters.keys()
+            assert getattr(ours, name) == value, name
+    assert list(ours.state_dict()) == list(made.state_dict())
+    assert ours._buffers.keys() == made._buffers.keys()
+    assert ours._parameters.keys() == made._parameters.keys()
+    state = ours.state_dict(keep_vars=True)
+    assert all(state[name] is tensor for name, tensor in tensors.items())
+    if "running_lmbda" in state:
+        assert torch.equal(ours.running_lmbda, torch.ones(row.shape[1]).double())
+    assert theirs.state_dict(keep_vars=True).keys() == tensors.keys()  # the old layer is unchanged
+
+    for _ in range(2):
+        assert_close(ours(row.input()), plain(row.input()))
+    model.append(made)
+    normnorm.restore_norms(model)
+    for layer in model:
+        assert type(layer) is row.counterpart
+        assert repr(layer) == repr(plain)
+        assert vars(layer).keys() == vars(plain).keys()
+        assert list(layer.state_dict()) == list(plain.state_dict())
+    restored = model[0].state_dict(keep_vars=True)
+    assert all(restored[name] is tensor for name, tensor in tensors.items())
+    assert_close(model[0](row.input()), plain(row.input()))
 
 
 def test_settings_reach_every_layer_and_none_keeps_the_class_default():
     model = model_of_all()
     normnorm.replace_norms(model, alpha=0.5, order=1, transform_eps=0.01)
-    layers = [module for module in model.modules() if hasattr(module, "noise_train")]
-    assert len(layers) == 8
-    for layer in layers:
+    assert len(ours_in(model)) == 8
+    for layer in ours_in(model):
         assert (layer.alpha, layer.order, layer.transform_eps) == (0.5, 1, 0.01)
         assert layer.noise_train == (1.0 if isinstance(layer, nn.LayerNorm) else 0.4)
     other = model_of_all()
     normnorm.replace_norms(other, noise_train=0.2)
-    assert {m.noise_train for m in other.modules() if hasattr(m, "noise_train")} == {0.2}
-
-
-def torch_cases():
-    """Every test input of torch for a norm layer."""
-    cases = []
-    for info in common_modules.module_db:
-        row = next((row for row in LAYERS if row.counterpart is info.module_cls), None)
-        if row is not None:
-            torch.manual_seed(0)
-            samples = info.module_inputs_func(info, "cpu", torch.float32, False, True)
-            cases += [pytest.param(info, i, id=f"{row.name}-{i}") for i, _ in enumerate(samples)]
-    return cases
-
-
-@each_mode
-@pytest.mark.parametrize(("info", "index"), torch_cases())
-def test_without_transform_and_noise_torch_module_inputs_give_torch_outputs(
-    info, index, training, cpu_backend
-):
-    torch.manual_seed(0)
-    sample = info.module_inputs_func(info, "cpu", torch.float32, False, training)[index]
-    arguments = sample.constructor_input
-    theirs = set_parameters(info.module_cls(*arguments.args, **arguments.kwargs))
-    ours = nn.Sequential(copy.deepcopy(theirs)).train(training)
-    theirs.train(training)
-    assert len(normnorm.replace_norms(ours, **OFF).replaced) == 1
-    (input,) = sample.forward_input.args
-    bound = 400 * torch.finfo(torch.float32).eps
-    for _ in range(2):
-        assert_close(ours(input), theirs(input), rtol=1e-5, atol=bound)
-    normnorm.restore_norms(ours)
-    assert type(ours[0]) is info.module_cls
-    if not isinstance(theirs, nn.modules.instancenorm._InstanceNorm):  # torch's counters stay 0
-        assert_close(ours[0].state_dict(), theirs.state_dict(), rtol=1e-5, atol=bound)
-    assert_close(ours(input), theirs(input), rtol=1e-5, atol=bound)
+    assert {layer.noise_train for layer in ours_in(other)} == {0.2}
 
 
 # Kept state
-
-
-@each_layer
-def test_tensors_are_the_same_objects_and_lambda_is_one(row):
-    extra = {"track_running_stats": True} if row.kind in ("batch", "instance") else {}
-    theirs = counterpart_layer(row, **extra)
-    before = theirs.state_dict(keep_vars=True)
-    model = nn.Sequential(theirs)
-    normnorm.replace_norms(model)
-    after = model[0].state_dict(keep_vars=True)
-    for name, tensor in before.items():
-        assert after[name] is tensor, name
-    new = after.keys() - before.keys()
-    assert new == ({"running_lmbda"} if extra else set())
-    for name in new:
-        assert torch.equal(after[name], torch.ones(row.shape[1]))
-    # The old layer is unchanged.
-    assert theirs.state_dict(keep_vars=True).keys() == before.keys()
-
-
-@each_layer
-@each_mode
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_dtype_training_flag_and_frozen_parameters_are_kept(row, training, dtype):
-    theirs = counterpart_layer(row).to(dtype).train(training)
-    theirs.weight.requires_grad_(False)
-    model = nn.Sequential(theirs)
-    normnorm.replace_norms(model)
-    ours = model[0]
-    assert ours.training is training
-    assert ours.weight.dtype == ours.bias.dtype == dtype
-    assert not ours.weight.requires_grad
-    assert ours.bias.requires_grad
-    if getattr(ours, "running_lmbda", None) is not None:
-        assert ours.running_lmbda.dtype == dtype
 
 
 def test_half_precision_weights_and_full_precision_statistics_keep_their_dtypes():
@@ -232,19 +182,6 @@ def test_attributes_set_on_a_layer_are_kept_both_ways():
     assert vars(model[0]).keys() == vars(layer).keys()
 
 
-def test_an_optimizer_made_before_trains_the_new_layers():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    normnorm.replace_norms(model)
-    before = model[1].weight.detach().clone()
-    model(torch.randn(8, 4)).pow(4).sum().backward()
-    optimizer.step()
-    assert not torch.equal(model[1].weight, before)
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
-        id(p) for p in model.parameters()
-    }
-
-
 def test_a_pruned_layer_stays_pruned():
     layer = prune.l1_unstructured(nn.BatchNorm2d(4), "weight", 2)
     kept = layer.weight_mask
@@ -272,14 +209,6 @@ def test_a_shared_module_becomes_one_new_module():
     normnorm.restore_norms(model, "b.*")
     assert model["a"][1] is model["b"][0]
     assert type(model["a"][1]) is nn.BatchNorm2d
-
-
-def test_two_layers_that_share_a_weight_still_share_it():
-    model = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
-    model[1].weight = model[0].weight
-    normnorm.replace_norms(model)
-    assert model[1].weight is model[0].weight
-    assert len(list(model.parameters())) == 3
 
 
 def test_copies_and_pickles_of_a_replaced_model_are_restored_all_the_same():
@@ -311,35 +240,24 @@ def test_copies_and_pickles_of_a_replaced_model_are_restored_all_the_same():
 )
 def test_where_chooses_by_name_class_or_function(where, expected):
     model = model_of_all()
+    norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
     summary = normnorm.replace_norms(model, where)
     assert {swap.name for swap in summary.replaced} == expected
-    assert {swap.name for swap in summary.left} == {
-        name for name, module in model_of_all().named_modules() if "Norm" in type(module).__name__
-    } - expected
-    assert {swap.reason for swap in summary.left} <= {"not chosen by where"}
-    ours = {name for name, module in model.named_modules() if hasattr(module, "noise_train")}
-    assert ours == expected
-
-
-def test_a_second_call_finds_nothing_to_do():
-    model = model_of_all()
-    normnorm.replace_norms(model)
-    before = fingerprint(model)
-    summary = normnorm.replace_norms(model)
-    assert not summary.replaced
-    assert not summary.left
-    assert fingerprint(model) == before
+    assert {swap.name for swap in summary.left} == norms - expected
+    assert {swap.reason for swap in summary.left} == {"not chosen by where"}
+    assert set(ours_in(model)) == {model.get_submodule(name) for name in expected}
 
 
 def test_a_second_call_changes_the_given_settings():
     model = model_of_all()
     normnorm.replace_norms(model, alpha=0.5)
-    modules = list(model.modules())
+    before = fingerprint(model)
+    assert str(normnorm.replace_norms(model)) == "0 replaced, 0 left"
     summary = normnorm.replace_norms(model, "batch.*", noise_train=0.1, alpha=0.5)
     assert [swap.name for swap in summary.changed] == ["batch.0", "batch.1", "batch.2"]
     assert {swap.reason for swap in summary.changed} == {"noise_train=0.1"}
     assert str(summary).startswith("0 replaced, 3 changed, 0 left\n")
-    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert fingerprint(model) == before
     for layer in model["batch"]:
         assert (layer.noise_train, layer.alpha, layer.order) == (0.1, 0.5, 2)
     assert model["others"][0].noise_train == 1.0
@@ -380,44 +298,34 @@ class FrozenBatchNorm(nn.Module):
     pass
 
 
-def parametrized():
-    layer = nn.LayerNorm(3)
-    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
-    return layer
+# What binds a layer to the object that it is, by the reason that is given.
+BOUND = [
+    ("parametrized", lambda layer: parametrize.register_parametrization(layer, "weight", nn.ELU())),
+    ("forward was replaced", lambda layer: setattr(layer, "forward", lambda input: input)),
+    ("state_dict hooks", lambda layer: layer.register_state_dict_post_hook(lambda *_: None)),
+    ("compiled by itself", lambda layer: layer.compile(backend="eager")),
+    ("hooks is bound", lambda layer: layer.register_forward_hook(bound_method(layer))),
+    ("hooks is bound", lambda layer: layer.register_forward_pre_hook(partial(print, layer))),
+    ("'scale' is bound", lambda layer: setattr(layer, "scale", bound_method(layer))),
+]
 
 
-def with_own_forward():
-    layer = nn.LayerNorm(3)
-    layer.forward = lambda input: input
-    return layer
+def bound_method(layer):
+    return types.MethodType(lambda *arguments: None, layer)
 
 
-def with_state_hook():
-    layer = nn.LayerNorm(3)
-    layer.register_state_dict_post_hook(lambda *arguments: None)
-    return layer
-
-
-def compiled_in_place():
-    layer = nn.LayerNorm(3)
-    layer.compile(backend="eager")
-    return layer
-
-
-def with_bound_hook(name):
-    layer = nn.LayerNorm(3)
-    if name == "method":
-        layer.record = types.MethodType(lambda *arguments: None, layer)
-        layer.register_forward_hook(vars(layer).pop("record"))
-    else:
-        layer.register_forward_pre_hook(functools.partial(lambda *arguments: None, layer))
-    return layer
-
-
-def with_bound_attribute():
-    layer = nn.LayerNorm(3)
-    layer.scale = types.MethodType(lambda self: self.weight, layer)
-    return layer
+@pytest.mark.parametrize(("reason", "bind"), BOUND)
+def test_a_layer_that_is_bound_to_its_object_is_neither_replaced_nor_restored(reason, bind):
+    model = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3))
+    normnorm.replace_norms(model, "1")
+    for layer in model:
+        bind(layer)
+    before = list(model)
+    for name, exchange in (("0", normnorm.replace_norms), ("1", normnorm.restore_norms)):
+        (left,) = exchange(model).left
+        assert left.name == name
+        assert reason in left.reason
+    assert list(model) == before
 
 
 def lazy_with_hook():
@@ -433,15 +341,7 @@ def lazy_with_hook():
         (lambda: OwnNorm(3), "class of its own"),
         (ScaleNorm, "no counterpart"),
         (FrozenBatchNorm, "frozen"),
-        (lambda: nn.LocalResponseNorm(3), "no counterpart"),
-        (parametrized, "parametrized"),
-        (with_own_forward, "forward was replaced"),
-        (with_state_hook, "state_dict hooks"),
-        (compiled_in_place, "compiled by itself"),
         (lambda: torch.compile(nn.LayerNorm(3), backend="eager"), "compiled by itself"),
-        (lambda: with_bound_hook("method"), "hooks is bound"),
-        (lambda: with_bound_hook("partial"), "hooks is bound"),
-        (with_bound_attribute, "'scale' is bound"),
         (lazy_with_hook, "not initialized"),
         (lambda: nn.LayerNorm(3, eps=0.0), "eps must be positive"),
         (lambda: nn.LayerNorm(3).to(torch.complex64), "weight is torch.complex64"),
@@ -483,10 +383,19 @@ def wrapped():
     return nn.Sequential(nn.DataParallel(nn.BatchNorm1d(2)))
 
 
+class Sharded(FSDPModule, nn.Sequential):
+    """The class that fully_shard() gives a model."""
+
+
+def sharded():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model.__class__ = Sharded
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "where", "settings", "error", "words"),
     [
-        (lambda: "model", None, {}, TypeError, "nn.Module; got str"),
         (lambda: nn.BatchNorm2d(3), None, {}, ValueError, "is itself a BatchNorm2d"),
         (model_of_all, 3, {}, TypeError, "a pattern of names.*got 3"),
         (model_of_all, (), {}, TypeError, "a pattern of names"),
@@ -494,39 +403,21 @@ def wrapped():
         (model_of_all, None, {"alpha": float("nan")}, ValueError, "alpha"),
         (model_of_all, None, {"order": 3}, ValueError, "order"),
         (model_of_all, None, {"transform_eps": -0.1}, ValueError, "transform_eps"),
-        (
-            model_of_all,
-            lambda name, module: 1 / (name != "others.1"),
-            {},
-            ZeroDivisionError,
-            "division",
-        ),
+        (model_of_all, lambda name, _: 1 / (name != "others.1"), {}, ZeroDivisionError, "division"),
         (scripted, None, {}, TypeError, "before scripting"),
         (wrapped, None, {}, TypeError, "before wrapping the model in DataParallel"),
+        (sharded, None, {}, TypeError, "before wrapping the model in FSDPModule"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_bad_arguments_raise_and_change_nothing(model, where, settings, error, words):
     model = model()
-    before = fingerprint(model) if isinstance(model, nn.Module) else None
+    before = fingerprint(model)
     with pytest.raises(error, match=words):
         normnorm.replace_norms(model, where, **settings)
-    if before is not None:
-        assert fingerprint(model) == before
-
-
-def test_a_sharded_model_is_refused():
-    from torch.distributed.fsdp import FSDPModule
-
-    class Sharded(FSDPModule, nn.Sequential):  # as fully_shard() does
-        pass
-
-    model = nn.Sequential(nn.BatchNorm1d(2))
-    model.__class__ = Sharded
-    before = fingerprint(model)
-    with pytest.raises(TypeError, match="before wrapping the model in FSDPModule"):
-        normnorm.replace_norms(model)
     assert fingerprint(model) == before
+    with pytest.raises(TypeError, match=r"nn\.Module; got str"):
+        normnorm.replace_norms("model")
 
 
 def test_a_model_compiled_and_run_before_runs_the_new_layers():
@@ -562,34 +453,6 @@ def test_a_failure_halfway_changes_nothing(monkeypatch):
 # Restoring
 
 
-@each_layer
-def test_restoring_returns_the_class_with_trained_weights(row):
-    model = nn.Sequential(counterpart_layer(row))
-    normnorm.replace_norms(model)
-    model(row.input(torch.float32)).square().sum().backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.1 * parameter.grad
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    summary = normnorm.restore_norms(model)
-    assert type(model[0]) is row.counterpart
-    assert [swap.after for swap in summary.replaced] == [row.counterpart.__name__]
-    state.pop("0.running_lmbda", None)
-    assert model.state_dict().keys() == state.keys()
-    for name, tensor in state.items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-    assert repr(model[0]) == repr(row.make_counterpart())
-    model.eval()(row.input(torch.float32))
-
-
-@each_layer
-def test_a_constructed_layer_is_restored_to_torch(row):
-    model = nn.Sequential(row.make())
-    normnorm.restore_norms(model)
-    assert type(model[0]) is row.counterpart
-    assert vars(model[0]).keys() == vars(row.make_counterpart()).keys()
-
-
 def test_a_layer_without_counterpart_in_torch_is_left_by_restoring():
     model = nn.Sequential(normnorm.LayerNormalNorm2d(3))
     summary = normnorm.restore_norms(model)
@@ -615,23 +478,6 @@ def test_synchronised_layers_are_swapped_both_ways():
         assert type(layer) is nn.SyncBatchNorm
         assert layer.process_group is group
         assert vars(layer).keys() == plain.keys()
-
-
-@pytest.mark.parametrize("change", ["parametrized", "compiled", "forward"])
-def test_a_layer_of_ours_that_cannot_be_restored_is_left_with_its_reason(change):
-    model = nn.Sequential(nn.LayerNorm(3))
-    normnorm.replace_norms(model)
-    layer = model[0]
-    if change == "parametrized":
-        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
-    elif change == "compiled":
-        layer.compile(backend="eager")
-    else:
-        layer.forward = lambda input: input
-    (left,) = normnorm.restore_norms(model).left
-    assert change in left.reason
-    assert model[0] is layer
-    model(torch.randn(2, 3))
 
 
 # Registered classes
@@ -693,16 +539,6 @@ def test_a_registered_class_is_replaced_and_restored_by_its_functions():
     handle.remove()
     model["a"](input)
     assert len(calls) == 3
-
-
-@pytest.mark.usefixtures("shifted")
-def test_settings_that_are_not_given_stay_as_the_registered_function_set_them():
-    model = nn.Sequential(ShiftedNorm(4))
-    normnorm.replace_norms(model, noise_train=0.2)
-    assert (model[0].alpha, model[0].noise_train, model[0].order) == (0.5, 0.2, 2)
-    copied = pickle.loads(pickle.dumps(model))
-    normnorm.restore_norms(copied)
-    assert type(copied[0]) is ShiftedNorm
 
 
 def test_a_registration_ends_with_its_handle_and_a_later_one_comes_first(shifted):
@@ -780,9 +616,8 @@ def test_invalid_registrations_raise(arguments, error, words):
 
 
 @pytest.mark.parametrize("name", lazy.__all__)
-@pytest.mark.parametrize("affine", [True, False])
-def test_uninitialized_lazy_layers_are_replaced_and_restored(name, affine):
-    theirs = getattr(nn, name.replace("Normal", ""))(affine=affine, momentum=0.3)
+def test_uninitialized_lazy_layers_are_replaced_and_restored(name):
+    theirs = getattr(nn, name.replace("Normal", ""))(momentum=0.3)
     model = nn.Sequential(theirs.double().eval())
     parameters = list(model.parameters())
     normnorm.replace_norms(model, **OFF)
@@ -791,7 +626,7 @@ def test_uninitialized_lazy_layers_are_replaced_and_restored(name, affine):
     normnorm.restore_norms(model)
     assert type(model[0]) is type(theirs)
     normnorm.replace_norms(model, **OFF)
-    same = type(theirs)(affine=affine, momentum=0.3).double()
+    same = type(theirs)(momentum=0.3).double()
     input = torch.randn(3, 4, *(5,) * int(name[-2]), dtype=torch.float64)
     output = model.train()(input)
     assert type(model[0]).__name__ == name.removeprefix("Lazy")
@@ -813,12 +648,19 @@ def encoder(activation="relu", norm_first=False):
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", nn.GELU(), torch.tanh])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "norm_first", "masked"),
+    [
+        ("relu", False, True),
+        ("gelu", True, False),
+        (nn.ReLU(), True, True),
+        (nn.GELU(), False, False),
+        (torch.tanh, False, True),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-def test_the_fast_path_does_not_skip_a_replaced_norm(norm_first, activation, masked):
+def test_the_fast_path_does_not_skip_a_replaced_norm(activation, norm_first, masked):
     model = encoder(activation, norm_first)
     before = [layer.activation_relu_or_gelu for layer in model.layers], model.use_nested_tensor
     plain = copy.deepcopy(model)
@@ -873,25 +715,3 @@ def test_only_layers_with_replaced_norms_lose_their_fast_path():
     model = encoder()
     normnorm.replace_norms(model, "layers.1.norm2")
     assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 0]
-
-
-def test_a_user_hook_gets_the_new_layer():
-    seen = []
-    model = nn.Sequential(nn.GroupNorm(2, 4))
-    model[0].register_forward_hook(lambda module, inputs, output: seen.append(module))
-    normnorm.replace_norms(model)
-    model(torch.randn(2, 4, 3))
-    assert seen == [model[0]]
-
-
-def test_a_traced_graph_module_is_converted():
-    model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
-    input = torch.randn(2, 3, 4, 4)
-    expected = model(input)
-    assert len(normnorm.replace_norms(model, **OFF).replaced) == 1
-    assert_close(model(input), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_other_layers_are_not_in_the_summary():
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), normnorm.BatchNormalNorm1d(3))
-    assert not normnorm.replace_norms(model).left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from normnorm.diagnostics.moments import ColumnMoments
 from normnorm.diagnostics.sample import RowSample
 
 
-@pytest.mark.parametrize("count", [2, 3, 48, 1000])
+@pytest.mark.parametrize("count", [2, 48])
 def test_qq_r_squared_equals_probplot(count: int) -> None:
     groups = np.random.default_rng(count).gamma(2.0, size=(5, count))
     found = quantiles.qq_r_squared(torch.from_numpy(groups))
@@ -28,6 +29,7 @@ def test_qq_r_squared_equals_probplot(count: int) -> None:
         (expected, _), (_, _, r) = scipy.stats.probplot(row)
         np.testing.assert_allclose(quantiles.normal_quantiles(count), expected, atol=1e-12)
         assert r2.item() == pytest.approx(r**2, abs=1e-12)
+    assert quantiles.qq_r_squared(torch.full((1, count), 2.0)).isnan().all()
 
 
 def test_normal_samples_have_the_documented_r_squared() -> None:
@@ -35,40 +37,27 @@ def test_normal_samples_have_the_documented_r_squared() -> None:
     assert 0.999 < quantiles.normal_r_squared(7200) < 1
 
 
-def test_qq_r_squared_of_constants_is_nan() -> None:
-    found = quantiles.qq_r_squared(torch.tensor([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0]]))
-    assert found[0].isnan()
-    assert not found[1].isnan()
-
-
 # Accumulators.
 
 
-@pytest.mark.parametrize("sizes", [[100], [1, 99], [40, 0, 35, 25], [1] * 100])
-def test_moments_do_not_depend_on_the_batches(sizes: list[int]) -> None:
+def test_moments_do_not_depend_on_the_batches() -> None:
     rows = torch.from_numpy(np.random.default_rng(1).gamma(0.5, size=(100, 3))) + 1000
     rows[:30, 0] = 0
-    moments = ColumnMoments(3)
-    for batch in rows.split(sizes):
-        moments.add(batch)
     expected = rows.numpy()
-    np.testing.assert_allclose(moments.mean, expected.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(moments.variance, expected.var(0), rtol=1e-10)
-    np.testing.assert_allclose(moments.skewness, scipy.stats.skew(expected), rtol=1e-8)
-    np.testing.assert_allclose(moments.kurtosis, scipy.stats.kurtosis(expected), rtol=1e-8)
-    np.testing.assert_allclose(moments.correlation, np.corrcoef(expected.T), atol=1e-12)
-    assert moments.sparsity.tolist() == [0.3, 0, 0]
-
-
-def test_constant_columns_have_nan_moments() -> None:
-    moments = ColumnMoments(2)
-    moments.add(torch.stack([torch.ones(5), torch.arange(5.0)], 1))
-    assert moments.skewness.isnan().tolist() == [True, False]
-    assert moments.correlation.isnan().tolist() == [[True, True], [True, False]]
+    for sizes in ([100], [40, 0, 35, 25], [1] * 100):
+        moments = ColumnMoments(3)
+        for batch in rows.split(sizes):
+            moments.add(batch)
+        np.testing.assert_allclose(moments.mean, expected.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.variance, expected.var(0), rtol=1e-10)
+        np.testing.assert_allclose(moments.skewness, scipy.stats.skew(expected), rtol=1e-8)
+        np.testing.assert_allclose(moments.kurtosis, scipy.stats.kurtosis(expected), rtol=1e-8)
+        np.testing.assert_allclose(moments.correlation, np.corrcoef(expected.T), atol=1e-12)
+        assert moments.sparsity.tolist() == [0.3, 0, 0]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("value", [0.1, 14.3, 3075.3])
+@pytest.mark.parametrize("value", [0.1, 3075.3])
 def test_a_constant_column_with_rounded_deviations_is_left_out(value: float) -> None:
     sample = np.random.default_rng(0).standard_exponential((2048, 4)).astype(np.float32)
     varying = np.delete(sample, 1, axis=1)
@@ -231,37 +220,6 @@ def test_the_channels_of_a_layer_normalization_are_its_last_dimension() -> None:
     assert {layer.observations for layer in found.layers.values()} == {28}
 
 
-@pytest.mark.parametrize(
-    ("layer", "shape", "channels"),
-    [
-        (normnorm.LayerNormalNorm2d(4), (6, 4, 3, 9), 4),
-        (nn.Conv1d(4, 5, 2), (6, 4, 9), 5),
-        (normnorm.BatchNormalNorm1d(4), (6, 4, 9), 4),
-        (nn.Linear(4, 5), (6, 3, 9, 4), 5),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
-)
-def test_the_layer_determines_the_channel_dimension(
-    layer: nn.Module, shape: tuple[int, ...], channels: int
-) -> None:
-    inputs = torch.randn(shape).exp()
-    found = diagnostics.diagnose(layer, [inputs], [""]).layers[""]
-    with torch.no_grad():
-        output = layer.eval()(inputs)
-    assert found.channels == channels
-    assert found.observations == output.numel() // channels
-    rows = output.movedim(output.shape.index(channels), -1).flatten(0, -2).double().numpy()
-    assert found.by_channel["skewness"] == pytest.approx(list(scipy.stats.skew(rows)), rel=1e-4)
-
-
-def test_a_name_is_one_layer() -> None:
-    network = nn.Sequential()
-    network.add_module("layer1", nn.Linear(4, 4))
-    assert list(diagnostics.diagnose(network, [torch.randn(9, 4)], "layer1").layers) == ["layer1"]
-    found = diagnostics.noise_robustness(network, [torch.randn(9, 4)], "layer1", scales=(0.1,))
-    assert list(found) == ["layer1"]
-
-
 def test_the_normalized_output_of_a_residual_stream_is_watched_and_disturbed() -> None:
     class Stream(nn.Module):
         def __init__(self) -> None:
@@ -282,7 +240,7 @@ def test_the_normalized_output_of_a_residual_stream_is_watched_and_disturbed() -
 def test_normalization_layers_are_watched_by_default_and_the_model_is_left_alone() -> None:
     network = _network()
     network[1].eval()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
+    before = copy.deepcopy(network.state_dict())
     found = diagnostics.diagnose(network, _loader())
     assert list(found.layers) == ["1", "5"]
     assert [module.training for module in (network, network[1], network[5])] == [True, False, True]
@@ -326,14 +284,9 @@ def test_a_diagnosis_is_saved_read_shown_and_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"format": "other", "layers": {}}',
-        '{"format": "normnorm diagnosis 1", "layers": {"a": {}}}',
-    ],
-)
+    ["", "[]", '{"format": "other", "layers": {}}',
+     '{"format": "normnorm diagnosis 1", "layers": {"a": {}}}'],
+)  # fmt: skip
 def test_a_foreign_file_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
@@ -349,10 +302,7 @@ def test_robustness_of_a_linear_model_is_known() -> None:
     network = nn.Sequential(nn.Identity(), nn.Identity())
     inputs = torch.randn(2000, 50)
     found = diagnostics.noise_robustness(network, [inputs, inputs], ["1"], scales=(0.0, 0.1, 1.0))
-    assert list(found["1"]) == [0.0, 0.1, 1.0]
     assert found["1"] == pytest.approx({0.0: 0.0, 0.1: 0.1, 1.0: 1.0}, rel=0.02)
-    again = diagnostics.noise_robustness(network, [inputs, inputs], ["1"], scales=(0.0, 0.1, 1.0))
-    assert again == found
 
 
 def test_robustness_disturbs_one_layer_at_a_time() -> None:
@@ -388,7 +338,6 @@ def test_compiled_models_are_diagnosed_uncompiled(how: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ({"layers": ["0", "nine"]}, ValueError, "no layer named 'nine'"),
         ({"layers": []}, ValueError, "nothing to watch"),
         ({"layers": lambda name, module: False}, ValueError, "predicate"),
         ({"loader": []}, ValueError, "the loader gave no batch"),
@@ -417,20 +366,16 @@ def test_invalid_sizes_and_scales_raise() -> None:
 
 
 def test_layers_that_give_no_tensor_or_never_run_are_refused() -> None:
-    class Pair(nn.Module):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return x, x
-
-    class First(nn.Module):
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.pair, self.unused = Pair(), nn.ReLU()
+            self.lstm, self.unused = nn.LSTM(2, 2), nn.ReLU()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.pair(x)[0]
+            return self.lstm(x)[0]
 
-    with pytest.raises(TypeError, match=r"'pair' \(Pair\) gave tuple"):
-        diagnostics.diagnose(First(), [torch.randn(3, 2)], ["pair"])
+    with pytest.raises(TypeError, match=r"'lstm' \(LSTM\) gave tuple"):
+        diagnostics.diagnose(Model(), [torch.randn(3, 2)], ["lstm"])
     for function in (diagnostics.diagnose, diagnostics.noise_robustness):
         with pytest.raises(ValueError, match="nothing passed through 'unused'"):
-            function(First(), [torch.randn(3, 2)], ["unused"])
+            function(Model(), [torch.randn(3, 2)], ["unused"])

@@ -7,15 +7,12 @@ import copy
 import lightning.pytorch as lightning
 import pytest
 import pytorch_lightning
-import timm
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import normnorm
-import normnorm.integrations.timm as normnorm_timm
 from normnorm import sync
 from normnorm.integrations.lightning import NormalNormSync
 
@@ -98,38 +95,6 @@ def test_torch_layers_are_synchronised_with_ours_unless_told_otherwise(torch_lay
     assert type(reverted[1]) is normnorm.BatchNormalNorm1d
     input = torch.randn(6, 3)
     assert_close(reverted.eval()(input), model.eval()(input))
-
-
-def test_models_of_timm_are_synchronised_too():
-    model = timm.create_model("test_efficientnet")
-    normnorm.replace_norms(model)
-    ours = [module for module in model.modules() if hasattr(module, "noise_train")]
-    assert {type(module) for module in ours} == {normnorm_timm.BatchNormalNormAct2d}
-    plugin = NormalNormSync()
-    applied = plugin.apply(model)
-    assert {type(module) for module in ours} == {normnorm_timm.SyncBatchNormalNormAct}
-    assert [module for module in applied.modules() if hasattr(module, "noise_train")] == ours
-    plugin.revert(applied)
-    assert {type(module) for module in ours} == {normnorm_timm.BatchNormalNormAct2d}
-
-
-def test_a_trainer_logs_what_the_monitor_saw(tmp_path):
-    module = make_module(lightning.LightningModule)
-
-    class Log(lightning.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, index):
-            module.log_dict(watch.scalars("train/"))
-
-    trainer = lightning.Trainer(
-        **QUIET, max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=1, callbacks=[Log()]
-    )
-    with normnorm.monitor(module) as watch:
-        trainer.fit(module, data(4))
-    header, *rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
-    assert "train/net.1/lmbda" in header.split(",")
-    assert "train/net.1/qq_r2" in header.split(",")
-    assert len(rows) == 4
-    assert trainer.logged_metrics["train/net.1/lmbda"].isfinite()
 
 
 @pytest.mark.parametrize("package", [lightning, pytorch_lightning])

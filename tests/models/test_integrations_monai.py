@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_zoo import speak
+from model_zoo import OFF, ours_in, speak
 from monai.networks.layers import Norm, get_norm_layer
-from monai.networks.nets import DenseNet, SegResNet, UNet
+from monai.networks.nets import DenseNet, UNet
 from torch.testing import assert_close
 
 import normnorm
@@ -22,10 +22,6 @@ def _registered():
     Norm.components.clear()
     Norm.components.update(before)
     Norm.__doc__ = names
-
-
-def ours_in(network):
-    return [module for module in network.modules() if hasattr(module, "noise_train")]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -50,13 +46,12 @@ def test_layers_are_made_with_their_channels_and_our_settings():
     ("build", "count"),
     [
         (lambda norm: UNet(3, 1, 2, (4, 8, 16), (2, 2), num_res_units=1, norm=norm), 6),
-        (lambda norm: SegResNet(3, 8, 1, 2, blocks_down=(1, 1), blocks_up=(1,), norm=norm), 7),
         (lambda norm: DenseNet(3, 1, 2, 8, 4, (2, 2), 2, norm=norm), 11),
     ],
-    ids=["UNet", "SegResNet", "DenseNet"],
+    ids=["UNet", "DenseNet"],
 )
 def test_networks_built_with_our_layers_equal_replaced_ones(build, count):
-    network = speak(build(("batchnormal", {"alpha": 0.0, "noise_train": 0.0})))
+    network = speak(build(("batchnormal", OFF)))
     assert len(ours_in(network)) == count
     plain = build("batch")
     plain.load_state_dict(
@@ -70,6 +65,3 @@ def test_networks_built_with_our_layers_equal_replaced_ones(build, count):
     summary = normnorm.replace_norms(plain)
     assert len(summary.replaced) == count
     assert [type(m) for m in plain.modules()] == [type(m) for m in network.modules()]
-    loss = network.train()(input).square().mean()
-    loss.backward()
-    assert all(layer.weight.grad.isfinite().all() for layer in ours_in(network))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -9,6 +10,7 @@ import pickle
 import pytest
 import scipy.stats
 import torch
+from model_zoo import ours_in
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,14 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import normnorm
 
 MEASURES = {
-    "lmbda",
-    "lmbda_min",
-    "lmbda_max",
-    "noise_scale",
-    "skewness",
-    "excess_kurtosis",
-    "qq_r2",
-}
+    "lmbda", "lmbda_min", "lmbda_max", "noise_scale", "skewness", "excess_kurtosis", "qq_r2",
+}  # fmt: skip
 
 
 def network(**keywords):
@@ -39,9 +35,8 @@ def network(**keywords):
         nn.Flatten(),
         normnorm.LayerNormalNorm(8 * 36),
     )
-    for module in network.modules():
-        if hasattr(module, "noise_train"):
-            vars(module).update(keywords)
+    for layer in ours_in(network):
+        vars(layer).update(keywords)
     return network
 
 
@@ -75,11 +70,7 @@ def by_scipy(groups):
         (normnorm.BatchNormalNorm2d(3), (4, 3, 5, 6), lambda x: x.transpose(0, 1).flatten(1)),
         (normnorm.LayerNormalNorm(30), (2, 3, 30), lambda x: x.flatten(0, 1)),
         (normnorm.LayerNormalNorm((5, 6)), (7, 5, 6), lambda x: x.flatten(1)),
-        (
-            normnorm.LayerNormalNorm2d(12),
-            (2, 12, 2, 2),
-            lambda x: x.permute(0, 2, 3, 1).flatten(0, 2),
-        ),
+        (normnorm.LayerNormalNorm2d(12), (2, 12, 2, 2), lambda x: x.movedim(1, -1).flatten(0, 2)),
         (normnorm.GroupNormalNorm(2, 6), (4, 6, 7), lambda x: x.reshape(8, 21)),
         (normnorm.InstanceNormalNorm1d(3), (2, 3, 25), lambda x: x.flatten(0, 1)),
         (normnorm.InstanceNormalNorm1d(3), (3, 25), lambda x: x),
@@ -87,7 +78,7 @@ def by_scipy(groups):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_scalars_equal_the_layers_statistics(layer, shape, rows, training, cpu_backend):
+def test_scalars_equal_the_layers_statistics(layer, shape, rows, training):
     generator = torch.Generator().manual_seed(7)
     input = torch.empty(shape).exponential_(generator=generator)
     layer.train(training).noise_train = 0.5
@@ -119,20 +110,6 @@ def test_scalars_equal_the_layers_statistics(layer, shape, rows, training, cpu_b
     assert shape_of_it == pytest.approx(by_scipy(x), abs=1e-4)
 
 
-def test_normal_values_look_normal_and_skewed_ones_do_not():
-    layer = normnorm.BatchNormalNorm1d(4)
-    off = normnorm.BatchNormalNorm1d(4, alpha=0.0)
-    input = torch.empty(2000, 4).exponential_()
-    with normnorm.monitor(nn.ModuleList([layer, off])) as watch:
-        layer(input)
-        off(input)
-        found = watch.scalars()
-    assert found["0/qq_r2"] > 0.96 > 0.9 > found["1/qq_r2"]
-    assert found["0/skewness"] < 0.8 < 1.5 < found["1/skewness"]
-    assert found["0/lmbda"] < 0.5
-    assert found["1/lmbda"] == 1.0
-
-
 def test_the_dictionary_is_flat_floats_of_every_layer_of_the_last_step():
     model = network()
     with normnorm.monitor(model) as watch:
@@ -153,28 +130,6 @@ def test_the_dictionary_is_flat_floats_of_every_layer_of_the_last_step():
     assert watch.scalars() == {}
 
 
-def test_tensorboard_accepts_the_scalars(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    model = network()
-    written = []
-    with SummaryWriter(tmp_path / "one") as writer, normnorm.monitor(model) as watch:
-        for step in range(2):
-            model(images() ** (step + 1))
-            written.append(watch.scalars())
-            for tag, value in written[-1].items():
-                writer.add_scalar(tag, value, step)
-    events = EventAccumulator(str(tmp_path / "one"))
-    events.Reload()
-    for tag in written[0]:
-        read = [event.value for event in events.Scalars(tag)]
-        assert read == pytest.approx([numbers[tag] for numbers in written], rel=1e-5)
-    with SummaryWriter(tmp_path / "many") as writer:
-        writer.add_scalars("normality", written[0], 0)
-    assert len(list((tmp_path / "many").rglob("events*"))) == len(written[0]) + 1
-
-
 class HostReads(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -186,7 +141,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_hook_neither_synchronizes_nor_draws_random_numbers(training, cpu_backend):
+def test_the_hook_neither_synchronizes_nor_draws_random_numbers(training):
     outputs = []
     for watched in (False, True):
         model = network().train(training)
@@ -236,22 +191,17 @@ def test_a_part_of_a_group_estimates_the_whole():
         assert part[name] == pytest.approx(whole[name], rel=0.05, abs=0.1)
 
 
-@pytest.mark.parametrize("size", [16, 24, 56, 64])
-def test_the_kept_part_is_not_one_image_column(size):
+def test_the_kept_part_is_not_one_image_column_or_the_first_tokens():
     model = normnorm.BatchNormalNorm2d(1, noise_train=0.0)
-    columns = torch.linspace(-2.0, 2.0, size).expand(4, 1, size, size).contiguous()
-    with normnorm.monitor(model, elements=size) as watch:
-        model(columns)
-        (kept,) = watch._seen[""].values
-    assert len(kept) <= size
-    assert len(kept.unique()) > 0.8 * len(kept)
-
-
-def test_the_kept_tokens_are_not_all_first_tokens():
+    for size in (16, 56):
+        with normnorm.monitor(model, elements=size) as watch:
+            model(torch.linspace(-2.0, 2.0, size).expand(4, 1, size, size).contiguous())
+            (kept,) = watch._seen[""].values
+        assert len(kept) <= size
+        assert len(kept.unique()) > 0.8 * len(kept)
     model = normnorm.LayerNormalNorm(16)
-    tokens = torch.randn(8, 24, 16) + 10.0 * torch.arange(24.0)[:, None]
     with normnorm.monitor(model) as watch:
-        model(tokens)
+        model(torch.randn(8, 24, 16) + 10.0 * torch.arange(24.0)[:, None])
         kept = watch._seen[""].values.mean(1) / 10.0
     assert len(kept.round().unique()) > 4
 
@@ -263,24 +213,17 @@ def test_an_input_given_by_name_is_seen():
         assert watch.scalars().keys() == MEASURES
 
 
-def test_hooks_are_gone_after_the_block_and_after_an_exception():
+def test_hooks_are_gone_after_an_exception_and_the_values_stay_readable():
     model = network()
-    watches = []
-
-    def interrupted():
-        with normnorm.monitor(model) as watch:
-            watches.append(watch)
-            assert sum(len(module._forward_hooks) for module in model.modules()) == 5
-            model(images())
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        interrupted()
+    with contextlib.suppress(ZeroDivisionError), normnorm.monitor(model) as watch:
+        assert sum(len(module._forward_hooks) for module in model.modules()) == 5
+        model(images())
+        raise ZeroDivisionError
     assert not any(module._forward_hooks for module in model.modules())
-    before = watches[0].scalars()
-    assert before  # the recorded values stay readable
+    before = watch.scalars()
+    assert before
     model(images() + 1)
-    assert watches[0].scalars() == before
+    assert watch.scalars() == before
 
 
 def test_two_monitors_and_hooks_of_others_do_not_disturb_each_other():
@@ -297,10 +240,9 @@ def test_two_monitors_and_hooks_of_others_do_not_disturb_each_other():
     handle.remove()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes_are_watched_in_double_precision(dtype):
-    model = normnorm.LayerNormalNorm(32).to(dtype)
-    input = torch.randn(5, 32).to(dtype)
+def test_bfloat16_is_measured_in_double_precision():
+    model = normnorm.LayerNormalNorm(32).bfloat16()
+    input = torch.randn(5, 32).bfloat16()
     with torch.no_grad(), normnorm.monitor(model) as watch:
         model(input)
         found = watch.scalars()
@@ -309,25 +251,12 @@ def test_other_dtypes_are_watched_in_double_precision(dtype):
         assert watch.scalars() == pytest.approx(found, abs=1e-12)
 
 
-def test_autocast_and_checkpointing_change_nothing():
-    model = network(noise_train=0.0)
-    with normnorm.monitor(model) as watch:
-        model(images())
-        plain = watch.scalars()
-        with torch.autocast("cpu", torch.bfloat16):
-            model(images())
-        amp = watch.scalars()
-        checkpoint(model, images(), use_reentrant=False).sum().backward()
-        again = watch.scalars()
-    assert plain["1/lmbda"] == pytest.approx(amp["1/lmbda"], abs=0.05)
-    assert again == pytest.approx(plain)
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_recomputed_step_is_not_the_last_one(use_reentrant):
     model = network(noise_train=0.0)
     with normnorm.monitor(model) as watch:
         first = checkpoint(model, images().requires_grad_(), use_reentrant=use_reentrant)
+        assert watch.scalars()["1/lmbda"] != 1.0
         model(2.0 + images().square())
         before = watch.scalars()
         first.sum().backward()
@@ -379,37 +308,23 @@ def test_function_transforms_leak_no_tensors():
         assert len(watch.scalars()) == len(MEASURES)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_is_watched_without_graph_break_or_recompilation(in_place):
+@pytest.mark.parametrize("how", ["compiled", "in place", "any size"])
+def test_a_compiled_model_is_watched_without_graph_break_or_recompilation(how):
     torch.compiler.reset()
-    model = small()
-    if in_place:
-        compiled = model
-        model.compile(fullgraph=True, backend="aot_eager")
+    compiled, eager = small(), small()
+    options = {"fullgraph": True, "backend": "aot_eager"}
+    if how == "in place":
+        compiled.compile(**options)
     else:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    eager = small()
+        compiled = torch.compile(compiled, dynamic=how == "any size" or None, **options)
     # More groups than exist: with symbolic sizes the selected part differs.
     several = normnorm.monitor(compiled, groups=64), normnorm.monitor(eager, groups=64)
     with several[0] as watch, several[1] as expected:
-        for step in range(3):
+        for step, size in enumerate((16, 8, 5) if how == "any size" else (16, 16, 16)):
+            batch = images()[:size] + step
             with torch._dynamo.config.patch(error_on_recompile=step > 0):
-                compiled(images() + step)
-            eager(images() + step)
-            assert watch.scalars() == pytest.approx(expected.scalars(), abs=1e-4)
-    torch.compiler.reset()
-
-
-def test_a_model_compiled_for_any_batch_size_is_watched_too():
-    torch.compiler.reset()
-    compiled = torch.compile(small(), fullgraph=True, dynamic=True, backend="aot_eager")
-    eager = small()
-    several = normnorm.monitor(compiled, groups=64), normnorm.monitor(eager, groups=64)
-    with several[0] as watch, several[1] as expected:
-        for size in (16, 8, 5):
-            with torch._dynamo.config.patch(error_on_recompile=size < 16):
-                compiled(images()[:size].clone())
-            eager(images()[:size].clone())
+                compiled(batch)
+            eager(batch)
             assert watch.scalars() == pytest.approx(expected.scalars(), abs=1e-4)
     torch.compiler.reset()
 
