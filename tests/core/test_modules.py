@@ -34,9 +34,8 @@ setattr(torch.backends, _FLAG, _allowed)
 OFF = {"alpha": 0.0, "noise_train": 0.0}
 OURS = ("noise_train", "alpha", "order", "transform_eps")
 BY_COUNTERPART = {row.counterpart: row for row in LAYERS}
-CHANNELS_FIRST = Layer(
-    normnorm.LayerNormalNorm2d, nn.LayerNorm, (4,), (2, 4, 3, 5), "layer", normalized_ndim=1
-)
+# As many columns as channels: the table takes the parameters' shape from the last size.
+CHANNELS_FIRST = Layer("layer", (2, 4, 3, 4), 0, 1, normnorm.LayerNormalNorm2d, nn.LayerNorm)
 each_layer = pytest.mark.parametrize("row", LAYERS, ids=NAMES)
 each_class = pytest.mark.parametrize("row", [*LAYERS, CHANNELS_FIRST], ids=lambda row: row.name)
 each_kind = pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
@@ -252,7 +251,7 @@ def test_copies_are_equal_and_share_nothing(row, backend):
 def test_checkpoint_loads_with_weights_only_by_copy_or_assignment_onto_meta(row, backend):
     layer = trained(row)
     state = through_file(layer.state_dict(), weights_only=True)
-    empty = row.cls(*row.args, **dict(row.affine), **tracking(row), device="meta")
+    empty = row.cls(*row.args, **row.affine, **tracking(row), device="meta")
     for other, assign in ((row.make(**tracking(row)), False), (empty, True)):
         other.load_state_dict(state, strict=True, assign=assign)
         assert_same_layer(other, layer, row.input(torch.float32))
@@ -316,7 +315,7 @@ def test_lambda_left_on_meta_is_one_with_loaded_statistics(row):
     theirs = row.make_counterpart(track_running_stats=True).state_dict()
 
     def on_meta():
-        return row.cls(*row.args, **dict(row.affine), track_running_stats=True, device="meta")
+        return row.cls(*row.args, **row.affine, track_running_stats=True, device="meta")
 
     by_state = on_meta()  # torch.distributed.checkpoint returns the model's own tensors
     by_state.load_state_dict(
@@ -380,7 +379,7 @@ def test_checkpoint_of_authors_loads_strictly(row):
 @each_class
 @pytest.mark.parametrize("bias", [True, False])
 def test_meta_layer_becomes_real_by_to_empty_and_reset(row, bias, backend):
-    keywords = {**dict(row.affine), **tracking(row), "bias": bias}
+    keywords = {**row.affine, **tracking(row), "bias": bias}
     layer = row.cls(*row.args, **keywords, device="meta", dtype=torch.bfloat16)
     for name, tensor in layer.state_dict().items():
         assert tensor.is_meta

@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 import normnorm  # noqa: F401  # registers the ops
-from normnorm.config import Config
 from normnorm.ops import SCHEMAS
 from normnorm.statistics import statistics_dtype
 
@@ -62,7 +61,7 @@ def forward_arguments(
         ramp = torch.linspace(0.5, 1.4, row.shape[1], dtype=statistics_dtype(dtype))
         running = (ramp - 0.8, ramp, 2.0 - ramp)
     seed = torch.tensor([12345]) if noise else None
-    config = Config(*row.geometry, 1e-5, noise, alpha, 2, 0.0, 3, False, "", backend)
+    config = row.config(backend, noise_train=noise, alpha=alpha, stream=3)
     return raw_ops.forward(
         config, input, weight, bias, running=running, seed=seed, keep_stats=keep_stats
     )
