@@ -43,7 +43,7 @@ LOG_BYTES = 600_000  # of one child's output
 LARGEST_BYTES = 15_000_000  # of one file
 LOG = "gpu_check.log"
 # What decides about everything comes first; tests that want the whole memory run alone.
-FIRST = ("test_device", "test_parity", "test_tiers", "test_launches", "test_repeat", "test_fused")
+FIRST = ("test_device", "test_parity", "test_tiers", "test_launches", "test_repeat")
 ALONE = "test_large"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
@@ -381,7 +381,7 @@ def await_triton(check: Check, children: list[subprocess.Popen]) -> None:
 def sanitizers(check: Check) -> None:
     """The CUDA kernels in a program without torch: first as it is, then watched by each tool."""
     folder = ROOT / ("build/gpu-on-cpu" if check.dry else "build/gpu")
-    program = [str(folder / "sanitized"), str(folder / "problems.txt")]
+    program = [str(folder / "sanitized")]
     ended = check.step("sanitizers' program", program, 60)
     places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
     sanitizer = shutil.which("compute-sanitizer", path=places)

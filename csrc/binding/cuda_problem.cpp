@@ -9,6 +9,8 @@
 namespace normnorm {
 namespace {
 
+cuda::Override forced;
+
 // Strides of a dense tensor in row-major or in (N, spatial..., C) order.
 std::vector<int64_t> dense_strides(const TensorView& t, bool channels_last) {
   std::vector<int64_t> strides(static_cast<size_t>(t.dim));
@@ -49,9 +51,14 @@ Layout cuda_layout(const TensorView& input, const TensorView& output, const Conf
 cuda::Problem cuda_problem(Storage storage, const Layout& layout, const Config& c, bool noise) {
   cuda::Problem p;
   p.storage = storage;
+  p.force = forced;
   check_extent(layout.geometry());
   layout.set_params(p, c, noise);
   return p;
 }
 
 }  // namespace normnorm
+
+extern "C" void normnorm_cuda_force(int tier, int threads, int blocks, int thread_groups) {
+  normnorm::forced = {normnorm::cuda::Tier(tier), threads, blocks, thread_groups};
+}

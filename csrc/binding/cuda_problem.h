@@ -19,3 +19,7 @@ Layout cuda_layout(const TensorView& input, const TensorView& output, const Conf
 cuda::Problem cuda_problem(Storage storage, const Layout& layout, const Config& c, bool noise);
 
 }  // namespace normnorm
+
+// For tests: the plan of all later problems, in the numbers of cuda::Override; zeros leave the choice to the planner.
+extern "C" __attribute__((visibility("default"))) void normnorm_cuda_force(int tier, int threads, int blocks,
+                                                                           int thread_groups);

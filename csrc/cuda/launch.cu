@@ -81,49 +81,29 @@ int launch_by_channel(void (*kernel)(const RunningStatistics), const RunningStat
   return launch(kernel, {.grid = blocks, .threads = kRunningThreads, .stream = stream}, r);
 }
 
-// The current device, or an error where the kernels cannot count the problem's elements.
-int device_for(const Problem& p, Device* device) {
-  return refusal(p.geometry).empty() ? current_device(device) : int(cudaErrorInvalidValue);
-}
-
 }  // namespace
 }  // namespace cuda
 }  // namespace normnorm
 
 using namespace normnorm::cuda;
 
-extern "C" const char* normnorm_cuda_refusal(const Problem* problem) {
-  static thread_local std::string sentence;
-  sentence = refusal(problem->geometry);
-  return sentence.empty() ? nullptr : sentence.c_str();
-}
-
 extern "C" int normnorm_cuda_workspace(const Problem* problem, int backward, size_t* bytes) {
   Device device;
-  if (const int e = device_for(*problem, &device)) return e;
+  if (const int e = current_device(&device)) return e;
   *bytes = passes_for(problem->storage).workspace(*problem, backward != 0, device);
   return cudaSuccess;
 }
 
 extern "C" int normnorm_cuda_forward(const Problem* problem, void* stream) {
   Device device;
-  if (const int e = device_for(*problem, &device)) return e;
+  if (const int e = current_device(&device)) return e;
   return passes_for(problem->storage).forward(*problem, device, stream);
 }
 
 extern "C" int normnorm_cuda_backward(const Problem* problem, void* stream) {
   Device device;
-  if (const int e = device_for(*problem, &device)) return e;
+  if (const int e = current_device(&device)) return e;
   return passes_for(problem->storage).backward(*problem, device, stream);
-}
-
-extern "C" int normnorm_cuda_plan(const Problem* problem, int backward, int plan[5]) {
-  Device device;
-  if (const int e = device_for(*problem, &device)) return e;
-  const Plan p = passes_for(problem->storage).plan(*problem, backward != 0, device);
-  const int numbers[5] = {int(p.tier), p.threads, p.blocks, p.thread_groups, p.shared_chunks};
-  for (int i = 0; i < 5; ++i) plan[i] = numbers[i];
-  return cudaSuccess;
 }
 
 extern "C" int normnorm_cuda_fold_running(const RunningStatistics* running, void* stream) {

@@ -8,16 +8,10 @@ extern "C" {
 // The bytes of Problem::workspace that a pass needs on the current device.
 int normnorm_cuda_workspace(const normnorm::cuda::Problem* problem, int backward, size_t* bytes);
 
-// Null, or a sentence that says what of a problem's geometry exceeds the kernels' counters; valid until the thread's next
-// call. The launchers return cudaErrorInvalidValue for such a problem.
-const char* normnorm_cuda_refusal(const normnorm::cuda::Problem* problem);
-
-// Both return a cudaError_t. The forward pass writes Problem::stats, in inference too.
+// Both return a cudaError_t. The geometry must be one that refusal() of plan.h lets pass. The forward pass writes
+// Problem::stats, in inference too.
 int normnorm_cuda_forward(const normnorm::cuda::Problem* problem, void* stream);
 int normnorm_cuda_backward(const normnorm::cuda::Problem* problem, void* stream);
-
-// The plan of a pass: Tier, threads, blocks of a thread group, thread groups, chunks a thread keeps in shared memory.
-int normnorm_cuda_plan(const normnorm::cuda::Problem* problem, int backward, int plan[5]);
 
 // Moves the running statistics towards a batch's, and counts the batch.
 int normnorm_cuda_fold_running(const normnorm::cuda::RunningStatistics* running, void* stream);

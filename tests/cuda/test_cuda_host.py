@@ -9,97 +9,100 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from host_cuda import harness
-from host_cuda.cases import (
+from host_cuda import torch_library
+from host_cuda.torch_library import Host
+from oracle import Case, compute_dtype
+from raw_ops import assert_fused_equals_steps, both_passes, channels_last, forward_pass, operands
+from tiers import (
     COLUMN_TIERS,
     COLUMNS,
+    CPU_UNIT,
     DTYPES,
     FUSIONS,
-    ORDERS,
     ROW_TIERS,
     ROWS,
     assert_close,
+    case_and_plan,
     check,
-    compute_dtype,
-    fuse,
-    make,
+    layouts,
     same,
 )
-from host_cuda.harness import Call, HostKernels, Tensor
+from torch import Tensor
 
 from normnorm.statistics import Row
 
 pytestmark = pytest.mark.skipif(
-    not (sys.platform.startswith("linux") and shutil.which("g++") and harness.cuda_include()),
-    reason="needs Linux, g++ and the headers of the CUDA toolkit",
+    torch_library.missing() is not None, reason=str(torch_library.missing())
 )
+ORDERS = (0, 1, 2, 3)
+NOISE = {"noise_train": 0.7}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_layout = pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+Operands = dict[str, Tensor]
 
 
-@pytest.fixture(scope="session")
-def kernels() -> HostKernels:
-    return HostKernels()
+@pytest.fixture
+def kernels() -> Iterator[Host]:
+    with torch_library.served_by_host_run():
+        host = torch_library.load()
+        yield host
+        host.reset()
 
 
-@pytest.fixture(autouse=True)
-def _plain_run(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "kernels" in request.fixturenames:
-        module = request.getfixturevalue("kernels")
-        module.configure(0)
-        module.device(4, 232448, True)
+def make(case: Case, dtype: torch.dtype = torch.float32, columns: bool = False, **options):
+    """Operands with a skewed input, so that lambda is away from 1."""
+    return operands(case, dtype, columns, "exponential", **options)
 
 
 # --- every tier against float64 ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.7], ids=["plain", "noise"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tier", ROW_TIERS)
-@pytest.mark.parametrize("case", ROWS)
-def test_rows(kernels, case, tier, dtype, noise):
-    check(kernels, *make(ROWS[case], dtype, noise_train=noise, force=ROW_TIERS[tier]))
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.7], ids=["plain", "noise"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("case", "tier"),
-    # groups of several columns are always streamed
-    [(c, r) for c in COLUMNS for r in COLUMN_TIERS if "group" not in c or r == "streaming"],
-)
-def test_columns(kernels, case, tier, dtype, noise):
-    check(kernels, *make(COLUMNS[case], dtype, True, noise_train=noise, force=COLUMN_TIERS[tier]))
+@each_dtype
+@pytest.mark.parametrize(("case", "tier", "columns"), layouts(tuple(ROWS), tuple(COLUMNS)))
+def test_every_tier(kernels, case, tier, columns, dtype):
+    case, plan = case_and_plan(case, tier, columns)
+    kernels.force(**plan)
+    t = make(case, dtype, columns)
+    check("cuda", case, t, (), columns)
+    check("cuda", case, t, (), columns, **NOISE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("kind", "shape", "tier"),
+    ("case", "tier", "columns"),
     [
-        ("batch", (700, 100), "grid"),
-        ("batch", (700, 100), "streaming"),
-        ("batch", (9, 3, 40, 40), "streaming"),
-        ("group", (2, 12, 30, 30), "streaming"),
+        (Case("batch", (700, 100)), "grid", True),
+        (Case("batch", (700, 100)), "streaming", True),
+        (Case("batch", (9, 3, 40, 40)), "streaming", False),
+        (Case("group", (2, 12, 30, 30), num_groups=4), "streaming", True),
     ],
 )
-def test_many_blocks_to_a_group(kernels, kind, shape, tier, dtype):
+def test_many_blocks_to_a_group(kernels, case, tier, columns, dtype):
     """More than a warp of partial sums a group."""
-    options = {"num_groups": 4} if kind == "group" else {}
-    columns = (kind, len(shape)) != ("batch", 4)
+    kernels.force(tier, blocks=37, thread_groups=1)
     for order in ORDERS[:2]:
         kernels.configure(order)
-        call, g = make(
-            (kind, shape, options), dtype, columns, noise_train=0.7,
-            force={"tier": tier, "blocks": 37, "thread_groups": 1},
-        )  # fmt: skip
-        check(kernels, call, g)
+        check("cuda", case, make(case, dtype, columns), (), columns, **NOISE)
+
+
+def without_parameters(t: Operands) -> Operands:
+    return {name: each for name, each in t.items() if name not in ("weight", "bias")}
+
+
+def tier_of(kernels: Host) -> str:
+    """That of a layer without parameters, by its launches since the last call."""
+    launches = kernels.launches()
+    if launches[0].cooperative:
+        return "grid"
+    if launches[0].cluster > 1:
+        return "cluster"
+    return "block" if len(launches) == 2 else "streaming"
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 132])
@@ -110,176 +113,111 @@ def test_automatic_plans(kernels, multiprocessors, clusters):
     for shared in (24000, 60000):
         kernels.device(multiprocessors, shared, clusters)
         for length in (64, 3000, 12000, 40000):
-            case = ("layer", (2, length), {"normalized_ndim": 1})
-            call, g = make(case, torch.float32, noise_train=1.0)
-            call.weight = call.bias = None
-            tiers.add(kernels.plan(call._problem(call.input, None), False)[0])
-            check(kernels, call, g)
+            case = Case("layer", (2, length), normalized_ndim=1)
+            check("cuda", case, without_parameters(make(case)), **NOISE)
+            tiers.add(tier_of(kernels))
     assert len(tiers) >= 2
 
 
 WAITING = {  # cases whose blocks wait for one another, by the tier of their plan
-    "cluster": (("layer", (2, 12000), {"normalized_ndim": 1}), False, 60000),
-    "grid": (("layer", (2, 190000), {"normalized_ndim": 1}), False, 60000),
-    "tiles": (("batch", (40, 16, 4, 4), {}), True, 232448),
+    "cluster": (Case("layer", (2, 12000), normalized_ndim=1), False, 60000),
+    "grid": (Case("layer", (2, 190000), normalized_ndim=1), False, 60000),
+    "tiles": (Case("batch", (40, 16, 4, 4)), True, 232448),
 }
-TIER_OF = {"cluster": 2, "grid": 3, "tiles": 3}
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("case", WAITING)
-def test_blocks_that_are_not_co_resident_are_never_launched(kernels, case, fused):
+@pytest.mark.parametrize("fused", [(), FUSIONS[2]], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", WAITING)
+def test_blocks_that_are_not_co_resident_are_never_launched(kernels, name, fused):
     """Their barriers would never open; a tier without them is planned instead."""
-    shape, columns, shared = WAITING[case]
+    case, columns, shared = WAITING[name]
+    t = make(case, columns=columns)
+    t = t if columns else without_parameters(t)
 
-    def serve(**device):
+    def serve(**device) -> str:
         kernels.device(8, shared, True, **device)
-        call, g = make(shape, torch.float32, columns, noise_train=1.0)
-        if not columns:
-            call.weight = call.bias = None
-        tier = kernels.plan(call._problem(call.input, None), False)[0]
-        check(kernels, fuse(call, FUSIONS["both"] if fused else ()), g)
-        return tier
+        check("cuda", case, t, fused, columns, **NOISE)
+        return tier_of(kernels)
 
-    assert serve() == TIER_OF[case]
-    assert serve(co_resident=1) in (1, 4)  # a block, or streaming
-    if TIER_OF[case] == 3:
-        assert serve(cooperative=False) == 4
-        assert serve(refuse_cooperative=True) == 3  # planned, refused at the launch, and streamed
-
-
-def _run(kernels: HostKernels, call: Call, g: Tensor) -> list[list[int]]:
-    """Checks both passes; returns the blocks of each launch, forward and backward."""
-    kernels.grids()
-    found = []
-    output, stats = call.forward(kernels)
-    found.append(kernels.grids())
-    du, *_ = call.backward(kernels, g, stats)
-    found.append(kernels.grids())
-    want = call.expected(g)
-    assert_close(output, want[0], call.input.dtype, "output")
-    assert_close(du, want[2], call.input.dtype, "gradient of the input", 4)
-    return found
+    planned = "cluster" if name == "cluster" else "grid"
+    assert serve() == planned
+    assert serve(co_resident=1) in ("block", "streaming")
+    if planned == "grid":
+        assert serve(cooperative=False) == "streaming"
+        assert serve(refuse_cooperative=True) == "streaming"  # planned, and refused at the launch
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (100, 40)], ids=str)
 def test_a_thread_group_has_no_blocks_without_rows(kernels, shape):
     """A block takes 16 rows at a time of a tile of 32 columns; the device could run 258 blocks."""
     kernels.device(132, 232448, True)
+    check("cuda", Case("batch", shape), make(Case("batch", shape)))
     blocks = -(-shape[0] // 16) * -(-shape[1] // 32)
-    forward, backward = _run(kernels, *make(("batch", shape, {}), torch.float32, True))
-    assert forward == [blocks]
-    assert backward[0] == blocks
+    assert [launch.blocks for launch in kernels.launches()][:2] == [blocks, blocks]
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_evaluation_is_one_launch(kernels, columns):
-    """Of all groups, also where the L2 cache does not hold them."""
-    kernels.device(132, 232448, True)
-    large = Call("batch", torch.empty(256, 256, 56, 56), frozen=torch.empty(len(Row), 256))
-    _, threads, blocks, groups, _ = kernels.plan(large._problem(large.input, None), False)
-    assert groups == 256
-    assert blocks == -(-256 * 56 * 56 // (threads * 16 * 4))  # a thread takes 16 chunks of 4
-
-    call, _ = make(("batch", (3, 8, 40, 40), {}), torch.float32, columns)
-    call.frozen = torch.zeros(len(Row), 8)
-    call.frozen[Row.RSTD], call.frozen[Row.LMBDA] = 0.7, torch.linspace(0.5, 1.5, 8)
-    kernels.grids()
-    output, _ = call.forward(kernels)
-    assert len(kernels.grids()) == 1
-    assert_close(output, call.expected()[0], torch.float32, "output")
-
-
-@pytest.mark.parametrize("shared", [48_192, 56_384])
-def test_a_cluster_has_shared_memory_for_the_totals_of_doubles(kernels, shared):
-    """A block of a cluster has 16 KB of totals of its warps beside the chunks of its group."""
-    kernels.device(132, shared, True)
-    clusters = 0
-    for length in range(4000, 80_000, 1000):
-        call, _ = make(("layer", (1, length), {"normalized_ndim": 1}), torch.float64)
-        call.weight = call.bias = None
-        for backward, planes in ((False, 1), (True, 3)):
-            problem = call._problem(call.input, None) | {"grad_output": call._operand(call.input)}
-            tier, threads, _, _, chunks = kernels.plan(problem, backward)
-            clusters += tier == TIER_OF["cluster"]
-            assert chunks * threads * 4 * 8 * planes + 16_384 <= shared
-    assert clusters > 10
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("fused", [(), FUSIONS[2]], ids=["plain", "fused"])
 @pytest.mark.parametrize(
-    ("case", "tier", "columns"),
-    [(c, r, False) for c in ("layer", "batch") for r in ROW_TIERS]
-    + [("batch", r, True) for r in COLUMN_TIERS],
+    ("case", "tier", "columns"), layouts(("layer", "batch"), ("batch",))
 )
 def test_thread_orders_agree_bitwise(kernels, case, tier, columns, fused):
-    dtype = torch.float32 if columns else torch.bfloat16
-    names = FUSIONS["both"] if fused else ()
-    call, g = _make_fused(case, tier, columns, dtype, names, noise_train=1.0)
+    case, plan = case_and_plan(case, tier, columns)
+    kernels.force(**plan)
+    t = make(case, torch.float32 if columns else torch.bfloat16, columns)
     results = []
     for order in ORDERS:
         kernels.configure(order)
-        results.append((*check(kernels, call, g), call.sum))
+        results.append(check("cuda", case, t, fused, columns, **NOISE))
     assert all(same(results[0], r) for r in results[1:])
 
 
 # --- barriers ----------------------------------------------------------------------------------
 
-
-def programs() -> dict[str, tuple[Call, Tensor]]:
-    """One call a tier, with two groups for each thread group one after the other."""
-    layer = ("layer", (4, 600), {"normalized_ndim": 1})
-    batch = ("batch", (3, 4, 16, 16), {})
-    two = {"thread_groups": 2, "threads": 64}
-    forces = {
-        "block": (layer, {"tier": "block", **two}),
-        "cluster": (batch, {"tier": "cluster", "blocks": 2, **two}),
-        "grid": (batch, {"tier": "grid", "blocks": 2, **two}),
-        "streaming": (batch, {"tier": "streaming", "blocks": 2, "thread_groups": 2}),
-    }
-    made = {
-        name: make(case, torch.float32, noise_train=1.0, force=force, parameter_dtype=torch.float32)
-        for name, (case, force) in forces.items()
-    }
-    for tier in ("streaming", "grid"):
-        made[f"columns {tier}"] = make(
-            ("batch", (40, 100, 2, 2), {}), torch.float32, True, noise_train=1.0,
-            force={"tier": tier, "blocks": 2, "thread_groups": 2}, parameter_dtype=torch.float32,
-        )  # fmt: skip
-    half = ("instance", (3, 4, 16, 16), {})  # with reduce_partials()
-    made["fold"] = make(half, torch.float32, force={"tier": "block"})
-    return made
-
-
-def run_quietly(kernels: HostKernels, call: Call, g: Tensor) -> tuple[Tensor, ...] | None:
-    try:
-        output, stats = call.forward(kernels)
-        return (output, stats, *call.backward(kernels, g, stats))
-    except RuntimeError:
-        return None
+_TWO = {"thread_groups": 2, "threads": 64}
+_LAYER, _BATCH = Case("layer", (4, 600), normalized_ndim=1), Case("batch", (3, 4, 16, 16))
+_COLUMNS = Case("batch", (40, 100, 2, 2))
+# A case a tier, with two groups for each thread group one after the other; the last has
+# reduce_partials().
+PROGRAMS = (
+    (_LAYER, False, {"tier": "block", **_TWO}),
+    (_BATCH, False, {"tier": "cluster", "blocks": 2, **_TWO}),
+    (_BATCH, False, {"tier": "grid", "blocks": 2, **_TWO}),
+    (_BATCH, False, {"tier": "streaming", "blocks": 2, "thread_groups": 2}),
+    (_COLUMNS, True, {"tier": "streaming", "blocks": 2, "thread_groups": 2}),
+    (_COLUMNS, True, {"tier": "grid", "blocks": 2, "thread_groups": 2}),
+    (Case("instance", (3, 4, 16, 16)), False, {"tier": "block"}),
+)
 
 
 def test_every_barrier_is_needed(kernels):
     """Leaving out any barrier changes a result, or ends in an error, in some thread order."""
     needed, met = set(), set()
-    for call, g in programs().values():
-        kernels.configure(0, True)
-        right = run_quietly(kernels, call, g)
+    for case, columns, plan in PROGRAMS:
+        t = make(case, columns=columns)
+        kernels.force(**plan)
+
+        def results(order: int, skip: str = "") -> tuple[Tensor, ...] | None:
+            kernels.configure(order, True, skip)
+            try:
+                return both_passes("cuda", case, t, (), columns, noise_train=1.0)  # noqa: B023
+            except RuntimeError:
+                return None
+
+        right = results(0)
         assert right is not None
-        sites = set(kernels.sites())
+        sites = kernels.sites()
         assert sites
         met |= sites
         for site in sites - needed:
             for order in ORDERS:
-                kernels.configure(order, True, site)
-                got = run_quietly(kernels, call, g)
+                got = results(order, site)
                 if got is None or not same(right, got):
                     needed.add(site)
                     break
     assert met == needed, "left out, nothing changes"
     written = sum(
         len(re.findall(r"(?:__syncthreads|cluster_sync|wait_for_arrivals)\(", line))
-        for path in harness.CUDA.glob("*.cuh")
+        for path in (torch_library.CSRC / "cuda").glob("*.cuh")
         if path.name != "runtime.cuh"
         for line in path.read_text().splitlines()
     )
@@ -292,49 +230,51 @@ def test_every_barrier_is_needed(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 2, 3, 31, 37, 760, 1128, 5000])
 def test_row_lengths(kernels, length, dtype):
-    check(kernels, *make(("layer", (3, length), {"normalized_ndim": 1}), dtype, noise_train=1.0))
+    case = Case("layer", (3, length), normalized_ndim=1)
+    check("cuda", case, make(case, dtype), **NOISE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [8191, 65536, 262144])
 def test_long_rows(kernels, length):
     kernels.device(132, 232448, True)
-    check(
-        kernels,
-        *make(("layer", (2, length), {"normalized_ndim": 1}), torch.bfloat16, noise_train=1.0),
-    )
+    case = Case("layer", (2, length), normalized_ndim=1)
+    check("cuda", case, make(case, torch.bfloat16), **NOISE)
 
 
 @pytest.mark.parametrize("tier", ["block", "streaming"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [1, 4, 8])
 def test_misaligned_and_strided_rows(kernels, offset, dtype, tier):
-    wide = torch.randn(4, 300 + offset + 3).to(dtype)
-    case = ("layer", (4, 296), {"normalized_ndim": 1})
-    call, g = make(case, dtype, noise_train=1.0, force={"tier": tier})
-    call.input = wide[:, offset : offset + 296]
-    check(kernels, call, g)
-    call.input = wide[:, offset : offset + 296].contiguous()
-    check(kernels, call, torch.randn(4, 299).to(dtype)[:, 2:298])
+    case = Case("layer", (4, 296), normalized_ndim=1)
+    kernels.force(tier)
+    t, wide = make(case, dtype), torch.randn(4, 300 + offset + 3).to(dtype)
+    for odd in ("x", "g"):
+        check("cuda", case, {**t, odd: wide[:, offset : offset + 296]}, **NOISE)
 
 
-def test_strided_images(kernels):
-    wide = torch.randn(6, 10, 8, 8)
-    call, g = make(("batch", (6, 4, 8, 8), {}), torch.float32, noise_train=1.0)
-    call.input = wide[:, 3:7]
-    check(kernels, call, g)
-    channels_last = wide.to(memory_format=torch.channels_last)
-    call.columns = True
-    call.input = channels_last[:, 4:8]
-    check(kernels, call, g.to(memory_format=torch.channels_last))
-    call.input = channels_last[:, 3:7]
-    check(kernels, call, g.to(memory_format=torch.channels_last))
+OPERANDS = ("x", "residual", "g", "grad_sum")
+
+
+@each_layout
+@pytest.mark.parametrize("tier", ["grid", "streaming"])
+@pytest.mark.parametrize("odd", OPERANDS)
+def test_tensors_of_any_offset_and_stride(kernels, tier, columns, odd):
+    """A tensor that is not aligned makes the whole pass ragged."""
+    case = Case("batch", (6, 16, 4, 4))
+    kernels.force(**(COLUMN_TIERS if columns else ROW_TIERS)[tier])
+    t = make(case, torch.bfloat16, columns)
+    wide = torch.zeros(6, 19, 4, 4, dtype=torch.bfloat16)
+    wide = channels_last(wide) if columns else wide
+    t[odd] = wide[:, 1:17].copy_(t[odd])
+    for fused in ((), *FUSIONS):
+        check("cuda", case, t, fused, columns, **NOISE)
 
 
 # --- sizes beyond 32 bits ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_offsets_beyond_32_bits(kernels, dtype, columns):
     """The addresses of elements of a tensor that is too large to allocate here."""
@@ -342,7 +282,8 @@ def test_offsets_beyond_32_bits(kernels, dtype, columns):
     run = 16 * 5 * 4096 * 5  # elements from one run to the next: the last one begins beyond 2^36
     strides = (runs * run, 1 if columns else length, run)
     geometry = (columns, outer, inner, runs, 1 if columns else length)
-    numbers = (harness.STORAGE[dtype], *geometry, *(s * 3 for s in strides), *strides)
+    storage = (torch.float32, torch.float64, torch.bfloat16).index(dtype)
+    numbers = (storage, *geometry, *(s * 3 for s in strides), *strides)
     per_chunk = 4 if columns or dtype == torch.float64 else 16 // dtype.itemsize
     last = 0 if columns else 4096 - 8
     for o, i, r, at in [(0, 0, 0, 0), (2, 4, 70_000, last), (1, 3, 69_999, 0)]:
@@ -354,175 +295,108 @@ def test_offsets_beyond_32_bits(kernels, dtype, columns):
         assert got == (element * dtype.itemsize, noise // 4), (o, i, r, at)
 
 
-def test_sizes_that_are_refused(kernels):
-    """Sizes that exceed 32-bit counters, by a sentence and by the launchers."""
-    call, _ = make(ROWS["layer"], torch.float32)
-    problem = call._problem(call.input, None)
-    assert kernels.refusal(problem) is None
-    for geometry, said in (
+@pytest.mark.parametrize(
+    ("geometry", "said"),
+    [
+        ([0, 1, 5, 1, 2400], ""),
         ([0, 2**20, 2**12, 1, 8], "4294967296 groups"),
         ([0, 1, 1, 2**20, 2**15], "chunks"),
         ([1, 1, 2**21, 4, 2**10], "2147483648 columns"),
         ([1, 1, 4, 2**31, 1], "2147483648 rows"),
-    ):
-        refused = problem | {"geometry": geometry}
-        assert said in kernels.refusal(refused)
-        with pytest.raises(RuntimeError, match="CUDA error 1"):
-            kernels.forward(refused)
-
-
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_parameter_gradients_alone(kernels, columns):
-    call, g = make((COLUMNS if columns else ROWS)["batch"], torch.float32, columns, noise_train=1.0)
-    _, stats = call.forward(kernels)
-    du, dw, db = call.backward(kernels, g, stats, needs_input=False)
-    want = call.expected(g)
-    assert du is None
-    assert_close(dw, want[3], torch.float32, "weight", 4)
-    assert_close(db, want[4], torch.float32, "bias", 4)
+    ],
+)
+def test_sizes_that_exceed_32_bit_counters_are_refused(kernels, geometry, said):
+    refusal = kernels.refusal(geometry)
+    assert said in refusal if said else not refusal
 
 
 # --- fused operations --------------------------------------------------------------------------
 
-
-FUSED_ROWS = ("layer", "layer-ragged", "batch-ragged", "group", "instance-1d")
-FUSED_COLUMNS = ("batch", "batch-ragged", "group", "instance")
-
-
-def _fused_layouts() -> list[tuple[str, str, bool]]:
-    """Every tier of both layouts; groups of several columns are always streamed."""
-    rows = [(c, r, False) for c in FUSED_ROWS for r in ROW_TIERS]
-    return rows + [
-        (c, r, True)
-        for c in FUSED_COLUMNS
-        for r in COLUMN_TIERS
-        if c != "group" or r == "streaming"
-    ]
+FUSED = layouts(
+    ("layer", "layer-ragged", "batch-ragged", "group", "instance-1d"),
+    ("batch", "batch-ragged", "group", "instance"),
+)
 
 
-def _make_fused(case, tier, columns, dtype, names, **options) -> tuple[Call, Tensor]:
-    force = (COLUMN_TIERS if columns else ROW_TIERS)[tier]
-    call, g = make((COLUMNS if columns else ROWS)[case], dtype, columns, force=force, **options)
-    return fuse(call, names), g
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "tier", "columns"), _fused_layouts())
+@each_dtype
+@pytest.mark.parametrize(("case", "tier", "columns"), FUSED)
 def test_fused(kernels, case, tier, columns, dtype):
-    for names in FUSIONS.values():
-        check(kernels, *_make_fused(case, tier, columns, dtype, names, noise_train=0.7))
-    check(kernels, *_make_fused(case, tier, columns, dtype, FUSIONS["both"]))
+    case, plan = case_and_plan(case, tier, columns)
+    kernels.force(**plan)
+    t = make(case, dtype, columns)
+    for fused in FUSIONS:
+        check("cuda", case, t, fused, columns, **NOISE)
+    check("cuda", case, t, FUSIONS[2], columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("case", "tier", "columns"), _fused_layouts())
+@pytest.mark.parametrize(("case", "tier", "columns"), FUSED)
 def test_fused_equals_separate_operations_bitwise(kernels, case, tier, columns, dtype):
-    """Without rounding to storage; with noise, because plain kernels without it skip a round."""
-    call, g = _make_fused(case, tier, columns, dtype, FUSIONS["both"], noise_train=0.7)
-    output, stats = call.forward(kernels)
-    gradients = call.backward(kernels, g, stats)
-    steps = replace(
-        call, input=call.sum, residual=None, relu=False, addend=None, grad_sum=None, sum=None
-    )
-    plain, plain_stats = steps.forward(kernels)
-    masked = torch.empty_like(g).copy_(torch.where(output <= 0, 0.0, g))
-    du, *parameters = steps.backward(kernels, masked, stats)
-    assert same((call.sum,), (call.input + call.addend,))
-    assert same((output, stats), ((plain + call.residual).relu(), plain_stats))
-    assert same(gradients, (du + call.grad_sum, *parameters))
+    """With noise, because plain kernels without it skip a round."""
+    case, plan = case_and_plan(case, tier, columns)
+    kernels.force(**plan)
+    assert_fused_equals_steps("cuda", case, make(case, dtype, columns), columns, **NOISE)
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("tier", ["grid", "streaming"])
-@pytest.mark.parametrize("odd", ["residual", "addend", "grad_sum", "gradient"])
-def test_fused_tensors_of_any_offset_and_stride(kernels, tier, columns, odd):
-    """A tensor that is not aligned makes the whole pass ragged."""
-
-    def shifted(t: Tensor) -> Tensor:
-        wide = torch.empty(t.size(0), t.size(1) + 3, *t.shape[2:]).to(t.dtype)
-        if columns:
-            wide = wide.to(memory_format=torch.channels_last)
-        return wide[:, 1 : 1 + t.size(1)].copy_(t)
-
-    case = ("batch", (6, 16, 4, 4), {})
-    force = (COLUMN_TIERS if columns else ROW_TIERS)[tier]
-    call, g = make(case, torch.bfloat16, columns, force=force, noise_train=0.7)
-    call = fuse(call, FUSIONS["both"])
-    if odd == "gradient":
-        g = shifted(g)
-    else:
-        setattr(call, odd, shifted(getattr(call, odd)))
-    check(kernels, call, g)
+# --- frozen statistics and hard data -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_frozen_statistics_with_an_epilogue(kernels, columns):
-    call, g = make((COLUMNS if columns else ROWS)["batch"], torch.bfloat16, columns)
-    call.frozen = torch.zeros(len(Row), call.groups)
-    call.frozen[Row.RSTD] = torch.rand(call.groups) + 0.5
-    call.frozen[Row.LMBDA] = torch.linspace(-1, 3, call.groups)
-    check(kernels, fuse(call, ("residual", "relu")), g)
-
-
-@pytest.mark.parametrize(
-    ("case", "tier", "columns"), [("layer", "block", False), ("batch", "grid", True)]
-)
-def test_a_nan_passes_through_the_activation(kernels, case, tier, columns):
-    call, g = _make_fused(case, tier, columns, torch.float32, ("relu", "residual"))
-    call.residual[1, 2] = float("nan")
-    output, stats = call.forward(kernels)
-    assert output[1, 2].isnan().all()
-    assert output.isnan().sum() == call.residual.isnan().sum()
-    *_, db = call.backward(kernels, g, stats)
-    masked = torch.where(output <= 0, 0.0, g)
-    dims = 0 if call.kind == "layer" else (0, 2, 3)
-    torch.testing.assert_close(db, masked.sum(dims))
-
-
-# --- hard data ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("fused", [(), FUSIONS[0]], ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_layout
+def test_frozen_statistics_take_one_launch_beside_their_packing(kernels, columns, dtype, fused):
+    kernels.device(132, 232448, True)
+    case = Case("batch", (3, 8, 40, 40))
+    running = (torch.randn(8), torch.rand(8) + 0.5, torch.linspace(-1, 3, 8))
+    t = make(case, dtype, columns)
+    forward_pass("cuda", case, t, fused, columns, running=running)
+    assert len(kernels.launches()) == 2
+    check("cuda", case, t, fused, columns, running=running)
 
 
 @pytest.mark.parametrize("tier", ["block", "grid", "streaming"])
 def test_constant_and_broken_groups(kernels, tier):
-    call, g = make(ROWS["layer"], torch.float32, noise_train=1.0, force=ROW_TIERS[tier])
-    x = call.input
+    case, plan = case_and_plan("layer", tier, False)
+    kernels.force(**plan)
+    t = make(case)
+    x = t["x"]
     x[1] = 3.3
     x[2, 7] = float("nan")
     x[3, 8] = float("inf")
     x[4] *= 1e20  # finite, but its squares are not
-    output, stats = call.forward(kernels)
-    assert torch.equal(output[1], call.bias)
+    y, stats, du, *_ = both_passes("cuda", case, t, noise_train=1.0)
+    assert torch.equal(y[1], t["bias"])
     assert stats[Row.LMBDA, 1] == 1
-    assert output[2:].isnan().all()
-    assert output[0].isfinite().all()
-    du, _, _ = call.backward(kernels, g, stats)
+    assert y[2:].isnan().all()
+    assert y[0].isfinite().all()
     assert du[:2].isfinite().all()
     assert du[[2, 4]].isnan().all()
 
 
 @pytest.mark.parametrize("tier", COLUMN_TIERS)
 def test_a_column_beyond_the_range_is_nan(kernels, tier):
-    call, g = make(COLUMNS["batch"], torch.float32, True, noise_train=1.0, force=COLUMN_TIERS[tier])
-    call.input[:, 1] *= 1e20
-    output, stats = call.forward(kernels)
-    du, _, _ = call.backward(kernels, g, stats)
-    for tensor in (output, du):
+    case, plan = case_and_plan("batch", tier, True)
+    kernels.force(**plan)
+    t = make(case, columns=True)
+    t["x"][:, 1] *= 1e20
+    y, _, du, *_ = both_passes("cuda", case, t, (), True, noise_train=1.0)
+    for tensor in (y, du):
         assert tensor[:, 1].isnan().all()
         assert tensor[:, [0, *range(2, 16)]].isfinite().all()
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e6])
-@pytest.mark.parametrize(
-    ("tier", "columns"), [(r, False) for r in ROW_TIERS] + [(r, True) for r in COLUMN_TIERS]
-)
-def test_large_offsets_cost_no_digits(kernels, tier, columns, offset):
-    force = (COLUMN_TIERS if columns else ROW_TIERS)[tier]
-    call, g = make((COLUMNS if columns else ROWS)["batch"], torch.float32, columns, force=force)
-    call.input = call.input + offset
-    output, stats = call.forward(kernels)
-    want = call.expected(g)
-    assert_close(output, want[0], torch.float32, "output", 4)
-    assert_close(stats[Row.RSTD], want[1][Row.RSTD], torch.float32, "rstd", 4)
+@pytest.mark.parametrize(("case", "tier", "columns"), layouts(("batch",), ("batch",)))
+def test_large_offsets_cost_no_digits(kernels, case, tier, columns, offset):
+    case, plan = case_and_plan(case, tier, columns)
+    kernels.force(**plan)
+    t = make(case, columns=columns)
+    t["x"] += offset
+    y, stats, *_ = both_passes("cuda", case, t, (), columns)
+    exact = {name: each.double() for name, each in t.items()}
+    want, want_stats, *_ = both_passes("reference", case, exact, (), columns)
+    assert_close(y, want, CPU_UNIT, "output", times=4)
+    assert_close(stats[Row.RSTD], want_stats[Row.RSTD], CPU_UNIT, "rstd", times=4)
 
 
 NEIGHBOURS = {  # values of a column between others
@@ -534,29 +408,31 @@ NEIGHBOURS = {  # values of a column between others
 
 
 def _alone_and_beside(
-    kernels: HostKernels, call: Call, g: Tensor, spoil: Callable[[Call, Tensor], None]
-) -> tuple[Tensor, ...]:
-    """The kernels must give the same bits for all other groups before and after spoil(call, mask of
-    channels) changes every third group. Returns the statistics of the others and the spoilt."""
-    channels = call.input.size(1)
-    groups = call.num_groups or channels  # of a sample
+    case: Case, t: Operands, spoil: Callable[[dict, Tensor], None], options: dict
+) -> tuple[Tensor, Tensor]:
+    """The kernels must give the same bits for all other groups before and after spoil(operands and
+    options, mask of channels) changes every third group. Returns the statistics of the others and
+    the spoilt."""
+    channels = case.shape[1]
+    groups = case.num_groups or channels  # of a sample
     group = torch.arange(groups) % 3 == 1
     column = group.repeat_interleave(channels // groups)
-    group = group.repeat(call.groups // groups)
+    group = group.repeat(case.groups // groups)
+    last = len(case.shape) > 2
     found = []
     for spoilt in (False, True):
+        given = {**t, **options}
         if spoilt:
-            spoil(call, column)
-        output, stats = call.forward(kernels)
-        du, dw, db = call.backward(kernels, g, stats)
-        by_column = (output[:, ~column], du[:, ~column], dw[~column], db[~column])
-        found.append((stats, (stats[:, ~group], *by_column)))
-    (stats, alone), (spoilt_stats, beside) = found
+            spoil(given, column)
+        operands = {name: given.pop(name) for name in t}
+        y, stats, *gradients = both_passes("cuda", case, operands, (), last, **given)
+        by_column = [r.movedim(min(1, r.dim() - 1), 0)[~column] for r in (y, *gradients)]
+        found.append((stats, stats[:, ~group], *by_column))
+    (_, *alone), (spoilt_stats, *beside) = found
     assert all(t.isfinite().all() for t in alone)
-    names = ("statistics", "output", "du", "dweight", "dbias")
-    for name, x, y in zip(names, alone, beside, strict=True):
+    for name, x, y in zip(("stats", "y", "du", "dw", "db"), alone, beside, strict=True):
         assert torch.equal(x, y), name
-    return stats[:, ~group], spoilt_stats[:, group]
+    return alone[0], spoilt_stats[:, group]
 
 
 def _is_plain(stats: Tensor) -> Tensor:
@@ -565,70 +441,62 @@ def _is_plain(stats: Tensor) -> Tensor:
 
 
 BESIDE = [
-    (c, r)
-    for c in ("batch", "batch-ragged", "batch-2d", "instance", "group")
-    for r in COLUMN_TIERS
-    if c != "group" or r == "streaming"
+    (case, tier)
+    for case, tier, _ in layouts((), ("batch", "batch-ragged", "batch-2d", "instance", "group"))
 ]
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize(("case", "tier"), BESIDE)
 def test_a_column_does_not_depend_on_its_neighbours(kernels, case, tier, dtype, neighbour):
     """Bitwise, although neighbouring columns run the code of the most precise path among them."""
 
-    def spoil(call: Call, column: Tensor) -> None:
-        call.input = call.input.clone()
-        call.input[:, column] = NEIGHBOURS[neighbour](call.input[:, column]).to(call.input.dtype)
+    def spoil(given: dict, column: Tensor) -> None:
+        given["x"] = given["x"].clone()
+        given["x"][:, column] = NEIGHBOURS[neighbour](given["x"][:, column]).to(dtype)
 
-    for noise in (0.0, 0.7):
-        force = COLUMN_TIERS[tier]
-        call, g = make(COLUMNS[case], dtype, True, noise_train=noise, force=force)
-        call.input = torch.randn_like(call.input)
-        others, spoilt = _alone_and_beside(kernels, call, g, spoil)
+    case, plan = case_and_plan(case, tier, True)
+    kernels.force(**plan)
+    t = {**make(case, dtype, True), "x": operands(case, dtype, True)["x"]}
+    for options in ({}, NOISE):
+        others, spoilt = _alone_and_beside(case, t, spoil, options)
         assert _is_plain(others).any()
         assert not _is_plain(spoilt).all()
 
 
 @pytest.mark.parametrize("lmbda", [float("nan"), 0.0, 0.1, 2.1])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize(("case", "tier"), [b for b in BESIDE if b[0].startswith("batch")])
 def test_a_frozen_column_does_not_depend_on_its_neighbours(kernels, case, tier, dtype, lmbda):
-    def spoil(call: Call, column: Tensor) -> None:
-        call.frozen = call.frozen.clone()
-        call.frozen[Row.LMBDA, column] = lmbda
+    def spoil(given: dict, column: Tensor) -> None:
+        mean, var, lmbdas = given["running"]
+        given["running"] = (mean, var, torch.where(column, lmbda, lmbdas))
 
-    for noise in (0.0, 0.7):
-        force = COLUMN_TIERS[tier]
-        call, g = make(COLUMNS[case], dtype, True, noise_train=noise, force=force)
-        call.frozen = torch.zeros(len(Row), call.groups, dtype=compute_dtype(dtype))
-        call.frozen[Row.RSTD] = 0.7
-        call.frozen[Row.LMBDA] = torch.linspace(0.5, 1.5, call.groups)
-        call.frozen[Row.NOISE_SCALE] = 0.4
-        _alone_and_beside(kernels, call, g, spoil)
-
-
-LAWS = {
-    "exponential": lambda n: torch.empty(n).exponential_(),
-    "relu": lambda n: torch.randn(n).relu(),
-    "one hot": lambda n: torch.nn.functional.one_hot(torch.tensor(3), n).float(),
-    "outlier": lambda n: torch.cat([torch.tensor([1000.0]), torch.randn(n - 1)]),
-    "lognormal": lambda n: (1.5 * torch.randn(n)).exp(),
-    "two values": lambda n: torch.randn(n).sign(),
-}
+    case, plan = case_and_plan(case, tier, True)
+    kernels.force(**plan)
+    t, groups = make(case, dtype, True), case.groups
+    kept = compute_dtype(dtype)
+    running = (torch.zeros(groups), torch.full((groups,), 2.0), torch.linspace(0.5, 1.5, groups))
+    running = tuple(r.to(kept) for r in running)
+    scale = torch.full((groups,), 0.4, dtype=kept)
+    for options in ({}, {**NOISE, "noise_scale": scale}):
+        _alone_and_beside(case, t, spoil, {"running": running, **options})
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    "law", ["exponential", "relu", "one_hot", "outlier", "lognormal", "bimodal"]
+)
 def test_hard_laws(kernels, law):
     """Exponents near 0 and far from 1. Wider bounds: lambda is ill-conditioned here."""
-    call, g = make(("layer", (2, 1200), {"normalized_ndim": 1}), torch.float32, noise_train=1.0)
-    call.input = torch.stack([LAWS[law](1200), -LAWS[law](1200)])
-    output, stats = call.forward(kernels)
-    want = call.expected(g)
-    assert_close(output, want[0], torch.float32, "output", 8)
-    du, _, _ = call.backward(kernels, g, stats)
-    assert_close(du, want[2], torch.float32, "gradient of the input", 25)
+    case = Case("layer", (2, 1200), normalized_ndim=1)
+    t = operands(case, law=law)
+    t["x"][1] *= -1
+    y, _, du, *_ = both_passes("cuda", case, t, noise_train=1.0)
+    exact = {name: each.double() for name, each in t.items()}
+    want, _, du_want, *_ = both_passes("reference", case, exact, noise_train=1.0)
+    assert_close(y, want, CPU_UNIT, "output", times=8)
+    assert_close(du, du_want, CPU_UNIT, "gradient of the input", times=25)
 
 
 # --- sanitizers --------------------------------------------------------------------------------
@@ -638,9 +506,7 @@ def test_hard_laws(kernels, law):
 def test_sanitizers_find_nothing(tmp_path):
     """This file again in another process, with all kernels under ASan and UBSan."""
     libraries = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True
-        ).stdout.strip()
+        torch_library.run(["g++", f"-print-file-name={name}"]).strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = dict(
@@ -655,6 +521,6 @@ def test_sanitizers_find_nothing(tmp_path):
     pytest_ = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen, __file__]
     command = [sys.executable, *pytest_]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=harness.ROOT
+        command, env=environment, capture_output=True, text=True, cwd=torch_library.ROOT
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from cuda_static import sass
-from host_cuda import harness
+from host_cuda import torch_library
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,7 +74,7 @@ class _Model(ctypes.Structure):
 
 
 class _Tensor(ctypes.Structure):
-    """Tensor of runtime.cpp."""
+    """Tensor of pass.h."""
 
     _fields_ = [("strides", ctypes.c_int64 * 5), ("offset", ctypes.c_int64)]
 
@@ -86,7 +86,7 @@ _FLAGS = (
 
 
 class _Pass(ctypes.Structure):
-    """Pass of runtime.cpp."""
+    """Pass of pass.h."""
 
     _fields_ = [
         ("kind", ctypes.c_char_p),
@@ -119,16 +119,17 @@ def _build() -> Path:
     objects = [sass.compile_cubin(s, sass.HOST) for s in sorted((csrc / "cuda").glob("*.cu"))]
     names = ("binding/cuda_problem", "common/layout", "common/checks")
     binding = [csrc / f"{name}.cpp" for name in names]
-    words = [*harness.flags(), "-fvisibility=default", "-w"]
-    read = [RUNTIME, *binding, *harness.sources_in(csrc, csrc / "binding", csrc / "common")]
+    words = [*torch_library.flags(), "-fvisibility=default", "-w"]
+    folders = (csrc / "binding", csrc / "common")
+    read = [RUNTIME, RUNTIME.parents[1] / "pass.h", *torch_library.sources_in(*folders)]
 
     def make(target: Path) -> None:
         sources = [*map(str, [RUNTIME, *binding])]
         link = ["-shared", *sources, *map(str, objects), "-Wl,-z,defs", "-lpthread"]
-        harness.run(["g++", *words, *link, "-o", str(target)])
+        torch_library.run(["g++", *words, *link, "-o", str(target)])
 
-    state = harness.digest([*read, *objects], words)
-    return harness.made(f"fake_cuda_{state}.so", make)
+    state = torch_library.digest([*read, *objects], words)
+    return torch_library.made(f"fake_cuda_{state}.so", make)
 
 
 class Runtime:
@@ -159,8 +160,7 @@ class Runtime:
 
     def run(self, a_pass: _Pass) -> list[str]:
         """The problems of a pass."""
-        plan = (ctypes.c_int * 5)()
-        error = self.library.run_pass(ctypes.byref(a_pass), plan)
+        error = self.library.run_pass(ctypes.byref(a_pass))
         found = [f"CUDA error {error}"] if error > 0 else []
         while (problem := self.library.problem()) is not None:
             symbol, _, what = problem.decode().partition(": ")

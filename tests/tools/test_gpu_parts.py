@@ -25,7 +25,6 @@ def test_a_build_is_used_where_sources_and_architecture_are_the_same(tmp_path, m
 
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     monkeypatch.setattr(build, "build", make)
-    monkeypatch.setattr(build, "write_problems", lambda path: None)
     monkeypatch.setattr(build, "ROOT", tmp_path)
     monkeypatch.setattr(build, "HERE", tmp_path)
     kernel = tmp_path / "csrc/kernel.cu"

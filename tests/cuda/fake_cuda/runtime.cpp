@@ -1,15 +1,13 @@
 // A CUDA runtime that checks launches instead of making them, linked with the objects that nvcc makes of csrc/cuda. The
-// tests set the limits of the device and the resources of each kernel. run_pass() makes a problem as csrc/binding/cuda.cpp
-// does, of addresses that are never read.
+// tests set the limits of the device and the resources of each kernel. The addresses of a pass are never read.
 #include <map>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "../../../csrc/binding/cuda_problem.h"
-#include "../../../csrc/common/stats.h"
 #include "../../../csrc/cuda/columns_streaming.cuh"
 #include "../../../csrc/cuda/launch.h"
+#include "../pass.h"
 #undef blockDim
 #undef gridDim
 
@@ -38,6 +36,7 @@ Model model;
 std::map<const void*, Kernel> kernels;
 std::map<std::pair<int, const void*>, int> dynamic_limit;
 std::vector<Region> regions;  // of the current pass
+int launched;                 // by it
 std::vector<std::string> problems;
 
 void report(const Kernel& k, const std::string& what) { problems.push_back(k.symbol + ": " + what); }
@@ -303,7 +302,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* entry, con
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, void** arguments) {
   Kernel& k = kernels.at(entry);
-  ++k.launches;
+  ++k.launches, ++launched;
   unsigned grid = c->gridDim.x, threads = c->blockDim.x, cluster = 1;
   size_t dynamic = c->dynamicSmemBytes;
   bool cooperative = false;
@@ -346,19 +345,6 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* entry, 
 
 // --- called by the tests ---------------------------------------------------------------------------
 
-// Mirrored by test_cuda_launches.py.
-struct Tensor {
-  int64_t strides[5], offset;  // elements, from a boundary of 512 bytes
-};
-struct Pass {
-  const char* kind;
-  int64_t num_groups, normalized_ndim, dim, sizes[5];
-  Tensor input, grad_output, output, beside;  // beside: the residual or addend, and the gradient of the sum
-  int32_t storage, parameters;                // 0: none, 1: in the statistics' type, 2: in the input's
-  int32_t backward, channels_last, noise, given_scale, frozen, relu, residual, add;
-  int32_t needs_input, needs_weight, needs_bias, parameter_offset;
-};
-
 extern "C" {
 
 int kernel_count() { return int(kernels.size()); }
@@ -388,91 +374,28 @@ const char* problem() {
   return text.c_str();
 }
 
-// A CUDA error, 0, or -1 where the binding would raise an error or launch none of these kernels. plan: as
-// normnorm_cuda_plan().
-int run_pass(const Pass* given, int plan[5]) {
-  const Pass& pass = *given;
-  const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
-  const int64_t element = pass.storage == 1 ? 8 : pass.storage == 0 ? 4 : 2, real = pass.storage == 1 ? 8 : 4;
-  const bool backward = pass.backward != 0;
+// A CUDA error, 0, or -1 where the binding would raise an error or launch none of these kernels.
+int run_pass(const Pass* pass) {
   regions.clear();
+  launched = 0;
   uintptr_t next = uintptr_t(1) << 40;
-  const auto take = [&](const char* name, int64_t bytes, int64_t offset) {
-    const uintptr_t begin = next + uintptr_t(offset);
-    next = (begin + uintptr_t(bytes) + 4095) / 512 * 512;
-    regions.push_back({name, begin, begin + uintptr_t(bytes)});
+  const auto memory = [&](const char* name, int64_t count, Storage storage, int64_t offset) {
+    const int64_t size = storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+    const uintptr_t begin = next + uintptr_t(offset * size), end = begin + uintptr_t(count * size);
+    next = (end + 4095) / 512 * 512;
+    regions.push_back({name, begin, end});
     return reinterpret_cast<void*>(begin);
   };
-  const auto view = [&](const int64_t* strides) {
-    TensorView v;
-    v.given = true, v.dim = pass.dim, v.sizes = pass.sizes, v.strides = strides, v.dtype = dtypes[pass.storage];
-    return v;
-  };
-  const auto bytes_of = [&](const int64_t* strides) {
-    int64_t last = 0;
-    for (int64_t i = 0; i < pass.dim; ++i) last += (pass.sizes[i] - 1) * strides[i];
-    return (last + 1) * element;
-  };
-  Arguments a;
-  a.input = view(pass.input.strides);
-  Config c;
-  c.kind_name = pass.kind, c.num_groups = pass.num_groups, c.normalized_ndim = pass.normalized_ndim;
-  c.channels_last = pass.channels_last != 0;
   cuda::Problem p;
-  try {
-    check_forward(a, c);
-    const bool noise = pass.noise && (!backward || (pass.needs_weight && pass.parameters));
-    if (noise && noise_order_is_out_of_reach(a.input, c)) return -1;
-    c.noise_train = noise ? 0.4 : 0.0;
-    const TensorView output = view(pass.output.strides);
-    const Layout layout = cuda_layout(a.input, backward && !pass.needs_input ? a.input : output, c, noise);
-    p = cuda_problem(Storage(pass.storage), layout, c, noise);
-    // a tensor, or its dense copy where the layout cannot access it in place
-    const auto operand = [&](const char* name, const Tensor& t) {
-      if (const auto strides = layout.strides(view(t.strides)))
-        return Operand{take(name, bytes_of(t.strides), t.offset * element), *strides};
-      std::vector<int64_t> dense(size_t(pass.dim));
-      layout.natural_strides(a.input, dense.data());
-      return Operand{take(name, bytes_of(dense.data()), 0), *layout.strides(view(dense.data()))};
-    };
-    int64_t elements = c.kind == Kind::kLayer ? 1 : pass.sizes[1];
-    if (c.kind == Kind::kLayer)
-      for (int64_t i = pass.dim - pass.normalized_ndim; i < pass.dim; ++i) elements *= pass.sizes[i];
-    const auto parameter = [&](const char* name, int64_t offset) {
-      const int64_t size = pass.parameters == 2 ? element : real;
-      return cuda::Parameter{take(name, elements * size, offset * size), size == element};
-    };
-    p.input = operand("input", pass.input);
-    p.stats = take("stats", kStatRows * group_count(a.input, c) * real, 0);
-    if (pass.parameters) {
-      p.weight = parameter("weight", pass.parameter_offset);
-      p.bias = parameter("bias", pass.parameter_offset);
-    }
-    if (noise) p.seed = static_cast<const int64_t*>(take("seed", 8, 0));
-    p.relu = pass.relu, p.frozen = pass.frozen;
-    if (!backward) {
-      p.output = operand("output", pass.output);
-      if (pass.add) p.sum = operand("sum", pass.output), p.addend = operand("addend", pass.beside);
-      else if (pass.residual) p.residual = operand("residual", pass.beside);
-      p.noise.given_scale = noise && pass.given_scale;
-    } else {
-      p.grad_output = operand("grad_output", pass.grad_output);
-      if (pass.relu) p.activated = operand("activated", pass.output);
-      if (pass.needs_input) p.output = operand("output", pass.output);
-      if (pass.needs_input && pass.add) p.grad_sum = operand("grad_sum", pass.beside);
-      if (pass.parameters && pass.needs_weight) p.grad_weight = parameter("grad_weight", 0);
-      if (pass.parameters && pass.needs_bias) p.grad_bias = parameter("grad_bias", 0);
-      if (!p.output.data && !p.grad_weight.data && !p.grad_bias.data) return -1;
-    }
-  } catch (const std::invalid_argument&) {
-    return -1;
-  }
+  if (!make_problem(*pass, memory, p)) return -1;
   size_t bytes = 0;
-  int e = normnorm_cuda_workspace(&p, backward, &bytes);
-  if (bytes > 0) p.workspace = take("workspace", int64_t(bytes), 0);
-  if (e == 0) e = normnorm_cuda_plan(&p, backward, plan);
-  if (e == 0) e = backward ? normnorm_cuda_backward(&p, nullptr) : normnorm_cuda_forward(&p, nullptr);
-  return e;
+  const int e = normnorm_cuda_workspace(&p, pass->backward, &bytes);
+  if (bytes > 0) p.workspace = memory("workspace", int64_t(bytes + 7) / 8, Storage::kFloat64, 0);
+  if (e) return e;
+  if (pass->backward) return normnorm_cuda_backward(&p, nullptr);
+  const int error = normnorm_cuda_forward(&p, nullptr);
+  if (pass->frozen && launched > 1) problems.push_back("an evaluation of several launches");
+  return error;
 }
 
 }  // extern "C"

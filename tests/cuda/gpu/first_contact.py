@@ -21,32 +21,37 @@ if __name__ == "__main__":
     sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (2, 3)]
 
 import torch
-from host_cuda import cases as small
+from raw_ops import both_passes
+from tiers import case_and_plan, compare
 
-from gpu import cases, forced
-from gpu.rig import Hang, Rig
+from gpu.cases import make
+from gpu.rig import Hang, Rig, wait
 
-# Case, forced plan, whether the layout is columns; tiers that can hang come last.
+# Case, tier, whether the layout is columns; tiers that can hang come last.
 PATHS = {
-    "one block": ("layer", small.ROW_TIERS["block"], False),
-    "one block, shared memory": ("layer", small.ROW_TIERS["shared"], False),
-    "streaming": ("layer", small.ROW_TIERS["streaming"], False),
-    "streaming, columns": ("batch", small.COLUMN_TIERS["streaming"], True),
-    "cluster": ("layer", small.ROW_TIERS["cluster"], False),
-    "cooperative grid": ("layer", small.ROW_TIERS["grid"], False),
-    "cooperative grid, columns": ("batch", small.COLUMN_TIERS["grid"], True),
+    "one block": ("layer", "block", False),
+    "one block, shared memory": ("layer", "shared", False),
+    "streaming": ("layer", "streaming", False),
+    "streaming, columns": ("batch", "streaming", True),
+    "cluster": ("layer", "cluster", False),
+    "cooperative grid": ("layer", "grid", False),
+    "cooperative grid, columns": ("batch", "grid", True),
 }
+NOISE = {"noise_train": 0.7}
 
 
-def check(rig: Rig, kernels: object, name: str) -> str | None:
+def check(rig: Rig, name: str) -> str | None:
     """The error of a path, or None."""
-    case, plan, columns = PATHS[name]
-    row = (small.COLUMNS if columns else small.ROWS)[case]
+    case, plan = case_and_plan(*PATHS[name])
+    last = PATHS[name][2]
     for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(20260105)
-        call, (results,) = forced.run(rig, kernels, row, columns, plan, dtype)
+        t = make(rig, case, dtype, last)
+        with rig.forced(**plan):
+            got = both_passes("cuda", case, t, (), last, **NOISE)
+        if not rig.dry:
+            wait(rig.device)
         try:
-            cases.compare(call, results)
+            compare(case, t, (), last, got, unit=rig.unit, **NOISE)
         except AssertionError as error:
             return f"{str(dtype)[6:]}: {error}"
     return None
@@ -56,13 +61,12 @@ def main(names: list[str]) -> int:
     names = names or list(PATHS)
     print(json.dumps({"paths": names}), flush=True)
     rig = Rig.find()
-    kernels = forced.kernels(rig)
     failed = False
     for name in names:
         print(json.dumps({"path": name}), flush=True)
         began = time.monotonic()
         try:
-            error = check(rig, kernels, name)
+            error = check(rig, name)
         except Hang as hang:
             print(json.dumps({"path": name, "error": f"hangs: {hang}"}), flush=True)
             os._exit(70)

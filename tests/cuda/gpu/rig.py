@@ -12,17 +12,19 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tiers import CPU_UNIT, GPU_UNIT
 
 import normnorm
 from normnorm import backends
+from normnorm.backends import cpu
 
 __all__ = ["BACKENDS", "VARIABLE", "Hang", "NoGpu", "Rig", "mode", "wait", "work_in"]
 
@@ -119,9 +121,20 @@ class Rig:
 
     @property
     def unit(self) -> float:
-        """The rounding unit of float32 arithmetic: a GPU's special-function instructions err by
-        2^-22, a C library's functions by little more than float32 itself."""
-        return 2.0**-24 if self.dry else 2.0**-22
+        """The rounding unit of float32 arithmetic."""
+        return CPU_UNIT if self.dry else GPU_UNIT
+
+    @contextmanager
+    def forced(self, **plan: Any) -> Iterator[None]:
+        """In this block the CUDA kernels run by that plan (``torch_library.force``)."""
+        from host_cuda import torch_library
+
+        library = torch_library.load().library if self.dry else cpu.library()
+        torch_library.force(library, **plan)
+        try:
+            yield
+        finally:
+            torch_library.force(library)
 
     def synchronize(self) -> None:
         """Waits for the device; raises its errors."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from raw_ops import both_passes
 
 import normnorm
 from normnorm.noise import draw_seed
 
-from .cases import SEED, case_named, make
+from .cases import CASES, assert_same, make
 
 LAYERS = {
     "batch": lambda d: (normnorm.BatchNormalNorm2d(16, device=d), (8, 16, 14, 14)),
@@ -53,24 +54,19 @@ def test_each_replay_of_a_training_step_draws_fresh_noise(rig, backend, kind):
 
 @pytest.mark.parametrize("name", ["batch-2d", "layer", "layer-long"])
 def test_a_replay_equals_eager_mode(rig, backend, name):
-    call = make(rig, case_named(name), torch.bfloat16, noise_train=0.7)
-    seed = torch.tensor([SEED], device=rig.device)
-    call.options["seed"] = seed
-    static = call.input.clone()
+    case = rig.pick(*CASES[name])
+    t = make(rig, case, torch.bfloat16)
+    x = t["x"].clone()
 
     def step():
-        leaf = static.detach().requires_grad_()
-        y = call(leaf, call.weight, call.bias)
-        return y.detach(), torch.autograd.grad(y, leaf, call.grad)[0]
+        return both_passes(backend, case, t, noise_train=0.7)
 
     replay = rig.capture(step)
     for turn in range(3):
-        with torch.no_grad():
-            static.copy_(call.input * (1 + turn))
-        seed.fill_(turn)
-        graph = [t.clone() for t in replay()]
-        for got, want in zip(graph, step(), strict=True):
-            assert torch.equal(got, want), f"replay {turn + 1} differs from eager mode"
+        t["x"].copy_(x * (1 + turn))
+        t["seed"].fill_(turn)
+        graph = tuple(result.clone() for result in replay())
+        assert_same(graph, step(), f"replay {turn + 1} and eager mode")
 
 
 def test_seeds_drawn_in_a_graph_differ(rig):

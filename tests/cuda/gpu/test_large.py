@@ -6,11 +6,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from tiers import assert_close, normal_error
 
 from normnorm import functional as F
 from normnorm import reference
 
-from .cases import SEED, arithmetic_unit, assert_close, normal_error
+from .cases import SEED
 
 
 def _noise(first: int, count: int, device: torch.device) -> torch.Tensor:
@@ -47,11 +48,11 @@ def test_rows_beyond_2_to_the_31(rig, backend):
             leaf, kind="layer", normalized_ndim=1, noise_train=1.0, z=z
         )
         (dwant,) = torch.autograd.grad(want, leaf, g[here].double())
-        unit = arithmetic_unit(rig, x.dtype)
-        noise = stats[4].max() * normal_error(z, unit, False)
-        assert_close(y[here].detach(), want.detach(), unit, f"rows from {first}", extra=noise)
+        noise = stats[4].max() * normal_error(z, rig.unit, False)
+        assert_close(y[here].detach(), want.detach(), rig.unit, f"rows from {first}", extra=noise)
         size = float(stats[2].max() * g[here].double().abs().max())
-        assert_close(dx[here], dwant, unit, f"gradient of rows from {first}", times=4, least=size)
+        what = f"gradient of rows from {first}"
+        assert_close(dx[here], dwant, rig.unit, what, times=4, least=size)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
@@ -68,12 +69,11 @@ def test_channels_beyond_2_to_the_31(rig, backend, last):
     y = F.batch_normal_norm(x, None, None, None, training=True, noise_train=0.0)
     g = torch.empty_like(y).normal_()
     (dx,) = torch.autograd.grad(y, x, g)
-    unit = arithmetic_unit(rig, x.dtype)
     for channel in (0, channels - 1):
         here = (slice(None), slice(channel, channel + 1))
         leaf = x[here].detach().double().contiguous().requires_grad_()
         want, stats = reference.normal_norm(leaf, kind="batch")
         (dwant,) = torch.autograd.grad(want, leaf, g[here].double())
-        assert_close(y[here].detach(), want.detach(), unit, f"channel {channel}")
+        assert_close(y[here].detach(), want.detach(), rig.unit, f"channel {channel}")
         size = float(stats[2].max() * g[here].double().abs().max())
-        assert_close(dx[here], dwant, unit, f"channel {channel}, gradient", times=4, least=size)
+        assert_close(dx[here], dwant, rig.unit, f"channel {channel}, gradient", times=4, least=size)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from raw_ops import both_passes
 
-from .cases import assert_same, case_named, make
+from .cases import CASES, assert_same, make
 
-REPEATS = 20
+FORMATS = [
+    *((name, last, dtype) for name in ("batch-2d", "group") for last in (False, True)
+      for dtype in (torch.float32, torch.bfloat16)),
+    *((name, False, dtype) for name in ("batch-nc", "layer", "layer-long")
+      for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("name", ["batch-2d", "batch-nc", "layer", "layer-long", "group"])
+@pytest.mark.parametrize(("name", "last", "dtype"), FORMATS, ids=str)
 def test_results_repeat_bitwise(rig, backend, name, last, dtype):
-    case = case_named(name)
-    if last and len(case.gpu) != 4:
-        last = False
-        dtype = torch.float16 if dtype == torch.bfloat16 else torch.float64  # another pair
-    call = make(rig, case, dtype, channels_last=last, noise_train=1.0)
-    first = call.results()
-    for repeat in range(rig.pick(REPEATS, 2)):
-        assert_same(first, call.results(), f"repeat {repeat + 2}")
+    case = rig.pick(*CASES[name])
+    t = make(rig, case, dtype, last)
+    first = both_passes(backend, case, t, (), last, noise_train=1.0)
+    for repeat in range(rig.pick(20, 2)):
+        again = both_passes(backend, case, t, (), last, noise_train=1.0)
+        assert_same(first, again, f"repeat {repeat + 2}")

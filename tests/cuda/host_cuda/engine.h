@@ -7,6 +7,7 @@
 #include <vector_types.h>  // NVIDIA's dim3 and uint3
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <functional>
@@ -37,7 +38,7 @@ struct Settings {
   normnorm::cuda::Device device;    // what plans are made for
   int co_resident = 1 << 30;        // blocks that the device is said to run at the same time
   bool refuse_cooperative = false;  // whether cooperative launches fail all the same
-  std::vector<unsigned> grids;      // blocks of each launch
+  std::vector<std::array<int, 3>> launches;  // blocks, blocks of a cluster, whether cooperative
 };
 inline Settings& settings() {
   static Settings s;
@@ -246,7 +247,6 @@ inline void run_blocks(Concurrent& c, int rank, unsigned rounds, Block b, int or
 inline void run_grid(dim3 grid, dim3 block_dim, int concurrent, const std::function<void()>& body) {
   if (grid.x % unsigned(concurrent)) throw std::invalid_argument("the grid is not a multiple of the cluster's size");
   if (block_dim.x % kWarp) throw std::invalid_argument("blocks must have whole warps");
-  settings().grids.push_back(grid.x);
   Concurrent c(concurrent);
   Block prototype;
   prototype.block_dim = block_dim;

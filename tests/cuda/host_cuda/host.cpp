@@ -1,5 +1,7 @@
 // Settings of the emulator and functions of the kernels that only the run on the CPU has, for ctypes.
-#include <algorithm>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstring>
 #include <utility>
 
 #include "../../../csrc/binding/cuda_device.h"
@@ -67,11 +69,30 @@ EXPORT const char* host_sites() {
   return all.c_str();
 }
 
-// The blocks of each launch since the last call, up to `most` of them; returns their number.
-EXPORT int host_grids(unsigned* blocks, int most) {
-  const std::vector<unsigned> grids = std::exchange(host_cuda::settings().grids, {});
-  std::copy_n(grids.begin(), std::min<size_t>(grids.size(), size_t(most)), blocks);
-  return int(grids.size());
+// Three numbers of each launch since the last call, as in Settings, up to `most` launches; returns how many there were.
+EXPORT int host_launches(int* numbers, size_t most) {
+  const auto launches = std::exchange(host_cuda::settings().launches, {});
+  for (size_t i = 0; i < launches.size() && i < most; ++i) std::copy_n(launches[i].data(), 3, numbers + 3 * i);
+  return int(launches.size());
+}
+
+// refusal() of a geometry; empty where it is served.
+EXPORT const char* host_refusal(const int64_t* n) {
+  static std::string sentence;
+  sentence = refusal({n[0] != 0, n[1], n[2], n[3], n[4]});
+  return sentence.c_str();
+}
+
+// What the binding calls here in place of aoti_torch_empty_strided: the memory holds NaN, of whatever type, so that an
+// element that is read before it is written shows in the results.
+extern "C" AOTITorchError host_cuda_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                                  int32_t device_type, int32_t device_index, AtenTensorHandle* made) {
+  const AOTITorchError e = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, made);
+  void* data = nullptr;
+  int64_t bytes = 0;
+  if (e || aoti_torch_get_data_ptr(*made, &data) || aoti_torch_get_storage_size(*made, &bytes)) return e;
+  memset(data, 0xff, size_t(bytes));
+  return e;
 }
 
 // numbers: storage, geometry (5), the strides of the noise (3) and of the input (3), group, run, chunk. Returns the counter

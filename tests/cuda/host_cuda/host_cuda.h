@@ -143,6 +143,7 @@ int launch(void (*kernel)(P...), const Launch& l, A... arguments) {
   const int concurrent = l.cooperative ? int(l.grid) : l.cluster;
   if (l.shared > host_cuda::kDynamicShared) return cudaErrorInvalidValue;
   if (l.cooperative && host_cuda::settings().refuse_cooperative) return kNotCoResident;
+  host_cuda::settings().launches.push_back({int(l.grid), l.cluster, l.cooperative});
   host_cuda::run_grid(dim3(l.grid), dim3(l.threads), concurrent, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
