@@ -1,4 +1,5 @@
-"""The backends: who serves, what the switch does, and that any two of them fit together."""
+"""The backends: which of them serves a device, what the switch does, what their ops return, and
+that one's backward pass follows another's forward pass."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import raw_ops
 import torch
 from conftest import DEVICES, targets
-from oracle import CASES, DTYPES, UNIT, Case, assert_within, bounds, draw, draw_parameters, run
+from oracle import CASES, UNIT, Case, assert_within, bounds, draw, draw_parameters, run
 from oracle import to_numpy as numpy
 
 import normnorm
@@ -29,41 +31,34 @@ from normnorm.statistics import Row
 NAMES = ("reference", "cpu", "cuda", "triton")
 AVAILABLE = [name for name, reason in normnorm.available_backends().items() if reason is None]
 UNAVAILABLE = [name for name in NAMES if name not in AVAILABLE]
-SAME_DEVICE = [
-    (device, first, second)
-    for device in DEVICES
-    for first, second in itertools.permutations(
-        [target.backend for target in targets() if target.device == device], 2
-    )
-]
-EITHER_WAY = [pair for pair in SAME_DEVICE if pair[1] < pair[2]]
+CPU_SERVERS = [target.backend for target in targets() if target.device == "cpu"]
+each_pair = pytest.mark.parametrize(
+    ("device", "first", "second"),
+    [
+        (device, first, second)
+        for device in DEVICES
+        for first, second in itertools.permutations(
+            [target.backend for target in targets() if target.device == device], 2
+        )
+    ],
+)
+OPS = torch.ops.normnorm
 
 
-def _name(value) -> str:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)
+def _forward(case: Case, backend: str, x, weight=None, bias=None, **options):
+    """Output and statistics of the raw op, with seed 5."""
+    seed = torch.tensor([5], device=x.device)
+    config = case.config(backend, **options)
+    return OPS.normal_norm_forward(*raw_ops.forward(config, x, weight, bias, seed=seed))[:2]
 
 
-def _seed(value: int, device: str) -> torch.Tensor:
-    return torch.tensor([value], dtype=torch.int64, device=device)
+@pytest.fixture
+def auto(monkeypatch):
+    """The switch as it is without an environment variable, put back afterwards."""
+    monkeypatch.setattr(backends, "_selected", "auto")
 
 
-def _forward(case: Case, backend: str, x, weight=None, bias=None, seed=5, **options):
-    return torch.ops.normnorm.normal_norm_forward(
-        x, None, None, None, weight, bias, None, _seed(seed, x.device), None, False, True,
-        *case.config(backend, **options),
-    )[:2]  # fmt: skip
-
-
-def _backward(
-    case: Case, backend: str, g, x, stats, weight, bias, needs=(True, True, True), seed=5, **options
-):
-    return torch.ops.normnorm.normal_norm_backward(
-        g, x, stats, weight, bias, None, _seed(seed, x.device), None, *needs, False,
-        *case.config(backend, **options),
-    )  # fmt: skip
-
-
-# --- who can run ---
+# --- which can run ---
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,8 +98,8 @@ def test_auto_serves_every_device_here(devices):
 
 @pytest.fixture
 def late(monkeypatch):
-    """A function that puts modules in the place of those of the GPU's backends, by name: a reason
-    why the backend cannot run, or None. What they are asked is listed in its attribute."""
+    """A function that replaces the modules of the GPU's backends, by name: with the reason why the
+    backend cannot run, or None. The attribute ``asked`` lists the backends that were looked for."""
     for registry in ("_backends", "_automatic", "_UNAVAILABLE"):
         monkeypatch.setattr(backends, registry, dict(getattr(backends, registry)))
     for name in ("cuda", "triton"):
@@ -141,7 +136,8 @@ def test_auto_prefers_the_cuda_kernels_to_triton_in_whatever_order_they_are_aske
     if use_first is not None:
         assert backends.get(use_first).name == use_first
     assert backends.resolve(torch.device("cuda"), "auto").name == "cuda"
-    assert backends.resolve(torch.device("cpu"), "auto").name in ("cpu", "reference")
+    if use_first is None:
+        assert late.asked == ["cuda"]  # Triton is not imported where the CUDA kernels serve
     assert backends.get("triton").name == "triton"
     assert backends.resolve(torch.device("cuda"), "auto").name == "cuda"
 
@@ -157,12 +153,6 @@ def test_auto_takes_what_there_is_and_looks_once(late):
     assert backends.resolve(torch.device("cuda"), "auto").name == "triton"
 
 
-def test_auto_does_not_import_triton_where_the_cuda_kernels_serve(late):
-    late(cuda=None, triton=None)
-    assert backends.resolve(torch.device("cuda"), "auto").name == "cuda"
-    assert late.asked == ["cuda"]
-
-
 def test_auto_falls_back_on_the_reference_where_nothing_else_runs(late):
     late(cuda="not built", triton="not installed")
     assert backends.resolve(torch.device("cuda"), "auto").name == "reference"
@@ -176,16 +166,6 @@ def test_a_backend_whose_module_does_not_import_says_so(late, monkeypatch):
     assert "does not import" in normnorm.available_backends()["triton"]
     with pytest.raises(RuntimeError, match="'triton' is unavailable: its module does not import"):
         backends.get("triton")
-
-
-def test_a_compiled_graph_finds_the_backend_too(late):
-    late(cuda="not built", triton=None)
-
-    def choose(x):
-        return x + len(backends.resolve(torch.device("cuda"), "auto").name)
-
-    compiled = torch.compile(choose, backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)).item() == len("triton")
 
 
 def test_import_looks_for_no_gpu():
@@ -228,7 +208,7 @@ def test_which_gpus_the_compiled_architectures_serve(compiled, capability, runs)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with a library, a torch and a GPU that suit each other; tests break one part."""
+    """A machine whose library, torch and GPU suit each other; a test replaces one of them."""
 
     def says(function):
         return {"normnorm_without_cuda": "", "normnorm_cuda_architectures": "8.0 9.0"}[function]
@@ -244,10 +224,6 @@ def gpu(monkeypatch):
     return monkeypatch
 
 
-def test_nothing_is_in_the_way_where_all_fits(gpu):
-    assert cuda.unavailable_reason() is None
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "value", "sentence"),
     [
@@ -260,7 +236,8 @@ def test_nothing_is_in_the_way_where_all_fits(gpu):
         (torch.cuda, "get_device_capability", lambda _: (12, 1), "for 8.0 9.0, .*=12.1"),
     ],
 )
-def test_each_thing_in_the_way_has_its_sentence(owner, name, value, sentence, gpu):
+def test_each_reason_against_the_cuda_kernels_has_its_sentence(owner, name, value, sentence, gpu):
+    assert cuda.unavailable_reason() is None
     gpu.setattr(owner, name, value)
     assert re.search(sentence, cuda.unavailable_reason())
 
@@ -292,15 +269,6 @@ def _serving(device: str = "cpu") -> str:
     return reached[0]
 
 
-@pytest.fixture
-def auto(monkeypatch):
-    """The switch as it is without an environment variable, put back afterwards."""
-    monkeypatch.setattr(backends, "_selected", "auto")
-
-
-CPU_SERVERS = [target.backend for target in targets() if target.device == "cpu"]
-
-
 @pytest.mark.usefixtures("auto")
 def test_use_backend_as_a_call_stays_until_the_next_call():
     for name in (*CPU_SERVERS, *CPU_SERVERS[::-1]):
@@ -311,18 +279,9 @@ def test_use_backend_as_a_call_stays_until_the_next_call():
     assert _serving() == backends.resolve(torch.device("cpu"), "auto").name
 
 
-@pytest.mark.usefixtures("auto")
-def test_use_backend_as_a_context_ends_with_its_block():
-    automatic = _serving()
-    for name in CPU_SERVERS:
-        with normnorm.use_backend(name):
-            assert _serving() == name
-        assert _serving() == automatic
-
-
 @pytest.mark.parametrize(("variable", "name"), [(None, None), (None, "abacus"), ("cpu", None)])
 @pytest.mark.usefixtures("auto")
-def test_the_variable_is_blamed_only_for_what_it_is_set_to(variable, name, monkeypatch):
+def test_the_error_names_the_variable_only_if_it_is_set_to_the_name(variable, name, monkeypatch):
     monkeypatch.delenv("NORMNORM_BACKEND", raising=False)
     if variable is not None:
         monkeypatch.setenv("NORMNORM_BACKEND", variable)
@@ -334,7 +293,7 @@ def test_the_variable_is_blamed_only_for_what_it_is_set_to(variable, name, monke
 
 
 @pytest.mark.usefixtures("auto")
-def test_contexts_nest_and_a_call_inside_ends_with_the_block():
+def test_contexts_nest_and_end_a_call_inside_with_their_block_or_an_exception():
     first, second = CPU_SERVERS[0], CPU_SERVERS[-1]
     automatic = _serving()
     with normnorm.use_backend(first):
@@ -346,11 +305,6 @@ def test_contexts_nest_and_a_call_inside_ends_with_the_block():
         normnorm.use_backend(second)
         assert _serving() == second
     assert _serving() == automatic
-
-
-@pytest.mark.usefixtures("auto")
-def test_an_exception_ends_a_context_too():
-    automatic = _serving()
 
     def fail():
         with normnorm.use_backend("reference"):
@@ -438,27 +392,21 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are(name):
     assert backends._selected == before
 
 
-def test_an_unavailable_backend_is_refused_with_its_reason():
+def test_an_unavailable_backend_is_refused_with_its_reason(monkeypatch):
     for name in UNAVAILABLE:
         before = backends._selected
         with pytest.raises(RuntimeError, match=f"'{name}' is unavailable") as caught:
             normnorm.use_backend(name)
         assert normnorm.available_backends()[name] in str(caught.value)
         assert backends._selected == before
-        case = CASES[0]
         with pytest.raises(RuntimeError, match=f"'{name}' is unavailable"):
-            _forward(case, name, torch.randn(case.shape))
-
-
-@pytest.mark.parametrize("name", ["", "gpu"])
-def test_the_raw_ops_refuse_an_unknown_backend(name):
-    case = CASES[0]
-    x = torch.randn(case.shape)
-    stats = _forward(case, "reference", x)[1]
-    with pytest.raises(ValueError, match="backend must be"):
-        _forward(case, name, x)
-    with pytest.raises(ValueError, match="backend must be"):
-        _backward(case, name, x, x, stats, None, None, (True, False, False))
+            _forward(CASES[0], name, torch.randn(CASES[0].shape))
+        monkeypatch.setattr(backends, "_selected", name)  # as the environment variable does
+        layer = normnorm.BatchNormalNorm1d(4)
+        with pytest.raises(RuntimeError, match=f"'{name}' is unavailable"):
+            layer(torch.randn(8, 4))
+        assert layer.num_batches_tracked.item() == 0
+        monkeypatch.undo()
 
 
 def test_a_backend_refuses_tensors_of_a_device_that_it_does_not_serve(devices):
@@ -509,65 +457,54 @@ def test_the_environment_names_the_backend(name, tmp_path):
     assert last == "auto serves"
 
 
-def test_a_layer_refuses_an_unavailable_backend_that_the_environment_named(monkeypatch):
-    for name in UNAVAILABLE:
-        monkeypatch.setattr(backends, "_selected", name)
-        layer = normnorm.BatchNormalNorm1d(4)
-        with pytest.raises(RuntimeError, match=f"'{name}' is unavailable"):
-            layer(torch.randn(8, 4))
-        assert layer.num_batches_tracked.item() == 0
-        monkeypatch.undo()
-
-
 # --- forward and backward belong together ---
 
 
-@pytest.mark.parametrize(("device", "first", "second"), SAME_DEVICE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-def test_one_backends_backward_follows_anothers_forward(device, first, second, dtype):
-    """With the other's statistics and seed, to the bounds that its own would have to keep."""
-    for case in CASES:
-        x = draw(case, "lognormal", 1, dtype, device)
-        weight, bias = draw_parameters(case, 1, dtype, device)
-        g = torch.randn(case.shape, device=device).to(dtype)
-        options = {"noise_train": 0.8}
-        y, stats = _forward(case, first, x, weight, bias, **options)
-        gradients = _backward(case, second, g, x, stats, weight, bias, **options)
-        arguments = tuple(numpy(a) for a in (x, g, weight, bias))
-        options["z"] = oracle.normals(case.shape, 5)
-        exact = run(case, *arguments, **options)
-        allowed = bounds(case, exact, *arguments, dtype=dtype, **options)
-        for name, got in zip(("y", "du", "dweight", "dbias"), (y, *gradients), strict=True):
-            assert_within(got, exact[name], allowed[name], f"{case} {name}")
+RUNNING = ([0.1, -1.0, 2.0, 0.0], [0.5, 1.0, 2.0, 3.0], [0.0, 0.4, 1.0, 2.0])
+FROZEN = Case("batch", (5, 4, 3))
 
 
-@pytest.mark.parametrize(("device", "first", "second"), SAME_DEVICE)
-def test_one_backends_backward_follows_anothers_frozen_forward(device, first, second):
-    case = Case("batch", (5, 4, 3))
-    x = draw(case, "exponential", 1, torch.float64, device)
-    weight, bias = draw_parameters(case, 1, torch.float64, device)
-    g = torch.randn(case.shape, dtype=torch.float64, device=device)
-    running = [
-        torch.tensor(values, dtype=torch.float64, device=device)
-        for values in ([0.1, -1.0, 2.0, 0.0], [0.5, 1.0, 2.0, 3.0], [0.0, 0.4, 1.0, 2.0])
-    ]
-    y, stats, _ = torch.ops.normnorm.normal_norm_forward(
-        x, *running, weight, bias, None, None, None, False, True, *case.config(first)
-    )
-    gradients = torch.ops.normnorm.normal_norm_backward(
-        g, x, stats, weight, bias, None, None, None, *(True,) * 4, *case.config(second)
-    )
+@each_pair
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "running"),
+    [*((case, None) for case in CASES), (FROZEN, RUNNING)],
+    ids=lambda value: "frozen" if value is RUNNING else str(value or "own"),
+)
+def test_one_backends_backward_follows_anothers_forward(
+    device, first, second, dtype, case, running
+):
+    """With the statistics of the other backend, within the bounds that its own have to keep."""
+    x = draw(case, "lognormal", 1, dtype, device)
+    weight, bias = draw_parameters(case, 1, dtype, device)
+    g = torch.randn(case.shape, device=device).to(dtype)
     arguments = tuple(numpy(a) for a in (x, g, weight, bias))
-    options = {"running": [numpy(s) for s in running]}
-    exact = oracle.run_frozen(case, *arguments, **options)
-    allowed = bounds(
-        case, exact, *arguments, dtype=torch.float64, function=oracle.run_frozen, **options
+    if running is None:
+        given, function = raw_ops.NONE, run
+        noise, options = 0.8, {"noise_train": 0.8, "z": oracle.normals(case.shape, 5)}
+    else:
+        given = torch.tensor(running, dtype=oracle.compute_dtype(dtype), device=device)
+        function = oracle.run_frozen
+        noise, options = 0.0, {"running": [numpy(statistic) for statistic in given]}
+    seed = torch.tensor([5], device=device)
+    y, stats, _ = OPS.normal_norm_forward(
+        *raw_ops.forward(
+            case.config(first, noise_train=noise), x, weight, bias, running=tuple(given), seed=seed
+        )
     )
+    gradients = OPS.normal_norm_backward(
+        *raw_ops.backward(
+            case.config(second, noise_train=noise), g, x, stats, weight, bias, seed=seed,
+            frozen=running is not None,
+        )
+    )  # fmt: skip
+    exact = function(case, *arguments, **options)
+    allowed = bounds(case, exact, *arguments, dtype=dtype, function=function, **options)
     for name, got in zip(("y", "du", "dweight", "dbias"), (y, *gradients), strict=True):
         assert_within(got, exact[name], allowed[name], name)
 
 
-@pytest.mark.parametrize(("device", "first", "second"), SAME_DEVICE)
+@each_pair
 def test_the_backend_of_the_forward_pass_does_its_backward_pass(device, first, second, monkeypatch):
     """Whatever the switch says by then."""
     reached = []
@@ -590,83 +527,41 @@ def test_the_backend_of_the_forward_pass_does_its_backward_pass(device, first, s
     assert reached == [first]
 
 
-@pytest.mark.parametrize(("device", "first", "second"), EITHER_WAY)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-def test_two_backends_give_the_same_with_the_same_seed(device, first, second, dtype):
-    for case in CASES:
-        x = draw(case, "student_t", 1, dtype, device)
-        weight, bias = draw_parameters(case, 1, dtype, device)
-        one, other = (
-            _forward(case, name, x, weight, bias, noise_train=0.8)[0] for name in (first, second)
-        )
-        z = oracle.normals(case.shape, 5)
-        arguments = (numpy(x), numpy(x), numpy(weight), numpy(bias))
-        exact = run(case, *arguments, noise_train=0.8, z=z)
-        allowed = bounds(case, exact, *arguments, dtype=dtype, noise_train=0.8, z=z)["y"]
-        assert_within(one, numpy(other), 2 * allowed, str(case))
-
-
 # --- what the ops return ---
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_statistics_tensor_holds_what_its_rows_say(case, dtype, backend, device):
     other = ("one_hot", "lognormal", "relu", "bimodal")[CASES.index(case) % 4]
-    for law, noise_train in ((other, 0.5), ("offset", 0.0)):
+    for law, options in (
+        (other, {"noise_train": 0.5}),
+        ("offset", {}),
+        ("exponential", {"alpha": 0.3, "eps": 1e-2}),
+        ("exponential", {"alpha": 0.3, "order": 1}),
+    ):
         x = draw(case, law, 1, dtype, device)
-        stats = _forward(case, backend, x, noise_train=noise_train)[1]
+        stats = _forward(case, backend, x, **options)[1]
         assert stats.shape == (8, case.groups)
         assert stats.dtype == oracle.compute_dtype(dtype)
         assert stats.is_contiguous()
-        z = oracle.normals(case.shape, 5)
-        arguments = (numpy(x), numpy(x))
-        exact = run(case, *arguments, noise_train=noise_train, z=z)
-        allowed = bounds(case, exact, *arguments, dtype=stats.dtype, noise_train=noise_train, z=z)[
-            "stats"
-        ]
+        options["z"] = oracle.normals(case.shape, 5)
+        exact = run(case, numpy(x), numpy(x), **options)
+        allowed = bounds(case, exact, numpy(x), numpy(x), dtype=stats.dtype, **options)["stats"]
         rows = numpy(stats).copy()
         high, low = rows[Row.MEAN], rows[Row.MEAN_LOW]
-        # the low part is what the high part lacks: no more than some roundings of it
+        # The low part is what the high part lacks: no more than some roundings of it.
         assert (np.abs(low) <= 8 * UNIT[stats.dtype] * (np.abs(high) + 1)).all()
         rows[Row.MEAN], rows[Row.MEAN_LOW] = high + low, 0
         assert_within(torch.from_numpy(rows), exact["stats"], allowed, f"{law} statistics")
-        if noise_train == 0.0:
+        if "noise_train" not in options:
             assert (stats[Row.NOISE_SCALE] == 0).all()
 
 
-def test_order_one_and_alpha_reach_the_statistics(backend, device):
-    for case in CASES[::3]:
-        x = draw(case, "exponential", 1, torch.float64, device)
-        for options in ({"alpha": 0.3}, {"alpha": 0.3, "order": 1}, {"alpha": 0.0}, {"eps": 1e-2}):
-            stats = _forward(case, backend, x, **options)[1]
-            exact = run(case, numpy(x), numpy(x), **options)["stats"]
-            np.testing.assert_allclose(numpy(stats[Row.LMBDA]), exact[Row.LMBDA].astype(float))
-            np.testing.assert_allclose(numpy(stats[Row.RSTD]), exact[Row.RSTD].astype(float))
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_gradient_not_asked_for_is_empty_and_the_others_are_the_same(case, backend, device):
-    x = draw(case, "exponential", 1, torch.float32, device)
-    weight, bias = draw_parameters(case, 1, torch.float32, device)
-    g = torch.randn(case.shape, device=device)
-    stats = _forward(case, backend, x, weight, bias, noise_train=0.5)[1]
-    everything = _backward(case, backend, g, x, stats, weight, bias, noise_train=0.5)
-    for needs in itertools.product((True, False), repeat=3):
-        found = _backward(case, backend, g, x, stats, weight, bias, needs, noise_train=0.5)
-        for needed, got, want in zip(needs, found, everything, strict=True):
-            if needed:
-                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-            else:
-                assert got.numel() == 0
-
-
-@pytest.mark.parametrize("instance", [False, True])
-@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
-@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
-def test_the_fold_moves_running_statistics_as_it_should(momentum, instance, dtype, backend, device):
+@pytest.mark.parametrize("case", [Case("batch", (30, 5)), Case("instance", (3, 5, 20))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_the_fold_moves_running_statistics(case, dtype, backend, device):
     """Unbiased variance, lambda as it is, the mean of the samples' values for instances."""
-    case = Case("instance", (3, 5, 20)) if instance else Case("batch", (30, 5))
     x = draw(case, "exponential", 2, dtype, device)
     stats = _forward(case, backend, x)[1]
     exact = run(case, numpy(x), numpy(x))["stats"]
@@ -674,42 +569,15 @@ def test_the_fold_moves_running_statistics_as_it_should(momentum, instance, dtyp
         exact[row].reshape(-1, 5).astype(np.float64) for row in (Row.MEAN, Row.RSTD, Row.LMBDA)
     )
     variance = (1 / rstd**2 - 1e-5) * case.size / (case.size - 1)
-    running = [torch.full((5,), value, dtype=dtype, device=device) for value in (0.5, 2.0, 1.5)]
-    tracked = torch.tensor(3, device=device)
-    torch.ops.normnorm.fold_running_(stats, *running, tracked, momentum, case.size, 1e-5, backend)
-    assert tracked.item() == 4
-    factor = 1 / 4 if momentum is None else momentum
     bound = 64 * UNIT[stats.dtype] + 4 * UNIT[dtype]
-    for buffer, old, new in zip(running, (0.5, 2.0, 1.5), (mean, variance, lmbda), strict=True):
-        want = old + factor * (new.mean(0) - old)
-        assert buffer.dtype == dtype
-        assert_within(buffer, want, bound * (1 + np.abs(new).max(0)), "running statistic")
-        if momentum == 0.0:
-            assert (buffer == old).all()
-
-
-def test_results_do_not_depend_on_the_number_of_threads(backend, device):
-    cases = (
-        Case("batch", (32, 12, 14, 14)),
-        Case("layer", (129, 768), normalized_ndim=1),
-        Case("group", (4, 32, 12, 12), num_groups=8),
-        Case("instance", (8, 12, 16, 16)),
-    )
-    threads = torch.get_num_threads()
-    try:
-        for case in cases[: 1 if backend == "reference" else None]:
-            found = []
-            x = draw(case, "exponential", 1, torch.float32, device).requires_grad_()
-            weight, bias = (
-                p.requires_grad_() for p in draw_parameters(case, 1, torch.float32, device)
-            )
-            g = torch.randn(case.shape, device=device)
-            for number in (1, 2, 3):
-                torch.set_num_threads(number)
-                y = case.apply(x, weight, bias, noise_train=0.5, seed=1)
-                found.append((y.detach(), *torch.autograd.grad(y, (x, weight, bias), g)))
-            for other in found[1:]:
-                for got, want in zip(other, found[0], strict=True):
-                    assert (got - want).abs().max() <= 2e-6 * want.abs().max(), case
-    finally:
-        torch.set_num_threads(threads)
+    for momentum, factor in ((0.1, 0.1), (1.0, 1.0), (0.0, 0.0), (None, 1 / 4)):
+        running = [torch.full((5,), value, dtype=dtype, device=device) for value in (0.5, 2.0, 1.5)]
+        tracked = torch.tensor(3, device=device)
+        OPS.fold_running_(stats, *running, tracked, momentum, case.size, 1e-5, backend)
+        assert tracked.item() == 4
+        for buffer, old, new in zip(running, (0.5, 2.0, 1.5), (mean, variance, lmbda), strict=True):
+            want = old + factor * (new.mean(0) - old)
+            assert buffer.dtype == dtype
+            assert_within(buffer, want, bound * (1 + np.abs(new).max(0)), "running statistic")
+            if momentum == 0.0:
+                assert (buffer == old).all()
