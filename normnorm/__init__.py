@@ -9,7 +9,6 @@ from normnorm import functional
 from normnorm.backends import available_backends, use_backend
 from normnorm.conversion import Replacement, replace_norms, restore_norms
 from normnorm.export import decompositions
-from normnorm.freezing import freeze_statistics, unfreeze_statistics
 from normnorm.functional import estimate_lmbda, yeo_johnson
 from normnorm.fused import AddLayerNormalNorm, BatchNormalNormAct2d
 from normnorm.lazy import (
@@ -32,9 +31,9 @@ from normnorm.modules import (
     LayerNormalNorm2d,
 )
 from normnorm.monitoring import Monitor, monitor
+from normnorm.norm_map import register_norm
 from normnorm.per import PER, per_loss
-from normnorm.recalibration import update_stats
-from normnorm.registry import register_norm
+from normnorm.running import freeze_statistics, unfreeze_statistics, update_stats
 from normnorm.sync import SyncBatchNormalNorm, convert_sync
 
 __version__ = "0.1.0"

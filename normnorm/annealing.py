@@ -16,12 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normnorm import ops
 from normnorm.config import Config
-
-__all__ = ["as_tensor", "is_symbolic", "library", "normal_norm_forward", "with_tensor"]
 
 # Index of noise_train from the end of every argument list.
 _NOISE_TRAIN = Config._fields.index("noise_train") - len(Config._fields)
@@ -35,39 +32,32 @@ def is_symbolic(noise_train: float) -> bool:
     return not has_static_value(noise_train)
 
 
-def as_tensor(noise_train: float) -> Tensor:
-    """A symbolic value as a tensor, by an operation that compilers turn into an input."""
-    return torch.ones((), dtype=torch.float64) * noise_train
-
-
 def _replaced(arguments: tuple[Any, ...], noise_train: Any) -> tuple[Any, ...]:
     return (*arguments[:_NOISE_TRAIN], noise_train, *arguments[_NOISE_TRAIN + 1 :])
 
 
 def with_tensor(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of the op with the weight of the noise as a tensor."""
-    return _replaced(arguments, as_tensor(arguments[_NOISE_TRAIN]))
+    """The arguments of the op with the weight of the noise, a symbolic number, as a tensor, by an
+    operation that compilers turn into an input."""
+    one = torch.ones((), dtype=torch.float64)
+    return _replaced(arguments, one * arguments[_NOISE_TRAIN])
 
 
-def _implementation(op: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: op(*_replaced(arguments, float(arguments[_NOISE_TRAIN])))
-
-
-def _fake(fake: Callable[..., Any]) -> Callable[..., Any]:
-    # A fake tensor has no number; any weight of noise gives the same shapes.
-    return lambda *arguments: fake(*_replaced(arguments, 1.0))
+def _with_number(op: Callable[..., Any], number: Callable[[Any], float]) -> Callable[..., Any]:
+    """An op that takes a tensor from one that takes a number."""
+    return lambda *arguments: op(*_replaced(arguments, number(arguments[_NOISE_TRAIN])))
 
 
 library = torch.library.Library("normnorm", "FRAGMENT")
-for _name, _op in (
-    ("normal_norm_forward", ops.normal_norm_forward),
-    ("normal_norm_backward", ops.normal_norm_backward),
-):
+for _name in ("normal_norm_forward", "normal_norm_backward"):
+    _annealed = f"{_name}.annealed"
     _schema = ops.SCHEMAS[_name].replace("float noise_train", "Tensor noise_train")
-    library.define(f"{_name}.annealed{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(f"{_name}.annealed", _implementation(_op), "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"normnorm::{_name}.annealed", _fake(ops.FAKES[_name]), lib=library
+    library.define(_annealed + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(
+        _annealed, _with_number(getattr(ops, _name), float), "CompositeExplicitAutograd"
     )
+    # A fake tensor has no number; any weight of noise gives the same shapes.
+    _fake = _with_number(ops.FAKES[_name], lambda _: 1.0)
+    torch.library.register_fake(f"normnorm::{_annealed}", _fake, lib=library)
 
 normal_norm_forward = torch.ops.normnorm.normal_norm_forward.annealed

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-__all__ = ["INITIAL", "Loading"]
-
 # Initial values of a new layer's tensors.
 INITIAL = {
     "weight": 1.0,

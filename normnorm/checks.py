@@ -13,35 +13,16 @@ import numbers
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normnorm.config import BackwardArguments, Config, ForwardArguments
 from normnorm.statistics import Row, statistics_dtype
 
-__all__ = [
-    "check_activation",
-    "check_backward",
-    "check_fold",
-    "check_forward",
-    "check_integer",
-    "check_is_tensor",
-    "check_momentum",
-    "check_noise_train",
-    "check_number",
-    "check_tensors",
-    "check_together",
-    "check_transform",
-    "group_count",
-    "group_size",
-    "parameter_shape",
-    "with_residual",
-]
-
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("batch", "layer", "group", "instance")
 ACTIVATIONS = ("", "relu")
 _STRIDED = torch.strided
 _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -76,8 +57,7 @@ def parameter_shape(input: Tensor, config: Config) -> tuple[int, ...]:
 
 def _check_geometry(input: Tensor, config: Config) -> None:
     kind, num_groups, normalized_ndim = config[:3]
-    if input.dtype not in _FLOATING:
-        raise TypeError(f"input must be float64, float32, bfloat16 or float16; got {input.dtype}")
+    _check_floating("input", input)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got '{kind}'")
     if kind == "layer":
@@ -86,15 +66,14 @@ def _check_geometry(input: Tensor, config: Config) -> None:
                 f"kind 'layer' normalizes between 1 and all of the input's trailing dimensions; "
                 f"got normalized_ndim {normalized_ndim} for an input of shape {_shape(input)}"
             )
-    else:
-        if normalized_ndim != 0:
-            raise ValueError(
-                f"normalized_ndim belongs to kind 'layer'; got {normalized_ndim} for kind '{kind}'"
-            )
-        if input.dim() < 2:
-            raise ValueError(
-                f"kind '{kind}' wants an input of shape (N, C, ...); got shape {_shape(input)}"
-            )
+    elif normalized_ndim != 0:
+        raise ValueError(
+            f"normalized_ndim belongs to kind 'layer'; got {normalized_ndim} for kind '{kind}'"
+        )
+    elif input.dim() < 2:
+        raise ValueError(
+            f"kind '{kind}' wants an input of shape (N, C, ...); got shape {_shape(input)}"
+        )
     if kind == "group":
         if num_groups < 1:
             raise ValueError(f"num_groups must be positive; got {num_groups}")
@@ -102,18 +81,32 @@ def _check_geometry(input: Tensor, config: Config) -> None:
             raise ValueError(
                 f"num_channels ({input.size(1)}) must be divisible by num_groups ({num_groups})"
             )
-    else:
-        if num_groups != 0:
-            raise ValueError(f"num_groups belongs to kind 'group'; got {num_groups} for '{kind}'")
+    elif num_groups != 0:
+        raise ValueError(f"num_groups belongs to kind 'group'; got {num_groups} for '{kind}'")
 
 
-def _check_group_size(input: Tensor, config: Config) -> None:
-    if config.kind in ("batch", "instance"):
-        what = "value per channel" if config.kind == "batch" else "spatial element"
-        if group_size(input, config) == 1:
-            raise ValueError(
-                f"Expected more than 1 {what} when training, got input size {list(input.shape)}"
-            )
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, other: Tensor, owner: str = "input's") -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the {owner} device {other.device}; got {tensor.device}"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], which: str) -> None:
+    """``which`` describes the shape in the error message."""
+    if _shape(tensor) != shape:
+        raise ValueError(f"{name} must have shape {shape}{which}; got {_shape(tensor)}")
+
+
+def _check_statistics_dtype(name: str, tensor: Tensor, input: Tensor) -> None:
+    dtype = statistics_dtype(input.dtype)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} for this input; got {tensor.dtype}")
 
 
 def check_number(name: str, value: Any) -> None:
@@ -135,6 +128,12 @@ def check_integer(name: str, value: Any) -> None:
     check_number(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}")
+
+
+def check_is_module(model: nn.Module) -> None:
+    """Checks for an nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
 
 
 def check_tensors(**tensors: Any) -> None:
@@ -172,12 +171,12 @@ def check_noise_train(noise_train: float) -> None:
         raise ValueError(f"noise_train must be finite and at least 0; got {noise_train}")
 
 
-def check_is_tensor(input: Tensor) -> None:
-    """Checks that the input is a dense (strided) tensor."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor; got {type(input).__name__}")
-    if input.layout is not _STRIDED:
-        raise TypeError(f"input must be a dense tensor, of layout {_STRIDED}; got {input.layout}")
+def check_is_tensor(tensor: Tensor, name: str = "input") -> None:
+    """Checks for a dense (strided) tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.layout is not _STRIDED:
+        raise TypeError(f"{name} must be a dense tensor, of layout {_STRIDED}; got {tensor.layout}")
 
 
 def check_activation(activation: str) -> None:
@@ -205,29 +204,14 @@ def with_residual(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
 
     Under autocast, for example, a branch is in half precision and the residual stream in float32.
     """
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a tensor; got {type(residual).__name__}")
-    if residual.layout is not _STRIDED:
-        raise TypeError(
-            f"residual must be a dense tensor, of layout {_STRIDED}; got {residual.layout}"
-        )
+    check_is_tensor(residual, "residual")
     _check_place("residual", residual, input)
     if residual.dtype is input.dtype:
         return input, residual
-    for name, tensor in (("input", input), ("residual", residual)):
-        if tensor.dtype not in _FLOATING:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}"
-            )
+    _check_floating("input", input)
+    _check_floating("residual", residual)
     dtype = torch.promote_types(input.dtype, residual.dtype)
     return input.to(dtype), residual.to(dtype)
-
-
-def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.device != input.device:
-        raise ValueError(
-            f"{name} must be on the input's device {input.device}; got {tensor.device}"
-        )
 
 
 def _check_parameters(
@@ -237,10 +221,7 @@ def _check_parameters(
         if parameter is None:
             continue
         _check_device(name, parameter, input)
-        if _shape(parameter) != shape:
-            raise ValueError(
-                f"{name} must have shape {shape} for this input; got {_shape(parameter)}"
-            )
+        _check_shape(name, parameter, shape, " for this input")
         if parameter.dtype not in (input.dtype, statistics_dtype(input.dtype)):
             half = "" if input.dtype == statistics_dtype(input.dtype) else " or torch.float32"
             raise TypeError(
@@ -264,16 +245,8 @@ def _check_noise(
             raise ValueError(f"seed must have shape (1,); got shape {_shape(seed)}")
     if noise_scale is not None:
         _check_device("noise_scale", noise_scale, input)
-        if _shape(noise_scale) != (groups,):
-            raise ValueError(
-                f"noise_scale must have shape ({groups},), one for each group; "
-                f"got {_shape(noise_scale)}"
-            )
-        if noise_scale.dtype != statistics_dtype(input.dtype):
-            raise TypeError(
-                f"noise_scale must be {statistics_dtype(input.dtype)} for this input; "
-                f"got {noise_scale.dtype}"
-            )
+        _check_shape("noise_scale", noise_scale, (groups,), ", one for each group")
+        _check_statistics_dtype("noise_scale", noise_scale, input)
 
 
 def check_together(mean: Tensor | None, var: Tensor | None, lmbda: Tensor | None) -> None:
@@ -297,12 +270,8 @@ def check_momentum(momentum: float | None, num_batches_tracked: Tensor | None) -
 
 
 def _check_channel_buffer(name: str, tensor: Tensor, channels: int) -> None:
-    if _shape(tensor) != (channels,):
-        raise ValueError(
-            f"{name} must have shape ({channels},), one for each channel; got {_shape(tensor)}"
-        )
-    if tensor.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
+    _check_shape(name, tensor, (channels,), ", one for each channel")
+    _check_floating(name, tensor)
 
 
 def check_forward(call: ForwardArguments, shard: bool = False) -> None:
@@ -325,8 +294,12 @@ def check_forward(call: ForwardArguments, shard: bool = False) -> None:
             raise ValueError("prenorm takes no running statistics; got them")
     check_together(*running)
     if call.running_mean is None:
-        if not shard:
-            _check_group_size(input, config)
+        whole = config.kind in ("batch", "instance") and not shard
+        if whole and group_size(input, config) == 1:
+            what = "value per channel" if config.kind == "batch" else "spatial element"
+            raise ValueError(
+                f"Expected more than 1 {what} when training, got input size {list(input.shape)}"
+            )
     else:
         if config.kind != "batch":
             raise ValueError(f"running statistics belong to kind 'batch'; got kind '{config.kind}'")
@@ -355,14 +328,8 @@ def check_backward(call: BackwardArguments) -> None:
         _check_like_input("grad_sum", call.grad_sum, input)
     groups = group_count(input, config)
     _check_device("stats", stats, input)
-    if _shape(stats) != (len(Row), groups):
-        raise ValueError(
-            f"stats must have shape ({len(Row)}, {groups}) for this input; got {_shape(stats)}"
-        )
-    if stats.dtype != statistics_dtype(input.dtype):
-        raise TypeError(
-            f"stats must be {statistics_dtype(input.dtype)} for this input; got {stats.dtype}"
-        )
+    _check_shape("stats", stats, (len(Row), groups), " for this input")
+    _check_statistics_dtype("stats", stats, input)
     _check_noise(input, config.noise_train, call.seed, None, groups)
     _check_parameters(input, call.weight, call.bias, parameter_shape(input, config))
     if call.needs_weight and call.weight is None:
@@ -399,7 +366,7 @@ def check_fold(
         ("running_lmbda", running_lmbda),
     ):
         _check_channel_buffer(name, buffer, channels)
-        _check_device_of_stats(name, buffer, stats)
+        _check_device(name, buffer, stats, "statistics'")
         if channels > 1 and buffer.stride(0) == 0:
             raise ValueError(
                 f"{name} must have memory for each channel; got one element expanded to {channels}"
@@ -414,17 +381,10 @@ def check_fold(
             f"stats must hold a multiple of the {channels} channels; got {stats.size(1)} groups"
         )
     if num_batches_tracked is not None:
-        _check_device_of_stats("num_batches_tracked", num_batches_tracked, stats)
+        _check_device("num_batches_tracked", num_batches_tracked, stats, "statistics'")
         if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
             raise TypeError(
                 "num_batches_tracked must be one int64; got "
                 f"{num_batches_tracked.dtype} of shape {_shape(num_batches_tracked)}"
             )
     check_momentum(momentum, num_batches_tracked)
-
-
-def _check_device_of_stats(name: str, tensor: Tensor, stats: Tensor) -> None:
-    if tensor.device != stats.device:
-        raise ValueError(
-            f"{name} must be on the statistics' device {stats.device}; got {tensor.device}"
-        )

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import normnorm
-from normnorm import doctor, gradcheck
-
-__all__ = ["CommandError", "execute", "main"]
+from normnorm import doctor, selfcheck
 
 _COMMANDS = {
     "doctor": (doctor, "versions, backends, and a check of each against the reference"),
-    "gradcheck": (gradcheck, "gradients of every layer, backend and dtype"),
+    "gradcheck": (selfcheck, "gradients of every layer, backend and dtype"),
 }
 
 

@@ -14,11 +14,9 @@ from torch import nn
 from torch.nn import functional as torch_functional
 
 from normnorm import norm_map
-from normnorm.checks import check_noise_train, check_transform
+from normnorm.checks import check_is_module, check_noise_train, check_transform
 from normnorm.modules import _Transform
 from normnorm.norm_map import Target
-
-__all__ = ["NormSwap", "Replacement", "replace_norms", "restore_norms"]
 
 # By name, because importing these classes takes longer than the rest of this module.
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -76,23 +74,13 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:2])}, ..., {names[-1]}"
 
 
-class _Slot(NamedTuple):
-    """A position of a module in the model."""
-
-    parent: nn.Module
-    key: str
-    name: str
-
-
-def _slots(model: nn.Module) -> dict[nn.Module, list[_Slot]]:
-    """Every submodule with all its positions, in the model's order."""
-    found: dict[nn.Module, list[_Slot]] = {}
-    for prefix, parent in model.named_modules():
-        for key, child in parent._modules.items():
-            if child is not None:
-                name = f"{prefix}.{key}" if prefix else key
-                found.setdefault(child, []).append(_Slot(parent, key, name))
-    return {module: found[module] for module in model.modules() if module in found}
+def _named(model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, list[str]]]:
+    """Every module by each of its names, and the names of every module, in the model's order."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(module, []).append(name)
+    return modules, names
 
 
 def _predicate(where: Where) -> Callable[[str, nn.Module], bool]:
@@ -113,8 +101,7 @@ def _predicate(where: Where) -> Callable[[str, nn.Module], bool]:
 
 
 def _check_model(model: nn.Module, what: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_is_module(model)
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(
@@ -128,38 +115,57 @@ def _check_model(model: nn.Module, what: str) -> None:
             )
 
 
+# A module's parent, its key there, and its replacement.
+_Change = tuple[nn.Module, str, nn.Module]
+
+
 def _plan(
     model: nn.Module,
     where: Where,
     decide: Callable[[nn.Module], tuple[Target | None, str | None]],
     make: Callable[[nn.Module, Target], nn.Module],
-) -> tuple[list[tuple[list[_Slot], nn.Module]], Replacement]:
-    """The replacements and their summary; changes nothing."""
+) -> tuple[list[_Change], Replacement]:
+    """The replacements and their summary; changes nothing.
+
+    Args:
+        model, where: as in :func:`replace_norms`.
+        decide: of a layer; its target, and the reason to leave it.
+        make: of a layer and its target; the new layer.
+
+    Raises:
+        ValueError: the model is itself a layer with a target.
+    """
+    if decide(model)[0] is not None:
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, which cannot be exchanged in place; "
+            "wrap it in nn.Sequential"
+        )
     chosen = _predicate(where)
+    modules, every = _named(model)
     changes, replaced, left = [], [], []
-    for module, slots in _slots(model).items():
-        cls, reason = decide(module)
-        name, before = slots[0].name, type(module).__name__
-        if cls is None and reason is None:
+    for module, names in every.items():
+        target, reason = decide(module)
+        if module is model or (target is None and reason is None):
             continue
-        if not any(chosen(slot.name, module) for slot in slots):
-            left.append(NormSwap(name, before, None, "not chosen by where"))
-        elif cls is None or reason is not None:
-            left.append(NormSwap(name, before, None, reason or ""))
-        elif any(type(slot.parent).__name__ == "OptimizedModule" for slot in slots):
+        places = [(modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in names]
+        if not any(chosen(name, module) for name in names):
+            reason = "not chosen by where"
+        elif any(type(parent).__name__ == "OptimizedModule" for parent, _ in places):
             # torch.compile(layer) keeps calling the original object.
-            left.append(NormSwap(name, before, None, "it is compiled by itself: exchange it first"))
+            reason = reason or "it is compiled by itself: exchange it first"
+        before = type(module).__name__
+        if target is None or reason is not None:
+            left.append(NormSwap(names[0], before, None, reason or ""))
         else:
-            new = make(module, cls)
-            changes.append((slots, new))
-            replaced.append(NormSwap(name, before, type(new).__name__, ""))
+            new = make(module, target)
+            changes += [(parent, key, new) for parent, key in places]
+            replaced.append(NormSwap(names[0], before, type(new).__name__, ""))
     return changes, Replacement(tuple(replaced), tuple(left))
 
 
-def _carry_out(model: nn.Module, changes: list[tuple[list[_Slot], nn.Module]]) -> None:
-    for slots, new in changes:
-        for slot in slots:
-            slot.parent._modules[slot.key] = new
+def _carry_out(model: nn.Module, changes: list[_Change]) -> None:
+    for parent, key, new in changes:
+        parent._modules[key] = new
     _guard_fast_paths(model)
 
 
@@ -194,48 +200,23 @@ def _known_activation(activation: Any) -> int:
     return 2 if activation is torch_functional.gelu or isinstance(activation, nn.GELU) else 0
 
 
-def _refuse_bare_norm(model: nn.Module, cls: Target | None) -> None:
-    if cls is not None:
-        raise ValueError(
-            f"the model is itself a {type(model).__name__}, which cannot be exchanged in place; "
-            f"wrap it in nn.Sequential"
-        )
-
-
-def _decide_to_replace(module: nn.Module) -> tuple[Target | None, str | None]:
-    target = norm_map.counterpart(module)
-    if target is None:
-        return None, norm_map.why_unknown(module)
-    return target, norm_map.obstacle(module, target)
-
-
-def _decide_to_restore(module: nn.Module) -> tuple[Target | None, str | None]:
-    if not isinstance(module, _Transform):
-        return None, None
-    target = norm_map.original(module)
-    if target is None:
-        return None, norm_map.why_not_restored(module)
-    return target, norm_map.obstacle(module, target)
-
-
 def _plan_settings(
     model: nn.Module, where: Where, settings: dict[str, Any]
 ) -> tuple[list[tuple[_Transform, dict[str, Any]]], tuple[NormSwap, ...]]:
     """The changes of settings of layers that are normnorm's already; changes nothing."""
-    names: dict[Any, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _Transform):
-            names.setdefault(module, []).append(name)
     chosen = _predicate(where)
-    changes, changed = [], []
-    for module, called in names.items():
+    changes: list[tuple[_Transform, dict[str, Any]]] = []
+    changed = []
+    for module, names in _named(model)[1].items():
+        if not isinstance(module, _Transform):
+            continue
         now = module._transform()
         new = {key: value for key, value in settings.items() if value != now[key]}
-        if new and any(chosen(name, module) for name in called):
+        if new and any(chosen(name, module) for name in names):
             changes.append((module, new))
             cls = type(module).__name__
             words = ", ".join(f"{key}={value}" for key, value in new.items())
-            changed.append(NormSwap(called[0], cls, cls, words))
+            changed.append(NormSwap(names[0], cls, cls, words))
     return changes, tuple(changed)
 
 
@@ -297,21 +278,17 @@ def replace_norms(
         "noise_train": noise_train, "alpha": alpha, "order": order, "transform_eps": transform_eps,
     }  # fmt: skip
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if noise_train is not None:
-        check_noise_train(noise_train)
+    check_noise_train(settings.get("noise_train", 0.0))
     check_transform(
-        1.0,
-        1.0 if alpha is None else alpha,
-        2 if order is None else order,
-        0.0 if transform_eps is None else transform_eps,
-    )
+        1.0, settings.get("alpha", 1.0), settings.get("order", 2),
+        settings.get("transform_eps", 0.0),
+    )  # fmt: skip
     _check_model(model, "replace")
     _wrap_freezing()
-    _refuse_bare_norm(model, norm_map.counterpart(model))
     changes, summary = _plan(
         model,
         where,
-        _decide_to_replace,
+        norm_map.replacement,
         lambda module, target: norm_map.recast(module, target, settings),
     )
     ours, changed = _plan_settings(model, where, settings)
@@ -339,8 +316,6 @@ def restore_norms(model: nn.Module, where: Where = None) -> Replacement:
         TypeError, ValueError: as :func:`replace_norms`; the model is unchanged then.
     """
     _check_model(model, "restore")
-    if isinstance(model, _Transform):
-        _refuse_bare_norm(model, norm_map.original(model))
-    changes, summary = _plan(model, where, _decide_to_restore, norm_map.restored)
+    changes, summary = _plan(model, where, norm_map.restoration, norm_map.restored)
     _carry_out(model, changes)
     return summary

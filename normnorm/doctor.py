@@ -12,26 +12,21 @@ from typing import Any
 
 import torch
 
-from normnorm import backends, selfcheck
-from normnorm import environment as machine
+from normnorm import backends, environment, selfcheck
 from normnorm.backends import cuda
-from normnorm.checks import check_forward
+from normnorm.checks import KINDS, check_forward
 from normnorm.config import Config, ForwardArguments
-
-__all__ = ["add_arguments", "run"]
 
 # One dtype that is stored as computed and one that is rounded.
 _CHECKED = (torch.float32, torch.bfloat16)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KINDS = ("batch", "layer", "group", "instance")
+_DTYPES = {
+    selfcheck.dtype_name(dtype): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 _PLAN_OPTIONS = (
     "kind", "dtype", "memory_format", "num_groups", "normalized_ndim", "no_noise", "no_affine",
     "device_model", "sms",
 )  # fmt: skip
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -56,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", metavar="SHAPE", type=_shape, help="print them for a shape such as 256,64,56,56"
     )
     # No defaults here, so that an option without --plan can be reported; plans() sets them.
-    plan.add_argument("--kind", choices=_KINDS, help="default: batch")
-    plan.add_argument("--dtype", choices=[_dtype_name(d) for d in _DTYPES], help="default: float32")
+    plan.add_argument("--kind", choices=KINDS, help="default: batch")
+    plan.add_argument("--dtype", choices=tuple(_DTYPES), help="default: float32")
     plan.add_argument(
         "--memory-format", choices=("contiguous", "channels_last"), help="default: contiguous"
     )
@@ -73,25 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--sms", type=int, help="number of multiprocessors, default: the model's")
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for reproducing a report."""
-    found = (machine.gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
-    return {**machine.facts(), "gpu": [dataclasses.asdict(each) for each in found if each]}
-
-
 def _check_backends() -> list[dict[str, Any]]:
     """The worst error and the bound of every layer on every available backend."""
     checks = []
     for case, backend, device in selfcheck.cases_and_backends():
         for dtype in _CHECKED:
-            check: dict[str, Any] = {
-                "layer": case.layer,
-                "mode": case.mode,
-                "backend": backend,
-                "device": device,
-                "dtype": _dtype_name(dtype),
-                "bound": selfcheck.bound(dtype, device),
-            }
+            check = selfcheck.described(case, backend, device, dtype)
             try:
                 errors = selfcheck.worst_errors(case, backend, dtype, device)
             except Exception as failure:  # reported, since a broken installation may raise anything
@@ -129,8 +111,11 @@ def report(check: bool = True) -> dict[str, Any]:
         details["cpu"] = dict(backends.cpu.info())
     if cuda.missing() is None:
         details["cuda"] = dict(cuda.info())
+    gpus = (environment.gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
     return {
-        "environment": environment(),
+        "environment": {
+            **environment.facts(), "gpu": [dataclasses.asdict(gpu) for gpu in gpus if gpu]
+        },
         "backends": available,
         "details": details,
         "checks": checks,
@@ -207,8 +192,7 @@ def plans(arguments: argparse.Namespace) -> dict[str, Any]:
     device, why = _planned_device(arguments)
     kind, memory_format = arguments.kind or "batch", arguments.memory_format or "contiguous"
     dtype_name = arguments.dtype or "float32"
-    dtype = next(d for d in _DTYPES if _dtype_name(d) == dtype_name)
-    input = torch.empty(arguments.plan, dtype=dtype, device="meta")
+    input = torch.empty(arguments.plan, dtype=_DTYPES[dtype_name], device="meta")
     if memory_format == "channels_last":
         if input.dim() < 3:
             raise ValueError(f"channels_last wants (N, C, spatial...); got {arguments.plan}")

@@ -17,8 +17,6 @@ import torch
 
 import normnorm
 
-__all__ = ["Gpu", "command_line", "commit", "facts", "gpu", "packages"]
-
 _PACKAGE = Path(normnorm.__file__).resolve().parent
 
 

@@ -14,8 +14,6 @@ from torch._ops import OpOverload
 from normnorm import ops
 from normnorm.backends import reference
 
-__all__ = ["decompositions"]
-
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     """normnorm's ops decomposed by the definition in ``normnorm/reference.py``.

@@ -8,6 +8,10 @@ What the functions share:
 
 * dtypes float64, float32, bfloat16 and float16 (half types compute in float32); the output has
   the input's dtype (except with a ``residual`` of another dtype), shape and memory format;
+* ``eps``: added to the variance; its root also damps the Newton step. Must be positive (torch's own
+  layer_norm accepts 0);
+* ``momentum``: weight of a batch in the running statistics; None averages over all batches and
+  needs ``num_batches_tracked``;
 * ``noise_train``: weight of the noise, in units of the group's mean absolute deviation;
 * ``alpha``: length of the Newton step; with ``alpha=0`` and no noise each function equals its
   counterpart in torch.nn.functional;
@@ -22,9 +26,8 @@ What the functions share:
 * ``seed``: makes the noise reproducible: an int or an int64 tensor of shape (1,) on the input's
   device. None draws one from the device's default generator;
 * errors: wrong arguments raise ValueError or TypeError with the expected and the actual value, and
-  leave every buffer unchanged. ``eps`` must be positive (torch's own layer_norm accepts 0). The
-  functions raise RuntimeError if the chosen backend cannot run or does not serve the input's
-  device (:func:`normnorm.use_backend`).
+  leave every buffer unchanged. RuntimeError if the chosen backend cannot run or does not serve the
+  input's device (:func:`normnorm.use_backend`).
 """
 
 from __future__ import annotations
@@ -71,10 +74,8 @@ _NO_RUNNING: Running = (None, None, None)
 
 
 def _is_channels_last(input: Tensor) -> bool:
-    """Whether the input is dense in (N, spatial..., C) order and not in row-major order.
-
-    Computed from the strides, because torch.vmap does not support queries of memory formats.
-    """
+    """Whether the input is dense in (N, spatial..., C) order and not in row-major order, from its
+    strides: torch.vmap does not support queries of memory formats."""
     if input.dim() not in (4, 5) or input.is_contiguous():
         return False
     expected = 1
@@ -100,12 +101,8 @@ def _configure(
     activation: str | None = None,
 ) -> Config:
     """The op's configuration: the caller's settings, the noise's order, and the backend's name."""
-    if not (
-        type(eps) is float
-        and type(alpha) is float
-        and type(order) is int
-        and type(transform_eps) is float
-    ):
+    floats = type(eps) is type(alpha) is type(transform_eps) is float
+    if not (floats and type(order) is int):
         # An op would read the number from a tensor and drop its gradient without an error.
         check_transform(eps, alpha, order, transform_eps)
     check_noise_train(noise_train)
@@ -149,26 +146,11 @@ def _apply(
     drawn = None
     if config.noise_train > 0.0:
         drawn = draw_seed(input.device) if seed is None else as_seed(seed, input.device)
+    tensors = (input, *running, weight, bias, residual, drawn, None)
     if type(input) is Tensor or not is_dtensor(input):
-        return normal_norm(
-            (input, *running, weight, bias, residual, drawn, None), prenorm, keep_stats, config
-        )
-    shards, input, config = shards_of(input, config, running[0] is None, keep_stats)
-    mean, var, lmbda = running
-    output, stats, total = normal_norm(
-        (
-            input,
-            shards.statistic("running_mean", mean),
-            shards.statistic("running_var", var),
-            shards.statistic("running_lmbda", lmbda),
-            shards.parameter("weight", weight),
-            shards.parameter("bias", bias),
-            shards.residual(residual),
-            shards.seed(drawn),
-            None,
-        ),
-        prenorm, keep_stats, config,
-    )  # fmt: skip
+        return normal_norm(tensors, prenorm, keep_stats, config)
+    shards, tensors, config = shards_of(tensors, config, keep_stats)
+    output, stats, total = normal_norm(tensors, prenorm, keep_stats, config)
     whole = shards.whole(total) if prenorm and total is not None else None
     return shards.whole(output), stats, whole
 
@@ -190,14 +172,15 @@ def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> T
 
 
 def _fold(
-    statistics: Tensor,
+    input: Tensor,
+    statistics: Tensor | None,
     running: Running,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
-    count: int,
     config: Config,
 ) -> None:
-    """Updates the running statistics with the batch's, by one op."""
+    """Updates the running statistics with the statistics of ``input``, by one op."""
+    count = group_size(input, config)
     if is_dtensor(running[0]):  # replicated: shards_of() raises an error if they could differ
         running = tuple(map(to_local, running))
         num_batches_tracked = to_local(num_batches_tracked)
@@ -268,12 +251,9 @@ def batch_normal_norm(
             training, required otherwise.
         weight, bias: (C,).
         training: whether to use the batch's statistics and add noise.
-        momentum: weight of the batch in the running statistics; None averages over all batches
-            and needs ``num_batches_tracked``.
-        eps: added to the variance; its root also damps the Newton step.
-        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
-            docstring.
         num_batches_tracked: int64, one element, incremented in training.
+
+    The other arguments are described in the module's docstring.
 
     Raises:
         ValueError: also for a single value per channel in training.
@@ -296,9 +276,7 @@ def batch_normal_norm(
     )
     if tracked:
         if input.numel() > 0:
-            assert statistics is not None  # keep_stats was set
-            count = group_size(input, config)
-            _fold(statistics, running, num_batches_tracked, momentum, count, config)
+            _fold(input, statistics, running, num_batches_tracked, momentum, config)
         elif num_batches_tracked is not None:
             num_batches_tracked.add_(1)
     return output
@@ -326,10 +304,9 @@ def layer_normal_norm(
         input: (*, *normalized_shape).
         normalized_shape: sizes of the trailing dimensions to normalize over.
         weight, bias: of shape ``normalized_shape``.
-        eps: added to the variance; its root also damps the Newton step.
         training: whether to add noise.
-        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
-            docstring.
+
+    The other arguments are described in the module's docstring.
 
     Raises:
         ValueError: also if the input's shape does not end in ``normalized_shape``.
@@ -395,9 +372,7 @@ def add_layer_normal_norm(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
         transform_eps,
     )  # fmt: skip
-    output, _, total = _apply(
-        input, _NO_RUNNING, weight, bias, seed, config, False, residual, True
-    )  # fmt: skip
+    output, _, total = _apply(input, _NO_RUNNING, weight, bias, seed, config, False, residual, True)
     return output, total
 
 
@@ -423,10 +398,9 @@ def group_normal_norm(
         input: (N, C, *).
         num_groups: must divide C.
         weight, bias: (C,).
-        eps: added to the variance; its root also damps the Newton step.
         training: whether to add noise.
-        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
-            docstring.
+
+    The other arguments are described in the module's docstring.
 
     Raises:
         ValueError: also if the batch is one sample and a group has one value, as in torch.
@@ -479,13 +453,10 @@ def instance_normal_norm(
             it they replace the samples' statistics.
         weight, bias: (C,).
         use_input_stats: whether each instance is normalized by its own statistics.
-        momentum: weight of the batch in the running statistics; None averages over all batches
-            and needs ``num_batches_tracked``.
-        eps: added to the variance; its root also damps the Newton step.
         training: whether to add noise.
-        noise_train, alpha, order, transform_eps, seed, residual, activation: see the module's
-            docstring.
         num_batches_tracked: int64, one element, incremented with the running statistics.
+
+    The other arguments are described in the module's docstring.
 
     Raises:
         ValueError: also for a single spatial element with ``use_input_stats``.
@@ -493,29 +464,24 @@ def instance_normal_norm(
     check_is_tensor(input)
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = _check_running(input, running, momentum, num_batches_tracked, use_input_stats)
-    if not use_input_stats:
-        if not tracked:
-            raise ValueError(
-                "Expected running_mean, running_var and running_lmbda to be given when "
-                "use_input_stats=False"
-            )
-        # Running statistics are the same for all samples: a batch layer's evaluation.
-        config = _configure(
-            input, "batch", 0, 0, eps, noise_train, False, alpha, order,
-            transform_eps, activation,
-        )  # fmt: skip
-        return _apply(input, running, weight, bias, seed, config, False, residual)[0]
+    if not use_input_stats and not tracked:
+        raise ValueError(
+            "Expected running_mean, running_var and running_lmbda to be given when "
+            "use_input_stats=False"
+        )
+    # Running statistics are the same for all samples: a batch layer's evaluation, without noise.
+    kind = "instance" if use_input_stats else "batch"
     config = _configure(
-        input, "instance", 0, 0, eps, noise_train, training, alpha, order,
+        input, kind, 0, 0, eps, noise_train, training and use_input_stats, alpha, order,
         transform_eps, activation,
     )  # fmt: skip
+    if not use_input_stats:
+        return _apply(input, running, weight, bias, seed, config, False, residual)[0]
     output, statistics, _ = _apply(
         input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
     )
     if tracked and input.numel() > 0:
-        assert statistics is not None  # keep_stats was set
-        count = group_size(input, config)
-        _fold(statistics, running, num_batches_tracked, momentum, count, config)
+        _fold(input, statistics, running, num_batches_tracked, momentum, config)
     return output
 
 

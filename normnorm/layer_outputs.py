@@ -16,16 +16,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from normnorm.fused import AddLayerNormalNorm
 from normnorm.modules import _InstanceNormalNorm
 
-__all__ = ["Hook", "Watch", "channels_last", "named_layers", "recomputing", "tensor_of"]
-
 # Conv1d, LayerNorm2d, LayerNormAct2dFp32: the number of dimensions after (batch, channels).
 _POSITIONS = re.compile(r"([123])d(?![a-z])")
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, _InstanceNormalNorm)
 
 
-def named_layers(
-    model: nn.Module, layers: str | Iterable[str] | Callable[[str, nn.Module], bool]
-) -> dict[str, nn.Module]:
+Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+def named_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     """The selected layers, by name; may be empty.
 
     Args:
@@ -61,24 +60,18 @@ def recomputing() -> bool:
 
 
 class Hook:
-    """A hook that acts on one module only.
+    """A hook that acts on one module only, by ``function(*first, *the hook's arguments)``.
 
     Copies of a module keep its hooks: shallow copies and replicas of nn.DataParallel share them,
     deep copies and pickled modules have copies of them. On all of these the hook does nothing.
-
-    Args:
-        module: the module.
-        function: called with ``first`` and the hook's arguments; its result is the hook's.
-
-    Attributes:
-        ran: whether the module was called. Compiled code only writes it, since reading would add a
-            guard and recompile when it changes.
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], *first: Any) -> None:
         self._module = module
         self._function = function
         self._first = first
+        # Whether the module was called. Compiled code only writes it, since reading would add a
+        # guard and recompile when it changes.
         self.ran = False
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
@@ -105,8 +98,7 @@ class Watch:
     A copied or unpickled watch has no hooks.
 
     Args:
-        model: contains the layers.
-        layers: by name.
+        model, layers: the model, and its layers by name.
         see: called as ``see(name, layer, args, kwargs, output)`` after each forward pass of a
             layer, recomputations included (:func:`recomputing`); its result, unless None, replaces
             the output.
@@ -129,8 +121,15 @@ class Watch:
                     f"{owner} cannot watch {name!r}: it is a module of TorchScript, whose code "
                     "calls no hooks; give the model as it was before torch.jit"
                 )
+        inside = {
+            inner
+            for module in model.modules()
+            if "_orig_mod" in module._modules or module._compiled_call_impl is not None
+            for inner in module.modules()
+        }
         self._owner = owner
-        self._compiled = _compiled_layers(model, layers)  # without those that have run
+        # Layers in modules given to torch.compile that have not run.
+        self._compiled = {name for name, layer in layers.items() if layer in inside}
         self._hooks = {name: Hook(layer, see, name) for name, layer in layers.items()}
         self._handles = [
             layer.register_forward_hook(self._hooks[name], with_kwargs=True)
@@ -171,17 +170,6 @@ class Watch:
         return Watch, (nn.Module(), {}, _nothing, self._owner)
 
 
-def _compiled_layers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
-    """The layers that are, or are inside, a module given to torch.compile."""
-    inside = {
-        inner
-        for module in model.modules()
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        for inner in module.modules()
-    }
-    return {name for name, layer in layers.items() if layer in inside}
-
-
 def tensor_of(name: str, module: nn.Module, output: Any) -> Tensor:
     """A layer's output as one tensor; for :class:`AddLayerNormalNorm` the normalized output without
     the sum.
@@ -207,10 +195,6 @@ def channels_last(module: nn.Module, output: Tensor) -> Tensor:
     (N, C, L), ``LayerNorm2d`` with (N, C, H, W). They are the last dimension for other layer
     normalizations and for ``nn.Linear``. For any other layer, three dimensions are read as (batch,
     length, features), more as (batch, channels, ...).
-
-    Args:
-        module: the layer.
-        output: (batch, ...), two dimensions or more.
 
     Returns:
         A view, (batch, ..., channels).

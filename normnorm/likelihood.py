@@ -15,8 +15,6 @@ from torch.func import jvp
 
 from normnorm.reference import yeo_johnson
 
-__all__ = ["negative_log_likelihood", "newton_lmbda", "optimal_lmbda"]
-
 # The likelihood is convex in lambda: Newton's method with step halving reaches float64 rounding
 # long before these limits.
 _MOST_STEPS = 50
@@ -37,8 +35,8 @@ def _derivatives(h: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _ones(h: Tensor, dim: tuple[int, ...]) -> Tensor:
-    reduced = {d % h.dim() for d in dim}
-    return h.new_ones([1 if i in reduced else size for i, size in enumerate(h.shape)])
+    """One per group, with reduced dimensions of size 1."""
+    return torch.ones_like(h.detach().sum(dim, keepdim=True))
 
 
 def _mean_log(h: Tensor, dim: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ These are plain attributes and may change between steps. Noise is added in train
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from normnorm.checks import (
     check_number,
     check_transform,
 )
-from normnorm.eps import Eps, plain
 
 __all__ = [
     "BatchNormalNorm1d",
@@ -35,6 +35,48 @@ __all__ = [
     "LayerNormalNorm",
     "LayerNormalNorm2d",
 ]
+
+
+CANNOT_FOLD = "a {} cannot be folded into the layer before it: its power transform is not linear"
+_ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+
+
+class Eps(float):
+    """The eps of a layer with running statistics: a float that raises when added to a tensor.
+
+    Every tool that folds a batch norm into the convolution or linear layer before it computes
+    ``running_var + eps``; a power transform cannot be folded.
+    """
+
+    _layer: str
+
+    def __new__(cls, value: float, layer: str) -> Eps:
+        eps = super().__new__(cls, value)
+        eps._layer = layer
+        return eps
+
+    def __getnewargs__(self) -> tuple[float, str]:  # type: ignore[override]
+        return float(self), self._layer
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _ADDITIONS:
+            eps = next(value for value in (*args, *kwargs.values()) if isinstance(value, Eps))
+            # Python would turn a TypeError into "unsupported operand type(s) for +".
+            raise RuntimeError(
+                f"{CANNOT_FOLD.format(eps._layer)}. Its eps is not added to a tensor, which such a "
+                "fold begins with; float(layer.eps) is the plain number"
+            )
+        args = tuple(plain(value) for value in args)
+        return func(*args, **{name: plain(value) for name, value in kwargs.items()})
+
+
+def plain(value: Any) -> Any:
+    """The plain float of an :class:`Eps`; any other value unchanged."""
+    return float(value) if isinstance(value, Eps) else value
 
 
 class _Transform:
@@ -163,8 +205,8 @@ class _RunningNorm(_Transform, Loading):
 
     @property
     def eps(self) -> float:  # type: ignore[override]
-        """Added to the variance. A float that raises when added to a tensor
-        (:class:`normnorm.eps.Eps`); this package reads the plain ``_eps``."""
+        """Added to the variance. A float that raises when added to a tensor (:class:`Eps`); this
+        package reads the plain ``_eps``."""
         eps: Any = self._eps
         return Eps(eps, type(self).__name__) if isinstance(eps, (int, float)) else eps
 
@@ -217,14 +259,14 @@ class _RunningNorm(_Transform, Loading):
 
 
 class _BatchNormalNorm(_RunningNorm):
-    """Batch normality normalization over inputs of the ranks ``_ranks``."""
+    """Batch normality normalization over inputs of the ranks ``_ranks``, in words ``_wanted``."""
 
-    _ranks: tuple[int, ...]
+    _ranks: Container[int]
+    _wanted: str
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:
-            wanted = " or ".join(f"{rank}D" for rank in self._ranks)
-            raise ValueError(f"expected {wanted} input (got {input.dim()}D input)")
+            raise ValueError(f"expected {self._wanted} input (got {input.dim()}D input)")
         if input.size(1) != self.num_features:
             raise ValueError(
                 f"expected an input of {self.num_features} channels (num_features); "
@@ -313,6 +355,7 @@ class BatchNormalNorm1d(_BatchNormalNorm):
     """
 
     _ranks = (2, 3)
+    _wanted = "2D or 3D"
 
 
 class BatchNormalNorm2d(_BatchNormalNorm):
@@ -321,13 +364,15 @@ class BatchNormalNorm2d(_BatchNormalNorm):
     channels_last inputs stay channels_last.
     """
 
-    _ranks = (4,)
+    _ranks: Container[int] = (4,)
+    _wanted = "4D"
 
 
 class BatchNormalNorm3d(_BatchNormalNorm):
     """Batch normality normalization of volumes, (N, C, D, H, W): see :class:`BatchNormalNorm1d`."""
 
     _ranks = (5,)
+    _wanted = "5D"
 
 
 class _InstanceNormalNorm(_RunningNorm):
@@ -431,9 +476,8 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
     Shape: input and output (*, *normalized_shape); dtypes as in :class:`BatchNormalNorm1d`.
 
     Raises:
-        ValueError: an input that does not end in ``normalized_shape``, ``eps`` <= 0, negative or
-            non-finite ``noise_train``, unknown ``order``.
-        TypeError or ValueError: an input that is not floating, or parameters of another dtype.
+        ValueError: an input that does not end in ``normalized_shape``.
+        TypeError, ValueError: wrong settings or dtypes, as for :class:`BatchNormalNorm1d`.
     """
 
     def __init__(
@@ -540,9 +584,8 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
     Shape: input and output (N, C, *); dtypes as in :class:`BatchNormalNorm1d`.
 
     Raises:
-        ValueError: ``num_groups`` that does not divide ``num_channels``, a wrong channel count,
-            ``eps`` <= 0, negative or non-finite ``noise_train``, unknown ``order``.
-        TypeError or ValueError: an input that is not floating, or parameters of another dtype.
+        ValueError: ``num_groups`` that does not divide ``num_channels``, a wrong channel count.
+        TypeError, ValueError: wrong settings or dtypes, as for :class:`BatchNormalNorm1d`.
     """
 
     def __init__(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from normnorm import annealing, layer_outputs, reference
 from normnorm.backends.reference import transforms_active
-from normnorm.checks import check_integer
+from normnorm.checks import check_integer, check_is_module
 from normnorm.fused import AddLayerNormalNorm
 from normnorm.modules import (
     GroupNormalNorm,
@@ -26,22 +25,15 @@ from normnorm.modules import (
 from normnorm.quantiles import qq_r_squared
 from normnorm.statistics import Row
 
-__all__ = ["Monitor", "monitor"]
 
+class _Seen(NamedTuple):
+    """What is kept of a layer's last input."""
 
-@dataclass(frozen=True)
-class _Seen:
-    """A layer's last input, or a part of it.
-
-    Attributes:
-        values: (groups, elements), the layer's input.
-        running: (groups,) each, the mean, variance and lambda that were used; None if the layer
-            estimated them from its input.
-        noisy: whether noise was added.
-    """
-
+    # (groups, elements)
     values: Tensor
-    running: tuple[Tensor, Tensor, Tensor] | None
+    # (groups,) each: the mean, variance and lambda that were used; None if estimated from the input
+    running: list[Tensor] | None
+    # whether noise was added
     noisy: bool
 
 
@@ -115,13 +107,7 @@ def _measures(layer: Any, seen: _Seen) -> dict[str, float]:
 
 
 class Monitor:
-    """The context of :func:`monitor`; usable inside the ``with`` block and after it.
-
-    Args:
-        model: contains the layers.
-        layers: by name.
-        groups, elements: how much of a layer's input is kept.
-    """
+    """The context of :func:`monitor`; usable inside the ``with`` block and after it."""
 
     def __init__(
         self, model: nn.Module, layers: dict[str, Any], groups: int, elements: int
@@ -146,11 +132,8 @@ class Monitor:
             values = _thin(_groups(layer, input.detach(), self._groups), 1, self._elements)
             running = None
             if _uses_running(layer):
-                running = (
-                    _thin(layer.running_mean, 0, self._groups).clone(),
-                    _thin(layer.running_var, 0, self._groups).clone(),
-                    _thin(layer.running_lmbda, 0, self._groups).clone(),
-                )
+                used = layer.running_mean, layer.running_var, layer.running_lmbda
+                running = [_thin(tensor, 0, self._groups).clone() for tensor in used]
             noisy = layer.training and layer.noise_train > 0.0
             seen = _Seen(values.clone(), running, noisy)
             if not layer_outputs.recomputing():
@@ -227,8 +210,7 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
         TypeError: ``model`` is not a module, or a size no int.
         ValueError: no normality layer in the model, or a part that is too small to measure.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    check_is_module(model)
     check_integer("groups", groups)
     check_integer("elements", elements)
     if groups < 1 or elements < 8:

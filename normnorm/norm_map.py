@@ -11,30 +11,98 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from typing import Any
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from normnorm import lazy, modules
-from normnorm.checks import check_transform
-from normnorm.distributed.sync import SyncBatchNormalNorm
-from normnorm.eps import plain
-from normnorm.modules import _RunningNorm, _Transform
-from normnorm.registry import Registered, registered, registered_base
+from normnorm.checks import FLOATING, check_transform
+from normnorm.modules import _RunningNorm, _Transform, plain
+from normnorm.sync import SyncBatchNormalNorm
 
-__all__ = [
-    "Target",
-    "counterpart",
-    "obstacle",
-    "original",
-    "recast",
-    "restored",
-    "why_not_restored",
-    "why_unknown",
-]
+Convert = Callable[[Any], nn.Module]
+
+
+class Registered(NamedTuple):
+    """A class of layers and the functions that convert them to normnorm's and back."""
+
+    cls: type[nn.Module]
+    convert: Convert
+    restore: Convert | None
+
+
+# By the id of the handle; the last entry for a class is used.
+_REGISTERED: OrderedDict[int, Registered] = OrderedDict()
+
+
+def register_norm(
+    cls: type[nn.Module], convert: Convert, restore: Convert | None = None
+) -> RemovableHandle:
+    """Makes :func:`replace_norms` and :func:`restore_norms` convert the layers of a class.
+
+    ::
+
+        def convert(norm):
+            new = normnorm.LayerNormalNorm(norm.weight.shape, norm.variance_epsilon, bias=False)
+            new.weight = norm.weight  # the parameter itself: an optimizer may hold it
+            return new
+
+        def restore(layer):
+            old = CohereLayerNorm(layer.normalized_shape, layer.eps)
+            old.weight = layer.weight
+            return old
+
+        normnorm.register_norm(CohereLayerNorm, convert, restore)
+
+    Applies to layers of exactly that class, in this process, and takes precedence over normnorm's
+    own rules. ``replace_norms`` copies the training flag and the forward and backward hooks to the
+    new layer and applies the settings that it is given; other settings stay as ``convert`` set
+    them.
+
+    Args:
+        cls: the class of the layers.
+        convert: returns a layer of normnorm, or of a subclass of one, for a layer of ``cls``.
+        restore: returns a layer of ``cls`` for a result of ``convert``; None if there is no way
+            back. Called by :func:`restore_norms` in a process where ``cls`` is registered. For a
+            layer with running statistics it must read ``float(layer.eps)``.
+
+    Returns:
+        A handle whose ``remove()`` ends the registration, as does the end of a block ``with
+        register_norm(...):``. A later registration of the same class takes precedence until then.
+
+    Raises:
+        TypeError: ``cls`` is not a class of modules, or a function is not callable.
+        ValueError: ``cls`` is a layer of normnorm already.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a class derived from torch.nn.Module; got {cls!r}")
+    if issubclass(cls, _Transform):
+        raise ValueError(f"{cls.__name__} is a layer of normnorm, or derived from one, already")
+    if not callable(convert):
+        raise TypeError(f"convert must be a function of a layer; got {convert!r}")
+    if restore is not None and not callable(restore):
+        raise TypeError(f"restore must be a function of a layer, or None; got {restore!r}")
+    handle = RemovableHandle(_REGISTERED)
+    _REGISTERED[handle.id] = Registered(cls, convert, restore)
+    return handle
+
+
+def _registered(cls: type[nn.Module]) -> Registered | None:
+    """The last registration of exactly this class."""
+    return next((known for known in reversed(_REGISTERED.values()) if known.cls is cls), None)
+
+
+def _registered_base(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """A registered class that this one is derived from."""
+    return next((known.cls for known in _REGISTERED.values() if issubclass(cls, known.cls)), None)
+
 
 # The class that a layer is converted to, or the user's registration for its class.
 Target = type[nn.Module] | Registered
@@ -42,12 +110,8 @@ Target = type[nn.Module] | Registered
 # torch's class -> ours, for exactly that class: a subclass may add state or behaviour.
 _TORCH: dict[type, type] = {
     **{
-        getattr(nn, f"{kind}Norm{dim}d"): getattr(modules, f"{kind}NormalNorm{dim}d")
-        for kind in ("Batch", "Instance")
-        for dim in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"Lazy{kind}Norm{dim}d"): getattr(lazy, f"Lazy{kind}NormalNorm{dim}d")
+        getattr(nn, f"{prefix}{kind}Norm{dim}d"): getattr(home, f"{prefix}{kind}NormalNorm{dim}d")
+        for prefix, home in (("", modules), ("Lazy", lazy))
         for kind in ("Batch", "Instance")
         for dim in (1, 2, 3)
     },
@@ -57,15 +121,14 @@ _TORCH: dict[type, type] = {
 }
 _ORIGINALS = {ours: theirs for theirs, ours in _TORCH.items()}
 
-# Libraries with norm layers of their own; normnorm.integrations has a module for each.
-_LIBRARIES = ("timm", "torchvision", "transformers")
+# Libraries with several norm layers of their own; normnorm.integrations has a module for each.
+_LIBRARIES = ("timm", "transformers")
 
 # Names of norm layers (RMSNorm, EvoNorm2dB0, LayerNormAct2dFp32), not of blocks that contain one.
 _A_NORM = re.compile(r"Norm(alization)?(\d[dP]?|Act|Fp32|Exp|Tlu|[BS]\da?)*$")
 _ROOT_MEAN_SQUARE = ("RMSNorm", "RmsNorm", "T5LayerNorm", "SimpleNorm")
 
 _TRANSFORM = ("noise_train", "alpha", "order", "transform_eps")
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -86,21 +149,41 @@ _HOOK_KINDS = (
 )
 
 
-def counterpart(module: nn.Module) -> Target | None:
+def replacement(module: nn.Module) -> tuple[Target | None, str | None]:
+    """What :func:`recast` makes of a layer, and why it must stay nevertheless, or None.
+
+    (None, None) for a module that is not a normalization layer, and for layers of normnorm.
+    """
+    target = _counterpart(module)
+    return target, _why_unknown(module) if target is None else _obstacle(module, target)
+
+
+def restoration(module: nn.Module) -> tuple[Target | None, str | None]:
+    """What :func:`restored` makes of a layer, and why it must stay nevertheless, or None.
+
+    (None, None) for a module that is not a layer of normnorm.
+    """
+    if not isinstance(module, _Transform):
+        return None, None
+    target = _original(module)
+    return target, _why_not_restored(module) if target is None else _obstacle(module, target)
+
+
+def _counterpart(module: nn.Module) -> Target | None:
     """The class of normnorm for the module, or the user's registration; None if there is none."""
     cls = type(module)
-    known = registered(cls)
+    known = _registered(cls)
     if known is not None:
         return known
+    if (cls.__module__, cls.__name__) == ("torchvision.models.convnext", "LayerNorm2d"):
+        return modules.LayerNormalNorm2d
     library = cls.__module__.partition(".")[0]
     if library in _LIBRARIES:
-        found: type[nn.Module] | None
-        found = importlib.import_module(f"normnorm.integrations.{library}").counterpart(module)
-        return found
+        return importlib.import_module(f"normnorm.integrations.{library}").counterpart(module)
     return _TORCH.get(cls)
 
 
-def original(module: nn.Module) -> Target | None:
+def _original(module: nn.Module) -> Target | None:
     """The class that a layer of ours was converted from, or corresponds to; None if it has none or
     cannot be converted back."""
     found: type[nn.Module] | None
@@ -108,37 +191,38 @@ def original(module: nn.Module) -> Target | None:
     if type(module) is SyncBatchNormalNorm:
         return nn.SyncBatchNorm  # whatever its class was before convert_sync
     if "registered_class" in vars(module):
-        known = registered(vars(module)["registered_class"])
+        known = _registered(vars(module)["registered_class"])
         return None if known is None or known.restore is None else known
-    if found is None and _is_of_a_library(module):
-        found = importlib.import_module(type(module).__module__).original(module)
+    if found is None and (integration := _integration(module)) is not None:
+        found = integration.original(module)
     if found is not None and not isinstance(module, LazyModuleMixin):
         # The layer was converted while lazy and is initialized now, as torch's would be.
         return getattr(found, "cls_to_become", None) or found
     return found
 
 
-def _is_of_a_library(module: nn.Module) -> bool:
-    """Whether a layer of ours comes from an integration with another library."""
-    return type(module).__module__.startswith("normnorm.integrations.")
+def _integration(module: nn.Module) -> Any:
+    """The module of :mod:`normnorm.integrations` that defines a layer's class, or None."""
+    name = type(module).__module__
+    return sys.modules[name] if name.startswith("normnorm.integrations.") else None
 
 
-def why_not_restored(module: nn.Module) -> str:
-    """Why a layer of ours has no :func:`original`."""
+def _why_not_restored(module: nn.Module) -> str:
+    """Why a layer of normnorm has no :func:`_original`."""
     cls = vars(module).get("registered_class")
     if cls is None:
         return "torch has no counterpart of it"
-    if registered(cls) is None:
+    if _registered(cls) is None:
         return f"it was a {cls.__name__}, which is not registered here (normnorm.register_norm)"
     return f"it was a {cls.__name__}, which is registered without a way back"
 
 
-def why_unknown(module: nn.Module) -> str | None:
+def _why_unknown(module: nn.Module) -> str | None:
     """Why a layer has no counterpart; None if it is not a normalization layer."""
     cls = type(module)
     if isinstance(module, _Transform):
         return None
-    known = registered_base(cls)
+    known = _registered_base(cls)
     if known is not None or isinstance(module, tuple(_TORCH)):
         if parametrize.is_parametrized(module):
             return _PARAMETRIZED
@@ -160,7 +244,7 @@ def why_unknown(module: nn.Module) -> str | None:
 _PARAMETRIZED = "it is parametrized: remove the parametrization first"
 
 
-def obstacle(module: nn.Module, target: Target) -> str | None:
+def _obstacle(module: nn.Module, target: Target) -> str | None:
     """Why this layer cannot be converted although its class can."""
     return _bound(module) or (None if isinstance(target, Registered) else _unfit(module))
 
@@ -179,13 +263,11 @@ def _bound(module: nn.Module) -> str | None:
     for name, value in state.items():
         if _holds(value, module) and not _is_own_method(name, module):
             return f"its attribute '{name}' is bound to the object itself"
-    hooks = {name: len(state[name]) for name in (*_STATE_HOOKS, *_FORWARD_HOOKS)}
     if isinstance(module, LazyModuleMixin):
-        for name in ("_load_state_dict_pre_hooks", "_forward_pre_hooks"):
-            hooks[name] -= 1  # the layer's own, which initializes it
-        if any(hooks.values()):
+        # Two hooks are the layer's own, which initialize it.
+        if sum(len(state[name]) for name in (*_STATE_HOOKS, *_FORWARD_HOOKS)) > 2:
             return "it has hooks and is not initialized: run the model once first"
-    elif any(hooks[name] for name in _STATE_HOOKS):
+    elif any(state[name] for name in _STATE_HOOKS):
         return "its state_dict hooks belong to the object itself"
     elif any(_holds(hook, module) for name in _FORWARD_HOOKS for hook in state[name].values()):
         return "one of its hooks is bound to the object itself"
@@ -221,7 +303,7 @@ def _unfit(module: nn.Module) -> str | None:
         return str(error)
     for name in ("weight", "bias", "running_mean"):
         tensor = getattr(module, name, None)
-        if tensor is not None and tensor.dtype not in _FLOATING:
+        if tensor is not None and tensor.dtype not in FLOATING:
             return f"its {name} is {tensor.dtype}"
     return None
 
@@ -241,18 +323,13 @@ def _shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 def _new_lazy(module: Any, cls: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
     """A new lazy layer of another class, since a lazy layer's hooks are bound to the object."""
-    like: dict[str, Any] = {}
-    for tensor in (*module.buffers(), *module.parameters()):
-        like = {"device": tensor.device, "dtype": tensor.dtype}
-        if tensor.is_floating_point():
-            break
+    tensors = (*module.buffers(), *module.parameters())
+    floating = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     new = cls(
-        float(module.eps), module.momentum, module.affine, module.track_running_stats, **like,
-        **settings,
+        float(module.eps), module.momentum, module.affine, module.track_running_stats,
+        floating.device, floating.dtype, **settings,
     )  # fmt: skip
-    for name, parameter in module._parameters.items():
-        # The same objects: an optimizer may hold them.
-        new._parameters[name] = parameter
+    new._parameters.update(module._parameters)  # the same objects: an optimizer may hold them
     return new.train(module.training)
 
 
@@ -279,8 +356,8 @@ def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Modul
     """The normality layer for a layer, on the same tensors.
 
     Args:
-        module: a layer whose :func:`counterpart` is ``cls``.
-        cls: the class, or the user's registration.
+        module: the layer.
+        cls: from :func:`replacement`.
         settings: ``noise_train``, ``alpha``, ``order``, ``transform_eps``; missing ones take the
             class's default.
 
@@ -297,9 +374,8 @@ def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Modul
         new = _new_lazy(module, cls, settings)
     else:
         new = _shell(module, cls)
-        defaults = {name: _default(cls, name) for name in _TRANSFORM}
         assert isinstance(new, _Transform)
-        new._set_transform(**{**defaults, **settings})
+        new._set_transform(**{**_defaults(cls), **settings})
         if isinstance(new, _RunningNorm):
             running_var = new._buffers.get("running_var")
             lmbda = None if running_var is None else torch.ones_like(running_var)
@@ -321,15 +397,15 @@ def restored(module: nn.Module, cls: Target) -> nn.Module:
         vars(new).pop(name, None)
     new._buffers.pop("running_lmbda", None)
     new._non_persistent_buffers_set.discard("running_lmbda")
-    if new.__class__ is not vars(module).get("original_class") and _is_of_a_library(module):
-        importlib.import_module(type(module).__module__).complete(new)
+    if cls is not vars(module).get("original_class") and _integration(module) is not None:
+        _integration(module).complete(new)
     return new
 
 
-def _default(cls: type[nn.Module], name: str) -> Any:
-    """The default of a constructor's keyword, from the first class in the MRO that has it."""
-    for base in cls.__mro__:
-        found = getattr(vars(base).get("__init__"), "__kwdefaults__", None) or {}
-        if name in found:
-            return found[name]
-    raise AssertionError(f"{cls.__name__} has no default for {name}")
+def _defaults(cls: type[nn.Module]) -> dict[str, Any]:
+    """The defaults of a class for the settings of the transform; a constructor that passes
+    ``**keywords`` on has those of its base class."""
+    keywords: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        keywords |= getattr(vars(base).get("__init__"), "__kwdefaults__", None) or {}
+    return {name: keywords[name] for name in _TRANSFORM}

@@ -10,7 +10,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ from normnorm.autograd import forward_mode
 from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_integer, check_number
 from normnorm.per_ops import ROOT_HALF, ROOT_TWO_OVER_PI, projected_error_of
-
-__all__ = ["PER", "per_loss"]
+from normnorm.statistics import statistics_dtype
 
 # Projections per block: 2^17 float32 fit a CPU's second-level cache.
 _BLOCK = 1 << 17
@@ -84,7 +82,7 @@ def per_loss(
         )
     _check_directions(num_slices, generator)
     vectors = activations.flatten(0, -2) if activations.dim() > 1 else activations.unsqueeze(0)
-    dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(vectors.dtype)
     if vectors.is_meta:  # meta has no generator and no autocast
         return _definition(
             vectors.to(dtype), vectors.new_empty((num_slices, vectors.size(1)), dtype=dtype)
@@ -151,24 +149,11 @@ class _Blockwise(torch.autograd.Function):
 
 
 class _Pass(NamedTuple):
-    """A layer's output in one forward pass, (vectors, features), and its version counter; None in
-    compiled code."""
+    """A layer's output in one forward pass, (vectors, features), and its version counter then; None
+    in compiled code."""
 
     vectors: Tensor
     version: int | None
-
-    def of(self, name: str) -> Tensor:
-        """The vectors, from the layer ``name``.
-
-        Raises:
-            RuntimeError: the output was changed in place since.
-        """
-        if self.version is not None and self.vectors._version != self.version:
-            raise RuntimeError(
-                f"the output of {name!r} was changed in place before PER.loss() could read it, "
-                "such as by nn.ReLU(inplace=True) behind it"
-            )
-        return self.vectors
 
 
 def _is_dead(tensor: Tensor) -> bool:
@@ -293,11 +278,16 @@ class PER:
         taken, self._losses = self._losses, {name: [] for name in self._losses}
         means = []
         for name, passes in taken.items():
-            losses = [
-                per_loss(one.of(name), self._num_slices, self._generator)
-                for one in passes
-                if not _is_dead(one.vectors)
-            ]
+            losses = []
+            for vectors, version in passes:
+                if _is_dead(vectors):
+                    continue
+                if version is not None and vectors._version != version:
+                    raise RuntimeError(
+                        f"the output of {name!r} was changed in place before PER.loss() could read "
+                        "it, such as by nn.ReLU(inplace=True) behind it"
+                    )
+                losses.append(per_loss(vectors, self._num_slices, self._generator))
             if losses:
                 means.append(torch.stack(losses).mean())
         return self.weight * sum(means[1:], means[0]) if means else 0.0
@@ -315,10 +305,5 @@ class PER:
     def __enter__(self) -> PER:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()

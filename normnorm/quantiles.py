@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["normal_quantiles", "normal_r_squared", "qq_r_squared"]
-
 
 def normal_quantiles(count: int) -> Tensor:
     """Expected quantiles of the sorted values of a normal sample: (count,), float64.

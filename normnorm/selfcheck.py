@@ -1,14 +1,17 @@
-"""Checks of every layer's forward and backward on a backend against the float64 reference.
+"""``normnorm gradcheck``: every layer's forward and backward on every backend, in every dtype,
+against the float64 reference.
 
-Used by ``normnorm doctor`` and ``normnorm gradcheck``. Both sides get the same inputs, rounded to
-the dtype under test, and the same noise.
+Both sides get the same inputs, rounded to the dtype under test, and the same noise. ``normnorm
+doctor`` runs the same cases.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +19,12 @@ from torch import Tensor
 from normnorm import backends, functional
 from normnorm.statistics import statistics_dtype
 
-__all__ = ["CASES", "Case", "bound", "cases_and_backends", "finite_differences", "worst_errors"]
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SEED = 20250505
 _EPS = 1e-5
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One layer in one mode.
 
     Attributes:
@@ -143,21 +143,34 @@ def finite_differences(case: Case, backend: str, device: str) -> bool:
     """Whether the float64 gradients agree with finite differences (torch.autograd.gradcheck).
     Without noise, whose scale is a constant to the gradient but not to finite differences."""
     input, weight, bias, running, _ = (t.to(device) for t in _operands(case, torch.float64))
-    quiet = Case(case.layer, case.kind, case.shape, False)
-    if case.kind == "batch" and case.training:
+    own_statistics = case.kind == "batch" and case.training
 
-        def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if own_statistics:
             return functional.batch_normal_norm(
                 x, None, None, None, w, b, True, eps=_EPS, noise_train=0.0
             )
-    else:
-
-        def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            return quiet(x, w, b, running.clone())
+        return case._replace(training=False)(x, w, b, running.clone())
 
     leaves = tuple(t.clone().requires_grad_() for t in (input, weight, bias))
     with backends.use_backend(backend):
         return torch.autograd.gradcheck(function, leaves, raise_exception=False, fast_mode=True)
+
+
+def described(case: Case, backend: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What one check tests, and its bound: the first columns of the commands' tables."""
+    return {
+        "layer": case.layer,
+        "mode": case.mode,
+        "backend": backend,
+        "device": device,
+        "dtype": dtype_name(dtype),
+        "bound": bound(dtype, device),
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def cases_and_backends() -> Iterator[tuple[Case, str, str]]:
@@ -166,9 +179,73 @@ def cases_and_backends() -> Iterator[tuple[Case, str, str]]:
         if reason is not None:
             continue
         device_type = backends.get(name).device_type
-        devices = ["cpu"] if device_type in (None, "cpu") else [device_type]
+        devices = [device_type or "cpu"]
         if device_type is None and torch.cuda.is_available():
             devices.append("cuda")
         for device in devices:
             for case in CASES:
                 yield case, name, device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.add_argument(
+        "--backend",
+        choices=[n for n, reason in backends.available_backends().items() if reason is None],
+        help="check only this backend",
+    )
+
+
+def _row(case: Case, backend: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """One row of the table: errors of the map with noise, and in float64 the comparison with finite
+    differences, which is independent of the reference."""
+    row = described(case, backend, device, dtype)
+    errors = worst_errors(case, backend, dtype, device)
+    passed = all(error <= row["bound"] for error in errors.values())
+    row.update(finite_differences=None, errors=errors, passed=passed)
+    if dtype == torch.float64:
+        row["finite_differences"] = finite_differences(case, backend, device)
+        row["passed"] = passed and row["finite_differences"]
+    return row
+
+
+def table(only: str | None = None) -> list[dict[str, Any]]:
+    """One row for each layer, backend and dtype, with errors and bound."""
+    return [
+        _row(case, backend, device, dtype)
+        for case, backend, device in cases_and_backends()
+        if only in (None, backend)
+        for dtype in DTYPES
+    ]
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    names = ("output", "grad_input", "grad_weight", "grad_bias", "running")
+    print("largest error against the float64 reference, in units of the bound (1 is a miss);")
+    print("float64 also against finite differences, with the noise off\n")
+    print(
+        f"{'layer':22}{'mode':10}{'backend':11}{'device':8}{'dtype':10}"
+        + "".join(f"{name:>12}" for name in names)
+        + f"{'differences':>13}"
+    )
+    for row in rows:
+        differences = {None: "-", True: "ok", False: "MISS"}[row["finite_differences"]]
+        print(
+            f"{row['layer']:22}{row['mode']:10}{row['backend']:11}{row['device']:8}{row['dtype']:10}"
+            + "".join(f"{row['errors'][name] / row['bound']:12.3f}" for name in names)
+            + f"{differences:>13}"
+            + ("" if row["passed"] else "  MISS")
+        )
+    missed = sum(not row["passed"] for row in rows)
+    print(f"\n{len(rows) - missed} passed, {missed} missed")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table; exit status 1 if a gradient missed its bound."""
+    rows = table(arguments.backend)
+    if arguments.json:
+        json.dump(rows, sys.stdout, indent=2)
+        print()
+    else:
+        _print_table(rows)
+    return 0 if all(row["passed"] for row in rows) else 1

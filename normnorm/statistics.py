@@ -10,8 +10,6 @@ from enum import IntEnum
 
 import torch
 
-__all__ = ["ROWS", "Row", "statistics_dtype"]
-
 
 class Row(IntEnum):
     """Rows of the statistics tensor; symbols as in ``docs/internals/mathematics.md``."""

@@ -1,13 +1,39 @@
-"""Synchronised batch layers by their public import path."""
+"""Batch normality normalization of a batch that is sharded over the ranks of a process group: the
+function, the layers, and the conversion of a model. The collectives are in
+:mod:`normnorm.distributed.statistics`.
+"""
 
-from normnorm.distributed.sync import (
-    SYNCHRONISED,
-    SyncBatchNormalNorm,
-    SyncBatchNormalNormAct2d,
-    convert_sync,
-    revert_sync,
-    sync_batch_normal_norm,
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from normnorm import functional as F
+from normnorm.autograd import Running
+from normnorm.backends.reference import move_running, transforms_active
+from normnorm.checks import (
+    check_fold,
+    check_forward,
+    check_is_tensor,
+    check_noise_train,
+    with_residual,
 )
+from normnorm.config import ForwardArguments
+from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of_batch, to_local
+from normnorm.distributed.statistics import Synchronised
+from normnorm.fused import BatchNormalNormAct2d
+from normnorm.modules import (
+    BatchNormalNorm1d,
+    BatchNormalNorm2d,
+    BatchNormalNorm3d,
+    _BatchNormalNorm,
+)
+from normnorm.noise import as_seed
 
 __all__ = [
     "SYNCHRONISED",
@@ -17,3 +43,288 @@ __all__ = [
     "revert_sync",
     "sync_batch_normal_norm",
 ]
+
+# Whether torch.compile differentiates the collectives: under 2.11 the input's gradient is wrong.
+COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+def sync_batch_normal_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    running_lmbda: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    noise_train: float = 0.4,
+    alpha: float = 1.0,
+    order: int = 2,
+    transform_eps: float = 0.0,
+    seed: Tensor | int | None = None,
+    num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """Batch normality normalization in training over the shards of all ranks.
+
+    Every rank of the group must call it, with the same arguments except for the input's elements
+    and its batch size, which may be 0; all must run the backward pass if any does.
+
+    Args:
+        input: (N, C) or (N, C, *), this rank's shard of the batch.
+        running_mean, running_var, running_lmbda: (C,), all three or none; updated from the
+            statistics of the whole batch, equal on all ranks afterwards if they were before.
+        weight, bias, momentum, eps: see :func:`normnorm.functional.batch_normal_norm`.
+        noise_train, alpha, order, transform_eps: see :mod:`normnorm.functional`.
+        seed: may be the same on all ranks: the global rank is the noise's stream.
+        num_batches_tracked: int64, one element, incremented.
+        process_group: of the ranks that hold the batch; None for all.
+
+    Raises:
+        ValueError, TypeError: bad arguments, before any communication; a single value per channel
+            over all ranks (on the CPU, where reading the count costs no synchronization).
+        RuntimeError: under torch.func transforms and in forward mode; inside torch.compile with
+            fullgraph=True before torch 2.13; and from torch.distributed, if another rank fails or
+            exceeds the group's time-out.
+    """
+    check_is_tensor(input)
+    if torch.compiler.is_compiling() and not COMPILES:
+        raise RuntimeError(
+            f"torch.compile of synchronised layers needs torch 2.13; got {torch.__version__} "
+            "(compiled gradients were wrong under 2.11; without fullgraph=True they run uncompiled)"
+        )
+    if not torch.compiler.is_compiling() and (
+        transforms_active() or forward_ad._current_level >= 0
+    ):
+        raise RuntimeError(
+            "synchronised layers exchange messages, which torch.func transforms and forward-mode "
+            "derivatives cannot follow; use BatchNormalNorm there"
+        )
+    running: Running = (running_mean, running_var, running_lmbda)
+    tracked = F._check_running(input, running, momentum, num_batches_tracked, True)
+    config = F._configure(input, "batch", 0, 0, eps, noise_train, True, alpha, order, transform_eps)
+    backend = "reference" if torch.compiler.is_compiling() else config.backend
+    config = config._replace(stream=dist.get_rank(), backend=backend)
+    seed_tensor = as_seed(seed, input.device) if config.noise_train > 0.0 else None
+    check_plain(input, weight=weight, bias=bias)
+    shards = None
+    if type(input) is not Tensor and is_dtensor(input):
+        shards = shards_of_batch(input, process_group)
+        input, seed_tensor = to_local(input), to_local(seed_tensor)
+        weight, bias = shards.parameter("weight", weight), shards.parameter("bias", bias)
+        running = tuple(map(to_local, running))
+        num_batches_tracked = to_local(num_batches_tracked)
+    check_forward(
+        ForwardArguments(
+            input, *running, weight, bias, None, seed_tensor, None, False, True, config
+        ),
+        shard=True,
+    )
+    output, stats, count = Synchronised.apply(
+        input, weight, bias, seed_tensor, config, process_group
+    )
+    if input.device.type == "cpu" and not torch.compiler.is_compiling() and count.item() == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got 1 over all ranks "
+            f"(input size {list(input.shape)} on this one)"
+        )
+    if tracked:
+        check_fold(stats, *running, num_batches_tracked, momentum, 2, eps)  # type: ignore[arg-type]
+        factor: float | Tensor | None = momentum
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if momentum is None:
+                factor = num_batches_tracked.double().reciprocal()
+        # An empty batch leaves the running statistics unchanged. A branch on the count would
+        # synchronize with the device.
+        factor = (count > 0).double() * factor
+        move_running(stats, running, factor, count.clamp_min(2.0), eps)  # type: ignore[arg-type]
+    return output if shards is None else shards.whole(output)
+
+
+# For revert_sync(): the layer's class before the conversion, and its "original_class" attribute
+# from replace_norms(), or None; a synchronised layer must not keep that attribute.
+_Alone = tuple[type[_BatchNormalNorm], type[nn.Module] | None]
+
+
+class SyncBatchNormalNorm(_BatchNormalNorm):
+    """Batch normality normalization of a batch that is sharded over a process group.
+
+    In training the statistics, lambda and the noise's scale are those of the whole batch; outputs,
+    gradients and running statistics equal those of one process with the whole batch. Shards may
+    differ in size and be empty. In evaluation, in a group of one rank and without an initialised
+    torch.distributed it equals :class:`BatchNormalNorm2d` and communicates nothing.
+
+    The global rank is the noise's stream, so that ranks with equal seeds have different noise.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: see :class:`BatchNormalNorm1d`.
+        process_group: of the ranks that hold the batch; None for all. Every rank of it must take
+            part in each training step, forward and backward.
+        device, dtype, bias, noise_train, alpha, order, transform_eps: see
+            :class:`BatchNormalNorm1d`.
+
+    Shape: (N, C) or (N, C, *), on a device that the group's backend serves (CPU with gloo, CUDA
+    with NCCL).
+
+    Raises:
+        ValueError, TypeError: see :class:`BatchNormalNorm1d`, before any communication; a single
+            value per channel over all ranks.
+        RuntimeError: see :func:`sync_batch_normal_norm`.
+    """
+
+    _ranks: Container[int] = range(2, 65)  # torch's tensors have at most 64 dimensions
+    _wanted = "at least 2D"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        noise_train: float = 0.4,
+        alpha: float = 1.0,
+        order: int = 2,
+        transform_eps: float = 0.0,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias,
+            noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
+        )  # fmt: skip
+        self.process_group = process_group
+        self._alone: _Alone | None = None
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        if not self.training or _world_size(self.process_group) == 1:
+            return super()._normalize(input, residual, activation)
+        self._check_input_dim(input)
+        check_noise_train(self.noise_train)
+        if residual is not None:
+            with_residual(input, residual)  # raises before any communication
+        self._complete()
+        names = ("running_mean", "running_var", "running_lmbda", "num_batches_tracked")
+        buffers = self._buffers if self.track_running_stats else {}
+        mean, var, lmbda, tracked = map(buffers.get, names)
+        output = sync_batch_normal_norm(
+            input,
+            mean,
+            var,
+            lmbda,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self._eps,
+            **self._transform(),
+            num_batches_tracked=tracked,
+            process_group=self.process_group,
+        )
+        if residual is not None:
+            output = output + residual
+        return output if activation is None else torch.relu(output)
+
+
+class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
+    """:class:`BatchNormalNormAct2d` of a batch that is sharded over a process group.
+
+    ``act(norm(input) + residual)`` with the statistics of :class:`SyncBatchNormalNorm`; the sum and
+    the activation are separate operations, each rounded in half precision. Without communication
+    (evaluation, a group of one rank) one kernel fuses all three.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer, act_kwargs,
+            inplace, drop_layer, device, dtype, bias, noise_train, alpha, order, transform_eps:
+            see :class:`BatchNormalNormAct2d`.
+        process_group: of the ranks that hold the batch; None for all.
+
+    Shape: input and residual (N, C) or (N, C, *).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see the two classes, before any communication.
+    """
+
+    def __init__(self, *arguments: Any, process_group: Any = None, **keywords: Any) -> None:
+        # SyncBatchNormalNorm's constructor takes no activation.
+        BatchNormalNormAct2d.__init__(self, *arguments, **keywords)
+        self.process_group = process_group
+        self._alone = None
+
+
+def _world_size(process_group: Any) -> int:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size(process_group)
+
+
+# Classes and their synchronised ones; for exactly these classes, since a subclass may add state.
+# normnorm.integrations adds its own.
+SYNCHRONISED: dict[type[_BatchNormalNorm], type[SyncBatchNormalNorm]] = {
+    BatchNormalNorm1d: SyncBatchNormalNorm,
+    BatchNormalNorm2d: SyncBatchNormalNorm,
+    BatchNormalNorm3d: SyncBatchNormalNorm,
+    BatchNormalNormAct2d: SyncBatchNormalNormAct2d,
+}
+
+
+def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Converts every BatchNormalNorm layer of a model to a synchronised one, in place.
+
+    BatchNormalNorm1d, 2d and 3d become :class:`SyncBatchNormalNorm`, BatchNormalNormAct2d becomes
+    :class:`SyncBatchNormalNormAct2d`. Parameters, buffers, hooks and attributes remain the same
+    objects, so that optimizers stay valid. BatchNorm layers of torch and timm are not converted;
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and ``timm.layers.convert_sync_batchnorm`` do
+    that, and do not convert layers of normnorm.
+
+    Args:
+        module: a model or a single layer.
+        process_group: of the ranks that hold the batch; None for all.
+
+    Returns:
+        The same module.
+
+    Raises:
+        TypeError: a layer's class is derived from one of normnorm (a lazy layer before its first
+            input, a parametrized one, a user's class), whose additions a conversion would lose. No
+            layer has been converted then.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")
+    layers = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNormalNorm) and not isinstance(layer, SyncBatchNormalNorm):
+            if type(layer) not in SYNCHRONISED:
+                raise TypeError(
+                    f"'{name}' is a {type(layer).__name__}, derived from a layer of normnorm; "
+                    "converted, it would lose what it adds. Wanted: BatchNormalNorm1d, 2d or 3d, "
+                    "or BatchNormalNormAct2d"
+                )
+            layers.append(layer)
+    for layer in layers:
+        alone: _Alone = type(layer), layer.__dict__.pop("original_class", None)
+        layer.__class__ = SYNCHRONISED[type(layer)]  # type: ignore[assignment]
+        layer.__dict__.update(process_group=process_group, _alone=alone)
+    return module
+
+
+def revert_sync(module: nn.Module) -> nn.Module:
+    """Reverses :func:`convert_sync`, in place; layers constructed as synchronised ones stay.
+
+    Returns:
+        The same module.
+    """
+    for layer in module.modules():
+        if isinstance(layer, SyncBatchNormalNorm) and layer._alone is not None:
+            alone, original = layer._alone
+            del layer.process_group, layer._alone
+            layer.__class__ = alone  # type: ignore[assignment]
+            if original is not None:
+                layer.__dict__["original_class"] = original
+    return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,15 +12,11 @@ from torch import Tensor, nn
 
 from normnorm import layer_outputs
 
-__all__ = ["NORM_LAYERS", "batches", "channels_last_rows", "choose_layers", "pooled", "watching"]
-
 # The default layers: torch's norm layers and normnorm's, which derive from the same bases.
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def choose_layers(
-    model: nn.Module, layers: str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-) -> dict[str, nn.Module]:
+def choose_layers(model: nn.Module, layers: layer_outputs.Layers | None) -> dict[str, nn.Module]:
     """The selected layers, by name.
 
     Args:
@@ -40,20 +36,6 @@ def choose_layers(
     if not chosen:
         raise ValueError(f"the model has nothing to watch: {wanted} was wanted; name some layers")
     return chosen
-
-
-def channels_last_rows(module: nn.Module, output: Tensor) -> Tensor:
-    """The layer's output as observations of its channels: (observations, channels).
-
-    For the channels' dimension and the errors see :func:`normnorm.layer_outputs.channels_last`.
-    """
-    return layer_outputs.channels_last(module, output).flatten(0, -2)
-
-
-def pooled(module: nn.Module, output: Tensor) -> Tensor:
-    """One vector per sample, (samples, channels): the mean over all positions."""
-    moved = layer_outputs.channels_last(module, output)
-    return moved.flatten(1, -2).mean(1) if moved.dim() > 2 else moved
 
 
 def batches(

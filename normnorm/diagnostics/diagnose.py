@@ -6,18 +6,15 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normnorm import layer_outputs
 from normnorm.checks import check_integer
 from normnorm.diagnostics import capture, statistics
-from normnorm.diagnostics.moments import ColumnMoments
+from normnorm.diagnostics.accumulators import ColumnMoments, RowSample
 from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
-from normnorm.diagnostics.sample import RowSample
 from normnorm.quantiles import normal_r_squared, qq_r_squared
-
-__all__ = ["diagnose"]
 
 
 class _Watched:
@@ -33,7 +30,8 @@ class _Watched:
         self.vectors = RowSample(sample_size, seed + 1)
 
     def add(self, output: Tensor, labels: Tensor | None) -> None:
-        rows = capture.channels_last_rows(self.module, output)
+        moved = layer_outputs.channels_last(self.module, output)
+        rows = moved.flatten(0, -2)
         if not self.channels:
             self._begin(rows.size(1))
         if rows.size(1) != self.channels:
@@ -45,7 +43,9 @@ class _Watched:
         self.moments.add(rows)
         self.sample.add(rows)
         if labels is not None:
-            vectors = capture.pooled(self.module, output).index_select(1, chosen)
+            # One vector per sample, the mean over its positions.
+            means = moved.flatten(1, -2).mean(1) if moved.dim() > 2 else moved
+            vectors = means.index_select(1, chosen)
             # Skips layers whose samples are patches or windows, which have no labels.
             if vectors.size(0) == labels.size(0):
                 self.vectors.add(vectors, labels)
@@ -61,7 +61,7 @@ class _Watched:
         moments, rows = self.moments, self.sample.rows
         sample = rows.numpy()
         r2 = qq_r_squared(rows.T) if rows.size(0) > 1 else torch.full((rows.size(1),), torch.nan)
-        w, p = statistics.shapiro_wilk(sample) if rows.size(0) > 2 else (np.empty(0), np.empty(0))
+        w, passed = statistics.shapiro_wilk(sample)
         correlation = moments.correlation
         pairs = ~torch.eye(len(correlation), dtype=torch.bool)
         pairs &= torch.outer(~moments.constant, ~moments.constant)
@@ -75,10 +75,8 @@ class _Watched:
             kurtosis=_mean(moments.kurtosis, ~moments.constant),
             qq_r2=_mean(r2, torch.from_numpy(statistics.varying(sample))),
             normal_qq_r2=normal_r_squared(rows.size(0)) if rows.size(0) > 1 else float("nan"),
-            shapiro_w=float(w.mean()) if w.size else float("nan"),
-            shapiro_passed=float(np.where(np.isnan(p), p, p > 0.05).mean())
-            if p.size
-            else float("nan"),
+            shapiro_w=w,
+            shapiro_passed=passed,
             joint_distance=statistics.joint_distance(sample, projections, self._seed),
             normal_joint_distance=statistics.normal_joint_distance(rows.size(0)),
             correlation=_mean(correlation.abs(), pairs),
@@ -101,17 +99,6 @@ class _Watched:
 def _mean(values: Tensor, chosen: Tensor) -> float:
     """The mean of the chosen values; NaN if there are none or one is NaN."""
     return float(values[chosen].mean())
-
-
-def _warn_of_values_that_are_not_finite(name: str, moments: ColumnMoments) -> None:
-    bad = int((~moments.mean.isfinite()).sum())
-    if bad:
-        warnings.warn(
-            f"layer '{name}': {bad} of {len(moments.mean)} watched channels hold NaN or infinity; "
-            "statistics that they enter are NaN",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def diagnose(
@@ -174,5 +161,12 @@ def diagnose(
         for inputs, labels in capture.batches(loader, model, batches):  # noqa: B007
             model(inputs)
     for name, layer in watched.items():
-        _warn_of_values_that_are_not_finite(name, layer.moments)
+        finite = layer.moments.mean.isfinite()
+        if not finite.all():
+            warnings.warn(
+                f"layer '{name}': {int((~finite).sum())} of {len(finite)} watched channels hold "
+                "NaN or infinity; statistics that they enter are NaN",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return Diagnosis({name: layer.result(projections) for name, layer in watched.items()})

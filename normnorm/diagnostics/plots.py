@@ -15,8 +15,6 @@ from normnorm.diagnostics import statistics
 from normnorm.diagnostics.result import Diagnosis
 from normnorm.quantiles import normal_quantiles
 
-__all__ = ["draw"]
-
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#777777"  # distinguishable with any colour vision
 _PANELS = 12  # channels in a grid
 _PROFILE = (

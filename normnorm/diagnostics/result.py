@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-__all__ = ["Diagnosis", "LayerDiagnosis"]
 
 FORMAT = "normnorm diagnosis 1"
 
@@ -119,7 +118,7 @@ class Diagnosis:
         for name, layer in self.layers.items():
             numbers = asdict(layer)
             del numbers["sample"]
-            layers[name] = _to_json(numbers)
+            layers[name] = _mapped(numbers, _to_json)
         return {"format": FORMAT, "layers": layers}
 
     def save(self, path: str | Path) -> None:
@@ -140,10 +139,11 @@ class Diagnosis:
             content = json.loads(Path(path).read_text())
             if content["format"] != FORMAT:
                 raise ValueError(f"its format is {content['format']!r}")
-            layers = {
-                name: LayerDiagnosis(**_from_json(numbers))
-                for name, numbers in content["layers"].items()
-            }
+            layers = {}
+            for name, numbers in content["layers"].items():
+                layers[name] = LayerDiagnosis(**_mapped(numbers, _from_json))
+                if numbers["clustering"] is None:
+                    layers[name].clustering = None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a saved diagnosis ({FORMAT}): {error}") from None
         return cls(layers)
@@ -166,22 +166,18 @@ def _cell(number: float) -> str:
     return "-" if math.isnan(number) else f"{number:.3f}" if abs(number) < 1000 else f"{number:.3g}"
 
 
-def _to_json(value: Any) -> Any:
+def _mapped(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """Dictionaries and lists with every value in them converted."""
     if isinstance(value, dict):
-        return {key: _to_json(part) for key, part in value.items()}
+        return {key: _mapped(part, convert) for key, part in value.items()}
     if isinstance(value, list):
-        return [_to_json(part) for part in value]
+        return [_mapped(part, convert) for part in value]
+    return convert(value)
+
+
+def _to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _from_json(numbers: dict[str, Any]) -> dict[str, Any]:
-    def number(value: Any) -> Any:
-        return math.nan if value is None else value
-
-    read = {key: number(value) for key, value in numbers.items()}
-    if numbers["clustering"] is None:
-        read["clustering"] = None
-    else:
-        read["clustering"] = {k: number(v) for k, v in numbers["clustering"].items()}
-    read["by_channel"] = {k: [number(v) for v in vs] for k, vs in numbers["by_channel"].items()}
-    return read
+def _from_json(value: Any) -> Any:
+    return math.nan if value is None else value

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from normnorm.checks import check_integer, check_number
 from normnorm.diagnostics import capture
 
-__all__ = ["noise_robustness"]
-
 
 def noise_robustness(
     model: nn.Module,

@@ -12,15 +12,6 @@ from sklearn import metrics, model_selection, neighbors
 
 from normnorm.quantiles import normal_quantiles
 
-__all__ = [
-    "clustering",
-    "joint_distance",
-    "mutual_information",
-    "normal_joint_distance",
-    "shapiro_wilk",
-    "varying",
-]
-
 _SHAPIRO_ROWS = 2000  # SciPy's p-value is inaccurate above 5000
 _BINS = 16
 _FOLDS = 5
@@ -36,15 +27,18 @@ def _finite(sample: np.ndarray) -> bool:
     return bool(np.isfinite(sample).all())
 
 
-def shapiro_wilk(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shapiro and Wilk's W and its p-value for every non-constant column of (rows, columns); NaN
-    for a column with NaN or infinity."""
+def shapiro_wilk(sample: np.ndarray) -> tuple[float, float]:
+    """The mean of Shapiro and Wilk's W over the non-constant columns of (rows, columns), and the
+    share of them whose p-value is above 5 %.
+
+    NaN if a column has NaN or infinity, no column varies, or there are fewer than three rows.
+    """
     sample = sample[:_SHAPIRO_ROWS]
-    found = [
-        tuple(stats.shapiro(column)) if _finite(column) else (math.nan, math.nan)
-        for column in sample[:, varying(sample)].T
-    ]
-    return np.array([w for w, _ in found]), np.array([p for _, p in found])
+    columns = sample[:, varying(sample)].T
+    if len(sample) < 3 or not len(columns) or not _finite(columns):
+        return math.nan, math.nan
+    found = np.array([stats.shapiro(column) for column in columns])
+    return float(found[:, 0].mean()), float((found[:, 1] > 0.05).mean())
 
 
 def joint_distance(sample: np.ndarray, projections: int, seed: int) -> float:

@@ -1,2 +1,2 @@
-"""Several processes: synchronised batch layers (``sync``, their messages in ``statistics``) and
-``DTensor`` inputs (``sharding``)."""
+"""Several processes: the messages of the synchronised batch layers (``statistics``; the layers are
+in :mod:`normnorm.sync`) and ``DTensor`` inputs (``sharding``)."""

@@ -15,6 +15,7 @@ share a seed, and so their noise: one message of eight bytes per replicated mesh
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,8 +27,6 @@ from normnorm.config import Config
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.placement_types import Placement
-
-__all__ = ["Shards", "check_plain", "is_dtensor", "shards_of", "shards_of_batch", "to_local"]
 
 _CHANNELS = 1  # the channels' dimension in every kind but "layer"
 
@@ -62,39 +61,42 @@ class Shards(NamedTuple):
     stride: tuple[int, ...]
     kind: str
 
+    def _coordinate(self) -> Sequence[int]:
+        return self.mesh.get_coordinate() or [0] * len(self.placements)
+
     def stream(self) -> int:
         """This rank's index among the shards; equal for replicas."""
         index = 0
-        coordinate = self.mesh.get_coordinate() or [0] * len(self.placements)
-        for i, placement in enumerate(self.placements):
+        for i, (placement, at) in enumerate(zip(self.placements, self._coordinate(), strict=True)):
             if placement.is_shard():
-                index = index * self.mesh.size(i) + coordinate[i]
+                index = index * self.mesh.size(i) + at
         return index
 
-    def _cuts_channels(self, i: int) -> bool:
-        return self.kind != "layer" and self.placements[i].is_shard(_CHANNELS)
+    def _by_channel(self) -> list[Placement]:
+        """The placements of a (C,) tensor: sharded where the input's channels are."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        cut = [self.kind != "layer" and p.is_shard(_CHANNELS) for p in self.placements]
+        return [Shard(0) if channels else Replicate() for channels in cut]
 
     def parameter(self, name: str, parameter: Tensor | None) -> Tensor | None:
         """The local part of a parameter, whose gradient is summed over the shards."""
-        from torch.distributed.tensor import Partial, Replicate, Shard
+        from torch.distributed.tensor import Partial
 
         if parameter is None:
             return None
         self._check_mesh(name, parameter)
-        wanted: list[Placement] = []
-        gradients: list[Placement] = []
-        for i, placement in enumerate(self.placements):
-            cut = self._cuts_channels(i)
-            wanted.append(Shard(0) if cut else Replicate())
-            gradients.append(
-                Shard(0) if cut else Partial() if placement.is_shard() else Replicate()
-            )
+        wanted = self._by_channel()
+        gradients = [
+            Partial() if own.is_replicate() and placement.is_shard() else own
+            for own, placement in zip(wanted, self.placements, strict=True)
+        ]
         return _placed(parameter, wanted).to_local(grad_placements=gradients)
 
     def statistic(self, name: str, tensor: Tensor | None) -> Tensor | None:
         """The local part of a running statistic, which may also be a plain tensor, equal on all
         ranks. It shares memory with the argument unless channels are sharded."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Replicate
 
         if tensor is None:
             return None
@@ -102,15 +104,9 @@ class Shards(NamedTuple):
             copies = [Replicate() for _ in self.placements]
             tensor = DTensor.from_local(tensor, self.mesh, copies, run_check=False)
         self._check_mesh(name, tensor)
-        return _placed(
-            tensor,
-            [
-                Shard(0) if self._cuts_channels(i) else Replicate()
-                for i in range(len(self.placements))
-            ],
-        ).to_local()
+        return _placed(tensor, self._by_channel()).to_local()
 
-    def residual(self, residual: Tensor | None) -> Any:
+    def residual(self, residual: Tensor | None) -> Tensor | None:
         """The local part of a residual, redistributed like the input."""
         if residual is None:
             return None
@@ -121,26 +117,22 @@ class Shards(NamedTuple):
         """The seed of the first replica of this rank's shard, for all its replicas."""
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-        if seed is None:
-            return None
-        if is_dtensor(seed):
+        if seed is None or is_dtensor(seed):
             return to_local(seed)
-        if all(placement.is_shard() for placement in self.placements):
+        copied = [not placement.is_shard() for placement in self.placements]
+        if not any(copied):
             return seed
-        coordinate = self.mesh.get_coordinate() or [0] * len(self.placements)
-        copies = [not placement.is_shard() for placement in self.placements]
-        first = all(coordinate[i] == 0 for i, copied in enumerate(copies) if copied)
+        first = not any(at for at, copy in zip(self._coordinate(), copied, strict=True) if copy)
         # A sum of the first replica's seed and zeros over the replicated mesh dimensions; along
         # the others the seeds are left as they are.
         found = DTensor.from_local(
             seed if first else torch.zeros_like(seed),
             self.mesh,
-            [Partial() if copied else Shard(0) for copied in copies],
+            [Partial() if copy else Shard(0) for copy in copied],
             run_check=False,
         )
-        return found.redistribute(
-            placements=[Replicate() if copied else Shard(0) for copied in copies]
-        ).to_local()
+        whole = [Replicate() if copy else Shard(0) for copy in copied]
+        return found.redistribute(placements=whole).to_local()
 
     def whole(self, local: Tensor) -> Tensor:
         """The DTensor with this local shard."""
@@ -172,24 +164,25 @@ def _placed(tensor: Any, placements: Any) -> Any:
 
 
 def shards_of(
-    input: Any, config: Config, own_statistics: bool, updates: bool
-) -> tuple[Shards, Tensor, Config]:
+    tensors: tuple[Any, ...], config: Config, updates: bool
+) -> tuple[Shards, tuple[Any, ...], Config]:
     """Splits a normalization into one per shard.
 
     Args:
-        input: the DTensor.
+        tensors: fields ``input`` to ``noise_scale`` of :class:`normnorm.config.ForwardArguments`;
+            the input is a DTensor, ``noise_scale`` None.
         config: of the op over the whole input.
-        own_statistics: whether groups are normalized by their own statistics.
-        updates: whether running statistics are updated from them.
+        updates: whether running statistics are updated from the input's.
 
     Returns:
-        The placements, the local input, and the configuration for it.
+        The input's placements, the local tensors, and the configuration for them.
 
     Raises:
         ValueError: a shard would split a group, or running statistics would depend on one shard.
     """
     from torch.distributed.tensor import Replicate
 
+    input, mean, var, lmbda, weight, bias, residual, seed, _ = tensors
     mesh = input.device_mesh
     # A Partial input is summed before it is normalized.
     placements = tuple(p if not p.is_partial() else Replicate() for p in input.placements)
@@ -202,7 +195,7 @@ def shards_of(
             cuts[placement.dim].append(mesh.size(i))
     for dim, parts in enumerate(cuts):
         if parts:
-            _check_cut(input, dim, parts, config, own_statistics, updates)
+            _check_cut(input, dim, parts, config, mean is None, updates)
     shards = Shards(mesh, placements, input.shape, input.stride(), config.kind)
     local = _placed(input, placements).to_local()
     groups = config.num_groups
@@ -210,7 +203,18 @@ def shards_of(
         # A shard without channels has no elements: any positive number of groups is correct.
         groups = max(1, groups * local.size(_CHANNELS) // input.size(_CHANNELS))
     stream = shards.stream() if config.noise_train > 0.0 else 0
-    return shards, local, config._replace(num_groups=groups, stream=stream)
+    local_tensors = (
+        local,
+        shards.statistic("running_mean", mean),
+        shards.statistic("running_var", var),
+        shards.statistic("running_lmbda", lmbda),
+        shards.parameter("weight", weight),
+        shards.parameter("bias", bias),
+        shards.residual(residual),
+        shards.seed(seed),
+        None,
+    )
+    return shards, local_tensors, config._replace(num_groups=groups, stream=stream)
 
 
 def _check_cut(
@@ -227,16 +231,14 @@ def _check_cut(
         whole = not own_statistics or dim == _CHANNELS
         if not whole:
             advice += ", or use SyncBatchNormalNorm, whose statistics are those of all shards"
-    elif kind == "instance":
-        whole = dim in (0, _CHANNELS)
     else:
         whole = dim in (0, _CHANNELS)
-        if dim == _CHANNELS:
-            size = input.size(_CHANNELS)
-            group = size // config.num_groups
-            for count in parts:
-                size = -(-size // count)  # of all shards but the last, as in torch.chunk
-                whole = whole and size % group == 0
+    if kind == "group" and dim == _CHANNELS:
+        size = input.size(_CHANNELS)
+        group = size // config.num_groups
+        for count in parts:
+            size = -(-size // count)  # of all shards but the last, as in torch.chunk
+            whole = whole and size % group == 0
     if not whole:
         raise ValueError(
             f"the input's placements {tuple(input.placements)} cut dimension {dim} of shape "

@@ -27,9 +27,7 @@ from normnorm import ops, reference
 from normnorm.autograd import normal_norm
 from normnorm.backends.reference import definition, pull_back
 from normnorm.config import BackwardArguments, Config
-from normnorm.statistics import ROWS, Row, statistics_dtype
-
-__all__ = ["Synchronised"]
+from normnorm.statistics import Row, statistics_dtype
 
 # Elements per piece of the passes in PyTorch operations, whose intermediate results are about sixty
 # times as large as the piece.
@@ -177,29 +175,22 @@ def _rounds(input: Tensor, setup: _Setup) -> tuple[_Saved, Tensor]:
         centre = (_all_reduce(_sums((x,)), group)[0] * share).to(dtype)
         deviations = [_sums(((x[:, p] - _spread(centre[p], x)).abs(),)) for p in pieces]
         scale = (_all_reduce(torch.cat(deviations, dim=1), group)[0] * share).to(dtype)
-    rows = {
-        Row.MEAN: merged[Row.MEAN],
-        Row.MEAN_LOW: merged[Row.MEAN_LOW],
-        Row.RSTD: merged[Row.RSTD],
-        Row.LMBDA: lmbda,
-        Row.NOISE_SCALE: scale,
-        Row.MEAN_HD: means[0].to(dtype),
-        Row.MEAN_D: means[2].to(dtype),
-        Row.CURVATURE: curvature.to(dtype),
-    }
-    return _Saved(count, means, torch.stack([rows[row] for row in ROWS])), x
+    # In the order of Row.
+    rest = torch.stack([lmbda, scale, *(t.to(dtype) for t in (means[0], means[2], curvature))])
+    return _Saved(count, means, torch.cat([merged, rest])), x
 
 
-# The op over values that are standardized already: with frozen mean 0, and variance 0.5 to which
-# eps 0.5 is added.
-_HALF = 0.5
+def _op(h: Tensor, lmbda: Tensor, config: Config, *rest: Tensor | None) -> Tensor:
+    """The op over standardized values: with frozen mean 0, and variance 0.5 to which eps 0.5 is
+    added. ``rest``: weight, bias, residual, seed, noise_scale."""
+    zero, half = torch.zeros_like(lmbda), torch.full_like(lmbda, 0.5)
+    config = config._replace(eps=0.5)
+    return normal_norm((h, zero, half, lmbda, *rest), False, False, config)[0]
 
 
 def _transform(h: Tensor, lmbda: Tensor, config: Config) -> Tensor:
-    """psi(h; lmbda), computed by the op."""
-    zero = torch.zeros_like(lmbda)
-    alone = config._replace(eps=_HALF, noise_train=0.0)
-    return normal_norm((h, zero, zero + _HALF, lmbda, *(None,) * 5), False, False, alone)[0]
+    """psi(h; lmbda)."""
+    return _op(h, lmbda, config._replace(noise_train=0.0), *(None,) * 5)
 
 
 def _finish(
@@ -208,14 +199,10 @@ def _finish(
 ) -> Tensor:  # fmt: skip
     """Noise and affine map of transformed values, by the op with lambda 1, for which psi is the
     identity."""
-    zero = torch.zeros_like(scale)
     weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-    identity = config._replace(eps=_HALF, alpha=0.0, order=2, transform_eps=0.0)
+    identity = config._replace(alpha=0.0, order=2, transform_eps=0.0)
     noise_scale = None if seed is None else scale
-    return normal_norm(
-        (x, zero, zero + _HALF, zero + 1.0, weight, bias, None, seed, noise_scale), False, False,
-        identity,
-    )[0]  # fmt: skip
+    return _op(x, torch.ones_like(scale), identity, weight, bias, None, seed, noise_scale)
 
 
 # Gradients
@@ -347,8 +334,7 @@ class Synchronised(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad_output: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        *tensors, count, means, stats = ctx.saved_tensors
-        tensors, saved = tuple(tensors), _Saved(count, means, stats)
+        tensors, saved = ctx.saved_tensors[:4], _Saved(*ctx.saved_tensors[4:])
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # With create_graph=True this backward pass must be differentiable.
@@ -359,7 +345,7 @@ class Synchronised(torch.autograd.Function):
             grad_input = _input_gradient(grad_output, input, weight, saved, ctx.setup)
         if needs[1] or needs[2]:
             grad_weight, grad_bias = _parameter_gradients(
-                grad_output, tensors, stats, needs[1:], ctx.setup.config
+                grad_output, tensors, saved.stats, needs[1:], ctx.setup.config
             )
         return grad_input, grad_weight, grad_bias, None, None, None
 
@@ -369,14 +355,13 @@ def _again(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of input, weight and bias with a graph of their own."""
-    *_, seed = tensors
     asked = [i for i, needed in enumerate(needs) if needed]
 
     def function(*points: Tensor) -> Tensor:
-        given = list(tensors[:3])
+        given = list(tensors)
         for i, point in zip(asked, points, strict=True):
             given[i] = point
-        return _differentiable((*given, seed), saved, setup)
+        return _differentiable(tuple(given), saved, setup)
 
     gradients: list[Tensor | None] = [None, None, None]
     found = pull_back(function, tuple(tensors[i] for i in asked), grad_output)

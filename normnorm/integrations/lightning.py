@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import nn
 
-from normnorm.distributed.sync import convert_sync, revert_sync
-from normnorm.freezing import freeze_statistics, unfreeze_statistics
 from normnorm.modules import _BatchNormalNorm
+from normnorm.running import freeze_statistics, unfreeze_statistics
+from normnorm.sync import convert_sync, revert_sync
 
 __all__ = ["NormalNormSync"]
 

@@ -12,51 +12,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from monai.networks.layers.factories import Norm
-from torch import nn
 
 import normnorm
 
 __all__ = ["register"]
 
-
-def _batch(dim: int) -> type[nn.Module]:
-    """Batch normality normalization layers in 1, 2, 3 dimensions."""
-    layers = (
-        normnorm.BatchNormalNorm1d,
-        normnorm.BatchNormalNorm2d,
-        normnorm.BatchNormalNorm3d,
-    )
-    return layers[dim - 1]
-
-
-def _instance(dim: int) -> type[nn.Module]:
-    """Instance normality normalization layers in 1, 2, 3 dimensions."""
-    layers = (
-        normnorm.InstanceNormalNorm1d,
-        normnorm.InstanceNormalNorm2d,
-        normnorm.InstanceNormalNorm3d,
-    )
-    return layers[dim - 1]
-
-
-def _group(dim: Any = None) -> type[nn.Module]:
-    """Group normality normalization."""
-    return normnorm.GroupNormalNorm
-
-
-def _layer(dim: Any = None) -> type[nn.Module]:
-    """Layer normality normalization."""
-    return normnorm.LayerNormalNorm
-
-
+# Layers of 1, 2 and 3 dimensions.
+_BATCH = (normnorm.BatchNormalNorm1d, normnorm.BatchNormalNorm2d, normnorm.BatchNormalNorm3d)
+_INSTANCE = (
+    normnorm.InstanceNormalNorm1d,
+    normnorm.InstanceNormalNorm2d,
+    normnorm.InstanceNormalNorm3d,
+)
+# MONAI calls these with the number of dimensions, or with nothing for a layer of any.
 _FACTORIES = {
-    "batchnormal": _batch,
-    "instancenormal": _instance,
-    "groupnormal": _group,
-    "layernormal": _layer,
+    "batchnormal": lambda dim: _BATCH[dim - 1],
+    "instancenormal": lambda dim: _INSTANCE[dim - 1],
+    "groupnormal": lambda dim=None: normnorm.GroupNormalNorm,
+    "layernormal": lambda dim=None: normnorm.LayerNormalNorm,
 }
 
 
@@ -68,4 +42,4 @@ def register() -> None:
     """
     for name, factory in _FACTORIES.items():
         if name.upper() not in Norm.names:
-            Norm.add_factory_callable(name, factory)
+            Norm.add_factory_callable(name, factory, "normality normalization, by normnorm")

@@ -8,7 +8,8 @@ that timm's constructors pass, in timm's order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import timm.layers
@@ -24,16 +25,16 @@ from timm.models import convnext
 from torch import Tensor, nn
 
 import normnorm
-from normnorm.distributed.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
-from normnorm.eps import CANNOT_FOLD
-from normnorm.freezing import freeze_statistics, unfreeze_statistics
 from normnorm.modules import (
+    CANNOT_FOLD,
     BatchNormalNorm1d,
     BatchNormalNorm2d,
     LayerNormalNorm,
     LayerNormalNorm2d,
     _RunningNorm,
 )
+from normnorm.running import freeze_statistics, unfreeze_statistics
+from normnorm.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
 
 __all__ = [
     "BatchNormalNormAct2d",
@@ -311,25 +312,17 @@ def _then(ours: Callable[[nn.Module], int], theirs: Callable[..., Any]) -> Calla
 
 
 def _with_lmbda(unwrap_model: Callable[..., nn.Module]) -> Callable[..., Any]:
+    """For distribute_bn, which averages buffers with running_mean or running_var in their names."""
+
     @functools.wraps(unwrap_model)
-    def unwrapped(model: nn.Module) -> _Buffers:
-        return _Buffers(unwrap_model(model))
+    def unwrapped(model: nn.Module) -> SimpleNamespace:
+        buffers = [
+            (name.replace("running_lmbda", "running_mean of lmbda"), buffer)
+            for name, buffer in unwrap_model(model).named_buffers()
+        ]
+        return SimpleNamespace(named_buffers=lambda recurse: buffers)
 
     return unwrapped
-
-
-class _Buffers:
-    """A model for distribute_bn, with running_lmbda under a name that it selects."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def named_buffers(self, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
-        for name, buffer in self._model.named_buffers(recurse=recurse):
-            yield name.replace("running_lmbda", "running_mean of lmbda"), buffer
 
 
 def register() -> None:

@@ -26,10 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import normnorm
-from normnorm import backends, reference
-from normnorm.distributed import sync
-from normnorm.distributed.sync import sync_batch_normal_norm
+from normnorm import backends, reference, sync
 from normnorm.noise import standard_normals
+from normnorm.sync import sync_batch_normal_norm
 
 CASES: dict[str, Callable[[int, int], None]] = {}
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -17,8 +17,7 @@ from torch import nn
 import normnorm
 from normnorm import diagnostics, quantiles
 from normnorm.diagnostics import statistics
-from normnorm.diagnostics.moments import ColumnMoments
-from normnorm.diagnostics.sample import RowSample
+from normnorm.diagnostics.accumulators import ColumnMoments, RowSample
 
 
 @pytest.mark.parametrize("count", [2, 48])

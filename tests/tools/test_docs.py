@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import normnorm
-from normnorm import backends, functional, reference, registry
+from normnorm import backends, functional, norm_map, reference
 from normnorm.noise import standard_normals
 from normnorm.ops import SCHEMAS
 from normnorm.statistics import Row
@@ -64,7 +64,7 @@ def run_page(page: Path, how_many: int | None = None) -> tuple[dict[str, Any], l
     printed = []
     torch._dynamo.reset()  # what was compiled before changes how often a page compiles
     # What a page registers or chooses ends with it.
-    with unchanged_choice(), mock.patch.dict(registry._REGISTERED):
+    with unchanged_choice(), mock.patch.dict(norm_map._REGISTERED):
         for line, code, _ in itertools.islice(snippets(page), how_many):
             out = io.StringIO()
             # Line numbers in a traceback are those of the page.

@@ -1,11 +1,9 @@
-"""Moments, zeros and correlations of columns, from a stream of batches in bounded memory."""
+"""What is kept of a stream of rows, in bounded memory: moments of the columns, and a sample."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-__all__ = ["ColumnMoments"]
 
 
 class ColumnMoments:
@@ -105,3 +103,41 @@ class ColumnMoments:
 
     def _varying(self, values: Tensor) -> Tensor:
         return values.masked_fill(self.constant, torch.nan)
+
+
+class RowSample:
+    """Keeps a uniform sample of ``size`` of all rows added.
+
+    Draws a random key per row and keeps the rows with the smallest keys (bottom-k sampling). Only
+    kept rows are copied.
+
+    Args:
+        size: number of rows kept.
+        seed: of the keys.
+
+    Attributes:
+        rows: (at most size, columns), float32 on the CPU.
+        labels: (at most size,), of the rows; None without labels.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys = torch.empty(0, dtype=torch.float64)
+        self.rows = torch.empty(0, 0)
+        self.labels: Tensor | None = None
+
+    def add(self, rows: Tensor, labels: Tensor | None = None) -> None:
+        """Adds rows (n, columns) and, in every call or in none, their labels (n,)."""
+        keys = torch.rand(rows.size(0), dtype=torch.float64, generator=self._generator)
+        chosen = keys.argsort()[: self._size]
+        keys = keys[chosen]
+        kept = rows.index_select(0, chosen.to(rows.device)).float().cpu()
+        kept_labels = None if labels is None else labels.cpu()[chosen]
+        if len(self._keys):
+            keys = torch.cat([self._keys, keys])
+            order = keys.argsort()[: self._size]
+            keys, kept = keys[order], torch.cat([self.rows, kept])[order]
+            if kept_labels is not None and self.labels is not None:
+                kept_labels = torch.cat([self.labels, kept_labels])[order]
+        self._keys, self.rows, self.labels = keys, kept, kept_labels
