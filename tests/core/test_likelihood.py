@@ -9,42 +9,37 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from oracle import LAWS
 from torch import Tensor
 
 import normnorm
 from accuracy.layers import IteratedBatchNormalNorm2d
 from normnorm import likelihood, reference
 
-LAWS = {
-    "normal": lambda r: r.standard_normal((3, 500)),
-    "exponential": lambda r: r.exponential(size=(3, 500)),
-    "relu": lambda r: np.maximum(r.standard_normal((3, 500)), 0),
-    "lognormal": lambda r: np.exp(1.5 * r.standard_normal((3, 500))),
-    "negative lognormal": lambda r: -np.exp(r.standard_normal((3, 500))),
-    "uniform": lambda r: r.uniform(size=(3, 500)),
-    "student": lambda r: r.standard_t(3, size=(3, 500)),
-    "few": lambda r: r.exponential(size=(3, 4)),
-}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+each_law = pytest.mark.parametrize(
+    ("law", "size"),
+    [
+        *((law, 500) for law in ("normal", "exponential", "relu", "bimodal")),
+        *((law, 500) for law in ("lognormal", "negative_exponential", "student_t")),
+        ("exponential", 4),
+    ],
+)
 
 
-def _standardized(law: str) -> Tensor:
-    values = torch.from_numpy(LAWS[law](np.random.default_rng(0)))
+def _standardized(law: str, size: int) -> Tensor:
+    values = torch.from_numpy(LAWS[law](np.random.default_rng(0), 3, size))
     return (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True, correction=0)
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_the_likelihood_is_scipys(law: str) -> None:
-    h = _standardized(law)
+@each_law
+def test_the_likelihood_and_its_optimum_are_scipys(law: str, size: int) -> None:
+    h = _standardized(law, size)
     for lmbda in (-0.5, 0.0, 1.0, 2.0, 2.3):
         same = torch.full((3, 1), lmbda, dtype=torch.float64)
         found = likelihood.negative_log_likelihood(h, same, (1,))
         expected = [-scipy.stats.yeojohnson_llf(lmbda, row) / row.size for row in h.numpy()]
         np.testing.assert_allclose(found[:, 0], expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_the_optimum_is_scipys_and_its_slope_is_zero(law: str) -> None:
-    h = _standardized(law)
     found = normnorm.estimate_lmbda(h, 1, iterations=None)
     expected = [scipy.stats.yeojohnson_normmax(row) for row in h.numpy()]
     np.testing.assert_allclose(found, expected, atol=2e-6)
@@ -53,9 +48,9 @@ def test_the_optimum_is_scipys_and_its_slope_is_zero(law: str) -> None:
     assert (curvature > 0).all()
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_one_iteration_is_the_layers_step_and_more_come_closer(law: str) -> None:
-    h = _standardized(law)
+@each_law
+def test_one_iteration_is_the_layers_step_and_more_come_closer(law: str, size: int) -> None:
+    h = _standardized(law, size)
     first = likelihood.newton_lmbda(h, (1,), 1)
     torch.testing.assert_close(first, reference.estimate_lmbda(h, (1,)), rtol=1e-12, atol=1e-12)
     optimum = likelihood.optimal_lmbda(h, (1,))
@@ -69,20 +64,12 @@ def test_one_iteration_is_the_layers_step_and_more_come_closer(law: str) -> None
 
 @pytest.mark.parametrize("iterations", [2, 3, None])
 def test_gradients_are_right(iterations: int | None) -> None:
-    h = _standardized("exponential")[:2, :12].clone().requires_grad_()
+    h = _standardized("exponential", 12)[:2].clone().requires_grad_()
 
     def estimate(h: Tensor) -> Tensor:
         return normnorm.estimate_lmbda(h, 1, iterations=iterations)
 
-    assert torch.autograd.gradcheck(estimate, (h,), atol=1e-6)
-
-
-def test_a_constant_group_keeps_lambda_one() -> None:
-    h = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
-    lmbda = normnorm.estimate_lmbda(h, 1, iterations=None)
-    assert lmbda.tolist() == [1.0, 1.0]
-    lmbda.sum().backward()
-    assert torch.isfinite(h.grad).all()
+    assert torch.autograd.gradcheck(estimate, (h,), atol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -135,17 +122,7 @@ def test_degenerate_groups_have_lambda_one_or_nan(iterations: int | None, consta
     assert gradient[:, [0, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("iterations", [2, None])
-def test_a_dead_channel_of_the_layer_is_its_bias(iterations: int | None) -> None:
-    layer = IteratedBatchNormalNorm2d(2, iterations)
-    x = torch.randn(4, 2, 5, 5)
-    x[:, 1] = 0.1
-    assert (layer(x)[:, 1] == 0).all()
-    assert layer.running_lmbda[1] == 1
-
-
 def test_the_layer_normalizes_and_remembers_with_its_own_lambda() -> None:
-    torch.manual_seed(0)
     inputs = torch.randn(8, 3, 4, 4).exp()
     layers = [
         IteratedBatchNormalNorm2d(3, 1, noise_train=0.0),
@@ -153,14 +130,21 @@ def test_the_layer_normalizes_and_remembers_with_its_own_lambda() -> None:
         normnorm.BatchNormalNorm2d(3, noise_train=0.0),
     ]
     one, optimal, plain = (layer(inputs) for layer in layers)
-    torch.testing.assert_close(one, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, plain, **CLOSE)
     h, *_ = reference.standardize(inputs.double(), (0, 2, 3), 1e-5)
     lmbda = likelihood.optimal_lmbda(h, (0, 2, 3))
-    torch.testing.assert_close(
-        optimal, reference.yeo_johnson(h, lmbda).float(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(optimal, reference.yeo_johnson(h, lmbda).float(), **CLOSE)
     expected = 1 + 0.1 * (lmbda.flatten().float() - 1)
-    torch.testing.assert_close(layers[1].running_lmbda, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layers[1].running_lmbda, expected, **CLOSE)
     assert layers[1].num_batches_tracked == 1
     layers[1].eval()
     assert layers[1](inputs).shape == inputs.shape
+
+
+@pytest.mark.parametrize("iterations", [2, None])
+def test_a_dead_channel_of_the_layer_is_its_bias(iterations: int | None) -> None:
+    layer = IteratedBatchNormalNorm2d(2, iterations)
+    x = torch.randn(4, 2, 5, 5)
+    x[:, 1] = 0.1
+    assert (layer(x)[:, 1] == 0).all()
+    assert layer.running_lmbda[1] == 1
