@@ -15,11 +15,10 @@ from pathlib import Path
 
 import oracle
 import pytest
-import tiers
 import torch
 from host_cuda import torch_library
 from oracle import CASES, DTYPES, Case
-from raw_ops import backward_pass, both_passes, channels_last, forward_pass, operands
+from raw_ops import backward_pass, both_passes, channels_last, check, forward_pass, operands
 
 import normnorm
 from normnorm import selfcheck
@@ -167,10 +166,10 @@ def test_upstream_gradients_of_any_strides_and_statistics_of_any():
 def test_parameters_that_are_not_dense_or_begin_anywhere(dtype):
     case = Case("layer", (6, 64), normalized_ndim=1)
     t = operands(case, dtype, parameter_dtype=dtype)
-    tiers.check("cuda", case, t)
+    check("cuda", case, t)
     places = (lambda p: torch.stack([p, p], 1)[:, 1], lambda p: torch.cat([p[:1], p])[1:])
     for place in places:
-        tiers.check("cuda", case, {**t, "weight": place(t["weight"]), "bias": place(t["bias"])})
+        check("cuda", case, {**t, "weight": place(t["weight"]), "bias": place(t["bias"])})
 
 
 def test_without_gradients_no_kernel_is_launched():

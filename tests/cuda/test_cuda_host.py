@@ -18,20 +18,26 @@ import torch
 from host_cuda import torch_library
 from host_cuda.torch_library import Host
 from oracle import Case, compute_dtype
-from raw_ops import assert_fused_equals_steps, both_passes, channels_last, forward_pass, operands
+from raw_ops import (
+    CPU_UNIT,
+    assert_close,
+    assert_fused_equals_steps,
+    both_passes,
+    channels_last,
+    check,
+    forward_pass,
+    operands,
+    same,
+)
 from tiers import (
     COLUMN_TIERS,
     COLUMNS,
-    CPU_UNIT,
     DTYPES,
     FUSIONS,
     ROW_TIERS,
     ROWS,
-    assert_close,
     case_and_plan,
-    check,
     layouts,
-    same,
 )
 from torch import Tensor
 

@@ -7,7 +7,7 @@ races or memory accesses; ``make gpu-check`` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ import raw_ops
 import test_golden
 import torch
 from oracle import CASES, Case, check, draw, draw_parameters, noise_words, normals
+from raw_ops import backward_pass, both_passes, channels_last, forward_pass, operands
 from triton_tools.interpreter import interpreted, missing
 
 import normnorm
@@ -28,9 +29,6 @@ from normnorm.statistics import Row
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NONE = (None, None, None)
-ALL, FIRST = (True, True, True), (True, False, False)
-RESULTS = ("y", "stats", "du", "dw", "db")
 PATHS = ("resident", "streaming", "streaming, partial sums reduced")
 # Groups that tiles do not fit evenly, in one or several runs, on a multiple of four or not.
 ODD = (
@@ -72,84 +70,6 @@ def path(name: str) -> Iterator[None]:
         for n, value in before.items():
             setattr(plan, n, value)
         plan._plans.clear()
-
-
-def channels_last(t: torch.Tensor) -> torch.Tensor:
-    return t.to(memory_format=torch.channels_last)
-
-
-def operands(
-    case: Case, dtype: torch.dtype = torch.float32, last: bool = False
-) -> dict[str, torch.Tensor]:
-    """Tensors for a forward and a backward pass."""
-    weight, bias = draw_parameters(case, 2, dtype)
-    found = {"weight": weight, "bias": bias}
-    for seed, name in enumerate(("x", "residual", "g", "grad_sum")):
-        found[name] = draw(case, "normal", 40 + seed, dtype)
-        if last:
-            found[name] = channels_last(found[name])
-    return found
-
-
-def forward_pass(
-    backend: str, case: Case, t: dict[str, torch.Tensor], fused: Sequence[str] = (),
-    last: bool = False, running: Sequence[Any] = NONE, noise_scale: Any = None, **options: Any,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(y, stats, sum) of the raw op, with what is ``fused`` of residual, sum and relu."""
-    ops = backends.get(backend)
-    relu = {"activation": "relu"} if "relu" in fused else {}
-    config = case.config(backend, channels_last=last, **relu, **options)
-    seed = torch.tensor([77]) if options.get("noise_train") else None
-    prenorm = "sum" in fused
-    y, stats, total = ops.forward(
-        *raw_ops.forward(
-            config[:-1], t["x"], t.get("weight"), t.get("bias"), running=running,
-            residual=t["residual"] if prenorm or "residual" in fused else None, seed=seed,
-            noise_scale=noise_scale, prenorm=prenorm,
-        )
-    )  # fmt: skip
-    return y, stats, total if prenorm else t["x"]
-
-
-def backward_pass(
-    backend: str, case: Case, t: dict[str, torch.Tensor], saved: tuple[torch.Tensor, ...],
-    fused: Sequence[str] = (), last: bool = False, needs: Sequence[bool] = ALL,
-    frozen: bool = False, **options: Any,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(du, dw, db) of the raw op after forward_pass()."""
-    ops = backends.get(backend)
-    relu = {"activation": "relu"} if "relu" in fused else {}
-    config = case.config(backend, channels_last=last, **relu, **options)
-    seed = torch.tensor([77]) if options.get("noise_train") else None
-    y, stats, x = saved
-    return ops.backward(
-        *raw_ops.backward(
-            config[:-1], t["g"], x, stats, t.get("weight"), t.get("bias"),
-            output=y if relu else None, seed=seed,
-            grad_sum=t["grad_sum"] if "sum" in fused else None, needs=needs, frozen=frozen,
-        )
-    )  # fmt: skip
-
-
-def both_passes(
-    backend: str, case: Case, t: dict[str, torch.Tensor], fused: Sequence[str] = (),
-    last: bool = False, mask: torch.Tensor | None = None, backward: str = "", **options: Any,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(y, stats, du, dw, db); relu's gradient is masked by ``mask`` in place of y where given, and
-    the backward pass is the backend ``backward``'s."""
-    y, stats, x = forward_pass(backend, case, t, fused, last, **options)
-    if "sum" in fused:
-        torch.testing.assert_close(x, t["x"] + t["residual"], rtol=0, atol=0, equal_nan=True)
-        assert x.stride() == torch.empty_like(t["x"]).stride()
-    saved = (y if mask is None else mask, stats, x)
-    return y, stats, *backward_pass(backward or backend, case, t, saved, fused, last, **options)
-
-
-def assert_close(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...], tolerance=1e-5):
-    for name, a, b in zip(RESULTS, got, want, strict=True):
-        scale = b.double().abs().max().item()
-        error = (a.double() - b.double()).abs().max().item()
-        assert error <= tolerance * scale, f"{name} off by {error:.2g} of {scale:.2g}"
 
 
 # --- forward and backward against the oracle -----------------------------------------------------
@@ -282,14 +202,13 @@ def test_noise_is_the_definitions_in_either_order_and_wherever_runs_begin(case, 
 
 @interpreted
 def test_a_given_noise_scale_takes_the_place_of_the_deviation():
-    case = Case("batch", (8, 4, 5, 5))
-    t, given = operands(case), torch.rand(4) + 0.5
-    want, _, _ = forward_pass("reference", case, t, noise_scale=given, noise_train=0.4)
+    case, given = Case("batch", (8, 4, 5, 5)), torch.rand(4) + 0.5
     for how in PATHS[:2]:
         with path(how):
-            y, stats, _ = forward_pass("triton", case, t, noise_scale=given, noise_train=0.4)
+            _, stats, *_ = raw_ops.check(
+                "triton", case, operands(case), noise_scale=given, noise_train=0.4
+            )
             assert torch.equal(stats[Row.NOISE_SCALE], given)
-            torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
 
 # --- gradients asked for, given statistics, running statistics -----------------------------------
@@ -329,36 +248,17 @@ def test_given_statistics_and_inference(dtype, last, fused, how):
     t = operands(case, dtype, last)
     lmbda = torch.tensor([1e-4, 1.9999, 1.0, 3.0, -1.5])  # two of them take the series path
     running = (torch.randn(5), torch.rand(5) + 0.5, lmbda)
-    config = case.config("triton", channels_last=last, activation="relu" if fused else "")
-    found: dict[str, list[torch.Tensor]] = {}
     with path(how):
-        for name, to in (("triton", dtype), ("reference", torch.float64)):
-            exact = {n: tensor.to(to) for n, tensor in t.items()}
-            given = [r.double() if to == torch.float64 else r for r in running]
-            y, stats, x = forward_pass(name, case, exact, fused, last, given)
-            mask = found["triton"][0].to(to) if found else y
-            gradients = backward_pass(
-                name, case, exact, (mask, stats, x), fused, last, frozen=True
-            )
-            residual = exact["residual"] if fused else None
-            own, same = (
-                backends.get(name).forward(
-                    *raw_ops.forward(
-                        config, x, exact["weight"], exact["bias"], running=r, residual=residual,
-                        keep_stats=False,
-                    )
-                )[0]
-                for r in (NONE, given)
-            )  # fmt: skip
-            found[name] = [y, stats, *gradients, own]
-            assert torch.equal(same, y)
-        infinite = torch.full((5,), math.inf)
-        plain = {n: t[n] for n in ("x", "weight", "bias")}
-        y, _, _ = forward_pass("triton", case, plain, (), last, (running[0], infinite, running[2]))
+        y, *_ = raw_ops.check("triton", case, t, fused, last, running=running)
+        config = case.config("", channels_last=last, activation="relu" if fused else "")
+        given = raw_ops.forward(
+            config[:-1], t["x"], t["weight"], t["bias"], running=running,
+            residual=t["residual"] if fused else None, keep_stats=False,
+        )  # fmt: skip
+        assert torch.equal(backends.get("triton").forward(*given)[0], y)
+        infinite = (running[0], torch.full((5,), math.inf), lmbda)
+        y, *_ = forward_pass("triton", case, t, (), last, running=infinite)
         assert y.isnan().all()
-    for got, want in zip(*found.values(), strict=True):
-        error = (got.double() - want).abs().max() / want.abs().max()
-        assert error.item() < 4 * torch.finfo(dtype).eps + 2e-6
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -387,62 +287,13 @@ SMALL_PATHS = [
 FUSED = (("residual", "relu"), ("sum", "relu"))
 
 
-def exactly(t: dict[str, torch.Tensor], fused: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The operands in float64; a pass normalizes the sum as it is stored."""
-    exact = {name: tensor.double() for name, tensor in t.items()}
-    if "sum" in fused:
-        exact["x"] = (t["x"] + t["residual"]).double()
-        exact["residual"] = torch.zeros_like(exact["x"])
-    return exact
-
-
 @pytest.mark.parametrize(("case", "last", "how"), SMALL_PATHS)
 @interpreted
-def test_fused_passes_are_within_bounds(case, last, how):
-    """Both backends mask by the output found here, as a rounding may change a sign."""
-    t = operands(case, last=last)
-    for fused, noise_train in zip(FUSED, (0.4, 0.0), strict=True):
-        with path(how):
-            got = both_passes("triton", case, t, fused, last, noise_train=noise_train)
-        want = both_passes(
-            "reference", case, exactly(t, fused), fused, last, got[0].double(),
-            noise_train=noise_train,
-        )  # fmt: skip
-        assert_close(got, want)
-        assert got[2].stride() == torch.empty_like(t["x"]).stride()
-        assert (got[0] == 0).any()
-
-
-@pytest.mark.parametrize("how", PATHS[:2])
-@pytest.mark.parametrize("case", SMALL, ids=str)
-@interpreted
-def test_a_fused_residual_and_relu_equal_separate_ones_to_the_bit(case, how):
-    """A NaN in the mask lets the gradient through."""
-    t = operands(case)
-    mask = torch.randint(-1, 2, case.shape, generator=torch.Generator().manual_seed(1)).float()
-    mask.flatten()[::5] = math.nan
-    masked = {**t, "g": torch.where(mask <= 0, 0.0, t["g"])}
+def test_fused_passes_equal_separate_ones_to_the_bit(case, last, how):
     with path(how):
-        got = both_passes("triton", case, t, ("residual", "relu"), mask=mask)
-        want = both_passes("triton", case, masked)
-    assert torch.equal(got[0], (want[0] + t["residual"]).relu())
-    assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:], strict=True))
-
-
-@pytest.mark.parametrize("how", PATHS)
-@interpreted
-def test_a_fused_sum_equals_a_separate_one_to_the_bit(how):
-    for case, last in ((SMALL[0], True), (SMALL[1], False)):
-        t = operands(case, torch.bfloat16, last)
-        with path(how):
-            got = both_passes("triton", case, t, ("sum",), last)
-            want = both_passes("triton", case, {**t, "x": t["x"] + t["residual"]}, last=last)
-        for name, a, b in zip(RESULTS, got, want, strict=True):
-            if name == "du":  # rounded once less
-                unit = torch.finfo(torch.bfloat16).eps
-                torch.testing.assert_close(a, b + t["grad_sum"], rtol=2 * unit, atol=unit)
-            else:
-                assert torch.equal(a, b), name
+        raw_ops.assert_fused_equals_steps(
+            "triton", case, operands(case, last=last), last, noise_train=0.4
+        )
 
 
 @pytest.mark.parametrize("how", PATHS[:2])
@@ -452,9 +303,10 @@ def test_an_output_that_is_nan_stays_nan(how):
     t = operands(case)
     t["residual"][0, 3] = math.nan
     with path(how):
-        y, _, du, *_ = both_passes("triton", case, t, ("residual", "relu"))
+        y, _, du, *_ = both_passes("triton", case, t, FUSED[0])
         assert y.isnan().nonzero().tolist() == [[0, 3]]
-        assert du.isfinite().all()
+        masked = both_passes("triton", case, {**t, "g": torch.where(y <= 0, 0.0, t["g"])})
+        assert torch.equal(du, masked[2])
         y, *_ = forward_pass("triton", case, t, ("sum", "relu"))
         assert y.isnan().all(1).tolist() == [True, False]
 
@@ -478,9 +330,7 @@ def test_every_operand_may_have_strides_of_its_own(other):
             t[name] = OTHER_STRIDES[other](t[name])
         mask = OTHER_STRIDES[other](t["x"])
         with path("resident"):
-            got = both_passes("triton", case, t, fused, last, mask)
-        alike = {name: tensor.contiguous() for name, tensor in t.items()}
-        assert_close(got, both_passes("reference", case, alike, fused, last, mask))
+            raw_ops.check("triton", case, t, fused, last, mask=mask)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -489,13 +339,9 @@ def test_forward_by_one_backend_and_backward_by_another(case):
     t = operands(case)
     others = [n for n in ("cpu", "reference") if normnorm.available_backends()[n] is None]
     fused = FUSED[SMALL.index(case) % 2]
-    pairs = [pair for other in others for pair in (("triton", other), (other, "triton"))]
-    found = [
-        both_passes(first, case, t, fused, backward=second, noise_train=0.4)
-        for first, second in pairs
-    ]
-    for other in found:
-        assert_close(other, found[-1])
+    for other in others:
+        for first, second in (("triton", other), (other, "triton")):
+            raw_ops.check(first, case, t, fused, backward=second, noise_train=0.4)
 
 
 @interpreted
@@ -512,7 +358,7 @@ def test_empty_tensors_and_arguments_that_the_checks_refuse():
         forward_pass("triton", case, {"x": x, "residual": x[:1]}, ("sum",))
     saved = forward_pass("triton", case, {"x": x}, ("relu",))
     with pytest.raises(TypeError, match="grad_output must have the input's dtype"):
-        backward_pass("triton", case, {"x": x, "g": x.double()}, saved, ("relu",), needs=FIRST)
+        backward_pass("triton", case, {"x": x, "g": x.double()}, saved, ("relu",))
 
 
 # --- strides, sizes, bad groups ------------------------------------------------------------------

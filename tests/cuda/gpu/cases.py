@@ -1,12 +1,11 @@
 """Shapes for the GPU tests, each with a small one for the dry run, and both passes over them,
-compared with the reference in float64 on the same device with the same noise (``tiers.py``)."""
+compared with the reference in float64 on the same device with the same noise (``raw_ops.py``)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import raw_ops
-import tiers
 import torch
 from oracle import Case, compute_dtype
 from torch import Tensor
@@ -63,10 +62,10 @@ def check(
     """Compares both passes with the reference; returns their results."""
     got = raw_ops.both_passes(backend, case, t, fused, last, **options)
     if mode() != "compile":
-        tiers.compare(case, t, fused, last, got, unit=rig.unit, **options)
+        raw_ops.compare(case, t, fused, last, got, unit=rig.unit, **options)
     return got
 
 
 def assert_same(first: tuple[Tensor, ...], second: tuple[Tensor, ...], what: str) -> None:
     """Bit for bit."""
-    assert mode() == "compile" or tiers.same(first, second), f"{what}: the results differ"
+    assert mode() == "compile" or raw_ops.same(first, second), f"{what}: the results differ"

@@ -21,8 +21,8 @@ if __name__ == "__main__":
     sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (2, 3)]
 
 import torch
-from raw_ops import both_passes
-from tiers import case_and_plan, compare
+from raw_ops import both_passes, compare
+from tiers import case_and_plan
 
 from gpu.cases import make
 from gpu.rig import Hang, Rig, wait

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tiers import CPU_UNIT, GPU_UNIT
+from raw_ops import CPU_UNIT, GPU_UNIT
 
 import normnorm
 from normnorm import backends

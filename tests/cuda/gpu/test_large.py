@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from tiers import assert_close, normal_error
+from raw_ops import assert_close, normal_error
 
 from normnorm import functional as F
 from normnorm import reference
