@@ -7,7 +7,6 @@
 
 #include "../../csrc/cpu/io.h"
 #include "../../csrc/cpu/noise.h"
-#include "../../csrc/math/lmbda.h"
 #include "../../csrc/math/moments.h"
 #include "../../csrc/math/projected_error.h"
 #include "../../csrc/math/transform.h"
@@ -83,26 +82,6 @@ void bind_real(py::module_& m) {
   };
   m.def("psi_h", slope(false));
   m.def("psi_lambda", slope(true));
-  m.def("lambda_terms", [](Array<T> a) {
-    const auto term = [&](int which) {
-      return map(a, [which](auto h) {
-        using V = decltype(h);
-        const V t = magnitude(h);
-        const auto s = lambda_terms<V>(h, t, log1p_nonneg<V>(t));
-        return which == 0 ? s.hd : which == 1 ? s.log : which == 2 ? s.d : s.e;
-      });
-    };
-    return py::make_tuple(term(0), term(1), term(2), term(3));
-  });
-  m.def("lambda_weight", [](Array<T> a, T lmbda, T mean_hd, T mean_d, T curvature, T alpha, int order) {
-    const auto g = lambda_gradient<T>(lmbda, mean_hd, mean_d, curvature, alpha, order);
-    return map(a, [&](auto h) {
-      using V = decltype(h);
-      const V t = magnitude(h);
-      const LambdaGradient<V> c{splat<V>(g.c_e), splat<V>(g.c_r), splat<V>(g.c_o), splat<V>(g.two_d)};
-      return lambda_weight<V>(h, t, log1p_nonneg<V>(t), V(T(1) / (t + T(1))), c);
-    });
-  });
 }
 
 py::array_t<uint32_t> lane_words(uint64_t seed, uint32_t stream, uint64_t first_quad, int64_t quads) {
@@ -150,7 +129,6 @@ void bind_half(py::module_& m, const char* widen_name, const char* narrow_name) 
 }  // namespace
 
 PYBIND11_MODULE(NN_MODULE, m) {
-  m.attr("lanes") = kLanes<VFloat>;
   auto single = m.def_submodule("float32"), whole = m.def_submodule("float64");
   bind_real<float>(single);
   bind_real<double>(whole);
@@ -178,10 +156,6 @@ PYBIND11_MODULE(NN_MODULE, m) {
   m.def("lane_words", &lane_words);
   single.def("normals", &normals_of<float>);
   whole.def("normals", &normals_of<double>);
-  m.def("estimate_lambda", [](double a, double b, double d, double e, double alpha, int order, double eps) {
-    const auto s = estimate_lambda<double>({a, b, d, e}, alpha, order, eps);
-    return py::make_tuple(s.lmbda, s.curvature);
-  });
   // moments as (count, mean, low, m2)
   using Four = std::tuple<double, double, double, double>;
   m.def("merge", [](const Four& a, const Four& b) {
