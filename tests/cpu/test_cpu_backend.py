@@ -99,22 +99,19 @@ SHAPES = (
 )
 
 
-def check_everything(dtypes=(torch.float32, torch.bfloat16, torch.float16)) -> str:
+def check_everything() -> str:
     """Checks forward and backward passes of all cases; returns the instruction set that ran."""
     with normnorm.use_backend("cpu"):
         for number, case in enumerate((*CASES, *SHAPES)):
-            for dtype in dtypes:
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
                 for law in ("normal", "exponential"):
                     x = draw(case, law, number, dtype)
-                    weight, bias = draw_parameters(case, number, dtype)
-                    check(case, x, weight, bias, seed=number, noise_train=0.4, what=law)
-                    if case.kind == "layer" or x.dim() != 4:
-                        continue
-                    x = x.to(memory_format=torch.channels_last)
-                    check(
-                        case, x, weight, bias, seed=number, noise_train=0.4, what=law,
-                        channels_last=True,
-                    )  # fmt: skip
+                    options = {"seed": number, "noise_train": 0.4, "what": law}
+                    parameters = draw_parameters(case, number, dtype)
+                    check(case, x, *parameters, **options)
+                    if case.kind != "layer" and x.dim() == 4:
+                        x = x.to(memory_format=torch.channels_last)
+                        check(case, x, *parameters, channels_last=True, **options)
     return str(cpu.info()["isa"])
 
 
@@ -122,45 +119,30 @@ def check_everything(dtypes=(torch.float32, torch.bfloat16, torch.float16)) -> s
 def test_results_are_within_bounds_on_every_instruction_set(isa):
     if isa not in runnable():
         pytest.skip(f"this processor has no {isa}: its kernels were not tested")
-    dtypes = "(torch.float32, torch.bfloat16)"
-    done = run_python(
-        f"import torch, test_cpu_backend as t; print(t.check_everything({dtypes}))",
-        NORMNORM_CPU_ISA=isa,
-    )
+    program = "import test_cpu_backend as t; print(t.check_everything())"
+    done = run_python(program, NORMNORM_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[-1] == isa
 
 
-def test_float64_is_within_bounds():
-    check_everything((torch.float64,))
-
-
 # --- large groups, threads -----------------------------------------------------------------------
 
-# (kind, shape, normalized_ndim): few groups larger than the scratch memory, many groups, short runs
+# Few groups larger than the scratch memory, many groups, short runs.
 LARGE = (
-    ("batch", (3, 2, 310, 310), 0),
-    ("batch", (700, 2, 20, 20), 0),
-    ("batch", (30000, 10), 0),
-    ("layer", (2, 270_001), 1),
-    ("layer", (400, 100), 1),
-    ("instance", (1, 2, 520, 510), 0),
-    ("group", (1, 4, 260, 260), 0),
+    Case("batch", (3, 2, 310, 310)),
+    Case("batch", (700, 2, 20, 20)),
+    Case("batch", (30000, 10)),
+    Case("layer", (2, 270_001), normalized_ndim=1),
+    Case("layer", (400, 100), normalized_ndim=1),
+    Case("instance", (1, 2, 520, 510)),
+    Case("group", (1, 4, 260, 260), num_groups=2),
 )
 
 
-def forward_and_backward(x, kind, normalized_ndim, noise=0.4, dtype=None, backend="cpu"):
-    groups = 2 if kind == "group" else 0
+def forward_and_backward(case, x, g, weight, bias, backend="cpu"):
     last = x.dim() > 2 and not x.is_contiguous()
-    options = {"noise_train": noise, "channels_last": last}
-    config = configuration(kind, groups, normalized_ndim, **options)
-    serves = backends.get(backend)
-    shape = x.shape[x.dim() - normalized_ndim :] if kind == "layer" else x.shape[1:2]
-    generator = torch.Generator().manual_seed(1)
-    weight = (1 + torch.rand(shape, generator=generator)).to(x.dtype)
-    bias = torch.rand(shape, generator=generator).to(x.dtype)
-    g = torch.randn(x.shape, generator=generator).to(x.dtype)
-    seed = torch.tensor([77])
+    config = case.config("cpu", noise_train=0.4, channels_last=last)[:-1]
+    serves, seed = backends.get(backend), torch.tensor([77])
     y, stats, _ = serves.forward(
         x, *NONE, weight, bias, None, seed, None, False, True, *config
     )  # fmt: skip
@@ -169,30 +151,28 @@ def forward_and_backward(x, kind, normalized_ndim, noise=0.4, dtype=None, backen
     ))  # fmt: skip
 
 
-def layouts(shape):
-    yield torch.contiguous_format
-    if len(shape) == 4:
-        yield torch.channels_last
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("kind", "shape", "normalized_ndim"), LARGE)
-def test_large_groups_agree_with_the_definition_for_any_number_of_threads(
-    kind, shape, normalized_ndim, dtype
-):
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_groups_agree_with_the_definition_for_any_number_of_threads(case, dtype, set_threads):
     """Within bounds on one thread, and bitwise the same on more."""
-    x = torch.randn(shape).exp().to(dtype)
-    before = torch.get_num_threads()
-    for layout in layouts(shape):
-        x = x.to(memory_format=layout)
+    formats = (torch.contiguous_format, torch.channels_last)
+    for memory_format in formats[: 2 if len(case.shape) == 4 else 1]:
+        x = torch.randn(case.shape).exp().to(dtype).contiguous(memory_format=memory_format)
+        tensors = (x, torch.randn(case.shape).to(dtype), *draw_parameters(case, 1, dtype))
         results = []
         for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            try:
-                results.append(forward_and_backward(x, kind, normalized_ndim))
-            finally:
-                torch.set_num_threads(before)
-        want = forward_and_backward(x.double(), kind, normalized_ndim, backend="reference")
+            set_threads(threads)
+            results.append(forward_and_backward(case, *tensors))
+        doubles = (tensor.double() for tensor in tensors)
+        want = forward_and_backward(case, *doubles, backend="reference")
         names = ("y", "stats", "du", "dw", "db")
         for name, exact, got, *others in zip(names, want, *results, strict=True):
             scale = exact.abs().max().item()
