@@ -9,8 +9,9 @@ import sys
 
 import onnxruntime
 import pytest
+import raw_ops
 import torch
-from layer_table import KINDS, LAYERS, RUNNING, few
+from layer_table import KINDS, RUNNING, few
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
@@ -50,19 +51,22 @@ def ours_in(program):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("row", few(KINDS, KINDS[:2]))
-def test_decompositions_leave_torch_s_operations_alone(row, strict):
+def test_exported_evaluation_agrees_with_the_op_and_decomposed(row, strict, cpu_backend):
     layer = trained(row)
     program = torch.export.export(layer, (batches(row)[0],), dynamic_shapes=BATCH, strict=strict)
-    assert "normnorm.normal_norm_forward.default" in ops_of(program)
+    ours = "normnorm.normal_norm_forward.default"
+    assert ours_in(program) == (ours in ops_of(program)) == (cpu_backend != "reference")
     plain = program.run_decompositions(normnorm.decompositions())
     assert not ours_in(plain)
     for input in batches(row):
+        assert_close(program.module()(input), layer(input), **CLOSE)
         assert_close(plain.module()(input), layer(input), **CLOSE)
 
 
 def test_decompositions_go_together_with_torch_s_own():
     layer = trained(KINDS[0])
     program = torch.export.export(layer, (batches(KINDS[0])[0],))
+    normnorm.decompositions().clear()  # the table is the caller's own
     table = {**torch.export.default_decompositions(), **normnorm.decompositions()}
     plain = program.run_decompositions(table)
     assert not ours_in(plain)
@@ -72,21 +76,18 @@ def test_decompositions_go_together_with_torch_s_own():
         assert_close(plain.module()(input), layer(input), **CLOSE)
 
 
-def test_the_table_is_the_caller_s_own():
-    normnorm.decompositions().clear()
-    assert normnorm.decompositions()
-
-
-@pytest.mark.parametrize("row", few(RUNNING, KINDS[:1]))
-def test_training_graphs_of_the_reference_backend_hold_no_op_of_ours(row):
+@pytest.mark.parametrize(
+    "row", few([row for row in KINDS if row in RUNNING], KINDS[:1])
+)
+def test_exported_training_folds_the_running_statistics(row, cpu_backend):
     layer = row.make(noise_train=0.0, track_running_stats=True)
     eager = copy.deepcopy(layer)
-    with normnorm.use_backend("reference"):
-        program = torch.export.export(layer, (row.input(torch.float32),))
-    assert not ours_in(program)
-    plain = program.run_decompositions()
-    assert not ours_in(plain)
-    module = plain.module()
+    program = torch.export.export(layer, (row.input(torch.float32),))
+    if cpu_backend == "reference":
+        assert not ours_in(program)
+        program = program.run_decompositions()
+        assert not ours_in(program)
+    module = program.module()
     for seed in range(2):
         input = row.input(torch.float32, seed)
         assert_close(module(input), eager(input), **CLOSE)
@@ -95,33 +96,24 @@ def test_training_graphs_of_the_reference_backend_hold_no_op_of_ours(row):
         assert_close(found[name], buffer, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("row", few(KINDS, KINDS[:1]))
-def test_every_op_of_a_training_step_decomposes_in_make_fx(row):
-    def step(input, weight, bias, seed, mean, var, lmbda):
-        config = (
-            row.kind, row.num_groups, row.normalized_ndim, 1e-5, 0.4, 1.0, 2, 0.0, 0, False, "",
-            "auto",
-        )  # fmt: skip
-        ops = torch.ops.normnorm
+def test_every_op_of_a_training_step_decomposes_in_make_fx():
+    row, ops = KINDS[0], torch.ops.normnorm
+    config = row.config("auto", noise_train=0.4)
+
+    def step(input, weight, bias, seed, *running):
+        affine = (weight, bias)
         output, stats, _ = ops.normal_norm_forward(
-            input, None, None, None, weight, bias, None, seed, None, False, True, *config
+            *raw_ops.forward(config, input, *affine, seed=seed)
         )
         gradients = ops.normal_norm_backward(
-            output.cos(), input, stats, weight, bias, None, seed, None, True, True, True, False,
-            *config,
+            *raw_ops.backward(config, output.cos(), input, stats, *affine, seed=seed)
         )
-        if row.kind == "batch":
-            ops.fold_running_(stats, mean, var, lmbda, None, 0.1, 24, 1e-5, "auto")
-        return (output, *gradients, mean, var, lmbda)
-
-    layer = row.make()
-    channels = row.shape[1]
+        ops.fold_running_(stats, *running, None, 0.1, 24, 1e-5, "auto")
+        return (output, *gradients, *running)
 
     def arguments():
-        return (
-            row.input(torch.float32), layer.weight.detach(), layer.bias.detach(),
-            torch.tensor([5]), torch.zeros(channels), torch.ones(channels), torch.ones(channels),
-        )  # fmt: skip
+        affine = [parameter.detach() for parameter in row.make().parameters()]
+        return (row.input(torch.float32), *affine, torch.tensor([5]), *torch.ones(3, row.shape[1]))
 
     graph = make_fx(step, decomposition_table=normnorm.decompositions())(*arguments())
     assert "normnorm" not in graph.code
@@ -169,7 +161,7 @@ def run_onnx(program, path, inputs):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
 def test_onnxruntime_gives_the_same(row, tmp_path):
     layer = trained(row)
     program = torch.onnx.export(
@@ -204,7 +196,7 @@ def test_onnx_takes_a_network_and_the_layer_options(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decomposed", [False, True], ids=["op", "decomposed"])
-@pytest.mark.parametrize("row", few(KINDS, KINDS))
+@pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
 def test_packages_compiled_ahead_of_time_give_the_same(row, decomposed, tmp_path):
     layer = trained(row)
     dim = ({0: torch.export.Dim("batch", min=2, max=64)},)

@@ -86,22 +86,22 @@ def test_tracing_in_training_does_not_fail_and_folds(cpu_backend, model):
         assert not torch.equal(after[f"batch.{name}"], before[f"batch.{name}"])
 
 
-def test_a_fused_sum_is_traced_by_itself(cpu_backend):
-    layer = normnorm.AddLayerNormalNorm(6)
-    x = torch.randn(3, 6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = torch.jit.trace(layer.eval(), (x, x.square()))
-    for mine, theirs in zip(found(x, x.exp()), layer(x, x.exp()), strict=True):
-        assert torch.equal(mine, theirs)
-
-
 # torch.fx
 
 
 class Doubled(normnorm.BatchNormalNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
+
+
+def assert_trains_the_same(graph: nn.Module, model: nn.Module, x: Tensor) -> None:
+    """A training step, and evaluation by the statistics that it has moved."""
+    outputs = []
+    for module in (copy.deepcopy(graph), copy.deepcopy(model)):
+        torch.manual_seed(1)
+        outputs.append((module.train()(x), module.eval()(x)))
+    for mine, theirs in zip(*outputs, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_fx_sees_each_layer_as_one_module(model):
@@ -112,32 +112,15 @@ def test_fx_sees_each_layer_as_one_module(model):
         "conv", "batch", "act", "group", "instance", "channels", "layer", "add", "act",
     ]  # fmt: skip
     x = torch.randn(2, 4, 5, 6)
-    for other in (graph, copy.deepcopy(graph)):
-        assert torch.equal(other(x), model(x))
-
-
-def test_a_graph_of_fx_trains_as_the_model_does(model):
-    x, outputs = torch.randn(2, 4, 5, 6), []
-    for module in (fx.symbolic_trace(copy.deepcopy(model)), model):
-        torch.manual_seed(1)
-        outputs.append(module.train()(x))
-        outputs.append(module.eval()(x))  # by statistics that have moved
-    assert torch.equal(outputs[0], outputs[2])
-    assert torch.equal(outputs[1], outputs[3])
+    assert_trains_the_same(graph, model, x)
 
 
 def test_fx_sees_what_a_derived_class_adds():
     model = nn.Sequential(Doubled(4), nn.ReLU())
     graph = fx.symbolic_trace(model)
     x = torch.randn(2, 4, 5, 6)
-    for other in (graph, pickle.loads(pickle.dumps(graph))):
-        for training in (False, True):
-            outputs = []
-            for module in (other, copy.deepcopy(model)):
-                torch.manual_seed(1)
-                outputs.append(module.train(training)(x))
-            assert torch.equal(*outputs)
-        model = nn.Sequential(Doubled(4), nn.ReLU())  # the graph's own has moved its statistics
+    assert_trains_the_same(graph, model, x)
+    assert_trains_the_same(pickle.loads(pickle.dumps(graph)), model, x)
 
 
 def test_fx_sees_each_function_as_one_call():
@@ -157,13 +140,10 @@ def test_fx_sees_each_function_as_one_call():
     assert torch.equal(graph(x), net(x))
 
 
-def test_fx_of_a_layer_alone_says_what_to_do():
+def test_fx_refuses_a_layer_alone_and_a_lazy_one():
     for layer in (normnorm.BatchNormalNorm2d(4), normnorm.LayerNormalNorm(4)):
         with pytest.raises(TypeError, match=r"wrap it in nn.Sequential"):
             fx.symbolic_trace(layer)
-
-
-def test_a_lazy_layer_refuses_what_has_no_sizes():
     model = nn.Sequential(normnorm.LazyBatchNormalNorm2d())
     with pytest.raises(TypeError, match="input must be a tensor; got Proxy"):
         fx.symbolic_trace(model)
