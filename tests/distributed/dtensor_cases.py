@@ -1,20 +1,17 @@
-"""What tests/distributed/test_dtensor.py lets every rank of two do.
-
-Each case is a function of (rank, mesh).
-"""
+"""Layers over the shards of a DTensor, on two ranks: functions of (rank, mesh), in float64."""
 
 from __future__ import annotations
 
 import copy
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
+import functools
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
+from ranks import EXACT
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -30,36 +27,19 @@ import normnorm
 from normnorm import functional as F
 
 RANKS = 2
-CASES: dict[str, Callable[[int, DeviceMesh], None]] = {}
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def case(function):
-    CASES[function.__name__] = function
-    return function
-
-
-def run(rank: int, folder: str) -> None:
-    """A spawned process: every case, and what came of it in ``folder``."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS,
-        timeout=timedelta(seconds=120),
-    )  # fmt: skip
-    mesh = init_device_mesh("cpu", (RANKS,))
-    found: dict[str, str | None] = {}
-    for name, function in CASES.items():
-        torch.manual_seed(11)
-        torch._dynamo.reset()
+    @ranks.case(RANKS)
+    @functools.wraps(function)
+    def on_a_mesh(rank, ranks):
+        torch.set_default_dtype(torch.float64)
         try:
-            function(rank, mesh)
-            found[name] = None
-        except (Exception, pytest.fail.Exception):
-            found[name] = traceback.format_exc()
-        torch.save(found, f"{folder}/{rank}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
+            function(rank, init_device_mesh("cpu", (ranks,)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return on_a_mesh
 
 
 def check_against_one_process(layer, mesh, shape, placement, residual=False):
@@ -90,20 +70,19 @@ def check_against_one_process(layer, mesh, shape, placement, residual=False):
 
 @case
 def sequence_parallel_equals_one_process(rank, mesh):
-    for backend in ("auto", "reference"):
-        for compiled in (False, True):
-            layer = normnorm.LayerNormalNorm(8, noise_train=0)
-            x = torch.randn(2, 5, 8)  # 3 and 2 tokens
-            wanted, plain = layer(x), copy.deepcopy(layer)
-            plain(x).sin().sum().backward()
-            net = nn.Sequential(layer)
-            parallelize_module(net, mesh, {"0": SequenceParallel()})
-            function = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
-            with normnorm.use_backend(backend):
-                found = function(distribute_tensor(x, mesh, [Shard(1)]))
-                assert_close(found.full_tensor(), wanted, **EXACT)
-                found.sin().sum().backward()
-            assert_close(layer.weight.grad.full_tensor(), plain.weight.grad, **EXACT)
+    for backend, compiled in (("auto", False), ("reference", False), ("auto", True)):
+        layer = normnorm.LayerNormalNorm(8, noise_train=0)
+        x = torch.randn(2, 5, 8)  # 3 and 2 tokens
+        wanted, plain = layer(x), copy.deepcopy(layer)
+        plain(x).sin().sum().backward()
+        net = nn.Sequential(layer)
+        parallelize_module(net, mesh, {"0": SequenceParallel()})
+        function = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+        with normnorm.use_backend(backend):
+            found = function(distribute_tensor(x, mesh, [Shard(1)]))
+            assert_close(found.full_tensor(), wanted, **EXACT)
+            found.sin().sum().backward()
+        assert_close(layer.weight.grad.full_tensor(), plain.weight.grad, **EXACT)
 
 
 @case
@@ -172,21 +151,20 @@ def normalized(mesh, placement, compiled):
 
 @case
 def shards_have_noise_of_their_own_and_copies_the_same(rank, mesh):
-    for compiled in (False, True):
-        for seed in (5, 5 + rank):
-            torch.manual_seed(seed)
-            whole, *_ = normalized(mesh, Shard(0), compiled)
-            assert len(whole.unique(dim=0)) == 8
-            torch.manual_seed(seed)
-            _, local, grad = normalized(mesh, Replicate(), compiled)
-            for mine in (local, grad):
-                theirs = [torch.empty_like(mine) for _ in range(RANKS)]
-                dist.all_gather(theirs, mine.contiguous())
-                assert torch.equal(theirs[0], theirs[1])
-            torch.manual_seed(5)  # the first rank's
-            if seed == 5 or rank == 0:
-                alone = normnorm.LayerNormalNorm(8)(torch.arange(8.0).expand(8, 8).contiguous())
-                assert_close(local, alone.detach(), **EXACT)
+    for compiled, seed in ((False, 5), (False, 5 + rank), (True, 5 + rank)):
+        torch.manual_seed(seed)
+        whole, *_ = normalized(mesh, Shard(0), compiled)
+        assert len(whole.unique(dim=0)) == 8
+        torch.manual_seed(seed)
+        _, local, grad = normalized(mesh, Replicate(), compiled)
+        for mine in (local, grad):
+            theirs = [torch.empty_like(mine) for _ in range(RANKS)]
+            dist.all_gather(theirs, mine.contiguous())
+            assert torch.equal(theirs[0], theirs[1])
+        torch.manual_seed(5)  # the first rank's
+        if seed == 5 or rank == 0:
+            alone = normnorm.LayerNormalNorm(8)(torch.arange(8.0).expand(8, 8).contiguous())
+            assert_close(local, alone.detach(), **EXACT)
 
 
 @case

@@ -1,16 +1,10 @@
-"""What tests/distributed/test_sync.py lets every rank of a process group do.
-
-Each case is a function of (rank, ranks); all ranks call the cases in the same order. What a case
-finds wrong it raises, after its last message, so that no rank waits for another.
-"""
+"""Synchronised layers on four ranks, and what is compiled on two."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-import traceback
-from collections.abc import Callable
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from unittest import mock
@@ -19,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from functorch.compile import make_boxed_compiler, min_cut_rematerialization_partition
+from ranks import EXACT, SEED, case
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -27,57 +22,28 @@ from torch.testing import assert_close
 
 import normnorm
 from normnorm import backends, reference, sync
-from normnorm.noise import standard_normals
+from normnorm.noise import draw_seed, standard_normals
 from normnorm.sync import sync_batch_normal_norm
 
-CASES: dict[str, Callable[[int, int], None]] = {}
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 # Shards of the batch: unequal, an empty one, one of a single sample.
 SIZES = {2: (5, 3), 4: (3, 5, 0, 1)}
-SEED = 11
 
 
-def case(function):
-    CASES[function.__name__] = function
-    return function
-
-
-def run(rank: int, ranks: int, folder: str, names: tuple[str, ...], timeout: int = 120) -> None:
-    """A spawned process: every case, and what came of it in ``folder``."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=timeout),
-    )  # fmt: skip
-    found: dict[str, str | None] = {}
-    for name in names:
-        torch.manual_seed(SEED)
-        torch._dynamo.reset()
-        try:
-            globals()[name](rank, ranks)
-            found[name] = None
-        except (Exception, pytest.fail.Exception):
-            found[name] = traceback.format_exc()
-        torch.save(found, f"{folder}/{rank}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-def shard(rank: int, ranks: int, whole: torch.Tensor, sizes: tuple[int, ...] | None = None):
-    sizes = sizes or SIZES[ranks]
-    return whole.split(sizes)[rank].detach().clone()
+def shard(rank: int, ranks: int, whole: torch.Tensor) -> torch.Tensor:
+    return whole.split(SIZES[ranks])[rank].detach().clone()
 
 
 def skewed(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).exp().to(dtype)
 
 
-def whole_noise(ranks: int, shape: tuple[int, ...], channels_last: bool = False) -> torch.Tensor:
+def whole_noise(ranks, shape, seed=SEED, channels_last=False, dtype=torch.float64):
     """The ranks' noise, each of its own stream, as that of one batch."""
-    seed = torch.tensor([SEED])
+    if isinstance(seed, int):
+        seed = torch.tensor([seed])
     return torch.cat(
         [
-            standard_normals((size, *shape[1:]), seed, rank, channels_last and size > 0)
+            standard_normals((size, *shape[1:]), seed, rank, channels_last and size > 0, dtype)
             for rank, size in enumerate(SIZES[ranks])
         ]
     )
@@ -93,7 +59,7 @@ def agree(rank, ranks, shape, affine, noise, channels_last=False, **keywords):
     parameters = [torch.rand(shape[0], dtype=torch.float64) + 0.5 for _ in range(2)]
     weight, bias = (p.requires_grad_() if affine else None for p in parameters)
     given = [p for p in (weight, bias) if p is not None]
-    z = whole_noise(ranks, (size, *shape), channels_last)
+    z = whole_noise(ranks, (size, *shape), channels_last=channels_last)
     expected, _ = reference.normal_norm(
         whole, weight, bias, kind="batch", noise_train=noise, z=z, **keywords
     )
@@ -117,35 +83,24 @@ def agree(rank, ranks, shape, affine, noise, channels_last=False, **keywords):
         assert output.stride() == found[0].stride() == local.stride()
 
 
-@case
+@case(4)
 def outputs_and_gradients_equal_one_process(rank, ranks):
-    for affine, noise in itertools.product((True, False), (0.0, 0.4)):
-        agree(rank, ranks, (3, 4, 2), affine, noise)
-
-
-@case
-def every_rank_of_input_and_option_equals_one_process(rank, ranks):
+    agree(rank, ranks, (3, 4, 2), False, 0.4)
+    agree(rank, ranks, (3, 4, 2), True, 0.4, channels_last=True)
     agree(rank, ranks, (4,), True, 0.4)
     agree(rank, ranks, (2, 3), True, 0.4, order=1)
     agree(rank, ranks, (2, 3, 2, 2), True, 0.0, transform_eps=math.sqrt(1e-5))
     agree(rank, ranks, (3, 2, 2), True, 0.4, alpha=0.0)
     agree(rank, ranks, (3, 2, 2), True, 0.4, eps=0.1, alpha=0.7)
-
-
-@case
-def channels_last_equals_one_process(rank, ranks):
-    agree(rank, ranks, (3, 4, 2), True, 0.4, channels_last=True)
-
-
-@case
-def every_backend_gives_the_gradients_of_one_process(rank, ranks):
     for name, reason in normnorm.available_backends().items():
         if reason is None and backends.get(name).device_type in (None, "cpu"):
             with normnorm.use_backend(name):
                 agree(rank, ranks, (3, 4, 2), True, 0.4)
+    with mock.patch("normnorm.distributed.statistics._CHUNK", 40):  # pieces of the channels
+        agree(rank, ranks, (7, 4, 2), True, 0.4)
 
 
-@case
+@case(4)
 def norm_residual_and_activation_equal_one_process(rank, ranks):
     for options in ({}, {"act_layer": nn.SiLU}, {"apply_act": False}):
         for with_residual in (True, False):
@@ -167,7 +122,7 @@ def norm_residual_and_activation_equal_one_process(rank, ranks):
                 assert_close(layer.get_buffer(name), buffer, rtol=1e-10, atol=1e-12)
 
 
-@case
+@case(4)
 def an_activation_with_a_hook_is_called_behind_the_messages(rank, ranks):
     alone = normnorm.BatchNormalNormAct2d(3, noise_train=0.0, dtype=torch.float64)
     layer = copy.deepcopy(alone)
@@ -179,13 +134,13 @@ def an_activation_with_a_hook_is_called_behind_the_messages(rank, ranks):
     assert seen[0] is output
 
 
-@case
+@case(4)
 def passes_over_pieces_of_the_channels_give_the_same(rank, ranks):
     with mock.patch("normnorm.distributed.statistics._CHUNK", 40):
         agree(rank, ranks, (7, 4, 2), True, 0.4)
 
 
-@case
+@case(4)
 def second_derivatives_equal_one_process(rank, ranks):
     size, shape = sum(SIZES[ranks]), (2, 3)
     whole = skewed(size, *shape).requires_grad_()
@@ -208,7 +163,7 @@ def second_derivatives_equal_one_process(rank, ranks):
     assert_close(found[1], wanted[1], **EXACT)
 
 
-@case
+@case(4)
 def half_precision_input_gives_what_one_process_gives(rank, ranks):
     for dtype in (torch.bfloat16, torch.float16):
         size = sum(SIZES[ranks])
@@ -232,7 +187,7 @@ def half_precision_input_gives_what_one_process_gives(rank, ranks):
 # Numerics
 
 
-@case
+@case(4)
 def large_offsets_cost_no_more_digits_than_in_one_process(rank, ranks):
     size = sum(SIZES[ranks])
     whole = (skewed(size, 3, 50) + 1e4).float()
@@ -244,7 +199,7 @@ def large_offsets_cost_no_more_digits_than_in_one_process(rank, ranks):
     assert error.numel() == 0 or error.max() < bound, (error.max(), bound)
 
 
-@case
+@case(4)
 def shards_far_apart_keep_their_digits(rank, ranks):
     size = sum(SIZES[ranks])
     far = torch.repeat_interleave(torch.arange(ranks) * 1e4, torch.tensor(SIZES[ranks]))
@@ -254,7 +209,7 @@ def shards_far_apart_keep_their_digits(rank, ranks):
     assert_close(output.double(), shard(rank, ranks, truth), rtol=1e-5, atol=1e-5)
 
 
-@case
+@case(4)
 def constant_channels_give_exact_zeros(rank, ranks):
     for dtype in (torch.float32, torch.float64):
         local = torch.full((SIZES[ranks][rank], 2, 5), 0.1, dtype=dtype)
@@ -265,7 +220,7 @@ def constant_channels_give_exact_zeros(rank, ranks):
         assert torch.equal(lmbda, torch.ones_like(lmbda))
 
 
-@case
+@case(4)
 def a_nan_stays_in_its_channel_on_every_rank(rank, ranks):
     local = skewed(SIZES[ranks][rank], 3, 4)
     if rank == 0:
@@ -278,7 +233,7 @@ def a_nan_stays_in_its_channel_on_every_rank(rank, ranks):
 # Running statistics
 
 
-@case
+@case(4)
 def running_statistics_are_those_of_the_whole_batch(rank, ranks):
     for momentum in (0.3, None):
         alone = normnorm.BatchNormalNorm2d(3, momentum=momentum, dtype=torch.float64)
@@ -289,20 +244,17 @@ def running_statistics_are_those_of_the_whole_batch(rank, ranks):
             layer(shard(rank, ranks, whole))
         for name, buffer in alone.named_buffers():
             assert_close(layer.get_buffer(name), buffer, rtol=1e-10, atol=1e-12)
+        assert_the_same_on_every_rank(layer.buffers())
 
 
-@case
-def running_statistics_are_the_same_bits_on_every_rank(rank, ranks):
-    layer = normnorm.SyncBatchNormalNorm(3)
-    for _ in range(3):
-        layer(torch.randn(SIZES[ranks][rank], 3, 4) + rank)
-    for buffer in layer.buffers():
-        first = buffer.clone()
+def assert_the_same_on_every_rank(tensors):
+    for tensor in tensors:
+        first = tensor.detach().clone()
         dist.broadcast(first, 0)
-        assert torch.equal(buffer, first)
+        assert torch.equal(tensor, first)
 
 
-@case
+@case(4)
 def a_batch_without_elements_moves_nothing(rank, ranks):
     layer = normnorm.SyncBatchNormalNorm(3)
     output = layer(torch.randn(0, 3, 4, requires_grad=True))
@@ -334,7 +286,7 @@ def counted():
         yield sent
 
 
-@case
+@case(4)
 def messages_are_few_and_small(rank, ranks):
     local = skewed(4, 3, 5).requires_grad_()
     for noise, rounds in ((0.4, [3, 3]), (0.0, [])):
@@ -349,18 +301,17 @@ def messages_are_few_and_small(rank, ranks):
         assert sent == [("all_reduce", 5 * 3)]
 
 
-@case
-def an_input_without_gradient_needs_no_message_in_the_backward_pass(rank, ranks):
+@case(4)
+def nothing_is_sent_without_need(rank, ranks):
     layer = normnorm.SyncBatchNormalNorm(3)
     output = layer(torch.randn(4, 3, 5))
+    groups = [dist.new_group([one]) for one in range(ranks)]
+    alone = normnorm.SyncBatchNormalNorm(3, process_group=groups[rank])
     with counted() as sent:
-        output.sum().backward()
+        output.sum().backward()  # no gradient of the input
+        alone(torch.randn(4, 3, 5))
     assert sent == []
     assert layer.weight.grad is not None
-
-
-@case
-def evaluation_sends_nothing(rank, ranks):
     for track in (True, False):
         layer = normnorm.SyncBatchNormalNorm(3, track_running_stats=track)
         alone = normnorm.BatchNormalNorm2d(3, track_running_stats=track).eval()
@@ -374,60 +325,29 @@ def evaluation_sends_nothing(rank, ranks):
         assert torch.equal(output, alone(local))
 
 
-@case
-def a_group_of_one_sends_nothing(rank, ranks):
-    groups = [dist.new_group([one]) for one in range(ranks)]
-    layer = normnorm.SyncBatchNormalNorm(3, process_group=groups[rank])
-    with counted() as sent:
-        layer(torch.randn(4, 3, 5))
-    assert sent == []
-
-
-@case
+@case(4)
 def a_process_group_keeps_to_itself(rank, ranks):
     half = ranks // 2
     groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, ranks)))]
     mine = int(rank >= half)
     whole = skewed(2, half, 4, 3, 5)  # (groups, ranks of a group, batch, channels, positions)
-    layer = normnorm.SyncBatchNormalNorm(
-        3, process_group=groups[mine], noise_train=0.0, dtype=torch.float64
-    )
+    layer = normnorm.SyncBatchNormalNorm(3, process_group=groups[mine], dtype=torch.float64)
+    torch.manual_seed(SEED)
     output = layer(whole[mine, rank % half])
-    expected, _ = reference.normal_norm(whole[mine].flatten(0, 1), kind="batch")
+    torch.manual_seed(SEED)
+    seed = draw_seed(whole.device)
+    # The noise's stream is the rank among all, not within the group.
+    z = [standard_normals((4, 3, 5), seed, mine * half + one) for one in range(half)]
+    expected, _ = reference.normal_norm(
+        whole[mine].flatten(0, 1), kind="batch", noise_train=0.4, z=torch.cat(z)
+    )
     assert_close(output, expected.unflatten(0, (half, 4))[rank % half], **EXACT)
-
-
-# Noise
-
-
-@case
-def ranks_with_one_seed_have_noise_of_their_own(rank, ranks):
-    layer = normnorm.SyncBatchNormalNorm(3)
-    torch.manual_seed(1)
-    local = torch.randn(4, 3, 50)  # the same on all ranks
-    outputs = [torch.empty_like(local) for _ in range(ranks)]
-    dist.all_gather(outputs, layer(local).detach())
-    for one, other in itertools.combinations(outputs, 2):
-        noise = torch.stack([(one - one.mean()).flatten(), (one - other).flatten()])
-        assert noise[1].abs().mean() > 0.1
-
-
-@case
-def the_seed_repeats_the_noise(rank, ranks):
-    layer = normnorm.SyncBatchNormalNorm(3)
-    local = torch.randn(4, 3, 5)
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(layer(local))
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.equal(outputs[0], outputs[2])
 
 
 # Errors
 
 
-@case
+@case(4)
 def one_value_per_channel_over_all_ranks_is_refused_by_all(rank, ranks):
     layer = normnorm.SyncBatchNormalNorm(3)
     before = copy.deepcopy(layer.state_dict())
@@ -437,7 +357,7 @@ def one_value_per_channel_over_all_ranks_is_refused_by_all(rank, ranks):
         assert torch.equal(buffer, before[name])
 
 
-@case
+@case(4)
 def bad_arguments_are_refused_before_anything_is_sent(rank, ranks):
     layer = normnorm.SyncBatchNormalNorm(3)
     with counted() as sent:
@@ -456,7 +376,7 @@ def bad_arguments_are_refused_before_anything_is_sent(rank, ranks):
     assert layer.num_batches_tracked == fused.num_batches_tracked == 0
 
 
-@case
+@case(4)
 def function_transforms_are_refused(rank, ranks):
     def loss(x):
         return sync_batch_normal_norm(x, None, None, None).sum()
@@ -485,10 +405,11 @@ class Net(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-def train(model, batches, weight=1.0, steps=3):
+def train(model, batches, weight):
+    torch.manual_seed(SEED)  # of the noise
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
-    for input, target in batches[:steps]:
+    for input, target in batches:
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(input), target, reduction="sum") * weight
         loss.backward()
@@ -497,20 +418,15 @@ def train(model, batches, weight=1.0, steps=3):
     return losses
 
 
-def made_batches(ranks, dtype=torch.float64, steps=3):
+def made_batches(ranks, dtype=torch.float64):
     size = sum(SIZES[ranks])
-    return [(skewed(size, 2, 7, 7, dtype=dtype), torch.randint(2, (size,))) for _ in range(steps)]
+    return [(skewed(size, 2, 7, 7, dtype=dtype), torch.randint(2, (size,))) for _ in range(3)]
 
 
-def shards_of(batches, rank, ranks):
-    return [tuple(shard(rank, ranks, t) for t in batch) for batch in batches]
-
-
-def trained_alone(ranks, batches):
-    torch.manual_seed(3)
-    net = Net()
-    train(net, batches, 1.0 / sum(SIZES[ranks]))
-    return net
+def train_shards(model, batches, rank, ranks):
+    """DDP and FSDP divide the sum of gradients by the number of ranks."""
+    shards = [tuple(shard(rank, ranks, tensor) for tensor in batch) for batch in batches]
+    return train(model, shards, ranks / sum(SIZES[ranks]))
 
 
 def fresh(noise=0.0, dtype=torch.float64):
@@ -518,93 +434,85 @@ def fresh(noise=0.0, dtype=torch.float64):
     return normnorm.convert_sync(Net(noise, dtype))
 
 
-@case
-def ddp_training_equals_one_process(rank, ranks):
-    batches = made_batches(ranks)
-    alone = trained_alone(ranks, batches)
-    model = DistributedDataParallel(fresh())
-    # DDP divides the sum of gradients by the number of ranks.
-    train(model, shards_of(batches, rank, ranks), ranks / sum(SIZES[ranks]))
-    for (name, one), other in zip(
-        model.module.state_dict().items(), alone.state_dict().values(), strict=True
+def trained_alone(ranks, batches, noise=0.0):
+    """The state of one process that trained on the whole batches with the noise of the ranks."""
+
+    def by_rank(shape, seed, stream, channels_last, dtype):
+        return whole_noise(ranks, shape, seed, channels_last, dtype)
+
+    torch.manual_seed(3)
+    net = Net(noise)
+    with (
+        normnorm.use_backend("reference"),
+        mock.patch("normnorm.reference.standard_normals", by_rank),
     ):
-        assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+        train(net, batches, 1.0 / sum(SIZES[ranks]))
+    return net.state_dict()
 
 
-@case
-def compiled_training_equals_one_process(rank, ranks):
+def assert_state(found, expected):
+    for name, tensor in expected.items():
+        assert_close(
+            found[name], tensor, rtol=1e-9, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@case(4)
+def ddp_training_with_noise_equals_one_process(rank, ranks):
     batches = made_batches(ranks)
-    alone = trained_alone(ranks, batches)
-
-    def compiled_within(model):
-        return DistributedDataParallel(torch.compile(model, backend="aot_eager", fullgraph=True))
-
-    def compiled_around(model):
-        return torch.compile(DistributedDataParallel(model), backend="aot_eager")
-
-    for wrap in (compiled_within, compiled_around):
-        model = fresh()
-        if wrap is compiled_within and not sync.COMPILES:
-            local = shards_of(batches, rank, ranks)[0][0]
-            with pytest.raises(Exception, match=r"needs torch 2\.13"):
-                torch.compile(model, backend="aot_eager", fullgraph=True)(local)
-            continue
-        train(wrap(model), shards_of(batches, rank, ranks), ranks / sum(SIZES[ranks]))
-        for one, other in zip(
-            model.state_dict().values(), alone.state_dict().values(), strict=True
-        ):
-            assert_close(one, other, rtol=1e-9, atol=1e-10)
-
-
-@case
-def ddp_training_with_noise_keeps_the_ranks_together(rank, ranks):
     model = DistributedDataParallel(fresh(0.4))
-    losses = train(model, shards_of(made_batches(ranks, steps=4), rank, ranks), steps=4)
-    assert all(loss.isfinite() for loss in losses)
-    for tensor in (*model.parameters(), *model.buffers()):
-        first = tensor.detach().clone()
-        dist.broadcast(first, 0)
-        assert torch.equal(tensor, first)
+    train_shards(model, batches, rank, ranks)
+    assert_state(model.module.state_dict(), trained_alone(ranks, batches, 0.4))
+    assert_the_same_on_every_rank(model.module.state_dict().values())
 
 
-@case
-def fsdp2_training_equals_one_process(rank, ranks):
+@case(2)
+def training_compiled_around_ddp_equals_one_process(rank, ranks):
     batches = made_batches(ranks)
-    alone = trained_alone(ranks, batches)
     model = fresh()
+    compiled = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    train_shards(compiled, batches, rank, ranks)
+    assert_state(model.state_dict(), trained_alone(ranks, batches))
+
+
+@case(4)
+def fsdp2_training_with_noise_equals_one_process(rank, ranks):
+    batches = made_batches(ranks)
+    model = fresh(0.4)
     for layer in model.body:
         if list(layer.parameters()):
             fully_shard(layer)
     fully_shard(model)
-    train(model, shards_of(batches, rank, ranks), ranks / sum(SIZES[ranks]))
-    state = alone.state_dict()
-    for name, parameter in model.named_parameters():
-        assert_close(parameter.full_tensor(), state[name], rtol=1e-9, atol=1e-10)
-    for name, buffer in model.named_buffers():
-        assert_close(buffer, state[name], rtol=1e-9, atol=1e-10)
+    train_shards(model, batches, rank, ranks)
+    found = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    assert_state({**found, **dict(model.named_buffers())}, trained_alone(ranks, batches, 0.4))
 
 
-@case
+@case(4)
 def fsdp2_with_bfloat16_parameters_keeps_float32_statistics(rank, ranks):
-    for noise in (0.0, 0.4):
-        model = fresh(noise, torch.float32)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        fully_shard(model, mp_policy=policy)
-        losses = train(model, shards_of(made_batches(ranks, torch.float32), rank, ranks))
-        assert all(loss.isfinite() for loss in losses)
-        norms = [m for m in model.modules() if isinstance(m, normnorm.SyncBatchNormalNorm)]
-        assert len(norms) == 2
-        for norm in norms:
-            assert norm.running_var.dtype == torch.float32
-            assert norm.num_batches_tracked == 3
-            assert norm.running_lmbda.isfinite().all()
+    model = fresh(0.4, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mp_policy=policy)
+    losses = train_shards(model, made_batches(ranks, torch.float32), rank, ranks)
+    assert all(loss.isfinite() for loss in losses)
+    norms = [m for m in model.modules() if isinstance(m, normnorm.SyncBatchNormalNorm)]
+    assert len(norms) == 2
+    for norm in norms:
+        assert norm.running_var.dtype == torch.float32
+        assert norm.num_batches_tracked == 3
+        assert norm.running_lmbda.isfinite().all()
 
 
 # Compiled
 
 
-@case
+@case(2)
 def compiled_layers_send_the_same_messages_from_one_graph(rank, ranks):
+    layer = normnorm.SyncBatchNormalNorm(3, dtype=torch.float64)
+    if not sync.COMPILES:
+        with pytest.raises(Exception, match=r"needs torch 2\.13"):
+            torch.compile(layer, backend="aot_eager", fullgraph=True)(skewed(4, 3, 5))
+        return
     targets: list[list[str]] = []
 
     def keep(graph, _):
@@ -612,9 +520,6 @@ def compiled_layers_send_the_same_messages_from_one_graph(rank, ranks):
         targets.append([name for name in names if "all_reduce" in name or "all_gather" in name])
         return graph.forward
 
-    if not sync.COMPILES:
-        return  # refused, as compiled_training_equals_one_process sees
-    layer = normnorm.SyncBatchNormalNorm(3, dtype=torch.float64)
     eager = copy.deepcopy(layer)
     compiler = aot_autograd(
         fw_compiler=make_boxed_compiler(keep),
@@ -638,10 +543,18 @@ def compiled_layers_send_the_same_messages_from_one_graph(rank, ranks):
     assert "all_gather" in targets[0][0]
 
 
-# Not a case: a rank that fails and ranks that wait for it
+# A rank that fails, and those that wait for it
 
 
-def one_rank_fails(rank, ranks):
+@case(2)
+def a_failing_rank_hangs_nobody_beyond_the_time_out(rank, ranks):
     layer = normnorm.SyncBatchNormalNorm(3)
-    # One channel too many on the last rank: it raises before it sends anything.
-    layer(torch.randn(4, 3 + (rank == ranks - 1), 5))
+    layer.process_group = dist.new_group(timeout=timedelta(seconds=2))
+    began = time.monotonic()
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out|closed"):
+            layer(torch.randn(4, 3, 5))
+    else:  # it raises before it sends anything
+        with pytest.raises(ValueError, match="expected an input of 3 channels"):
+            layer(torch.randn(4, 4, 5))
+    assert time.monotonic() - began < 60

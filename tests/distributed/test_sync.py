@@ -1,103 +1,24 @@
-"""Synchronised layers over several processes equal one process that holds the whole batch.
-
-The processes are spawned once for each number of ranks and run every case of sync_cases.py.
-"""
+"""Synchronised layers over several processes equal one process that holds the whole batch: the
+cases of sync_cases.py. Without a process group they are the plain layers."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
-import time
 
 import pytest
+import ranks
 import sync_cases
 import torch
-import torch.multiprocessing
-from filelock import FileLock
 from torch import nn
 
 import normnorm
 from normnorm.sync import SyncBatchNormalNormAct2d, revert_sync
 
-# What an empty shard, shards of different sizes and two groups show; the rest is left to two ranks.
-WITH_FOUR = (
-    "outputs_and_gradients_equal_one_process",
-    "second_derivatives_equal_one_process",
-    "running_statistics_are_those_of_the_whole_batch",
-    "running_statistics_are_the_same_bits_on_every_rank",
-    "a_process_group_keeps_to_itself",
-    "ddp_training_equals_one_process",
-    "fsdp2_training_equals_one_process",
-)
-FAILING = sync_cases.one_rank_fails.__name__
-REST = tuple(name for name in sync_cases.CASES if name not in WITH_FOUR)
 
-
-@pytest.fixture
-def outcome(tmp_path_factory, request):
-    """A function of the number of ranks and the cases' names: what each case gave on each rank.
-
-    The ranks are spawned once, also where several test processes share the tests.
-    """
-    shared = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):  # each test process has a folder within the run's
-        shared = shared.parent
-
-    def of(ranks, names):
-        folder = shared / f"{ranks}_ranks_{len(names)}_cases"
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                folder.mkdir()
-                torch.multiprocessing.spawn(
-                    sync_cases.run, (ranks, str(folder), names), nprocs=ranks
-                )
-        return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-
-    return of
-
-
-def check(name, outcome):
-    failed = {
-        rank: found.get(name, "not reached")
-        for rank, found in enumerate(outcome)
-        if found.get(name, "not reached")
-    }
-    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
-
-
-@pytest.mark.parametrize("name", sync_cases.CASES)
-def test_two_ranks(name, outcome):
-    check(name, outcome(2, tuple(sync_cases.CASES)))
-
-
-@pytest.mark.parametrize("name", WITH_FOUR)
-def test_four_ranks(name, outcome):
-    check(name, outcome(4, WITH_FOUR))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REST)
-def test_four_ranks_further(name, outcome):
-    check(name, outcome(4, REST))
-
-
-def _lonely(rank, ranks, folder):
-    began = time.monotonic()
-    # The barrier after the case, whose other side is gone.
-    with contextlib.suppress(RuntimeError):
-        sync_cases.run(rank, ranks, folder, (FAILING,), timeout=3)
-    torch.save(time.monotonic() - began, f"{folder}/{rank}_seconds.pt")
-
-
-def test_a_failing_rank_hangs_nobody_beyond_the_time_out(tmp_path):
-    torch.multiprocessing.spawn(_lonely, (2, str(tmp_path)), nprocs=2)
-    waiting, failing = (torch.load(tmp_path / f"{rank}.pt")[FAILING] for rank in range(2))
-    assert "expected an input of 3 channels" in failing
-    assert waiting is not None
-    assert "RuntimeError" in waiting or "DistBackendError" in waiting
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}_seconds.pt") < 60
+@pytest.mark.parametrize("name", ranks.names(sync_cases.__name__))
+def test_on_every_rank(name, tmp_path_factory):
+    ranks.check(name, tmp_path_factory)
 
 
 # Without a process group
