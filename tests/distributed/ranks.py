@@ -23,7 +23,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SEED = 11
 
 
-def case(ranks: int):
+def case(ranks):
     """Registers a function of (rank, ranks)."""
 
     def register(function):
@@ -33,11 +33,11 @@ def case(ranks: int):
     return register
 
 
-def names(module: str) -> list[str]:
+def names(module):
     return [name for name, (_, function) in CASES.items() if function.__module__ == module]
 
 
-def _run(rank: int, ranks: int, folder: str) -> None:
+def _run(rank, ranks, folder):
     """A spawned process: every case for so many ranks, and what came of it in ``folder``."""
     import dtensor_cases  # noqa: F401
     import sync_cases  # noqa: F401
@@ -63,7 +63,7 @@ def _run(rank: int, ranks: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def check(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def check(name, tmp_path_factory):
     """Fails with the tracebacks of the ranks on which the case failed."""
     ranks, _ = CASES[name]
     shared = tmp_path_factory.getbasetemp()

@@ -29,11 +29,11 @@ from normnorm.sync import sync_batch_normal_norm
 SIZES = {2: (5, 3), 4: (3, 5, 0, 1)}
 
 
-def shard(rank: int, ranks: int, whole: torch.Tensor) -> torch.Tensor:
+def shard(rank, ranks, whole):
     return whole.split(SIZES[ranks])[rank].detach().clone()
 
 
-def skewed(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def skewed(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=torch.float64).exp().to(dtype)
 
 
@@ -390,7 +390,7 @@ def function_transforms_are_refused(rank, ranks):
 
 
 class Net(nn.Module):
-    def __init__(self, noise: float = 0.0, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, noise=0.0, dtype=torch.float64):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(2, 4, 3, bias=False, dtype=dtype),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import normnorm
@@ -11,12 +10,12 @@ import normnorm
 OFF = {"alpha": 0.0, "noise_train": 0.0}  # a normality layer that gives what torch's gives
 
 
-def ours_in(model: nn.Module) -> list[nn.Module]:
+def ours_in(model):
     """The model's normality layers."""
     return [module for module in model.modules() if hasattr(module, "noise_train")]
 
 
-def check_replaced_and_restored(model: nn.Module, input: torch.Tensor) -> normnorm.Replacement:
+def check_replaced_and_restored(model, input):
     """Without transform and noise a model's output stays, after restoring to the last bit."""
     with torch.no_grad():
         expected = first_tensor(model(input))
@@ -31,7 +30,7 @@ def check_replaced_and_restored(model: nn.Module, input: torch.Tensor) -> normno
     return summary
 
 
-def speak(model: nn.Module, seed: int = 0) -> nn.Module:
+def speak(model, seed=0):
     """Gives every norm layer a random weight, bias and running statistics, and every zero parameter
     a value: heads and residual branches of a new model may be zero, which would hide differences
     before them."""
@@ -56,6 +55,6 @@ def speak(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def first_tensor(output) -> torch.Tensor:
+def first_tensor(output):
     """The tensor that a model returns, or the first of its output."""
     return output if isinstance(output, torch.Tensor) else output[0]

@@ -14,11 +14,11 @@ from layer_table import LAYERS
 from model_zoo import OFF, ours_in
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 import normnorm
-from normnorm import lazy, norm_map, sync
+from normnorm import lazy, sync
 
 
 def model_of_all():
@@ -122,29 +122,6 @@ def test_settings_reach_every_layer_and_none_keeps_the_class_default():
 # Kept state
 
 
-def test_half_precision_weights_and_full_precision_statistics_keep_their_dtypes():
-    theirs = nn.BatchNorm2d(3)
-    theirs.weight.data, theirs.bias.data = theirs.weight.bfloat16(), theirs.bias.bfloat16()
-    model = nn.Sequential(theirs)
-    normnorm.replace_norms(model)
-    assert model[0].weight.dtype == torch.bfloat16
-    assert model[0].running_lmbda.dtype == model[0].running_mean.dtype == torch.float32
-    assert model(torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_a_model_on_the_meta_device_is_converted_there():
-    with torch.device("meta"):
-        model = model_of_all()
-    normnorm.replace_norms(model)
-    assert all(tensor.is_meta for tensor in model.state_dict().values())
-    real = model.to_empty(device="cpu")
-    for module in real.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    assert (real["batch"][1].running_lmbda == 1).all()
-    assert real["batch"][1](torch.randn(2, 4, 3, 3)).isfinite().all()
-
-
 def test_hooks_run_and_their_handles_still_remove_them():
     calls = Counter()
     layer = nn.BatchNorm2d(3)
@@ -182,20 +159,6 @@ def test_attributes_set_on_a_layer_are_kept_both_ways():
     assert vars(model[0]).keys() == vars(layer).keys()
 
 
-def test_a_pruned_layer_stays_pruned():
-    layer = prune.l1_unstructured(nn.BatchNorm2d(4), "weight", 2)
-    kept = layer.weight_mask
-    model = nn.Sequential(layer)
-    normnorm.replace_norms(model, **OFF)
-    input = torch.randn(2, 4, 3, 3)
-    assert_close(model(input), layer(input), rtol=1e-5, atol=1e-6)
-    model(input).square().sum().backward()
-    assert (model[0].weight_orig.grad[kept == 0] == 0).all()
-    normnorm.restore_norms(model)
-    prune.remove(model[0], "weight")
-    assert (model[0].weight == 0).sum() == 2
-
-
 def test_a_shared_module_becomes_one_new_module():
     norm = nn.BatchNorm2d(3)
     block = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
@@ -230,12 +193,10 @@ def test_copies_and_pickles_of_a_replaced_model_are_restored_all_the_same():
     ("where", "expected"),
     [
         ("batch.*", {"batch.0", "batch.1", "batch.2"}),
-        ("others.0", {"others.0"}),
         ("*.1", {"batch.1", "instance.1", "others.1"}),
         (nn.LayerNorm, {"others.0"}),
         ((nn.GroupNorm, nn.BatchNorm3d), {"others.1", "batch.2"}),
         (lambda name, module: getattr(module, "num_features", 0) == 4, {"batch.1", "instance.1"}),
-        ("nothing", set()),
     ],
 )
 def test_where_chooses_by_name_class_or_function(where, expected):
@@ -431,23 +392,6 @@ def test_a_model_compiled_and_run_before_runs_the_new_layers():
     assert_close(compiled(input), model(input))
     assert not torch.allclose(compiled(input), before)
     torch.compiler.reset()
-
-
-def test_a_failure_halfway_changes_nothing(monkeypatch):
-    model = model_of_all()
-    before = fingerprint(model)
-    recast, calls = norm_map.recast, []
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            raise MemoryError
-        return recast(*arguments)
-
-    monkeypatch.setattr(norm_map, "recast", failing)
-    with pytest.raises(MemoryError):
-        normnorm.replace_norms(model)
-    assert fingerprint(model) == before
 
 
 # Restoring

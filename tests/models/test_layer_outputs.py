@@ -20,7 +20,7 @@ from normnorm import layer_outputs
 class MyNorm2d(nn.LayerNorm):
     """A user-defined channels-first layer normalization."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -31,7 +31,7 @@ class Named(MyNorm2d):
 class EitherLayout(nn.LayerNorm):
     """As in transformers: the layout is an attribute."""
 
-    def __init__(self, channels: int, data_format: str) -> None:
+    def __init__(self, channels, data_format):
         super().__init__(channels)
         self.data_format = data_format
 
@@ -73,7 +73,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_channel_dimension_by_class(name: str) -> None:
+def test_channel_dimension_by_class(name):
     layer, shape, channels = LAYERS[name]
     output = torch.randn(shape)
     assert shape[channels] == 4
@@ -90,12 +90,12 @@ def test_channel_dimension_by_class(name: str) -> None:
     ],
     ids=str,
 )
-def test_a_sample_without_a_batch_is_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_a_sample_without_a_batch_is_refused(layer, shape):
     with pytest.raises(ValueError, match=r"shape \(batch, \.\.\.\) are wanted; \w+ gave \("):
         layer_outputs.channels_last(layer, torch.randn(shape))
 
 
-def test_the_normalized_output_is_taken_and_not_the_sum() -> None:
+def test_the_normalized_output_is_taken_and_not_the_sum():
     layer = normnorm.AddLayerNormalNorm(4, noise_train=0.0)
     normed, total = layer(torch.randn(3, 4), torch.randn(3, 4))
     assert layer_outputs.tensor_of("norm", layer, (normed, total)) is normed
@@ -103,7 +103,7 @@ def test_the_normalized_output_is_taken_and_not_the_sum() -> None:
         layer_outputs.tensor_of("act", nn.ReLU(), (normed, total))
 
 
-def test_layers_are_found_by_all_their_names_and_by_a_predicate() -> None:
+def test_layers_are_found_by_all_their_names_and_by_a_predicate():
     layer, other = nn.ReLU(), nn.ReLU()
     model = nn.ModuleDict({"layer1": layer, "b": other, "c": layer})
     assert layer_outputs.named_layers(model, "layer1") == {"layer1": layer}
@@ -116,7 +116,7 @@ def test_layers_are_found_by_all_their_names_and_by_a_predicate() -> None:
         layer_outputs.named_layers(model, "layer2")
 
 
-def test_names_are_those_without_the_compiler() -> None:
+def test_names_are_those_without_the_compiler():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     compiled = torch.compile(nn.Sequential(torch.compile(model)))
     for name in ("0.1", "_orig_mod.0._orig_mod.1"):
@@ -125,7 +125,7 @@ def test_names_are_those_without_the_compiler() -> None:
     assert found == {"0.0": model[0]}
 
 
-def _watching(model: nn.Module) -> tuple[layer_outputs.Watch, list[str]]:
+def _watching(model):
     """A watch of layer "1", and its recorded outputs."""
     seen: list[str] = []
     layers = layer_outputs.named_layers(model, "1")
@@ -144,7 +144,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_a_copy_of_a_watched_model_is_not_watched(kind: str) -> None:
+def test_a_copy_of_a_watched_model_is_not_watched(kind):
     model = nn.Sequential(nn.Tanh(), nn.ReLU())
     watch, seen = _watching(model)
     COPIES[kind](model)(torch.randn(2, 3))
@@ -156,7 +156,7 @@ def test_a_copy_of_a_watched_model_is_not_watched(kind: str) -> None:
     watch.require_ran()
 
 
-def test_require_ran_can_start_afresh() -> None:
+def test_require_ran_can_start_afresh():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     watch, _ = _watching(model)
     model(torch.randn(2, 3))
@@ -166,7 +166,7 @@ def test_require_ran_can_start_afresh() -> None:
         watch.require_ran()
 
 
-def test_a_part_compiled_before_is_named() -> None:
+def test_a_part_compiled_before_is_named():
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(3, 3), torch.compile(nn.ReLU(), backend="eager"))
     model(torch.randn(2, 3))
@@ -180,7 +180,7 @@ def test_a_part_compiled_before_is_named() -> None:
     watch.require_ran()
 
 
-def test_layers_of_torchscript_are_refused() -> None:
+def test_layers_of_torchscript_are_refused():
     model = torch.jit.trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3))
     with pytest.raises(TypeError, match="the test cannot watch '1': it is a module of TorchScript"):
         _watching(model)

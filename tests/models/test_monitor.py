@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-import pickle
 
 import pytest
 import scipy.stats
@@ -68,7 +66,6 @@ def by_scipy(groups):
     [
         (normnorm.BatchNormalNorm1d(5), (40, 5), lambda x: x.T),
         (normnorm.BatchNormalNorm2d(3), (4, 3, 5, 6), lambda x: x.transpose(0, 1).flatten(1)),
-        (normnorm.LayerNormalNorm(30), (2, 3, 30), lambda x: x.flatten(0, 1)),
         (normnorm.LayerNormalNorm((5, 6)), (7, 5, 6), lambda x: x.flatten(1)),
         (normnorm.LayerNormalNorm2d(12), (2, 12, 2, 2), lambda x: x.movedim(1, -1).flatten(0, 2)),
         (normnorm.GroupNormalNorm(2, 6), (4, 6, 7), lambda x: x.reshape(8, 21)),
@@ -226,31 +223,6 @@ def test_hooks_are_gone_after_an_exception_and_the_values_stay_readable():
     assert watch.scalars() == before
 
 
-def test_two_monitors_and_hooks_of_others_do_not_disturb_each_other():
-    model = network()
-    calls = []
-    handle = model[1].register_forward_hook(lambda *_: calls.append(1))
-    with normnorm.monitor(model) as outer:
-        with normnorm.monitor(model[1]) as inner:
-            model(images())
-        assert inner.scalars()["lmbda"] == outer.scalars()["1/lmbda"]
-        model(images())
-    assert len(calls) == 2
-    assert len(model[1]._forward_hooks) == 1
-    handle.remove()
-
-
-def test_bfloat16_is_measured_in_double_precision():
-    model = normnorm.LayerNormalNorm(32).bfloat16()
-    input = torch.randn(5, 32).bfloat16()
-    with torch.no_grad(), normnorm.monitor(model) as watch:
-        model(input)
-        found = watch.scalars()
-    with normnorm.monitor(model.double()) as watch:
-        model(input.double())
-        assert watch.scalars() == pytest.approx(found, abs=1e-12)
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_recomputed_step_is_not_the_last_one(use_reentrant):
     model = network(noise_train=0.0)
@@ -260,16 +232,6 @@ def test_a_recomputed_step_is_not_the_last_one(use_reentrant):
         model(2.0 + images().square())
         before = watch.scalars()
         first.sum().backward()
-        assert watch.scalars() == before
-
-
-def test_copies_are_not_watched_and_carry_no_trace():
-    model = network()
-    with normnorm.monitor(model) as watch:
-        model(images())
-        before = watch.scalars()
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            copied(2.0 + images().square())
         assert watch.scalars() == before
 
 
@@ -326,23 +288,6 @@ def test_a_compiled_model_is_watched_without_graph_break_or_recompilation(how):
                 compiled(batch)
             eager(batch)
             assert watch.scalars() == pytest.approx(expected.scalars(), abs=1e-4)
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("compiled", ["model", "outer function"])
-def test_a_model_compiled_before_raises_with_advice(compiled):
-    torch.compiler.reset()
-    model = small()
-    what = model if compiled == "model" else lambda x: model(x)
-    compiled = torch.compile(what, fullgraph=True, backend="aot_eager")
-    compiled(images())
-    with normnorm.monitor(model) as watch:
-        compiled(images())
-        with pytest.raises(RuntimeError, match=r"compiled before normnorm\.monitor began"):
-            watch.scalars()
-        torch.compiler.reset()  # as the error advises
-        compiled(images())
-        assert len(watch.scalars()) == 2 * len(MEASURES)
     torch.compiler.reset()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,17 +12,17 @@ from PIL import Image
 _random = np.random.default_rng(0)  # made anew for each archive
 
 
-def _pixels(*shape: int) -> np.ndarray:
+def _pixels(*shape):
     return _random.integers(0, 256, shape, dtype=np.uint8)
 
 
-def _picture(path: Path, size: tuple[int, int], mode: str = "RGB") -> None:
+def _picture(path, size, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = _pixels(size[1], size[0], 3) if mode == "RGB" else _pixels(size[1], size[0])
     Image.fromarray(image).save(path)
 
 
-def _mnist(root: Path, count: int) -> None:
+def _mnist(root, count):
     raw = root / "MNIST/raw"
     raw.mkdir(parents=True)
     for part in ("train", "t10k"):
@@ -33,7 +32,7 @@ def _mnist(root: Path, count: int) -> None:
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
 
 
-def _cifar10(root: Path, count: int) -> None:
+def _cifar10(root, count):
     base = root / "cifar-10-batches-py"
     base.mkdir()
     for part in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
@@ -43,7 +42,7 @@ def _cifar10(root: Path, count: int) -> None:
     (base / "batches.meta").write_bytes(pickle.dumps(names))
 
 
-def _tiny_imagenet(root: Path, count: int) -> None:
+def _tiny_imagenet(root, count):
     base = root / "tiny-imagenet-200"
     words = [f"n{i:08d}" for i in range(3)]
     lines = []
@@ -56,7 +55,7 @@ def _tiny_imagenet(root: Path, count: int) -> None:
     (base / "val/val_annotations.txt").write_text("\n".join(lines) + "\n")
 
 
-def _caltech101(root: Path, count: int) -> None:
+def _caltech101(root, count):
     base = root / "caltech101"
     (base / "Annotations").mkdir(parents=True)
     for name in ("BACKGROUND_Google", "anchor", "brain"):
@@ -69,7 +68,7 @@ WRITERS = {
 }  # fmt: skip
 
 
-def write(monkeypatch: Any, name: str, root: Path, count: int = 6) -> None:
+def write(monkeypatch, name, root, count=6):
     """Writes the miniature of a data set where torchvision looks for it, and has torchvision take
     CIFAR-10's files without their checksums."""
     global _random

@@ -32,7 +32,7 @@ class Quick(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Quick:
+def quick(tmp_path_factory):
     """``python benchmarks/demo.py --quick``, in this process."""
     folder = tmp_path_factory.mktemp("demo") / "deep" / "run"
     out, err = io.StringIO(), io.StringIO()
@@ -45,7 +45,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     return Quick(stopped.value.code, out.getvalue(), err.getvalue(), folder)
 
 
-def test_quick_prints_the_table(quick: Quick) -> None:
+def test_quick_prints_the_table(quick):
     assert quick.status == 0, quick.err
     for word in ("BatchNorm2d", "BatchNormalNorm2d", "LayerNorm", "LayerNormalNorm", "Q-Q R^2"):
         assert word in quick.out
@@ -55,7 +55,7 @@ def test_quick_prints_the_table(quick: Quick) -> None:
     assert "run 4/4" in quick.err
 
 
-def test_quick_writes_all_numbers(quick: Quick) -> None:
+def test_quick_writes_all_numbers(quick):
     written = json.loads((quick.folder / "results.json").read_text())
     assert (written["judged"], written["failures"]) == (False, [])
     assert written["seconds"] > 0
@@ -75,7 +75,7 @@ def test_quick_writes_all_numbers(quick: Quick) -> None:
         assert 0.8 < run["qq_r2"] < 1
 
 
-def test_quick_draws_the_plot(quick: Quick) -> None:
+def test_quick_draws_the_plot(quick):
     from matplotlib.image import imread
 
     ink = torch.from_numpy((imread(quick.folder / "results.png")[..., :3] < 0.95).any(-1))
@@ -85,14 +85,14 @@ def test_quick_draws_the_plot(quick: Quick) -> None:
             assert 0.01 < panel.float().mean() < 0.6
 
 
-def runs(accuracies: list[float]) -> list[demo.Run]:
+def runs(accuracies):
     return [
         demo.Run([Epoch(1, 0.1, accuracy, step_ms)], torch.randn(4, 48), 0.9)
         for accuracy, step_ms in zip(accuracies, (1.0, 3.0), strict=False)
     ]
 
 
-def pair(plain: list[float], normality: list[float]) -> list[demo.Side]:
+def pair(plain, normality):
     sides = demo.sides(1)[:2]
     for side, accuracies in zip(sides, (plain, normality), strict=True):
         side.runs = runs(accuracies)
@@ -112,21 +112,21 @@ def pair(plain: list[float], normality: list[float]) -> list[demo.Side]:
         ([math.nan], [math.nan], ["reached nan", "nan points"]),
     ],
 )
-def test_judgement(plain: list[float], normality: list[float], words: list[str]) -> None:
+def test_judgement(plain, normality, words):
     sentences = demo.judge(pair(plain, normality))
     assert len(sentences) == len(words)
     for sentence, word in zip(sentences, words, strict=True):
         assert word in sentence
 
 
-def test_table_shows_means_errors_medians_and_noise() -> None:
+def test_table_shows_means_errors_medians_and_noise():
     lines = demo.table(pair([97.0, 99.0], [98.0, 98.0])).splitlines()
     numbers = ["2.00", "0.9000", f"{normal_r_squared(48):.4f}"]
     assert lines[2].split()[2:] == ["BatchNorm2d", "-", "98.00", "1.00", *numbers]
     assert lines[3].split()[2:] == ["BatchNormalNorm2d", "0.4", "98.00", "0.00", *numbers]
 
 
-def test_diverged_runs_are_reported_all_the_same(tmp_path: Path) -> None:
+def test_diverged_runs_are_reported_all_the_same(tmp_path):
     sides = pair([10.0, 10.0], [100.0, 100.0])
     for run in sides[0].runs:
         run.qq_r2, run.groups = math.nan, torch.full((4, 9), math.nan)
@@ -137,9 +137,7 @@ def test_diverged_runs_are_reported_all_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_a_miss_exits_1_and_is_written_down(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_miss_exits_1_and_is_written_down(tmp_path, monkeypatch, capsys):
     experiment, names = demo.PRESET["convolutional net"]
     monkeypatch.setattr(demo, "PRESET", {"net": (replace(experiment, limit=100), names)})
     assert demo.main(["--epochs", "1", "--seeds", "2", "--out", str(tmp_path)]) == 1
@@ -150,7 +148,7 @@ def test_a_miss_exits_1_and_is_written_down(
     assert [len(side["runs"]) for side in written["layers"]] == [2, 2]
 
 
-def test_pairs_start_out_equal() -> None:
+def test_pairs_start_out_equal():
     world, data = World(0, 1, torch.device("cpu")), load("digits", Path(), 0)
     sides = demo.sides(1)
     for plain, normality in zip(sides[::2], sides[1::2], strict=True):
@@ -166,9 +164,7 @@ def test_pairs_start_out_equal() -> None:
     ("layer", "inputs", "groups"),
     [(nn.BatchNorm2d(4), (6, 4, 3, 3), (4, 54)), (nn.LayerNorm(8), (6, 5, 8), (30, 8))],
 )
-def test_groups_are_normalized_without_the_affine_map(
-    layer: nn.Module, inputs: tuple[int, ...], groups: tuple[int, ...]
-) -> None:
+def test_groups_are_normalized_without_the_affine_map(layer, inputs, groups):
     torch.manual_seed(0)
     weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
     nn.init.uniform_(weight, 1, 2)
@@ -181,7 +177,7 @@ def test_groups_are_normalized_without_the_affine_map(
         torch.testing.assert_close(found.mean(1), torch.zeros(30))
 
 
-def test_bad_arguments_get_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_get_a_sentence(tmp_path, capsys):
     for words in (["--epochs", "0"], ["--seeds", "many"], ["--threads", "-1"]):
         with pytest.raises(SystemExit) as stopped:
             demo.main(words)

@@ -25,7 +25,7 @@ from host_cuda import torch_library
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def gpu_check_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+def gpu_check_run(*arguments, **variables):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(
         [sys.executable, "benchmarks/gpu_check.py", *arguments], cwd=ROOT, text=True,
@@ -38,7 +38,7 @@ def gpu_check_run(*arguments: str, **variables: str) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="module")
-def dry(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path, Path]:
+def dry(tmp_path_factory):
     reason = torch_library.missing()
     if reason is not None:
         pytest.skip(reason)
@@ -103,7 +103,7 @@ def test_without_a_gpu_nothing_begins_and_what_is_stored_stays(tmp_path):
 
 
 @pytest.fixture
-def check(tmp_path) -> gpu_check.Check:
+def check(tmp_path):
     """A run of ten minutes whose results go into ``results``."""
     (tmp_path / "scratch").mkdir()
     made = gpu_check.Check(tmp_path / "scratch", True, time.monotonic() + 600)
@@ -112,7 +112,7 @@ def check(tmp_path) -> gpu_check.Check:
     return made
 
 
-def written(tmp_path: Path, text: str) -> Path:
+def written(tmp_path, text):
     """A file of tests beside the hook of ``tests/cuda/gpu``."""
     (tmp_path / "conftest.py").write_text("from gpu.conftest import *\n")
     file = tmp_path / "test_mine.py"
@@ -120,7 +120,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return file
 
 
-def outcomes(check: gpu_check.Check) -> dict[str, str]:
+def outcomes(check):
     return {name.rpartition("::")[2]: test["outcome"] for name, test in check.tests.items()}
 
 
@@ -162,7 +162,7 @@ def test_what_the_deadline_leaves_out_is_not_run_and_no_failure(check, tmp_path)
         """,
     )
 
-    def set_deadline() -> None:
+    def set_deadline():
         while not begun.exists() and check.left_s > 0:
             time.sleep(0.05)
         check.deadline = 0.0

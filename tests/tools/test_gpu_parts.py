@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_build_is_used_where_sources_and_architecture_are_the_same(tmp_path, monkeypatch):
     built: list[str] = []
 
-    def make(arch: str) -> dict:
+    def make(arch):
         built.append(arch)
         for name in build.MADE:
             (tmp_path / name).touch()

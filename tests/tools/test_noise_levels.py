@@ -11,14 +11,11 @@ import sys
 from pathlib import Path
 
 import noise_levels
-import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_networks_rows_are_added_to_those_of_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_networks_rows_are_added_to_those_of_others(monkeypatch, tmp_path, capsys):
     layers = noise_levels.NETWORKS["MLP, 2 layer norms"]
     one = dataclasses.replace(layers, epochs=1, seeds=1, levels=(1.0, 0.0), tuned=True)
     monkeypatch.setattr(noise_levels, "NETWORKS", {"one": one, "other": one})
@@ -46,7 +43,7 @@ def test_a_networks_rows_are_added_to_those_of_others(
     assert "| other | scratch | constant | plain: " in capsys.readouterr().out
 
 
-def test_the_guides_table_of_noise_levels_is_the_stored_one() -> None:
+def test_the_guides_table_of_noise_levels_is_the_stored_one():
     """Every mean over seeds of docs/use/noise.md, in the order of the script's networks."""
     stored = json.loads((ROOT / "benchmarks/results/noise_levels_cpu.json").read_text())["rows"]
     page = (ROOT / "docs/use/noise.md").read_text()

@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 """
 
 
-def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) -> str:
+def run(*command, cwd, status=0, **environment):
     """The command's output, errors included; the test fails with it if the exit status differs."""
     # The folder of the tests, and options meant for the process that runs them, stay out.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "NORMNORM"))}
@@ -54,7 +54,7 @@ def run(*command: str | Path, cwd: Path, status: int = 0, **environment: str) ->
     return done.stdout
 
 
-def project_files() -> list[Path]:
+def project_files():
     """What is committed or about to be, links unfollowed, relative to the root."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a git checkout: which files belong to the project is not known here")
@@ -63,7 +63,7 @@ def project_files() -> list[Path]:
     return [name for name in names if os.path.lexists(ROOT / name)]
 
 
-def test_import_brings_in_nothing_but_torch(tmp_path: Path):
+def test_import_brings_in_nothing_but_torch(tmp_path):
     program = """
 import sys, torch
 before = set(sys.modules)
@@ -78,7 +78,7 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before})
     assert new - of_torch <= {"normnorm", "torch"}
 
 
-def test_doctor_runs_with_torch_alone(tmp_path: Path):
+def test_doctor_runs_with_torch_alone(tmp_path):
     program = "from normnorm.cli import main\nsys.exit(main(['doctor']))"
     run(sys.executable, "-c", BLOCK_OPTIONAL + program, cwd=tmp_path)
 
@@ -121,7 +121,7 @@ def build(monkeypatch):
     return module
 
 
-def toolkit(folder: Path) -> Path:
+def toolkit(folder):
     """A folder with a program that answers as nvcc 13.0 does, and compiles no kernel."""
     program = folder / "bin/nvcc"
     program.parent.mkdir(parents=True)
@@ -275,7 +275,7 @@ class Built(NamedTuple):
     log: str
 
 
-def build_wheel(source: Path, folder: Path, **environment: str) -> Built:
+def build_wheel(source, folder, **environment):
     log = run(
         *(sys.executable, "-m", "pip", "wheel", "--verbose", "--no-index", "--no-deps"),
         *("--no-build-isolation", "--wheel-dir", folder, source),
@@ -286,7 +286,7 @@ def build_wheel(source: Path, folder: Path, **environment: str) -> Built:
     return Built(wheel, log)
 
 
-def copy_project(folder: Path) -> Path:
+def copy_project(folder):
     for name in project_files():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +294,7 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-def install_in_empty_environment(wheel: Path, folder: Path) -> Path:
+def install_in_empty_environment(wheel, folder):
     """A new environment with the wheel in it, which sees this one's torch and pip; its bin."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -311,19 +311,19 @@ def install_in_empty_environment(wheel: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pure(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def pure(tmp_path_factory):
     """A wheel of this tree built without the compiled extension."""
     folder = tmp_path_factory.mktemp("pure")
     return build_wheel(copy_project(folder / "source"), folder / "dist", NORMNORM_NATIVE="0")
 
 
-def test_build_without_the_extension_says_so_in_one_line(pure: Built):
+def test_build_without_the_extension_says_so_in_one_line(pure):
     lines = {s.strip() for s in pure.log.splitlines() if s.strip().startswith("normnorm:")}
     assert len(lines) == 1
     assert "NORMNORM_NATIVE" in lines.pop()
 
 
-def test_wheel_holds_the_package_and_nothing_else(pure: Built):
+def test_wheel_holds_the_package_and_nothing_else(pure):
     with zipfile.ZipFile(pure.wheel) as archive:
         names = archive.namelist()
         (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
@@ -338,7 +338,7 @@ def test_wheel_holds_the_package_and_nothing_else(pure: Built):
     assert [r for r in requirements if "extra ==" not in r] == ["Requires-Dist: torch>=2.10"]
 
 
-def test_wheel_works_away_from_the_checkout(pure: Built, tmp_path: Path):
+def test_wheel_works_away_from_the_checkout(pure, tmp_path):
     binaries = install_in_empty_environment(pure.wheel, tmp_path / "environment")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -355,7 +355,7 @@ print(normnorm.available_backends())
 
 
 @pytest.mark.slow
-def test_source_archive_builds_a_wheel_that_works(tmp_path: Path):
+def test_source_archive_builds_a_wheel_that_works(tmp_path):
     source = copy_project(tmp_path / "source")
     program = "from setuptools import build_meta; build_meta.build_sdist('../dist')"
     run(sys.executable, "-c", program, cwd=source)

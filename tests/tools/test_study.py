@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.image
 import numpy as np
@@ -17,12 +17,13 @@ from accuracy import study
 from accuracy.norms import make_norm
 from accuracy.study import Study, difference
 from accuracy.study_page import write
+from accuracy.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "benchmarks/results/study_digits.json"
 
 
-def of_accuracies(**accuracies: Iterable[float]) -> Study:
+def of_accuracies(**accuracies):
     found = Study()
     for name, values in accuracies.items():
         runs = [{"seed": seed, "accuracy": value} for seed, value in enumerate(values)]
@@ -30,7 +31,7 @@ def of_accuracies(**accuracies: Iterable[float]) -> Study:
     return found
 
 
-def test_differences_are_paired_by_seed() -> None:
+def test_differences_are_paired_by_seed():
     random = np.random.default_rng(0)
     plain = random.normal(90, 5, 10)
     normal = plain + random.normal(1, 0.5, 10)
@@ -43,14 +44,14 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.p < 1e-3 < scipy.stats.ttest_ind(normal, plain).pvalue
 
 
-def test_differences_that_cannot_be_had() -> None:
+def test_differences_that_cannot_be_had():
     results = of_accuracies(a=[1.0, 2.0], b=[1.0, 2.0], c=[5.0])
     assert difference(results, "a", "b", "accuracy") == (0.0, 0.0, 0.0, 1.0)
     assert difference(results, "a", "c", "accuracy") is None
     assert difference(results, "a", "missing", "accuracy") is None
 
 
-def test_every_arm_that_is_compared_exists_and_can_be_built() -> None:
+def test_every_arm_that_is_compared_exists_and_can_be_built():
     arms = study.arms(20)
     assert {name for pair in study.COMPARISONS for name in pair} <= set(arms)
     for arm in arms.values():
@@ -63,9 +64,7 @@ def test_every_arm_that_is_compared_exists_and_can_be_built() -> None:
     assert not set(study.SEEDS) & set(study.TUNING_SEEDS)
 
 
-def test_a_study_grows_run_by_run_and_is_not_repeated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_grows_run_by_run_and_is_not_repeated(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "TUNING_SEEDS", (101,))
     monkeypatch.setattr(study, "TUNING_RATES", (1e-9, 0.1))
     path, there = tmp_path / "study.json", tmp_path / "docs"
@@ -87,6 +86,10 @@ def test_a_study_grows_run_by_run_and_is_not_repeated(
     text = (there / "results.md").read_text()
     assert "| decorrelated + both | decorrelated" in text
     assert matplotlib.image.imread(there / "images/results.png").std() > 0.05
+    with monkeypatch.context() as during:
+        during.setattr(Trainer, "_train_step", mock.Mock(side_effect=KeyboardInterrupt))
+        assert study.main(["--results", str(tmp_path / "none.json"), "--arms", "batch"]) == 130
+    assert "interrupted; the same command goes on with the runs" in capsys.readouterr().err
     other = ["--results", str(path), "--epochs", "2", "--arms", "group", "batch"]
     assert study.main(other) == 2  # before the arm that is new
     assert "study.py: " in (sentence := capsys.readouterr().err)
@@ -94,7 +97,7 @@ def test_a_study_grows_run_by_run_and_is_not_repeated(
     assert json.loads(path.read_text()) == second
 
 
-def test_the_words_of_the_page_follow_the_numbers(tmp_path: Path) -> None:
+def test_the_words_of_the_page_follow_the_numbers(tmp_path):
     results = Study()
     gains = {"batch": 2.0, "layer": -2.0, "group": 0.0}
     for name, gain in gains.items():
@@ -121,9 +124,7 @@ def test_the_words_of_the_page_follow_the_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": "normnorm study 1"}', "[1]"])
-def test_a_foreign_file_is_refused_and_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
-) -> None:
+def test_a_foreign_file_is_refused_and_kept(tmp_path, capsys, content):
     path = tmp_path / "other.json"
     path.write_text(content)
     assert study.main(["--results", str(path)]) == 2
@@ -142,16 +143,14 @@ def test_a_foreign_file_is_refused_and_kept(
         (["--page", "/nonexistent/page.md"], "--page /nonexistent/page.md: there is no folder"),
     ],
 )
-def test_bad_arguments_get_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
-) -> None:
+def test_bad_arguments_get_a_sentence(tmp_path, capsys, words, sentence):
     path = tmp_path / "study.json"
     assert study.main(["--results", str(path), *words]) == 2
     assert re.search(sentence, capsys.readouterr().err)
     assert not path.exists()
 
 
-def test_the_stored_study_is_whole_and_its_page_is_not_stale(tmp_path: Path) -> None:
+def test_the_stored_study_is_whole_and_its_page_is_not_stale(tmp_path):
     results = Study.load(STORED)
     assert set(results.arms) == set(study.arms(20))
     assert all(set(results.by_seed(arm, "accuracy")) == set(study.SEEDS) for arm in results.arms)
