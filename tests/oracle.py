@@ -15,6 +15,7 @@ formula, and one rounding to the storage dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +212,20 @@ def _transform(h, t, sign, log, lmbda, transform_eps, r):
     return sign * x, psi_h, psi_lmbda
 
 
+def _results(case, out, du, g, y) -> dict[str, np.ndarray]:
+    """From arrays (groups, n): the output, the input's gradient, the output's, and the output
+    before the affine map."""
+    weighted = g * y
+    return {
+        "y": case.ungroup(out),
+        "du": case.ungroup(du),
+        "dweight": case.collect(case.ungroup(weighted)),
+        "dbias": case.collect(case.ungroup(g)),
+        "size_dweight": case.collect(case.ungroup(np.abs(weighted))),
+        "size_dbias": case.collect(case.ungroup(np.abs(g))),
+    }
+
+
 def run(
     case: Case,
     u: np.ndarray,
@@ -309,15 +324,7 @@ def run(
     du = r.value(du)
 
     stats = np.concatenate([mu, 0 * mu, rstd, lmbda, scale, mean_a, mean_d, curvature], axis=1).T
-    return {
-        "y": case.ungroup(out),
-        "du": case.ungroup(du),
-        "dweight": case.collect(case.ungroup(g * y)),
-        "dbias": case.collect(case.ungroup(g)),
-        "size_dweight": case.collect(case.ungroup(np.abs(g * y))),
-        "size_dbias": case.collect(case.ungroup(np.abs(g))),
-        "stats": stats,
-    }
+    return {**_results(case, out, du, g, y), "stats": stats}
 
 
 def run_frozen(
@@ -345,14 +352,7 @@ def run_frozen(
     x, psi_h, _ = _transform(h, t, sign, r.value(np.log1p(t)), lmbda, transform_eps, r)
     out = r.value(w * x + b, np.abs(w * x) + np.abs(b))
     du = r.value(w * g * psi_h * rstd)
-    return {
-        "y": case.ungroup(out),
-        "du": case.ungroup(du),
-        "dweight": case.collect(case.ungroup(g * x)),
-        "dbias": case.collect(case.ungroup(g)),
-        "size_dweight": case.collect(case.ungroup(np.abs(g * x))),
-        "size_dbias": case.collect(case.ungroup(np.abs(g))),
-    }
+    return _results(case, out, du, g, x)
 
 
 def bounds(
@@ -423,32 +423,41 @@ def check(
     *,
     seed: int = 0,
     channels_last: bool = False,
+    running: Sequence[torch.Tensor] | None = None,
     what: str = "",
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product on these tensors, output and every gradient within bounds of :func:`run`.
+    """The product on these tensors, output and every gradient within bounds of :func:`run`, or of
+    :func:`run_frozen` by ``running`` statistics.
 
     ``options`` are the function's; ``channels_last`` says in whose order the noise is expected.
     Returns (output, gradient of x).
     """
-    options.setdefault("noise_train", 0.0)
+    frozen = {} if running is None else {"running": running}
+    if running is None:
+        options.setdefault("noise_train", 0.0)
     parameters = {"dweight": weight, "dbias": bias}
     given = {name: p.detach().requires_grad_() for name, p in parameters.items() if p is not None}
     leaf = x.detach().requires_grad_()
     if g is None:
         random = np.random.default_rng(abs(seed) + 17)
         g = torch.from_numpy(random.normal(size=case.shape)).to(x.device, x.dtype)
-    y = case.apply(leaf, given.get("dweight"), given.get("dbias"), seed=seed, **options)
+    y = case.apply(leaf, given.get("dweight"), given.get("dbias"), seed=seed, **frozen, **options)
     assert y.dtype == x.dtype
     assert y.shape == x.shape
     gradients = torch.autograd.grad(y, (leaf, *given.values()), g)
-    z = normals(case.shape, seed, channels_last=channels_last) if options["noise_train"] else None
+    function = run
+    if running is not None:
+        function, options["running"] = run_frozen, [to_numpy(s) for s in running]
+    elif options["noise_train"]:
+        options["z"] = normals(case.shape, seed, channels_last=channels_last)
     arguments = tuple(None if a is None else to_numpy(a) for a in (x, g, weight, bias))
-    exact = run(case, *arguments, z=z, **options)
+    exact = function(case, *arguments, **options)
     parameter_dtype = next(iter(given.values())).dtype if given else None
     allowed = bounds(
-        case, exact, *arguments, z=z, dtype=x.dtype, parameter_dtype=parameter_dtype, **options
-    )
+        case, exact, *arguments, dtype=x.dtype, parameter_dtype=parameter_dtype,
+        function=function, **options,
+    )  # fmt: skip
     for name, got in zip(("y", "du", *given), (y, *gradients), strict=True):
         assert_within(got, exact[name], allowed[name], f"{what} {name} ({case}, {x.dtype})")
     return y.detach(), gradients[0]

@@ -7,7 +7,6 @@ gradient.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from functools import partial
 
@@ -18,7 +17,6 @@ from layer_table import KINDS, RUNNING
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-import normnorm
 from normnorm import reference
 from normnorm.autograd import normal_norm
 from normnorm.statistics import Row
@@ -243,21 +241,6 @@ def test_input_statistics_parameters_and_seed_alone_are_saved(row, noise, affine
     assert any(tensor.data_ptr() == input.data_ptr() for tensor in saved)
 
 
-@each_kind
-def test_gradients_do_not_depend_on_the_strides_the_saved_input_returns_with(row, backend):
-    arguments = [channels_last(constants(row)[0]).requires_grad_(), *leaves(row)[1:]]
-    contiguous = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format),
-        lambda packed: packed,
-    )
-    found = []
-    for hooks in (contextlib.nullcontext(), contiguous, torch.autograd.graph.save_on_cpu()):
-        with hooks:
-            loss = scalar(function_of(row, noise_train=0.4, seed=2))(*arguments)
-        found.append(torch.autograd.grad(loss, arguments))
-    assert_close(found[1:], [found[0]] * 2, **CLOSE)
-
-
 @each_running
 def test_frozen_gradient_survives_a_later_change_of_the_running_statistics(row, backend):
     layer = row.make(dtype=torch.float64, track_running_stats=True)
@@ -268,15 +251,6 @@ def test_frozen_gradient_survives_a_later_change_of_the_running_statistics(row, 
     loss = scalar(layer)(input)
     layer.train()(row.input(seed=2))
     assert_close(torch.autograd.grad(loss, input), expected)
-
-
-def test_a_backward_pass_follows_the_backend_of_its_forward_pass(backend):
-    arguments = leaves(KINDS[0])
-    loss = scalar(function_of(KINDS[0], noise_train=0.4, seed=3))(*arguments)
-    expected = torch.autograd.grad(loss, arguments, retain_graph=True)
-    with normnorm.use_backend("reference"):
-        found = torch.autograd.grad(loss, arguments)
-    assert_close(found, expected, rtol=0, atol=0)
 
 
 # torch.func
@@ -460,15 +434,6 @@ def test_vmap_cannot_fold_running_statistics_and_says_so(row, momentum, backend)
     with pytest.raises(RuntimeError, match=r"running.*vmap|vmap.*running"):
         torch.vmap(layer)(torch.stack([row.input(torch.float32)] * 2))
     assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
-
-
-@each_running
-def test_vmap_of_an_evaluating_layer_equals_a_loop(row, backend):
-    layer = row.make(track_running_stats=True, dtype=torch.float64)
-    layer(row.input())
-    layer.eval()
-    inputs = torch.stack([row.input(seed=n) for n in range(3)])
-    assert_close(torch.vmap(layer)(inputs), torch.stack([layer(x) for x in inputs]), **CLOSE)
 
 
 @each_running
