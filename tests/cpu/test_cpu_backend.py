@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import raw_ops
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import CASES, UNIT, Case, check, draw, draw_parameters
+from oracle import CASES, Case, check, draw, draw_parameters
 from test_core_math import runnable
 
 import normnorm
@@ -25,25 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
 )
-OPS = torch.ops.normnorm_cpu
-NONE = (None, None, None)
-
-
-def configuration(kind="batch", num_groups=0, normalized_ndim=0, **options):
-    case = Case(kind, (), num_groups, normalized_ndim)
-    return case.config("cpu", **options)[:-1]
+CPU = backends.get("cpu") if cpu.unavailable_reason() is None else None
 
 
 # --- the library ---------------------------------------------------------------------------------
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
 def test_the_library_links_neither_the_unstable_abi_nor_python():
-    listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(cpu.LIBRARY)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    command = ["nm", "-D", "--undefined-only", str(cpu.LIBRARY)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1].partition("@")[0] for line in listed.splitlines()}
     assert not {name for name in names if name.startswith(("_ZN2at", "_ZN3c10", "Py", "GOMP"))}
 
@@ -63,12 +54,9 @@ def test_info_says_what_runs():
 def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     folders = (ROOT, *(ROOT / name for name in ("tests", "tests/core", "tests/cpu")))
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-    )
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_an_unknown_instruction_set_is_refused_with_those_there_are():
@@ -139,18 +127,6 @@ LARGE = (
 )
 
 
-def forward_and_backward(case, x, g, weight, bias, backend="cpu"):
-    last = x.dim() > 2 and not x.is_contiguous()
-    config = case.config("cpu", noise_train=0.4, channels_last=last)[:-1]
-    serves, seed = backends.get(backend), torch.tensor([77])
-    y, stats, _ = serves.forward(
-        x, *NONE, weight, bias, None, seed, None, False, True, *config
-    )  # fmt: skip
-    return (y, stats, *serves.backward(
-        g, x, stats, weight, bias, None, seed, None, True, True, True, False, *config
-    ))  # fmt: skip
-
-
 @pytest.fixture
 def set_threads():
     """torch.set_num_threads, undone after the test."""
@@ -163,23 +139,14 @@ def set_threads():
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_groups_agree_with_the_definition_for_any_number_of_threads(case, dtype, set_threads):
     """Within bounds on one thread, and bitwise the same on more."""
-    formats = (torch.contiguous_format, torch.channels_last)
-    for memory_format in formats[: 2 if len(case.shape) == 4 else 1]:
-        x = torch.randn(case.shape).exp().to(dtype).contiguous(memory_format=memory_format)
-        tensors = (x, torch.randn(case.shape).to(dtype), *draw_parameters(case, 1, dtype))
-        results = []
-        for threads in (1, 2, 7):
+    for last in (False, True)[: 2 if len(case.shape) == 4 else 1]:
+        t = raw_ops.operands(case, dtype, last, law="exponential", parameter_dtype=dtype)
+        set_threads(1)
+        alone = raw_ops.check("cpu", case, t, last=last, noise_train=0.4)
+        for threads in (2, 7):
             set_threads(threads)
-            results.append(forward_and_backward(case, *tensors))
-        doubles = (tensor.double() for tensor in tensors)
-        want = forward_and_backward(case, *doubles, backend="reference")
-        names = ("y", "stats", "du", "dw", "db")
-        for name, exact, got, *others in zip(names, want, *results, strict=True):
-            scale = exact.abs().max().item()
-            error = (got.double() - exact).abs().max().item() / scale
-            storage = UNIT[dtype] if name != "stats" else 0.0
-            assert error < 4e-5 + 4 * storage, f"{name} off by {error:.2g} of {scale:.2g}"
-            assert all(torch.equal(other, got) for other in others), name
+            found = raw_ops.both_passes("cpu", case, t, last=last, noise_train=0.4)
+            torch.testing.assert_close(found, alone, rtol=0, atol=0)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -198,17 +165,9 @@ def test_nothing_outside_the_given_views_is_touched_or_read(case, dtype):
         made.append(whole)
         return inside
 
-    x, g = guarded(draw(case, "normal", 0, dtype)), guarded(draw(case, "normal", 1, dtype))
-    weight, bias = (guarded(p) for p in draw_parameters(case, 0, dtype))
-    config = case.config("cpu", noise_train=0.4)[:-1]
-    seed = torch.tensor([5])
-    y, stats, _ = OPS.normal_norm_forward(
-        x, *NONE, weight, bias, None, seed, None, False, True, *config
-    )  # fmt: skip
-    stats = guarded(stats)
-    gradients = OPS.normal_norm_backward(
-        g, x, stats, weight, bias, None, seed, None, True, True, True, False, *config
-    )
+    t = {name: guarded(value) for name, value in raw_ops.operands(case, dtype).items()}
+    y, stats, x = raw_ops.forward_pass("cpu", case, t, noise_train=0.4)
+    gradients = raw_ops.backward_pass("cpu", case, t, (y, guarded(stats), x), noise_train=0.4)
     for result in (y, *gradients):
         assert torch.isfinite(result).all()
     for whole in made:
@@ -219,14 +178,13 @@ def test_nothing_outside_the_given_views_is_touched_or_read(case, dtype):
 # --- raw ops given anything ----------------------------------------------------------------------
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
-shapes = st.lists(st.integers(0, 4), min_size=0, max_size=5)
 
 
 @st.composite
 def tensors(draw_value, optional=True):
     if optional and draw_value(st.booleans()):
         return None
-    shape = draw_value(shapes)
+    shape = draw_value(st.lists(st.integers(0, 4), min_size=0, max_size=5))
     dtype = draw_value(st.sampled_from(DTYPES if draw_value(st.booleans()) else DTYPES[:1]))
     tensor = torch.ones(shape, dtype=dtype)
     if tensor.dim() > 1 and draw_value(st.booleans()):
@@ -234,7 +192,7 @@ def tensors(draw_value, optional=True):
     return tensor[..., ::2] if tensor.dim() and draw_value(st.booleans()) else tensor
 
 
-configurations = st.tuples(
+configurations = (
     st.sampled_from(["batch", "layer", "group", "instance", "other"]),
     st.integers(-1, 3),
     st.integers(-1, 3),
@@ -247,52 +205,33 @@ configurations = st.tuples(
     st.booleans(),
     st.sampled_from(["", "relu"]),
 )
-REFUSALS = (ValueError, RuntimeError, TypeError, NotImplementedError)
+some, any_or_none, flag = tensors(optional=False), tensors(), st.booleans()
+ANYTHING = {
+    "forward": (some, *[any_or_none] * 8, flag, flag, *configurations),
+    "backward": (*[some] * 3, *[any_or_none] * 5, *[flag] * 4, *configurations),
+    "fold": (
+        *[some] * 4, any_or_none, st.sampled_from([None, 0.1, float("nan")]), st.integers(-1, 5),
+        st.sampled_from([1e-5, 0.0, -1.0]),
+    ),
+}  # fmt: skip
 
 
-def harmless(op, *arguments) -> None:
-    """Calls an op that may refuse, but must neither crash nor change what it then refuses."""
-    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    with contextlib.suppress(*REFUSALS):
-        op(*arguments)
-        return
-    for before, after in zip(copies, arguments, strict=True):
-        if isinstance(after, torch.Tensor):
-            assert torch.equal(before, after)
+@pytest.mark.parametrize("op", ANYTHING)
+def test_an_op_given_anything_refuses_or_computes(op):
+    """An op may refuse, but must neither crash nor change what it then refuses."""
 
+    @settings(max_examples=400)
+    @given(st.tuples(*ANYTHING[op]))
+    def call(arguments):
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        with contextlib.suppress(ValueError, RuntimeError, TypeError, NotImplementedError):
+            getattr(CPU, op)(*arguments)
+            return
+        for before, after in zip(copies, arguments, strict=True):
+            if isinstance(after, torch.Tensor):
+                assert torch.equal(before, after)
 
-@settings(max_examples=400)
-@given(
-    tensors(optional=False),
-    st.tuples(*[tensors()] * 8),
-    st.tuples(*[st.booleans()] * 2),
-    configurations,
-)
-def test_forward_given_anything_refuses_or_computes(x, rest, flags, config):
-    harmless(OPS.normal_norm_forward, x, *rest, *flags, *config)
-
-
-@settings(max_examples=400)
-@given(
-    st.tuples(*[tensors(optional=False)] * 3),
-    st.tuples(*[tensors()] * 5),
-    st.tuples(*[st.booleans()] * 4),
-    configurations,
-)
-def test_backward_given_anything_refuses_or_computes(needed, optional, flags, config):
-    harmless(OPS.normal_norm_backward, *needed, *optional, *flags, *config)
-
-
-@settings(max_examples=300)
-@given(
-    st.tuples(*[tensors(optional=False)] * 4),
-    tensors(),
-    st.sampled_from([None, 0.1, float("nan")]),
-    st.integers(-1, 5),
-    st.sampled_from([1e-5, 0.0, -1.0]),
-)
-def test_fold_given_anything_refuses_or_computes(needed, tracked, momentum, count, eps):
-    harmless(OPS.fold_running_, *needed, tracked, momentum, count, eps)
+    call()
 
 
 # --- beyond 32-bit indices -----------------------------------------------------------------------
@@ -310,11 +249,8 @@ def test_more_than_2_to_the_31_elements():
     piece = torch.randn(1024, columns, dtype=torch.bfloat16)
     for first in range(0, rows, 1024):
         x[first : first + 1024] = piece[: min(1024, rows - first)]
-    config = configuration("layer", normalized_ndim=1, noise_train=0.4)
-    seed = torch.tensor([9])
-    y, stats, _ = OPS.normal_norm_forward(
-        x, *NONE, None, None, None, seed, None, False, True, *config
-    )  # fmt: skip
+    case, seed = Case("layer", (rows, columns), normalized_ndim=1), torch.tensor([9])
+    y, stats, _ = raw_ops.forward_pass("cpu", case, {"x": x, "seed": seed}, noise_train=0.4)
     for first in (0, 1024, 65536):  # equal rows of input, all beyond each other in noise
         torch.testing.assert_close(stats[:, first], stats[:, 0])
     assert not torch.equal(y[65536], y[0])
@@ -324,10 +260,7 @@ def test_more_than_2_to_the_31_elements():
     words = philox_words(torch.arange(start, start + columns // 4), seed, 0)
     radius = torch.sqrt(-2.0 * torch.log(uniforms(words[0])))
     z = radius * torch.cos(2.0 * torch.pi * uniforms(words[1]))
-    quiet = OPS.normal_norm_forward(
-        x[65536:65537], *(None,) * 8, False, True,
-        *configuration("layer", normalized_ndim=1),
-    )[0]  # fmt: skip
+    quiet = raw_ops.forward_pass("cpu", case, {"x": x[65536:65537]})[0]
     scale = 0.4 * stats[4, 65536].item()
     got = (y[65536].double() - quiet[0].double())[::4] / scale
     assert (got - z).abs().max() < 0.1
