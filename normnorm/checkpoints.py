@@ -24,8 +24,6 @@ INITIAL = {
     "num_batches_tracked": 0.0,
 }
 
-_RUNNING = ("running_mean", "running_var", "running_lmbda")
-
 
 class Loading(_NormBase):
     """Base of the layers with running statistics: loads checkpoints with and without lambda."""
@@ -45,7 +43,8 @@ class Loading(_NormBase):
         if foreign:  # the authors' layer has a running_norm that no formula reads
             state_dict.pop(prefix + "running_norm", None)
         if self._buffers.get("running_lmbda") is not None:
-            mean, var, lmbda = (state_dict.get(prefix + name) for name in _RUNNING)
+            names = ("running_mean", "running_var", "running_lmbda")
+            mean, var, lmbda = (state_dict.get(prefix + name) for name in names)
             # torch.distributed.checkpoint fills gaps with the model's tensors, even on meta.
             missing = foreign if lmbda is None else getattr(lmbda, "is_meta", False)
             # Requires both, because some loaders load one tensor at a time.

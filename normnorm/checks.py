@@ -85,6 +85,12 @@ def _check_geometry(input: Tensor, config: Config) -> None:
         raise ValueError(f"num_groups belongs to kind 'group'; got {num_groups} for '{kind}'")
 
 
+def _check_config(input: Tensor, config: Config) -> None:
+    _check_geometry(input, config)
+    check_transform(config.eps, config.alpha, config.order, config.transform_eps)
+    check_activation(config.activation)
+
+
 def _check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
@@ -281,9 +287,7 @@ def check_forward(call: ForwardArguments, shard: bool = False) -> None:
     """
     input, config = call.input, call.config
     check_tensors(weight=call.weight, bias=call.bias)
-    _check_geometry(input, config)
-    check_transform(config.eps, config.alpha, config.order, config.transform_eps)
-    check_activation(config.activation)
+    _check_config(input, config)
     if call.residual is not None:
         _check_like_input("residual", call.residual, input)
     running = call[1:4]
@@ -314,9 +318,7 @@ def check_forward(call: ForwardArguments, shard: bool = False) -> None:
 def check_backward(call: BackwardArguments) -> None:
     """Checks all arguments of ``normal_norm_backward``."""
     input, stats, config = call.input, call.stats, call.config
-    _check_geometry(input, config)
-    check_transform(config.eps, config.alpha, config.order, config.transform_eps)
-    check_activation(config.activation)
+    _check_config(input, config)
     _check_like_input("grad_output", call.grad_output, input)
     if config.activation and call.output is None:
         raise ValueError(f"activation '{config.activation}' needs the forward's output; got None")

@@ -84,7 +84,8 @@ def _discard_output() -> None:
                 os.close(nowhere)
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status (:func:`execute`)."""
     parser = argparse.ArgumentParser(
         prog="normnorm", description="Normality normalization for PyTorch."
     )
@@ -94,9 +95,4 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.run, program=command.prog)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status (:func:`execute`)."""
-    return execute(_parser(), arguments)
+    return execute(parser, arguments)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as torch_functional
 
 from normnorm import norm_map
 from normnorm.checks import check_is_module, check_noise_train, check_transform
@@ -125,16 +124,8 @@ def _plan(
     decide: Callable[[nn.Module], tuple[Target | None, str | None]],
     make: Callable[[nn.Module, Target], nn.Module],
 ) -> tuple[list[_Change], Replacement]:
-    """The replacements and their summary; changes nothing.
-
-    Args:
-        model, where: as in :func:`replace_norms`.
-        decide: of a layer; its target, and the reason to leave it.
-        make: of a layer and its target; the new layer.
-
-    Raises:
-        ValueError: the model is itself a layer with a target.
-    """
+    """The replacements and their summary; changes nothing. ``decide`` returns a layer's target, or
+    the reason to leave it; ``make`` returns the new layer."""
     if decide(model)[0] is not None:
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which cannot be exchanged in place; "
@@ -179,25 +170,23 @@ def _guard_fast_paths(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            ours = _has_our_norms(module)
-            module.activation_relu_or_gelu = 0 if ours else _known_activation(module.activation)
+            _disable(module, "activation_relu_or_gelu", _has_our_norms(module))
         elif isinstance(module, nn.TransformerEncoder):
-            if any(map(_has_our_norms, module.layers)):
-                vars(module).setdefault("packed_before", module.use_nested_tensor)
-                module.use_nested_tensor = False
-            elif "packed_before" in vars(module):
-                module.use_nested_tensor = vars(module).pop("packed_before")
+            _disable(module, "use_nested_tensor", any(map(_has_our_norms, module.layers)))
 
 
 def _has_our_norms(layer: nn.Module) -> bool:
     return any(isinstance(getattr(layer, name, None), _Transform) for name in ("norm1", "norm2"))
 
 
-def _known_activation(activation: Any) -> int:
-    """torch's code for an activation: 1 for ReLU, 2 for GELU, else 0."""
-    if activation is torch_functional.relu or isinstance(activation, nn.ReLU):
-        return 1
-    return 2 if activation is torch_functional.gelu or isinstance(activation, nn.GELU) else 0
+def _disable(module: nn.Module, attribute: str, disabled: bool) -> None:
+    """Sets an attribute to 0 or False while disabled, and to its earlier value afterwards."""
+    state, earlier = vars(module), f"{attribute}_before_normnorm"
+    if disabled:
+        state.setdefault(earlier, state[attribute])
+        state[attribute] = type(state[attribute])(0)
+    elif earlier in state:
+        state[attribute] = state.pop(earlier)
 
 
 def _plan_settings(

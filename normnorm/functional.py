@@ -355,8 +355,8 @@ def add_layer_normal_norm(
     Args:
         input, residual: (*, *normalized_shape), of one shape and device. Different floating
             dtypes are promoted as in ``input + residual``.
-        normalized_shape, weight, bias, eps, training, noise_train, alpha, order, transform_eps,
-            seed: as for :func:`layer_normal_norm`.
+
+    The other arguments are those of :func:`layer_normal_norm`.
 
     Returns:
         (output, sum), both of the input's shape and of the dtype of ``input + residual``; the sum

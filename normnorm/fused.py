@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from normnorm import functional as F
 from normnorm.modules import BatchNormalNorm2d, LayerNormalNorm
 
-__all__ = ["AddLayerNormalNorm", "BatchNormalNormAct2d"]
-
 
 class BatchNormalNormAct2d(BatchNormalNorm2d):
     """Batch normality normalization of images, fused with a residual addition and ReLU.
@@ -123,27 +121,23 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
 
 
 class AddLayerNormalNorm(LayerNormalNorm):
-    """Residual addition and layer norm of a pre-norm transformer, fused.
+    """Residual addition and layer norm of a pre-norm transformer, fused:
+    :func:`normnorm.functional.add_layer_normal_norm`.
 
-    Computes ``sum = input + residual; output = layer_normal_norm(sum)`` and returns both: the
-    output for the next attention or MLP, the sum for the residual connection after it. Forward
-    writes the sum without reading it again; backward adds the sum's gradient as it writes the
-    norm's.
-
-    ::
+    Returns the output for the next attention or MLP, and the sum for the residual connection after
+    it::
 
         x, stream = self.norm1(branch, stream)  # replaces stream = stream + branch; norm(stream)
 
     Args:
-        normalized_shape, eps, elementwise_affine, bias, device, dtype, noise_train, alpha, order,
-            transform_eps: see :class:`LayerNormalNorm`, whose checkpoints, and those of torch's
-            layer, load.
+        those of :class:`LayerNormalNorm`, whose checkpoints, and those of torch's layer, load.
+
+    Input and residual of different floating dtypes, such as a branch under autocast and a float32
+    stream, are promoted as in torch's addition; output and sum have the promoted dtype.
 
     Raises:
         ValueError: see :class:`LayerNormalNorm`; a residual of another shape or device.
-        TypeError: a residual that is not floating. Input and residual of different floating dtypes,
-            such as a branch under autocast and a float32 stream, are promoted as in torch's
-            addition; output and sum have the promoted dtype.
+        TypeError: a residual that is not floating.
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

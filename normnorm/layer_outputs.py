@@ -81,11 +81,7 @@ class Hook:
         return self._function(*self._first, module, *arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_hook, ()
-
-
-def _inert_hook() -> Callable[..., None]:
-    return _nothing
+        return Hook, (nn.Module(), _nothing)
 
 
 def _nothing(*_: Any) -> None:

@@ -89,18 +89,16 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
         """Runs the forward pass of the class that this becomes, on temporary tensors."""
         check_noise_train(self.noise_train)
         trial = becomes.__new__(becomes)
+
+        def ones(tensor: Any) -> Tensor | None:
+            if tensor is None:
+                return None
+            shape = (channels,) if is_lazy(tensor) else tuple(tensor.shape)
+            # Of the input, which is a fake tensor if a compiler initializes the layer.
+            return input.new_ones(shape, dtype=tensor.dtype, device=tensor.device)
+
         tensors = {
-            kind: {
-                name: tensor
-                if tensor is None
-                # new_ones of the input, which is a fake tensor if a compiler initializes the layer.
-                else input.new_ones(
-                    (channels,) if is_lazy(tensor) else tuple(tensor.shape),
-                    dtype=tensor.dtype,
-                    device=tensor.device,
-                )
-                for name, tensor in getattr(self, kind).items()
-            }
+            kind: {name: ones(tensor) for name, tensor in getattr(self, kind).items()}
             for kind in ("_parameters", "_buffers")
         }
         # Without noise, which would draw a seed from the generator.

@@ -14,28 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from normnorm import checks
 from normnorm import functional as F
 from normnorm.checkpoints import Loading
-from normnorm.checks import (
-    check_integer,
-    check_is_tensor,
-    check_noise_train,
-    check_number,
-    check_transform,
-)
-
-__all__ = [
-    "BatchNormalNorm1d",
-    "BatchNormalNorm2d",
-    "BatchNormalNorm3d",
-    "GroupNormalNorm",
-    "InstanceNormalNorm1d",
-    "InstanceNormalNorm2d",
-    "InstanceNormalNorm3d",
-    "LayerNormalNorm",
-    "LayerNormalNorm2d",
-]
-
 
 CANNOT_FOLD = "a {} cannot be folded into the layer before it: its power transform is not linear"
 _ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -84,10 +65,6 @@ class _Transform:
 
     eps: float
     forward: Any
-    noise_train: float
-    alpha: float
-    order: int
-    transform_eps: float
     weight: Any
     bias: Any
 
@@ -102,8 +79,8 @@ class _Transform:
     def _set_transform(
         self, noise_train: float, alpha: float, order: int, transform_eps: float
     ) -> None:
-        check_noise_train(noise_train)
-        check_transform(self.eps, alpha, order, transform_eps)
+        checks.check_noise_train(noise_train)
+        checks.check_transform(self.eps, alpha, order, transform_eps)
         self.noise_train = noise_train
         self.alpha = alpha
         self.order = order
@@ -133,7 +110,7 @@ class _Transform:
         Called first in the ``forward`` of the class ``owner``, for inputs that are no plain tensor.
         """
         if not isinstance(inputs[0], Proxy):
-            check_is_tensor(inputs[0])
+            checks.check_is_tensor(inputs[0])
             return None
         tracer: Any = inputs[0].tracer
         layer: Any = self
@@ -194,7 +171,7 @@ class _RunningNorm(_Transform, Loading):
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         if momentum is not None:
-            check_number("momentum", momentum)
+            checks.check_number("momentum", momentum)
         if not bias:
             self.register_parameter("bias", None)
         running_lmbda = (
@@ -227,15 +204,6 @@ class _RunningNorm(_Transform, Loading):
         if self._frozen_mode is not None:
             self._frozen_mode, self.training = mode, False
         return self
-
-    def _freeze(self) -> None:
-        if self._frozen_mode is None:
-            self._frozen_mode, self.training = self.training, False
-
-    def _unfreeze(self) -> None:
-        if self._frozen_mode is not None:
-            self.training = self._frozen_mode
-            del self._frozen_mode
 
     def reset_running_stats(self) -> None:
         """Sets running mean 0, variance 1, lambda 1 and no batches."""
@@ -285,7 +253,7 @@ class _BatchNormalNorm(_RunningNorm):
         # As in torch: without track_running_stats the buffers are None unless set by hand, and are
         # then used in evaluation only.
         training = self.training
-        check_noise_train(self.noise_train)  # checked in evaluation too, although it adds no noise
+        checks.check_noise_train(self.noise_train)  # in evaluation too, although it adds no noise
         # Read from the dictionary: nn.Module's __getattr__ costs half a microsecond per name.
         buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -603,7 +571,7 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         order: int = 2,
         transform_eps: float = 0.0,
     ) -> None:
-        check_integer("num_groups", num_groups)
+        checks.check_integer("num_groups", num_groups)
         if num_groups < 1:
             raise ValueError(f"num_groups must be positive; got {num_groups}")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)

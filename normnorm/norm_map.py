@@ -99,11 +99,6 @@ def _registered(cls: type[nn.Module]) -> Registered | None:
     return next((known for known in reversed(_REGISTERED.values()) if known.cls is cls), None)
 
 
-def _registered_base(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """A registered class that this one is derived from."""
-    return next((known.cls for known in _REGISTERED.values() if issubclass(cls, known.cls)), None)
-
-
 # The class that a layer is converted to, or the user's registration for its class.
 Target = type[nn.Module] | Registered
 
@@ -135,12 +130,7 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_FORWARD_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # torch's tables of hooks that take keywords or always run.
 _HOOK_KINDS = (
     "_forward_hooks_with_kwargs",
@@ -150,7 +140,7 @@ _HOOK_KINDS = (
 
 
 def replacement(module: nn.Module) -> tuple[Target | None, str | None]:
-    """What :func:`recast` makes of a layer, and why it must stay nevertheless, or None.
+    """The target of :func:`recast` for a layer, and the reason to leave the layer, or None.
 
     (None, None) for a module that is not a normalization layer, and for layers of normnorm.
     """
@@ -159,14 +149,22 @@ def replacement(module: nn.Module) -> tuple[Target | None, str | None]:
 
 
 def restoration(module: nn.Module) -> tuple[Target | None, str | None]:
-    """What :func:`restored` makes of a layer, and why it must stay nevertheless, or None.
+    """The target of :func:`restored` for a layer, and the reason to leave the layer, or None.
 
     (None, None) for a module that is not a layer of normnorm.
     """
     if not isinstance(module, _Transform):
         return None, None
     target = _original(module)
-    return target, _why_not_restored(module) if target is None else _obstacle(module, target)
+    if target is not None:
+        return target, _obstacle(module, target)
+    cls = vars(module).get("registered_class")
+    if cls is None:
+        return None, "torch has no counterpart of it"
+    name = cls.__name__
+    if _registered(cls) is None:
+        return None, f"it was a {name}, which is not registered here (normnorm.register_norm)"
+    return None, f"it was a {name}, which is registered without a way back"
 
 
 def _counterpart(module: nn.Module) -> Target | None:
@@ -207,22 +205,12 @@ def _integration(module: nn.Module) -> Any:
     return sys.modules[name] if name.startswith("normnorm.integrations.") else None
 
 
-def _why_not_restored(module: nn.Module) -> str:
-    """Why a layer of normnorm has no :func:`_original`."""
-    cls = vars(module).get("registered_class")
-    if cls is None:
-        return "torch has no counterpart of it"
-    if _registered(cls) is None:
-        return f"it was a {cls.__name__}, which is not registered here (normnorm.register_norm)"
-    return f"it was a {cls.__name__}, which is registered without a way back"
-
-
 def _why_unknown(module: nn.Module) -> str | None:
     """Why a layer has no counterpart; None if it is not a normalization layer."""
     cls = type(module)
     if isinstance(module, _Transform):
         return None
-    known = _registered_base(cls)
+    known = next((r.cls for r in _REGISTERED.values() if issubclass(cls, r.cls)), None)
     if known is not None or isinstance(module, tuple(_TORCH)):
         if parametrize.is_parametrized(module):
             return _PARAMETRIZED
@@ -295,7 +283,7 @@ def _holds(function: Any, module: nn.Module) -> bool:
 
 
 def _unfit(module: nn.Module) -> str | None:
-    """Why a layer of normnorm would refuse this layer's eps or tensors; None if it would not."""
+    """Why a layer of normnorm would reject this layer's eps or tensors; None if it would not."""
     eps: Any = module.eps
     try:
         check_transform(eps, 1.0, 2, 0.0)
@@ -353,13 +341,8 @@ def _by_function(module: nn.Module, function: Any, wanted: type, words: str) -> 
 
 
 def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Module:
-    """The normality layer for a layer, on the same tensors.
-
-    Args:
-        module: the layer.
-        cls: from :func:`replacement`.
-        settings: ``noise_train``, ``alpha``, ``order``, ``transform_eps``; missing ones take the
-            class's default.
+    """The normality layer for a layer, on the same tensors, with ``settings`` of the transform;
+    missing ones take the class's default.
 
     Raises:
         TypeError: a user's function did not return a layer of normnorm.

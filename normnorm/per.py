@@ -6,6 +6,7 @@ Wasserstein metric" (ICLR 2020, arXiv 2002.05366).
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import warnings
@@ -15,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normnorm import layer_outputs
+from normnorm import backends, layer_outputs
 from normnorm.autograd import forward_mode
 from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_integer, check_number
-from normnorm.per_ops import ROOT_HALF, ROOT_TWO_OVER_PI, projected_error_of
 from normnorm.statistics import statistics_dtype
 
 # Projections per block: 2^17 float32 fit a CPU's second-level cache.
@@ -27,6 +27,51 @@ _BLOCK = 1 << 17
 _BLOCK_ON_GPU = 1 << 22
 # Partial sums of GPU programs; CPU threads accumulate into one.
 _SUMS_ON_GPU = 1024
+
+
+_ROOT_HALF = math.sqrt(0.5)
+_ROOT_TWO_OVER_PI = math.sqrt(2 / math.pi)
+
+# The op of the projected error function, (projections, sums, slopes). The products with the
+# directions before and after it are torch's.
+#   projections  t, float32 or float64, contiguous; replaced by the slopes erf(t / sqrt 2) if
+#                `slopes`, else undefined afterwards
+#   sums         float64 vector on the same device; the sum over t of t erf(t / sqrt 2) + sqrt(2 /
+#                pi) exp(-t^2 / 2) is added, distributed over the elements in any way
+ProjectedError = Callable[[Tensor, Tensor, bool], None]
+
+_library = torch.library.Library("normnorm_cpu", "FRAGMENT")
+_library.define(
+    "projected_error_(Tensor(a!) projections, Tensor(b!) sums, bool slopes) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake("normnorm_cpu::projected_error_", lambda *_: None, lib=_library)
+
+
+def projected_error_of(device: torch.device) -> ProjectedError:
+    """The implementation for tensors on ``device``, by the backend in use.
+
+    The CUDA library has no kernel for it; backend ``cuda`` takes Triton's if Triton is installed.
+
+    Raises:
+        ValueError, RuntimeError: the chosen backend does not exist, cannot run here, or does not
+            serve this device.
+    """
+    name = backends.resolve(device).name
+    if name == "cpu":
+        return torch.ops.normnorm_cpu.projected_error_.default
+    if name in ("cuda", "triton") and backends.available_backends()["triton"] is None:
+        return importlib.import_module("normnorm.triton_kernels.projected").projected_error_
+    return _plain
+
+
+def _plain(projections: Tensor, sums: Tensor, slopes: bool) -> None:
+    """In PyTorch operations, for every device."""
+    slope = torch.erf(projections * _ROOT_HALF)
+    sums[0] += torch.linalg.vecdot(projections.flatten(), slope.flatten())
+    sums[0] += _ROOT_TWO_OVER_PI * projections.square_().mul_(-0.5).exp_().sum()
+    if slopes:
+        projections.copy_(slope)
 
 
 def _check_directions(num_slices: int, generator: torch.Generator | None) -> None:
@@ -101,7 +146,7 @@ def per_loss(
 def _definition(vectors: Tensor, slices: Tensor) -> Tensor:
     """The formula in full: differentiable to any order, holds the whole projection matrix."""
     t = vectors @ slices.T
-    return (t * torch.erf(t * ROOT_HALF) + ROOT_TWO_OVER_PI * torch.exp(-t.square() / 2)).mean()
+    return (t * torch.erf(t * _ROOT_HALF) + _ROOT_TWO_OVER_PI * torch.exp(-t.square() / 2)).mean()
 
 
 class _Blockwise(torch.autograd.Function):

@@ -35,7 +35,8 @@ def freeze_statistics(model: nn.Module) -> int:
     """
     layers = [layer for layer in _running(model) if layer.track_running_stats]
     for layer in layers:
-        layer._freeze()
+        if layer._frozen_mode is None:
+            layer._frozen_mode, layer.training = layer.training, False
     return len(layers)
 
 
@@ -44,22 +45,19 @@ def unfreeze_statistics(model: nn.Module) -> int:
 
     A layer returns to the mode set by the last ``train()`` or ``eval()``.
 
-    Args:
-        model: a model or a single layer.
+    Args, Raises: as :func:`freeze_statistics`.
 
     Returns:
         The number of layers that were frozen.
-
-    Raises:
-        TypeError: ``model`` is not a module.
     """
     layers = [layer for layer in _running(model) if layer._frozen_mode is not None]
     for layer in layers:
-        layer._unfreeze()
+        layer.training = layer._frozen_mode
+        del layer._frozen_mode
     return len(layers)
 
 
-def _running(model: nn.Module) -> list[_RunningNorm]:
+def _running(model: nn.Module) -> list[Any]:
     check_is_module(model)
     return [module for module in model.modules() if isinstance(module, _RunningNorm)]
 
@@ -81,7 +79,7 @@ def _forward(model: nn.Module, batch: Any, device: torch.device | str | int | No
     model(_to(batch, device))
 
 
-def _put_back(layers: list[list[tuple[Tensor, Tensor]]]) -> None:
+def _put_back(layers: Iterable[list[tuple[Tensor, Tensor]]]) -> None:
     """Restores buffers, by layer, to the paired values."""
     for buffers in layers:
         for buffer, value in buffers:
@@ -132,15 +130,16 @@ def update_stats(
     ]
     if not layers:
         return 0
-    flags = {module: module.training for module in model.modules()}
-    momenta = [layer.momentum for layer in layers]
-    weights: list[tuple[Any, float]] = [
-        (layer, layer.noise_train) for layer in flags if isinstance(layer, _Transform)
+    noisy = [layer for layer in model.modules() if isinstance(layer, _Transform)]
+    attributes = [
+        *((module, "training", module.training) for module in model.modules()),
+        *((layer, "momentum", layer.momentum) for layer in layers),
+        *((layer, "noise_train", layer.noise_train) for layer in noisy),
     ]
-    before = [
-        [(buffer, buffer.clone()) for buffer in layer._buffers.values() if buffer is not None]
+    before = {
+        layer: [(buffer, buffer.clone()) for buffer in layer.buffers(recurse=False)]
         for layer in layers
-    ]
+    }
     count = 0
     try:
         model.train()
@@ -148,17 +147,14 @@ def update_stats(
             layer.reset_running_stats()
             layer.momentum = None
         if not noise:
-            for layer, _ in weights:
-                layer.noise_train = 0.0
+            for transform in noisy:
+                transform.noise_train = 0.0
         for batch in loader:
             _forward(model, batch, device)
             count += 1
         if count == 0:
             raise ValueError("the loader gave no batches: there is nothing to average")
-        unseen = [
-            buffers for layer, buffers in zip(layers, before, strict=True)
-            if layer.num_batches_tracked == 0
-        ]  # fmt: skip
+        unseen = [before[layer] for layer in layers if layer.num_batches_tracked == 0]
         if len(unseen) == len(layers):
             raise ValueError(
                 f"none of the {len(layers)} layers with running statistics saw a batch: they are "
@@ -166,13 +162,9 @@ def update_stats(
             )
         _put_back(unseen)
     except BaseException:
-        _put_back(before)
+        _put_back(before.values())
         raise
     finally:
-        for module, training in flags.items():
-            module.training = training
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for layer, noise_train in weights:
-            layer.noise_train = noise_train
+        for module, name, value in attributes:
+            setattr(module, name, value)
     return count

@@ -50,23 +50,18 @@ class Case(NamedTuple):
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor, running: Tensor) -> Tensor:
         """Calls the layer's function; ``running`` has mean, variance and lambda as rows and is
         updated in training."""
-        mean, var, lmbda = running.unbind(0)
-        common: dict[str, Any] = {"noise_train": 0.4, "seed": _SEED}
-        if self.kind == "batch":
-            return functional.batch_normal_norm(
-                input, mean, var, lmbda, weight, bias, self.training, eps=_EPS, **common
-            )
+        common: dict[str, Any] = {
+            "weight": weight, "bias": bias, "eps": _EPS, "training": self.training,
+            "noise_train": 0.4, "seed": _SEED,
+        }  # fmt: skip
         if self.kind == "layer":
-            return functional.layer_normal_norm(
-                input, self.shape[-1:], weight, bias, _EPS, training=self.training, **common
-            )
+            return functional.layer_normal_norm(input, self.shape[-1:], **common)
         if self.kind == "group":
-            return functional.group_normal_norm(
-                input, 4, weight, bias, _EPS, training=self.training, **common
-            )
-        return functional.instance_normal_norm(
-            input, mean, var, lmbda, weight, bias, eps=_EPS, training=self.training, **common
-        )
+            return functional.group_normal_norm(input, 4, **common)
+        layer: Any = functional.batch_normal_norm
+        if self.kind == "instance":
+            layer = functional.instance_normal_norm
+        return layer(input, *running.unbind(0), **common)
 
 
 _LAYERS = (

@@ -11,18 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from normnorm import checks
 from normnorm import functional as F
-from normnorm.autograd import Running
+from normnorm.autograd import Running, forward_mode
 from normnorm.backends.reference import move_running, transforms_active
-from normnorm.checks import (
-    check_fold,
-    check_forward,
-    check_is_tensor,
-    check_noise_train,
-    with_residual,
-)
 from normnorm.config import ForwardArguments
 from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of_batch, to_local
 from normnorm.distributed.statistics import Synchronised
@@ -75,11 +68,10 @@ def sync_batch_normal_norm(
         input: (N, C) or (N, C, *), this rank's shard of the batch.
         running_mean, running_var, running_lmbda: (C,), all three or none; updated from the
             statistics of the whole batch, equal on all ranks afterwards if they were before.
-        weight, bias, momentum, eps: see :func:`normnorm.functional.batch_normal_norm`.
-        noise_train, alpha, order, transform_eps: see :mod:`normnorm.functional`.
         seed: may be the same on all ranks: the global rank is the noise's stream.
-        num_batches_tracked: int64, one element, incremented.
         process_group: of the ranks that hold the batch; None for all.
+
+    The other arguments are those of :func:`normnorm.functional.batch_normal_norm`.
 
     Raises:
         ValueError, TypeError: bad arguments, before any communication; a single value per channel
@@ -88,15 +80,14 @@ def sync_batch_normal_norm(
             fullgraph=True before torch 2.13; and from torch.distributed, if another rank fails or
             exceeds the group's time-out.
     """
-    check_is_tensor(input)
-    if torch.compiler.is_compiling() and not COMPILES:
+    checks.check_is_tensor(input)
+    compiling = torch.compiler.is_compiling()
+    if compiling and not COMPILES:
         raise RuntimeError(
             f"torch.compile of synchronised layers needs torch 2.13; got {torch.__version__} "
             "(compiled gradients were wrong under 2.11; without fullgraph=True they run uncompiled)"
         )
-    if not torch.compiler.is_compiling() and (
-        transforms_active() or forward_ad._current_level >= 0
-    ):
+    if not compiling and (transforms_active() or forward_mode()):
         raise RuntimeError(
             "synchronised layers exchange messages, which torch.func transforms and forward-mode "
             "derivatives cannot follow; use BatchNormalNorm there"
@@ -104,33 +95,29 @@ def sync_batch_normal_norm(
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = F._check_running(input, running, momentum, num_batches_tracked, True)
     config = F._configure(input, "batch", 0, 0, eps, noise_train, True, alpha, order, transform_eps)
-    backend = "reference" if torch.compiler.is_compiling() else config.backend
+    backend = "reference" if compiling else config.backend
     config = config._replace(stream=dist.get_rank(), backend=backend)
     seed_tensor = as_seed(seed, input.device) if config.noise_train > 0.0 else None
     check_plain(input, weight=weight, bias=bias)
     shards = None
-    if type(input) is not Tensor and is_dtensor(input):
+    if is_dtensor(input):
         shards = shards_of_batch(input, process_group)
         input, seed_tensor = to_local(input), to_local(seed_tensor)
-        weight, bias = shards.parameter("weight", weight), shards.parameter("bias", bias)
+        weight, bias = shards.local("weight", weight), shards.local("bias", bias)
         running = tuple(map(to_local, running))
         num_batches_tracked = to_local(num_batches_tracked)
-    check_forward(
-        ForwardArguments(
-            input, *running, weight, bias, None, seed_tensor, None, False, True, config
-        ),
-        shard=True,
-    )
+    tensors = (input, *running, weight, bias, None, seed_tensor, None)
+    checks.check_forward(ForwardArguments._make((*tensors, False, True, config)), shard=True)
     output, stats, count = Synchronised.apply(
         input, weight, bias, seed_tensor, config, process_group
     )
-    if input.device.type == "cpu" and not torch.compiler.is_compiling() and count.item() == 1:
+    if input.device.type == "cpu" and not compiling and count.item() == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got 1 over all ranks "
             f"(input size {list(input.shape)} on this one)"
         )
     if tracked:
-        check_fold(stats, *running, num_batches_tracked, momentum, 2, eps)  # type: ignore[arg-type]
+        checks.check_fold(stats, *running, num_batches_tracked, momentum, 2, eps)  # type: ignore[arg-type]
         factor: float | Tensor | None = momentum
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -207,9 +194,9 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
         if not self.training or _world_size(self.process_group) == 1:
             return super()._normalize(input, residual, activation)
         self._check_input_dim(input)
-        check_noise_train(self.noise_train)
+        checks.check_noise_train(self.noise_train)
         if residual is not None:
-            with_residual(input, residual)  # raises before any communication
+            checks.with_residual(input, residual)  # raises before any communication
         self._complete()
         names = ("running_mean", "running_var", "running_lmbda", "num_batches_tracked")
         buffers = self._buffers if self.track_running_stats else {}
@@ -240,9 +227,7 @@ class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
     (evaluation, a group of one rank) one kernel fuses all three.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer, act_kwargs,
-            inplace, drop_layer, device, dtype, bias, noise_train, alpha, order, transform_eps:
-            see :class:`BatchNormalNormAct2d`.
+        arguments, keywords: those of :class:`BatchNormalNormAct2d`.
         process_group: of the ranks that hold the batch; None for all.
 
     Shape: input and residual (N, C) or (N, C, *).

@@ -1,4 +1,4 @@
-// normnorm_cpu::projected_error_, the op of the projected error function loss (normnorm/per_ops.py).
+// normnorm_cpu::projected_error_, the op of the projected error function loss (normnorm/per.py).
 #include <torch/csrc/stable/library.h>
 
 #include <stdexcept>

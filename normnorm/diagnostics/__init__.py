@@ -3,9 +3,8 @@
 Needs the extra ``diagnostics``: SciPy and scikit-learn, and matplotlib for the plots.
 """
 
-from normnorm.diagnostics.diagnose import diagnose
+from normnorm.diagnostics.diagnose import diagnose, noise_robustness
 from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
-from normnorm.diagnostics.robustness import noise_robustness
 from normnorm.quantiles import normal_quantiles, normal_r_squared, qq_r_squared
 
 __all__ = [

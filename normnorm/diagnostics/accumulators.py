@@ -22,11 +22,8 @@ class ColumnMoments:
         self._least = torch.full((columns,), torch.inf, dtype=torch.float64)
         self._most = torch.full((columns,), -torch.inf, dtype=torch.float64)
         self.zeros = torch.zeros(columns, dtype=torch.int64)
-        self.mean = torch.zeros(columns, dtype=torch.float64)
-        # Sums of the second to fourth powers of the deviations, and of their products.
-        self._m2 = torch.zeros(columns, dtype=torch.float64)
-        self._m3 = torch.zeros(columns, dtype=torch.float64)
-        self._m4 = torch.zeros(columns, dtype=torch.float64)
+        # The mean; sums of the second to fourth powers of the deviations, and of their products.
+        self.mean, self._m2, self._m3, self._m4 = torch.zeros(4, columns, dtype=torch.float64)
         self._products = torch.zeros(columns, columns, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
@@ -41,15 +38,9 @@ class ColumnMoments:
         mean = values.mean(0)
         deviations = values - mean
         squares = deviations.square()
-        m2 = squares.sum(0)
-        m3 = (squares * deviations).sum(0)
-        m4 = squares.square().sum(0)
+        sums = squares.sum(0), (squares * deviations).sum(0), squares.square().sum(0)
         products = deviations.T @ deviations
-        self._merge(rows, *(t.cpu() for t in (mean, m2, m3, m4, products)))
-
-    def _merge(
-        self, rows: int, mean: Tensor, m2: Tensor, m3: Tensor, m4: Tensor, products: Tensor
-    ) -> None:
+        mean, m2, m3, m4, products = (t.cpu() for t in (mean, *sums, products))
         before, total = self.count, self.count + rows
         step = mean - self.mean
         share, rest = rows / total, before / total

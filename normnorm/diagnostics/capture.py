@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -96,9 +96,12 @@ def watching(
         return (other, *output[1:])
 
     watch = layer_outputs.Watch(model, layers, seen, owner)
+    # Compiled functions run eagerly, with all hooks. Importing torch._dynamo would take seconds.
+    compiles = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
     try:
         model.eval()
-        with torch.no_grad(), _uncompiled():
+        with torch.no_grad(), eager:
             yield
     finally:
         watch.remove()
@@ -107,10 +110,3 @@ def watching(
     if silent:
         names = ", ".join(repr(name) for name in layers if name in silent)
         raise ValueError(f"nothing passed through {names}")
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Within, torch.compile runs its function eagerly, with all hooks."""
-    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")

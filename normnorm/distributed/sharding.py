@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normnorm.config import Config
+from normnorm.config import Config, ForwardArguments
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -72,46 +72,43 @@ class Shards(NamedTuple):
                 index = index * self.mesh.size(i) + at
         return index
 
-    def _by_channel(self) -> list[Placement]:
-        """The placements of a (C,) tensor: sharded where the input's channels are."""
-        from torch.distributed.tensor import Replicate, Shard
+    def local(self, name: str, tensor: Any) -> Any:
+        """The local part of a running statistic, parameter or residual, or None for None.
 
-        cut = [self.kind != "layer" and p.is_shard(_CHANNELS) for p in self.placements]
-        return [Shard(0) if channels else Replicate() for channels in cut]
+        A running statistic may also be a plain tensor, equal on all ranks; the result shares memory
+        with it unless channels are sharded. The gradient of a parameter is summed over the shards.
 
-    def parameter(self, name: str, parameter: Tensor | None) -> Tensor | None:
-        """The local part of a parameter, whose gradient is summed over the shards."""
-        from torch.distributed.tensor import Partial
-
-        if parameter is None:
-            return None
-        self._check_mesh(name, parameter)
-        wanted = self._by_channel()
-        gradients = [
-            Partial() if own.is_replicate() and placement.is_shard() else own
-            for own, placement in zip(wanted, self.placements, strict=True)
-        ]
-        return _placed(parameter, wanted).to_local(grad_placements=gradients)
-
-    def statistic(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """The local part of a running statistic, which may also be a plain tensor, equal on all
-        ranks. It shares memory with the argument unless channels are sharded."""
-        from torch.distributed.tensor import DTensor, Replicate
+        Raises:
+            TypeError, ValueError: the tensor is not on the input's mesh.
+        """
+        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
         if tensor is None:
             return None
-        if not is_dtensor(tensor):
+        running = name.startswith("running_")
+        if running and not is_dtensor(tensor):
             copies = [Replicate() for _ in self.placements]
             tensor = DTensor.from_local(tensor, self.mesh, copies, run_check=False)
-        self._check_mesh(name, tensor)
-        return _placed(tensor, self._by_channel()).to_local()
-
-    def residual(self, residual: Tensor | None) -> Tensor | None:
-        """The local part of a residual, redistributed like the input."""
-        if residual is None:
-            return None
-        self._check_mesh("residual", residual)
-        return _placed(residual, self.placements).to_local()
+        if not is_dtensor(tensor):
+            raise TypeError(
+                f"the input is a DTensor and {name} a {type(tensor).__name__}; wanted both or "
+                "neither (parallelize_module and distribute_module make them of a module's)"
+            )
+        if tensor.device_mesh != self.mesh:
+            raise ValueError(
+                f"{name} must be on the input's mesh {self.mesh}; got {tensor.device_mesh}"
+            )
+        if name == "residual":
+            return _placed(tensor, self.placements).to_local()
+        cut = [self.kind != "layer" and p.is_shard(_CHANNELS) for p in self.placements]
+        placed = _placed(tensor, [Shard(0) if channels else Replicate() for channels in cut])
+        if running:
+            return placed.to_local()
+        gradients = [
+            Shard(0) if channels else Partial() if placement.is_shard() else Replicate()
+            for channels, placement in zip(cut, self.placements, strict=True)
+        ]
+        return placed.to_local(grad_placements=gradients)
 
     def seed(self, seed: Tensor | None) -> Tensor | None:
         """The seed of the first replica of this rank's shard, for all its replicas."""
@@ -143,17 +140,6 @@ class Shards(NamedTuple):
             stride=self.stride,
         )  # fmt: skip
 
-    def _check_mesh(self, name: str, tensor: Any) -> None:
-        if not is_dtensor(tensor):
-            raise TypeError(
-                f"the input is a DTensor and {name} a {type(tensor).__name__}; wanted both or "
-                "neither (parallelize_module and distribute_module make them of a module's)"
-            )
-        if tensor.device_mesh != self.mesh:
-            raise ValueError(
-                f"{name} must be on the input's mesh {self.mesh}; got {tensor.device_mesh}"
-            )
-
 
 def _placed(tensor: Any, placements: Any) -> Any:
     """The tensor redistributed to these placements. The same object if it has them already, so that
@@ -182,7 +168,7 @@ def shards_of(
     """
     from torch.distributed.tensor import Replicate
 
-    input, mean, var, lmbda, weight, bias, residual, seed, _ = tensors
+    input = tensors[0]
     mesh = input.device_mesh
     # A Partial input is summed before it is normalized.
     placements = tuple(p if not p.is_partial() else Replicate() for p in input.placements)
@@ -195,7 +181,7 @@ def shards_of(
             cuts[placement.dim].append(mesh.size(i))
     for dim, parts in enumerate(cuts):
         if parts:
-            _check_cut(input, dim, parts, config, mean is None, updates)
+            _check_cut(input, dim, parts, config, tensors[1] is None, updates)
     shards = Shards(mesh, placements, input.shape, input.stride(), config.kind)
     local = _placed(input, placements).to_local()
     groups = config.num_groups
@@ -203,17 +189,9 @@ def shards_of(
         # A shard without channels has no elements: any positive number of groups is correct.
         groups = max(1, groups * local.size(_CHANNELS) // input.size(_CHANNELS))
     stream = shards.stream() if config.noise_train > 0.0 else 0
-    local_tensors = (
-        local,
-        shards.statistic("running_mean", mean),
-        shards.statistic("running_var", var),
-        shards.statistic("running_lmbda", lmbda),
-        shards.parameter("weight", weight),
-        shards.parameter("bias", bias),
-        shards.residual(residual),
-        shards.seed(seed),
-        None,
-    )
+    rest = zip(ForwardArguments._fields[1:7], tensors[1:7], strict=True)
+    others = (shards.local(name, tensor) for name, tensor in rest)
+    local_tensors = (local, *others, shards.seed(tensors[7]), None)
     return shards, local_tensors, config._replace(num_groups=groups, stream=stream)
 
 

@@ -200,8 +200,8 @@ class LayerNormalNormAct2d(_Act, LayerNormalNorm2d):
         self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
 
-# timm's class, by its name in timm.layers -> normnorm's. normnorm computes in float32 for half
-# inputs anyway, as timm's ...Fp32 classes do.
+# timm's class, by its name in timm.layers without the suffix Fp32 -> normnorm's, which computes in
+# float32 for half inputs anyway.
 _COUNTERPARTS = {
     "BatchNormAct2d": BatchNormalNormAct2d,
     "SyncBatchNormAct": SyncBatchNormalNormAct,
@@ -210,14 +210,10 @@ _COUNTERPARTS = {
     "GroupNormAct": GroupNormalNormAct,
     "GroupNorm1Act": GroupNormalNormAct,
     "LayerNorm": LayerNormalNorm,
-    "LayerNormFp32": LayerNormalNorm,
     "LayerNorm2d": LayerNormalNorm2d,
-    "LayerNorm2dFp32": LayerNormalNorm2d,
     "LayerNormExp2d": LayerNormalNorm2d,
     "LayerNormAct": LayerNormalNormAct,
-    "LayerNormActFp32": LayerNormalNormAct,
     "LayerNormAct2d": LayerNormalNormAct2d,
-    "LayerNormAct2dFp32": LayerNormalNormAct2d,
 }
 
 _NORMS = {
@@ -245,7 +241,7 @@ def counterpart(module: nn.Module) -> type[nn.Module] | None:
     cls = type(module)
     if not cls.__module__.startswith("timm.layers."):
         return None
-    return _COUNTERPARTS.get(cls.__name__)
+    return _COUNTERPARTS.get(cls.__name__.removesuffix("Fp32"))
 
 
 def original(module: nn.Module) -> type[nn.Module] | None:

@@ -80,18 +80,14 @@ def from_pretrained(
         OSError: from transformers, where there is no such folder or model.
     """
     concrete = _concrete(cls, path, keywords)
+    settings: Any = {
+        "noise_train": noise_train, "alpha": alpha, "order": order, "transform_eps": transform_eps,
+    }  # fmt: skip
 
     @functools.wraps(concrete.__init__)
     def __init__(self: Any, *given: Any, **named: Any) -> None:
         concrete.__init__(self, *given, **named)
-        replace_norms(
-            self,
-            where,
-            noise_train=noise_train,
-            alpha=alpha,
-            order=order,
-            transform_eps=transform_eps,
-        )
+        replace_norms(self, where, **settings)
 
     # The same name, by which transformers finds what belongs to a class.
     names = {name: getattr(concrete, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -100,6 +96,20 @@ def from_pretrained(
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.__class__ = concrete
     return loaded
+
+
+# Keywords of from_pretrained that say where a model is and whether its code may run.
+_OF_THE_HUB = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 def _concrete(cls: Any, path: Any, keywords: dict[str, Any]) -> Any:
@@ -117,19 +127,6 @@ def _concrete(cls: Any, path: Any, keywords: dict[str, Any]) -> Any:
     config = keywords.get("config")
     if not isinstance(config, transformers.PretrainedConfig):
         config = transformers.AutoConfig.from_pretrained(path if config is None else config, **hub)
-    trust = {name: keywords[name] for name in ("trust_remote_code",) if name in keywords}
+    trust = {name: value for name, value in hub.items() if name == "trust_remote_code"}
     with torch.device("meta"):
         return type(cls.from_config(config, **trust))
-
-
-_OF_THE_HUB = (
-    "cache_dir",
-    "code_revision",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 import normnorm
-from normnorm import backends, per, per_ops
+from normnorm import backends, per
 from normnorm.backends import cpu
 
 
@@ -210,7 +210,7 @@ def test_a_loss_inside_a_checkpoint_has_its_own_gradient_or_none() -> None:
 
 
 @pytest.fixture
-def kernel() -> Iterator[per_ops.ProjectedError]:
+def kernel() -> Iterator[per.ProjectedError]:
     """The compiled op; restores the number of threads after the test."""
     if cpu.unavailable_reason() is not None:
         pytest.skip(str(cpu.unavailable_reason()))
@@ -222,11 +222,11 @@ def kernel() -> Iterator[per_ops.ProjectedError]:
 def test_the_chosen_backend_computes() -> None:
     device = torch.device("cpu")
     with normnorm.use_backend("reference"):
-        assert per_ops.projected_error_of(device) is per_ops._plain
+        assert per.projected_error_of(device) is per._plain
     if cpu.unavailable_reason() is None:
-        found = per_ops.projected_error_of(device)
+        found = per.projected_error_of(device)
         assert found is torch.ops.normnorm_cpu.projected_error_.default
-    assert per_ops.projected_error_of(torch.device("meta")) is per_ops._plain
+    assert per.projected_error_of(torch.device("meta")) is per._plain
     assert backends.resolve(torch.device("meta")).name == "reference"
 
 
@@ -235,7 +235,7 @@ def test_the_chosen_backend_computes() -> None:
 def test_a_block_is_added_up_and_replaced_by_its_slopes(
     shape: tuple[int, ...], dtype: torch.dtype, bound: float, cpu_backend: str
 ) -> None:
-    projected_error_ = per_ops.projected_error_of(torch.device("cpu"))
+    projected_error_ = per.projected_error_of(torch.device("cpu"))
     t = 3 * torch.randn(shape, dtype=dtype)
     exact = t.double().numpy()
     slopes = scipy.special.erf(exact * math.sqrt(0.5))
@@ -249,7 +249,7 @@ def test_a_block_is_added_up_and_replaced_by_its_slopes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_block_is_bitwise_the_same_for_any_number_of_threads(
-    dtype: torch.dtype, kernel: per_ops.ProjectedError
+    dtype: torch.dtype, kernel: per.ProjectedError
 ) -> None:
     for count in (1, 8191, 3 * 8192 + 5, 200_000):
         t, results = torch.randn(count, dtype=dtype), []
@@ -261,7 +261,7 @@ def test_a_block_is_bitwise_the_same_for_any_number_of_threads(
         torch.testing.assert_close(results[1:], results[:1] * 2, rtol=0, atol=0)
 
 
-def test_slopes_are_written_only_on_request(kernel: per_ops.ProjectedError) -> None:
+def test_slopes_are_written_only_on_request(kernel: per.ProjectedError) -> None:
     t = torch.randn(100)
     before = t.clone()
     kernel(t, torch.zeros(1, dtype=torch.float64), False)
@@ -288,7 +288,7 @@ REFUSED: dict[str, tuple[Tensor, Tensor, str]] = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_bad_blocks_are_refused(mistake: str, kernel: per_ops.ProjectedError) -> None:
+def test_bad_blocks_are_refused(mistake: str, kernel: per.ProjectedError) -> None:
     t, sums, sentence = REFUSED[mistake]
     before = t.clone(), sums.clone()
     with pytest.raises((ValueError, RuntimeError), match=sentence):
