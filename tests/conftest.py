@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,3 +134,10 @@ def device(target: Target) -> str:
 @pytest.fixture
 def devices() -> tuple[str, ...]:
     return DEVICES
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)

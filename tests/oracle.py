@@ -466,22 +466,6 @@ def check(
 # --- data laws ---
 
 
-def _one_hot(random, groups, n):
-    values = np.zeros((groups, n))
-    values[np.arange(groups), random.integers(0, n, groups)] = 1.0
-    return values
-
-
-def _outlier(random, groups, n):
-    values = random.normal(size=(groups, n))
-    values[:, 0] = 1000.0
-    return values
-
-
-def _bimodal(random, groups, n):
-    return random.choice([-2.0, 2.0], (groups, n)) + 0.3 * random.normal(size=(groups, n))
-
-
 LAWS = {
     "normal": lambda random, groups, n: random.normal(size=(groups, n)),
     "exponential": lambda random, groups, n: random.exponential(size=(groups, n)),
@@ -489,9 +473,13 @@ LAWS = {
     "student_t": lambda random, groups, n: random.standard_t(2, size=(groups, n)),
     "lognormal": lambda random, groups, n: np.exp(1.5 * random.normal(size=(groups, n))),
     "relu": lambda random, groups, n: np.maximum(random.normal(size=(groups, n)), 0.0),
-    "bimodal": _bimodal,
-    "one_hot": _one_hot,
-    "outlier": _outlier,
+    "bimodal": lambda random, groups, n: (
+        random.choice([-2.0, 2.0], (groups, n)) + 0.3 * random.normal(size=(groups, n))
+    ),
+    "one_hot": lambda random, groups, n: np.eye(n)[random.integers(0, n, groups)],
+    "outlier": lambda random, groups, n: np.where(
+        np.arange(n) == 0, 1000.0, random.normal(size=(groups, n))
+    ),
     "tiny_variance": lambda random, groups, n: 1e-4 * random.normal(size=(groups, n)),
     "offset": lambda random, groups, n: 100.0 + random.normal(size=(groups, n)),
     "constant": lambda random, groups, n: np.full((groups, n), 3.3),

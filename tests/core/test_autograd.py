@@ -14,6 +14,7 @@ import pytest
 import raw_ops
 import torch
 from layer_table import KINDS, RUNNING
+from raw_ops import channels_last
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -43,15 +44,8 @@ def function_of(row, frozen=False, **settings):
 
 def definition_of(row, **settings):
     """The same function, by the definition alone."""
-    kind, num_groups, normalized_ndim = row.geometry
-
-    def function(input, weight=None, bias=None):
-        return reference.normal_norm(
-            input, weight, bias, kind=kind, num_groups=num_groups,
-            normalized_ndim=normalized_ndim, **settings,
-        )[0]  # fmt: skip
-
-    return function
+    geometry = dict(zip(("kind", "num_groups", "normalized_ndim"), row.geometry, strict=True))
+    return lambda *tensors: reference.normal_norm(*tensors, **geometry, **settings)[0]
 
 
 def leaves(row, requires=(True, True, True)):
@@ -70,10 +64,6 @@ def constants(row):
 
 def scalar(function):
     return lambda *arguments: function(*arguments).sin().sum()
-
-
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 # Against numerical differences

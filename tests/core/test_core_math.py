@@ -314,26 +314,21 @@ def test_normals_where_the_canonical_order_is_transposed(core):
 # --- half precision ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_number_widens_exactly(core, dtype):
-    bits = np.arange(2**16, dtype=np.uint16)
-    name = str(dtype).removeprefix("torch.")
-    got = getattr(core, f"widen_{name}")(bits)
-    want = torch.from_numpy(bits.view(np.int16)).view(dtype).float().numpy()
-    np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_numbers_widen_exactly_and_floats_narrow_to_the_nearest_even(core, name):
+    def as_torch(bits):
+        return torch.from_numpy(bits.view(np.int16)).view(getattr(torch, name))
 
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_narrowing_rounds_to_nearest_even(core, dtype):
+    every = np.arange(2**16, dtype=np.uint16)
+    widened = getattr(core, f"widen_{name}")(every)
+    np.testing.assert_array_equal(widened, as_torch(every).float().numpy())
     random = np.random.default_rng(4)
     bits = random.integers(0, 2**32, 40_003, dtype=np.uint32)
     ties = (np.arange(2**16, dtype=np.uint32) << np.uint32(16)) | np.uint32(0x8000)
     half = (random.integers(0x38000000, 0x47800000, 20_000, dtype=np.uint32) >> 12) << 12
     x = np.concatenate([bits, ties, half.astype(np.uint32)]).view(np.float32)
     x = x[~np.isnan(x)]
-    name = str(dtype).removeprefix("torch.")
-    got = getattr(core, f"narrow_{name}")(x)
-    want = torch.from_numpy(x).to(dtype).view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(got, want)
-    nan = getattr(core, f"narrow_{name}")(np.array([np.nan], np.float32)).view(np.int16)
-    assert torch.isnan(torch.from_numpy(nan).view(dtype)).all()
+    narrow = getattr(core, f"narrow_{name}")
+    want = torch.from_numpy(x).to(getattr(torch, name)).view(torch.int16).numpy()
+    np.testing.assert_array_equal(narrow(x), want.view(np.uint16))
+    assert as_torch(narrow(np.array([np.nan], np.float32))).isnan().all()

@@ -13,6 +13,7 @@ import hypothesis
 import numpy as np
 import oracle
 import pytest
+import raw_ops
 import torch
 from hypothesis import strategies as st
 from oracle import (
@@ -53,14 +54,6 @@ def _name(value) -> str:
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=_name)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-def _statistics(case: Case, x: torch.Tensor, backend: str, **options) -> torch.Tensor:
-    """The statistics tensor (8, groups) of the raw op."""
-    seed = torch.zeros(1, dtype=torch.int64, device=x.device)
-    return torch.ops.normnorm.normal_norm_forward(
-        x, *(None,) * 6, seed, None, False, True, *case.config(backend, **options)
-    )[1]
 
 
 # --- the table ---
@@ -146,7 +139,7 @@ def test_a_constant_group_gives_the_bias_exactly_and_lambda_one(case, dtype, bac
         want = torch.from_numpy(case.spread(numpy(bias)).copy()).to(device, dtype)
         assert torch.equal(y, want), f"constant {constant}: off by {(y - want).abs().max()}"
         check(case, x, weight, bias)
-        stats = _statistics(case, x, backend, noise_train=1.0)
+        stats = raw_ops.forward_pass(backend, case, {"x": x}, noise_train=1.0)[1]
         assert (stats[Row.LMBDA] == 1.0).all()
         for row in (Row.NOISE_SCALE, Row.MEAN_HD, Row.MEAN_D):
             assert (stats[row] == 0.0).all()
@@ -176,7 +169,7 @@ def test_lambda_of_one_hot_and_outlier_groups_is_not_clamped(dtype, backend, dev
         case = Case("layer", (2, n), normalized_ndim=1)
         values, want = _lone_values(n)
         x = torch.from_numpy(values).to(device, dtype)
-        lmbda = numpy(_statistics(case, x, backend)[Row.LMBDA])
+        lmbda = numpy(raw_ops.forward_pass(backend, case, {"x": x})[1][Row.LMBDA])
         # lambda - 1 is slope/Q; A, E and D^2 reach (log n)^2 sqrt(n) roundings here
         np.testing.assert_allclose(lmbda, want, rtol=64 * unit * math.log2(n) * math.sqrt(n))
         y = case.apply(x, noise_train=0.0)
@@ -523,7 +516,8 @@ def test_an_input_without_elements_passes_through(case, dtype, noise_train, back
     assert y.dtype == dtype
     for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
         assert torch.equal(gradient, torch.zeros_like(leaf))
-    stats = _statistics(case, leaves[0].detach(), backend, noise_train=noise_train)
+    operands = {"x": leaves[0].detach()}
+    stats = raw_ops.forward_pass(backend, case, operands, noise_train=noise_train)[1]
     assert stats.shape == (8, case.groups)
 
 

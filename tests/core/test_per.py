@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -210,13 +210,11 @@ def test_a_loss_inside_a_checkpoint_has_its_own_gradient_or_none() -> None:
 
 
 @pytest.fixture
-def kernel() -> Iterator[per.ProjectedError]:
-    """The compiled op; restores the number of threads after the test."""
+def kernel() -> per.ProjectedError:
+    """The compiled op."""
     if cpu.unavailable_reason() is not None:
         pytest.skip(str(cpu.unavailable_reason()))
-    before = torch.get_num_threads()
-    yield torch.ops.normnorm_cpu.projected_error_.default
-    torch.set_num_threads(before)
+    return torch.ops.normnorm_cpu.projected_error_.default
 
 
 def test_the_chosen_backend_computes() -> None:
@@ -249,12 +247,12 @@ def test_a_block_is_added_up_and_replaced_by_its_slopes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_block_is_bitwise_the_same_for_any_number_of_threads(
-    dtype: torch.dtype, kernel: per.ProjectedError
+    dtype: torch.dtype, kernel: per.ProjectedError, set_threads: Callable[[int], None]
 ) -> None:
     for count in (1, 8191, 3 * 8192 + 5, 200_000):
         t, results = torch.randn(count, dtype=dtype), []
         for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
+            set_threads(threads)
             slopes, sums = t.clone(), torch.zeros(1, dtype=torch.float64)
             kernel(slopes, sums, True)
             results.append((slopes, sums))

@@ -127,14 +127,6 @@ LARGE = (
 )
 
 
-@pytest.fixture
-def set_threads():
-    """torch.set_num_threads, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_groups_agree_with_the_definition_for_any_number_of_threads(case, dtype, set_threads):
