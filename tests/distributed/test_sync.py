@@ -38,17 +38,25 @@ def test_alone_it_is_the_plain_layer():
         assert torch.equal(layer.get_buffer(name), buffer)
 
 
-def test_constructor_has_torch_s_order():
+def test_constructors_have_the_order_of_torch_and_of_the_plain_layer():
     group = object()
     layer = normnorm.SyncBatchNormalNorm(
         3, 1e-3, 0.2, True, True, group, "cpu", torch.float64, bias=False, noise_train=0.1,
         alpha=0.5, order=1, transform_eps=1e-3,
     )  # fmt: skip
+    fused = SyncBatchNormalNormAct2d(
+        3, 1e-3, 0.2, True, True, True, nn.LeakyReLU, {"negative_slope": 0.3}, False, None, "cpu",
+        torch.float64, bias=False, noise_train=0.1, process_group=group,
+    )  # fmt: skip
     theirs = nn.SyncBatchNorm(3, 1e-3, 0.2, True, True, group, "cpu", torch.float64)
-    assert layer.process_group is theirs.process_group
-    assert (layer.eps, layer.momentum, layer.weight.dtype) == (1e-3, 0.2, torch.float64)
-    assert layer.bias is None
+    for ours in (layer, fused):
+        assert ours.process_group is theirs.process_group
+        assert (ours.eps, ours.momentum, ours.weight.dtype) == (1e-3, 0.2, torch.float64)
+        assert ours.noise_train == 0.1
+        assert ours.bias is None
     assert "noise_train=0.1, alpha=0.5, order=1, transform_eps=0.001" in repr(layer)
+    assert fused.act.negative_slope == 0.3
+    assert type(revert_sync(fused)) is SyncBatchNormalNormAct2d  # it was never anything else
 
 
 def test_takes_inputs_of_any_rank_from_two_on():
@@ -102,25 +110,13 @@ def test_conversion_keeps_every_object():
     assert called
 
 
-def test_conversion_leaves_other_layers_alone_and_torch_leaves_ours():
+def test_conversion_leaves_other_layers_alone_and_is_undone():
     model = normnorm.convert_sync(network())
-    assert type(model[2][0]) is nn.BatchNorm2d
-    assert type(model[2][1]) is normnorm.SyncBatchNormalNorm
-    assert type(model[3]) is normnorm.InstanceNormalNorm2d
+    kinds = nn.BatchNorm2d, normnorm.SyncBatchNormalNorm, normnorm.InstanceNormalNorm2d
+    assert tuple(map(type, (*model[2], model[3]))) == kinds
+    assert normnorm.convert_sync(model[1]) is model[1]  # nothing left to do
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert type(model[2][0]) is nn.SyncBatchNorm
-    assert type(model[2][1]) is normnorm.SyncBatchNormalNorm
-
-
-def test_a_single_layer_is_converted_in_place():
-    layer = normnorm.BatchNormalNorm1d(3)
-    assert normnorm.convert_sync(layer) is layer
-    assert type(layer) is normnorm.SyncBatchNormalNorm
-    assert normnorm.convert_sync(layer) is layer  # nothing left to do
-
-
-def test_conversion_is_undone():
-    model = normnorm.convert_sync(network())
+    assert tuple(map(type, model[2])) == (nn.SyncBatchNorm, normnorm.SyncBatchNormalNorm)
     built = normnorm.SyncBatchNormalNorm(4)
     model.append(built)
     assert revert_sync(model) is model
@@ -159,10 +155,9 @@ def test_norm_and_activation_are_converted_in_place_and_back():
 
 
 @pytest.mark.parametrize("options", [{}, {"act_layer": nn.SiLU}, {"drop_layer": nn.Dropout}])
-@pytest.mark.parametrize("training", [True, False])
-def test_alone_norm_and_activation_are_the_plain_layer_s(options, training):
-    built = SyncBatchNormalNormAct2d(4, **options).train(training)
-    plain = normnorm.BatchNormalNormAct2d(4, **options).train(training)
+def test_alone_norm_and_activation_are_the_plain_layer_s(options):
+    built = SyncBatchNormalNormAct2d(4, **options)
+    plain = normnorm.BatchNormalNormAct2d(4, **options)
     converted = normnorm.convert_sync(copy.deepcopy(plain))
     input, residual = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
     given = (input,) if "drop_layer" in options else (input, residual)
@@ -175,20 +170,6 @@ def test_alone_norm_and_activation_are_the_plain_layer_s(options, training):
     if "drop_layer" in options:
         with pytest.raises(ValueError, match="residual behind a dropout"):
             converted(input, residual)
-
-
-def test_norm_and_activation_are_built_with_the_plain_layer_s_arguments():
-    group = object()
-    layer = SyncBatchNormalNormAct2d(
-        3, 1e-3, 0.2, True, True, True, nn.LeakyReLU, {"negative_slope": 0.3}, False, None, "cpu",
-        torch.float64, bias=False, noise_train=0.1, process_group=group,
-    )  # fmt: skip
-    assert (layer.eps, layer.momentum, layer.noise_train) == (1e-3, 0.2, 0.1)
-    assert layer.act.negative_slope == 0.3
-    assert layer.bias is None
-    assert layer.weight.dtype == torch.float64
-    assert layer.process_group is group
-    assert type(revert_sync(layer)) is SyncBatchNormalNormAct2d  # it was never anything else
 
 
 class Mine(normnorm.BatchNormalNorm2d):

@@ -77,12 +77,6 @@ def test_two_processes_with_the_plugin_train_as_one_with_the_whole_batch(package
             assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
-def test_sync_batchnorm_of_lightning_ignores_our_layers():
-    plugin = lightning.plugins.TorchSyncBatchNorm()
-    model = nn.Sequential(normnorm.BatchNormalNorm1d(3))
-    assert type(plugin.apply(model)[0]) is normnorm.BatchNormalNorm1d
-
-
 @pytest.mark.parametrize("torch_layers", [True, False])
 def test_torch_layers_are_synchronised_with_ours_unless_told_otherwise(torch_layers):
     model = nn.Sequential(nn.BatchNorm1d(3), normnorm.BatchNormalNorm1d(3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from model_zoo import OFF, ours_in, speak
-from monai.networks.layers import Norm, get_norm_layer
+from monai.networks.layers import Norm
 from monai.networks.nets import DenseNet, UNet
 from torch.testing import assert_close
 
@@ -30,16 +30,6 @@ def test_the_factory_gives_the_class_of_each_dimension(dim):
     assert Norm["instancenormal", dim] is getattr(normnorm, f"InstanceNormalNorm{dim}d")
     assert Norm["groupnormal", dim] is normnorm.GroupNormalNorm
     assert Norm["layernormal", dim] is normnorm.LayerNormalNorm
-
-
-def test_layers_are_made_with_their_channels_and_our_settings():
-    layer = get_norm_layer(("batchnormal", {"noise_train": 0.1}), spatial_dims=2, channels=5)
-    assert type(layer) is normnorm.BatchNormalNorm2d
-    assert (layer.num_features, layer.noise_train) == (5, 0.1)
-    layer = get_norm_layer(("groupnormal", {"num_groups": 2}), spatial_dims=3, channels=6)
-    assert (layer.num_groups, layer.num_channels) == (2, 6)
-    layer = get_norm_layer(("instancenormal", {"affine": True}), spatial_dims=1, channels=4)
-    assert layer.weight.shape == (4,)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ import torch
 from gpu import first_contact
 from host_cuda import torch_library
 
+from speed import results
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,21 +39,15 @@ def gpu_check_run(*arguments, **variables):
 # --- from start to end -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory):
+def test_the_dry_run_does_what_a_run_on_a_gpu_does(tmp_path):
     reason = torch_library.missing()
     if reason is not None:
         pytest.skip(reason)
     torch_library.build()  # what compiling takes here is not to be the check's
-    folder, cache = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("triton")
+    folder, cache = tmp_path / "results", tmp_path / "triton"
     done = gpu_check_run(
         "--dry", "--minutes", "30", "--results", str(folder), TRITON_CACHE_DIR=str(cache)
     )
-    return done, folder, cache
-
-
-def test_the_dry_run_does_what_a_run_on_a_gpu_does(dry):
-    done, folder, cache = dry
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((folder / "gpu_check.json").read_text())
     states = {step["step"]: step["status"] for step in record["steps"]}
@@ -68,10 +64,7 @@ def test_the_dry_run_does_what_a_run_on_a_gpu_does(dry):
     if "Triton's kernels compiled" in states:
         assert list(cache.rglob("*.cubin")), "no kernel was compiled ahead of the Triton tests"
 
-
-def test_the_results_are_few_files_that_can_be_read(dry):
-    results = pytest.importorskip("speed.results")
-    _, folder, _ = dry
+    # The results are few files that can be read.
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert len(files) <= 8
     assert max(files.values()) < 16 << 20
