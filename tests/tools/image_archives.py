@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,6 @@ def _picture(path, size, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = _pixels(size[1], size[0], 3) if mode == "RGB" else _pixels(size[1], size[0])
     Image.fromarray(image).save(path)
-
-
-def _mnist(root, count):
-    raw = root / "MNIST/raw"
-    raw.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        images = struct.pack(">IIII", 0x803, count, 28, 28) + _pixels(count, 28, 28).tobytes()
-        labels = struct.pack(">II", 0x801, count) + np.arange(count, dtype=np.uint8).tobytes()
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
 
 
 def _cifar10(root, count):
@@ -63,9 +52,7 @@ def _caltech101(root, count):
             _picture(base / f"101_ObjectCategories/{name}/image_{i + 1:04d}.jpg", (40, 30))
 
 
-WRITERS = {
-    "mnist": _mnist, "cifar10": _cifar10, "tinyimagenet": _tiny_imagenet, "caltech101": _caltech101,
-}  # fmt: skip
+WRITERS = {"cifar10": _cifar10, "tinyimagenet": _tiny_imagenet, "caltech101": _caltech101}
 
 
 def write(monkeypatch, name, root, count=6):

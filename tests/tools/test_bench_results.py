@@ -221,8 +221,10 @@ def files(tmp_path_factory):
     return [folder / "cpu.json", folder / "gpu.json"]
 
 
-def test_every_plot_is_a_png_that_shows_something(files, tmp_path):
-    assert report(*files, "--png", tmp_path) == 0
+def test_the_tables_of_every_run_are_written_and_each_plot_shows_something(files, tmp_path):
+    table, tmp_path = tmp_path / "tables.md", tmp_path / "plots"
+    assert report(*files, "--png", tmp_path, "--markdown", table) == 0
+    assert table.read_text() == markdown(load(files[0])) + "\n" + markdown(load(files[1]))
     expected = {
         "ratio_noise_float32", "ratio_quiet_float32", "ratio_eval_float32", "size_float32",
         "batch_sweep_float32", "networks",
@@ -244,13 +246,7 @@ def test_the_legend_has_ours_first_and_a_copy_last():
     assert look("somebody new").label == "somebody new"
 
 
-def test_markdown_holds_every_run(files, tmp_path):
-    assert report(*files, "--markdown", tmp_path / "tables.md") == 0
-    written = (tmp_path / "tables.md").read_text()
-    assert written == markdown(load(files[0])) + "\n" + markdown(load(files[1]))
-
-
-def test_readme_ratio_is_that_of_the_two_columns_beside_it(files):
+def test_readme_ratio_is_that_of_the_two_columns_beside_it(files, tmp_path):
     words = readme_section(files, files[0].parent)
     lines = [line[2:-2].split(" | ") for line in words.splitlines() if "|" in line]
     head = lines.index(["layer", "input", "operation", "provider", "torch, ms", "ms", "ratio"])
@@ -270,12 +266,9 @@ def test_readme_ratio_is_that_of_the_two_columns_beside_it(files):
     assert "1 measurements failed or were wrong" in words
     assert "[gpu.json](gpu.json)" in words
     assert readme_files(words, files[0].parent) == files
-
-
-def test_readme_section_of_an_interrupted_run_without_torch(tmp_path):
-    found = some_results(row("normnorm-cpu"))
-    found.complete = False
-    save(found, tmp_path / "run.json")
+    interrupted = some_results(row("normnorm-cpu"))
+    interrupted.complete = False
+    save(interrupted, tmp_path / "run.json")
     words = readme_section([tmp_path / "run.json"], tmp_path)
     assert "was interrupted" in words
     assert "|" not in words

@@ -8,35 +8,24 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
+import fused
+import per
 import torch
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def script(monkeypatch, request):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "record", raising=False)
-    module = __import__(request.param)
-    yield module
-    torch.set_num_threads(1)
-    sys.modules.pop(request.param)
+def run(monkeypatch, module, output):
+    words = ["--budget", "0.001", "--threads", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
+    return module.main()
 
 
-def run(monkeypatch, module, output, *words):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words, "--output", str(output)])
-    status = module.main()
-    return status, json.loads(output.read_text()) if output.exists() else None
-
-
-@pytest.mark.parametrize("script", ["fused"], indirect=True)
-def test_what_fusing_saves_is_stored_and_printed(script, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(script, "IMAGES", ((2, 3, 4, 5),))
-    monkeypatch.setattr(script, "TOKENS", ((3, 8),))
-    words = ["--budget", "0.001", "--threads", "1"]
-    status, stored = run(monkeypatch, script, tmp_path / "f.json", *words)
-    assert status == 0
+def test_what_fusing_saves_is_stored_and_printed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fused, "IMAGES", ((2, 3, 4, 5),))
+    monkeypatch.setattr(fused, "TOKENS", ((3, 8),))
+    assert run(monkeypatch, fused, tmp_path / "f.json") == 0
+    stored = json.loads((tmp_path / "f.json").read_text())
     assert stored["format"] == "normnorm-fused"
     assert stored["environment"]["torch"] == torch.__version__
     assert len(stored["rows"]) == 3 * (1 + 2 * 2)
@@ -48,25 +37,15 @@ def test_what_fusing_saves_is_stored_and_printed(script, monkeypatch, tmp_path, 
     assert len([line for line in lines if line.startswith("| r")]) == 5
 
 
-@pytest.mark.parametrize("script", ["per"], indirect=True)
-def test_what_the_projected_error_costs_is_stored_and_printed(
-    script, monkeypatch, tmp_path, capsys
-):
-    monkeypatch.setattr(script, "SHAPES", ((20, 3),))
-    words = ["--budget", "0.001", "--threads", "1"]
-    status, stored = run(monkeypatch, script, tmp_path / "p.json", *words)
-    assert status == 0
+def test_what_the_projected_error_costs_is_stored_and_printed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(per, "SHAPES", ((20, 3),))
+    assert run(monkeypatch, per, tmp_path / "p.json") == 0
+    stored = json.loads((tmp_path / "p.json").read_text())
     assert stored["format"] == "normnorm-per"
     ways = {row["way"] for row in stored["rows"]}
     assert {"definition", "plain blocks", "products"} <= ways
     assert "| 20 x 3 | 1 | definition |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", ["per"], indirect=True)
-def test_a_file_that_cannot_be_written_gets_a_sentence(script, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(script, "SHAPES", ((20, 3),))
-    status, stored = run(monkeypatch, script, tmp_path / "no/p.json", "--budget", "0.001")
-    assert (status, stored) == (2, None)
+    assert run(monkeypatch, per, tmp_path / "no/p.json") == 2
     assert "no/p.json" in capsys.readouterr().err
 
 
