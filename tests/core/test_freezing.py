@@ -57,14 +57,14 @@ def test_frozen_statistics_are_used_and_do_not_move_whatever_train_asks():
 
 def test_an_unfrozen_layer_has_the_mode_that_was_asked_for_last():
     model = make_model()
-    normnorm.freeze_statistics(model)
-    normnorm.freeze_statistics(model)
-    normnorm.unfreeze_statistics(model)
-    assert model[0].training
-    normnorm.freeze_statistics(model)
-    model.eval()
-    normnorm.unfreeze_statistics(model)
-    assert not model[0].training
+    for mode in (True, False):
+        normnorm.freeze_statistics(model)
+        normnorm.freeze_statistics(model)
+        model.train(mode)
+        normnorm.unfreeze_statistics(model)
+        assert model[0].training == mode
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module; got list"):
+        normnorm.freeze_statistics([])
 
 
 @pytest.mark.parametrize(
@@ -114,23 +114,17 @@ def test_frozen_layers_are_not_restored_to_layers_that_cannot_be():
     assert len(normnorm.restore_norms(model).replaced) == 1
 
 
-def test_what_is_no_module_is_refused_in_a_sentence():
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module; got list"):
-        normnorm.freeze_statistics([])
-
-
-@pytest.mark.parametrize("fuse", ["conv", "linear", "by hand", "the other way round", "in place"])
-def test_folding_into_the_layer_before_is_refused_and_names_the_layer(fuse):
+def test_folding_into_the_layer_before_is_refused_and_names_the_layer():
     layer = normnorm.BatchNormalNorm2d(4).eval()
-    folds = {
-        "conv": lambda: fusion.fuse_conv_bn_eval(nn.Conv2d(3, 4, 1).eval(), layer),
-        "linear": lambda: fusion.fuse_linear_bn_eval(nn.Linear(3, 4).eval(), layer),
-        "by hand": lambda: layer.weight / (layer.running_var + layer.eps).sqrt(),
-        "the other way round": lambda: torch.rsqrt(layer.eps + layer.running_var),
-        "in place": lambda: layer.running_var.clone().add_(layer.eps),
-    }
-    with pytest.raises(RuntimeError, match="a BatchNormalNorm2d cannot be folded"):
-        folds[fuse]()
+    for fold in (
+        lambda: fusion.fuse_conv_bn_eval(nn.Conv2d(3, 4, 1).eval(), layer),
+        lambda: fusion.fuse_linear_bn_eval(nn.Linear(3, 4).eval(), layer),
+        lambda: layer.weight / (layer.running_var + layer.eps).sqrt(),
+        lambda: torch.rsqrt(layer.eps + layer.running_var),
+        lambda: layer.running_var.clone().add_(layer.eps),
+    ):
+        with pytest.raises(RuntimeError, match="a BatchNormalNorm2d cannot be folded"):
+            fold()
 
 
 def test_eps_is_a_number_everywhere_else():
