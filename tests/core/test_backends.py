@@ -20,7 +20,7 @@ import pytest
 import raw_ops
 import torch
 from conftest import DEVICES, targets
-from oracle import CASES, UNIT, Case, assert_within, bounds, draw, draw_parameters, run
+from oracle import CASES, UNIT, Case, assert_within, bounds, draw, run
 from oracle import to_numpy as numpy
 
 import normnorm
@@ -45,11 +45,11 @@ each_pair = pytest.mark.parametrize(
 OPS = torch.ops.normnorm
 
 
-def _forward(case: Case, backend: str, x, weight=None, bias=None, **options):
-    """Output and statistics of the raw op, with seed 5."""
+def _statistics(case: Case, backend: str, x, **options):
+    """The statistics tensor of the raw op, with seed 5."""
     seed = torch.tensor([5], device=x.device)
-    config = case.config(backend, **options)
-    return OPS.normal_norm_forward(*raw_ops.forward(config, x, weight, bias, seed=seed))[:2]
+    arguments = raw_ops.forward(case.config(backend, **options), x, seed=seed)
+    return OPS.normal_norm_forward(*arguments)[1]
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ def test_an_unavailable_backend_is_refused_with_its_reason(monkeypatch):
         assert normnorm.available_backends()[name] in str(caught.value)
         assert backends._selected == before
         with pytest.raises(RuntimeError, match=f"'{name}' is unavailable"):
-            _forward(CASES[0], name, torch.randn(CASES[0].shape))
+            _statistics(CASES[0], name, torch.randn(CASES[0].shape))
         monkeypatch.setattr(backends, "_selected", name)  # as the environment variable does
         layer = normnorm.BatchNormalNorm1d(4)
         with pytest.raises(RuntimeError, match=f"'{name}' is unavailable"):
@@ -460,48 +460,18 @@ def test_the_environment_names_the_backend(name, tmp_path):
 # --- forward and backward belong together ---
 
 
-RUNNING = ([0.1, -1.0, 2.0, 0.0], [0.5, 1.0, 2.0, 3.0], [0.0, 0.4, 1.0, 2.0])
-FROZEN = Case("batch", (5, 4, 3))
-
-
 @each_pair
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("case", "running"),
-    [*((case, None) for case in CASES), (FROZEN, RUNNING)],
-    ids=lambda value: "frozen" if value is RUNNING else str(value or "own"),
-)
-def test_one_backends_backward_follows_anothers_forward(
-    device, first, second, dtype, case, running
-):
-    """With the statistics of the other backend, within the bounds that its own have to keep."""
-    x = draw(case, "lognormal", 1, dtype, device)
-    weight, bias = draw_parameters(case, 1, dtype, device)
-    g = torch.randn(case.shape, device=device).to(dtype)
-    arguments = tuple(numpy(a) for a in (x, g, weight, bias))
-    if running is None:
-        given, function = raw_ops.NONE, run
-        noise, options = 0.8, {"noise_train": 0.8, "z": oracle.normals(case.shape, 5)}
-    else:
-        given = torch.tensor(running, dtype=oracle.compute_dtype(dtype), device=device)
-        function = oracle.run_frozen
-        noise, options = 0.0, {"running": [numpy(statistic) for statistic in given]}
-    seed = torch.tensor([5], device=device)
-    y, stats, _ = OPS.normal_norm_forward(
-        *raw_ops.forward(
-            case.config(first, noise_train=noise), x, weight, bias, running=tuple(given), seed=seed
-        )
-    )
-    gradients = OPS.normal_norm_backward(
-        *raw_ops.backward(
-            case.config(second, noise_train=noise), g, x, stats, weight, bias, seed=seed,
-            frozen=running is not None,
-        )
-    )  # fmt: skip
-    exact = function(case, *arguments, **options)
-    allowed = bounds(case, exact, *arguments, dtype=dtype, function=function, **options)
-    for name, got in zip(("y", "du", "dweight", "dbias"), (y, *gradients), strict=True):
-        assert_within(got, exact[name], allowed[name], name)
+def test_one_backends_backward_follows_anothers_forward(device, first, second, case, dtype):
+    """With the statistics of the other backend, or running ones, within the same bounds."""
+    t = raw_ops.operands(case, dtype, device=device)
+    unit = raw_ops.GPU_UNIT if device == "cuda" else raw_ops.CPU_UNIT
+    raw_ops.check(first, case, t, unit=unit, backward=second, noise_train=0.8)
+    if case.kind == "batch":
+        ramp = torch.linspace(0.5, 1.4, case.shape[1], dtype=t["weight"].dtype, device=device)
+        running = (ramp - 0.8, ramp, 2.0 - ramp)
+        raw_ops.check(first, case, t, unit=unit, backward=second, running=running)
 
 
 @each_pair
@@ -541,7 +511,7 @@ def test_the_statistics_tensor_holds_what_its_rows_say(case, dtype, backend, dev
         ("exponential", {"alpha": 0.3, "order": 1}),
     ):
         x = draw(case, law, 1, dtype, device)
-        stats = _forward(case, backend, x, **options)[1]
+        stats = _statistics(case, backend, x, **options)
         assert stats.shape == (8, case.groups)
         assert stats.dtype == oracle.compute_dtype(dtype)
         assert stats.is_contiguous()
@@ -563,7 +533,7 @@ def test_the_statistics_tensor_holds_what_its_rows_say(case, dtype, backend, dev
 def test_the_fold_moves_running_statistics(case, dtype, backend, device):
     """Unbiased variance, lambda as it is, the mean of the samples' values for instances."""
     x = draw(case, "exponential", 2, dtype, device)
-    stats = _forward(case, backend, x)[1]
+    stats = _statistics(case, backend, x)
     exact = run(case, numpy(x), numpy(x))["stats"]
     mean, rstd, lmbda = (
         exact[row].reshape(-1, 5).astype(np.float64) for row in (Row.MEAN, Row.RSTD, Row.LMBDA)
