@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-_random = np.random.default_rng(0)  # made anew for each archive
+_random = np.random.default_rng(0)
 
 
 def _pixels(*shape):
@@ -58,8 +58,6 @@ WRITERS = {"cifar10": _cifar10, "tinyimagenet": _tiny_imagenet, "caltech101": _c
 def write(monkeypatch, name, root, count=6):
     """Writes the miniature of a data set where torchvision looks for it, and has torchvision take
     CIFAR-10's files without their checksums."""
-    global _random
-    _random = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
     WRITERS[name](root, count)
     check = "torchvision.datasets.cifar.check_integrity"

@@ -86,6 +86,8 @@ def test_images_are_scaled_to_their_shorter_side_and_cropped_to_the_middle():
     assert label == 3
     assert image[0, :, 1:3].min() > 0.95
     assert image[1:].max() == 0
+    grey = replace(spec, channels=1, mean=(0,), std=(1,))
+    assert data.Images([(picture, 3)], grey)[0][0].shape == (1, 4, 4)
 
 
 def test_the_digits_are_stratified_standardized_and_disjoint():

@@ -330,39 +330,3 @@ def test_documented_newton_step_and_invariants(page, name):
         moved = ((u - mean - low) * by_u).sum().item()
         eps_term = (1e-5 * rstd.square()).item() * float((h.detach().numpy()[0] * w).mean())
         assert abs(moved - eps_term) < 1e-11 * scale
-
-
-def slope_and_curvature(h):
-    """A - B and E - D^2 - 2A^2 of rows of values, as the page writes them."""
-    t = h.abs()
-    log = t.log1p()
-    q = (1 + t) * log
-    d = q - t
-    e = q * (q + t * (log - 4)) + 3 * t.square()
-    a = (h * d).mean(1)
-    b = (torch.where(h < 0, -1.0, 1.0) * log).mean(1)
-    return a - b, e.mean(1) - d.mean(1) ** 2 - 2 * a**2
-
-
-@pytest.mark.parametrize("name", LAWS)
-def test_documented_derivatives_of_the_likelihood(name):
-    """A - B and E - D^2 - 2A^2 are L' and L'' at lambda 1, where h has variance 1."""
-    h = law(name, 1, 400)
-    h = (h - h.mean()) / h.std(correction=0)
-    lmbda = torch.ones((), dtype=torch.float64, requires_grad=True)
-    variance = reference.yeo_johnson(h, lmbda).var(correction=0)
-    likelihood = 0.5 * variance.log() - (lmbda - 1) * (h.sign() * h.abs().log1p()).mean()
-    (first,) = torch.autograd.grad(likelihood, lmbda, create_graph=True)
-    (second,) = torch.autograd.grad(first, lmbda)
-    slope, curvature = slope_and_curvature(h)
-    assert first.item() == pytest.approx(slope.item(), abs=1e-12)
-    assert second.item() == pytest.approx(curvature.item(), abs=1e-11)
-    # It is not negative either where eps makes the variance of h much smaller than 1.
-    for scale in (1.0, 1e-2, 1e-3, 1e-4):
-        h = reference.standardize(law(name, 64, 7) * scale, (1,), 1e-5)[0]
-        _, _, _, found = reference.lmbda_newton_step(h, (1,), 1e-5, 1.0, 2)
-        curvature = slope_and_curvature(h)[1]
-        assert curvature.min().item() > -1e-14
-        torch.testing.assert_close(
-            found.flatten(), curvature + math.sqrt(1e-5), rtol=0, atol=1e-12
-        )
