@@ -1,7 +1,8 @@
 """Gradients: one rule for each pass, in the form with the least overhead for each mode.
 
-* plain eager: :class:`_Eager`, an old-style ``autograd.Function`` around the backend's own ops; it
-  takes a third less host time than a new-style one;
+* plain eager: :class:`_Eager`, an old-style ``autograd.Function`` around the backend's own ops, of
+  which one draws the seed, computes and updates the running statistics; it takes a third less host
+  time than a new-style one;
 * torch.func transforms: :class:`_Functional` and :class:`_Gradient`, new-style with ``vmap``;
 * compiling and torch.jit.trace: the registered op, one node of the graph, whose gradient is
   registered here. Once ``noise_train`` has changed, compiled graphs use the overload in
@@ -26,9 +27,10 @@ from normnorm import annealing, ops
 from normnorm.backends import reference
 from normnorm.backends.reference import transforms_active
 from normnorm.config import BackwardArguments, Config
-from normnorm.ops import Results
+from normnorm.noise import draw_seed
+from normnorm.ops import Results, Update
 
-__all__ = ["Running", "decomposes", "forward_mode", "is_tracing", "normal_norm"]
+__all__ = ["Running", "decomposes", "forward_mode", "normal_norm"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -48,46 +50,65 @@ def decomposes(config: Config) -> bool:
 
 
 def normal_norm(
-    tensors: tuple[Tensor | None, ...], prenorm: bool, keep_stats: bool, config: Config
-) -> Results:
+    tensors: tuple[Any, ...], config: Config, prenorm: bool = False, update: Update | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The forward pass by ``config.backend``, differentiable in input, weight, bias and residual.
 
     Args:
         tensors: fields ``input`` to ``noise_scale`` of :class:`normnorm.config.ForwardArguments`.
-        prenorm, keep_stats, config: the fields of the same names.
+            If noise needs a seed, None draws one.
+        config, prenorm: the fields of the same names.
+        update: the running statistics to update, or None.
 
     Returns:
-        (output, statistics, sum). The statistics, never differentiable, are returned with
-        ``keep_stats`` or if a gradient may need them, the sum with ``prenorm``; otherwise each is
-        None or an empty tensor.
+        (output, sum); the sum is None or an empty tensor without ``prenorm``.
     """
-    if torch.compiler.is_compiling():
-        arguments = (*tensors, prenorm, True, *config)
-        if decomposes(config) or transforms_active() or forward_mode():
-            return reference.normal_norm_forward(*arguments)
-        if annealing.is_symbolic(config.noise_train):
-            return annealing.normal_norm_forward(*annealing.with_tensor(arguments))
-        return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
-    if forward_ad._current_level < 0 and not (transforms_active() or is_tracing()):
-        input, _, _, _, weight, bias, residual, _, _ = tensors
+    input, _, _, _, weight, bias, residual, seed, _ = tensors
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or forward_ad._current_level >= 0 or transforms_active() or is_tracing()):
         if torch.is_grad_enabled() and (
-            input.requires_grad  # type: ignore[union-attr]
+            input.requires_grad
             or (weight is not None and weight.requires_grad)
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
         ):
-            arguments = (*tensors, prenorm, True, *config)
-            return _Eager.apply(input, weight, bias, residual, arguments, config)
-        return ops.run_forward((*tensors, prenorm, keep_stats, *config))
-    arguments = (*tensors, prenorm, True, *config)
-    if forward_mode():
+            return _apply_eager(input, weight, bias, residual, (tensors, update, prenorm, config))
+        output, _, sum, _ = ops.run_step(tensors, update, prenorm, False, config)
+        return output, sum
+    if seed is None and config.noise_train > 0.0:
+        tensors = (*tensors[:7], draw_seed(input.device), tensors[8])
+    results = _other_mode((*tensors, prenorm, True, *config), config)
+    if update is not None:
+        _fold(ops.fold_arguments(results[1], update, input, config), config)
+    return results[0], results[2]
+
+
+def _other_mode(arguments: tuple[Any, ...], config: Config) -> Results:
+    """The op, or the definition, for compilers, transforms, forward mode and tracers."""
+    if torch.compiler.is_compiling():
+        if decomposes(config) or transforms_active() or forward_mode():
+            return reference.normal_norm_forward(*arguments)
+        if annealing.is_symbolic(config.noise_train):
+            return annealing.normal_norm_forward(*annealing.with_tensor(arguments))
+    elif forward_mode():
         return reference.normal_norm_forward(*arguments)
-    if transforms_active():
+    elif transforms_active():
         return _Functional.apply(*arguments)
-    # Under torch.jit.trace, which has no node for an old-style Function.
-    if torch.onnx.is_in_onnx_export():
+    elif torch.onnx.is_in_onnx_export():
         return reference.normal_norm_forward(*arguments)
+    # Also under torch.jit.trace, which has no node for an old-style Function.
     return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
+
+
+def _fold(arguments: tuple[Any, ...], config: Config) -> None:
+    """Updates the running statistics in those modes."""
+    compiling, transformed = torch.compiler.is_compiling(), transforms_active()
+    if compiling and not transformed and decomposes(config):
+        reference.fold_running_(*arguments)
+    elif compiling or transformed or is_tracing():
+        ops.fold_running_(*arguments)
+    else:
+        ops.run_fold(arguments)
 
 
 # The gradient of the forward pass.
@@ -123,7 +144,8 @@ def _gradients(
         saved: the saved tensors of ``ctx``.
         grads: gradients of the results (output, statistics, sum).
         needs: whether each of the four gradients is needed.
-        backward: called with the arguments of ``normal_norm_backward``.
+        backward: called with the tensors, the switches and the configuration of
+            ``normal_norm_backward``.
     """
     grad_output, _, grad_sum = grads
     if grad_output is None:
@@ -142,8 +164,8 @@ def _gradients(
         grad_output = grad_residual = reference.through_activation(grad_output, output, config)
         output, config = None, config._replace(activation="")
     grad_input, grad_weight, grad_bias = backward(
-        grad_output, input, stats, weight, bias, output, seed, grad_sum, needs_input, needs_weight,
-        needs_bias, ctx.frozen, *config,
+        (grad_output, input, stats, weight, bias, output, seed, grad_sum),
+        (needs_input, needs_weight, needs_bias, ctx.frozen), config,
     )  # fmt: skip
     grad_input = grad_input if needs_input else None
     return (
@@ -184,14 +206,16 @@ def _differentiate_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tenso
 # The autograd Functions and rules: eager mode, torch.func, compiled graphs.
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward(
+    tensors: tuple[Any, ...], switches: tuple[bool, ...], config: Config
+) -> tuple[Tensor, ...]:
     """``normal_norm_backward`` outside of compiled graphs."""
     if forward_mode():
-        return reference.normal_norm_backward(*arguments)
+        return reference.normal_norm_backward(*tensors, *switches, *config)
     if torch.is_grad_enabled() or transforms_active():
         # This backward pass may be differentiated, or vmapped.
-        return _Gradient.apply(*arguments)
-    return ops.run_backward(arguments)
+        return _Gradient.apply(*tensors, *switches, *config)
+    return ops.run_gradient(tensors, switches, config)
 
 
 class _Eager(torch.autograd.Function):
@@ -200,17 +224,24 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None, arguments: tuple[Any, ...], config: Config,
-    ) -> Results:  # fmt: skip
-        # ``arguments`` has all arguments of the op. Only the four tensors that may need gradients
-        # are also arguments of the Function, because each one costs host time.
-        results = ops.run_forward(arguments)
-        _save(ctx, arguments, results, config)
-        ctx.seed = arguments[7]
-        return results
+        residual: Tensor | None, call: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        # ``call`` has all arguments. Only the four tensors that may need gradients are also
+        # arguments of the Function, because each one costs host time.
+        tensors, update, prenorm, config = call
+        output, stats, sum, seed = ops.run_step(tensors, update, prenorm, True, config)
+        activated = output if config.activation else None
+        normalized = sum if prenorm else input
+        ctx.save_for_backward(normalized, stats, weight, bias, activated, seed)
+        ctx.set_materialize_grads(False)
+        ctx.frozen, ctx.prenorm = tensors[1] is not None, prenorm
+        ctx.config, ctx.seed = config, seed
+        return output, sum if prenorm else None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None
+    ) -> Any:
         saved = ctx.saved_tensors
         seed = saved[5]
         if seed is not ctx.seed:
@@ -220,7 +251,13 @@ class _Eager(torch.autograd.Function):
                 "activation checkpointing ran a normality layer again with other noise: leave "
                 "preserve_rng_state True, or set the layer's noise_train to 0",
             )
-        return *_gradients(ctx, saved, grads, ctx.needs_input_grad[:4], _backward), None, None
+        grads = (grad_output, None, grad_sum)
+        return *_gradients(ctx, saved, grads, ctx.needs_input_grad[:4], _backward), None
+
+
+# ``apply`` of the base class: it leaves out the checks for torch.func transforms, which eager mode
+# has made before, and takes half of the host time. Its place in torch is private.
+_apply_eager = getattr(super(torch.autograd.Function, _Eager), "apply", _Eager.apply)
 
 
 class _Functional(torch.autograd.Function):
@@ -269,7 +306,10 @@ def _vmap_definition(
 def _register(library: torch.library.Library, overload: str) -> None:
     """Registers the gradients of an overload of both ops, for compiled graphs."""
     suffix = "" if overload == "default" else f".{overload}"
-    backward = getattr(torch.ops.normnorm.normal_norm_backward, overload)
+    op = getattr(torch.ops.normnorm.normal_norm_backward, overload)
+
+    def backward(tensors: tuple[Any, ...], switches: tuple[bool, ...], config: Config) -> Any:
+        return op(*tensors, *switches, *config)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         _save(ctx, inputs, output, Config(*inputs[11:]))

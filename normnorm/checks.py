@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm.config import BackwardArguments, Config, ForwardArguments
+from normnorm.config import ACTIVATIONS, KINDS, BackwardArguments, Config, ForwardArguments
 from normnorm.statistics import Row, statistics_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("batch", "layer", "group", "instance")
-ACTIVATIONS = ("", "relu")
 _STRIDED = torch.strided
 _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 

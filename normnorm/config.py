@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BackwardArguments", "Config", "ForwardArguments"]
+__all__ = ["ACTIVATIONS", "KINDS", "BackwardArguments", "Config", "ForwardArguments", "packed"]
+
+# In the order of the enumerations in csrc/common.
+KINDS = ("batch", "layer", "group", "instance")
+ACTIVATIONS = ("", "relu")
 
 
 class Config(NamedTuple):
@@ -43,6 +49,40 @@ class Config(NamedTuple):
     # epilogue
     activation: str
     backend: str = ""
+
+
+# (kind, order, channels_last, activation) -> the bits of them in a compiled op's argument ``flags``
+_BITS = {
+    (KINDS[kind], order, last, ACTIVATIONS[activation]): (
+        kind | (order == 1) << 2 | last << 3 | activation << 4
+    )
+    for kind, order, last, activation in itertools.product(
+        range(len(KINDS)), (1, 2), (False, True), range(len(ACTIVATIONS))
+    )
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def packed(config: Config, switches: int) -> tuple[float, float, float, float, int, int]:
+    """The last arguments of a compiled backend's ops: a configuration in fewer arguments, since
+    each one costs host time. ``Flags`` in csrc/binding/ops.h has the bits of the last.
+
+    Args:
+        config: the configuration.
+        switches: the op's booleans, the first in bit 0.
+
+    Raises:
+        ValueError: a setting that has no bits; the checks of the op's arguments say which.
+    """
+    kind, num_groups, ndim, eps, noise_train, alpha, order, transform_eps, stream, last, act, *_ = (
+        config
+    )
+    bits = _BITS.get((kind, order, last, act))
+    size, other = (ndim, num_groups) if kind == "layer" else (num_groups, ndim)
+    if bits is None or other != 0:
+        raise ValueError("the configuration does not fit the op")
+    flags = bits | switches << 8 | (stream & 0xFFFFFFFF) << 16
+    return eps, noise_train, alpha, transform_eps, size, flags
 
 
 class ForwardArguments(NamedTuple):

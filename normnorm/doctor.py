@@ -14,8 +14,8 @@ import torch
 
 from normnorm import backends, environment, selfcheck
 from normnorm.backends import cuda
-from normnorm.checks import KINDS, check_forward
-from normnorm.config import Config, ForwardArguments
+from normnorm.checks import check_forward
+from normnorm.config import KINDS, Config, ForwardArguments
 
 # One dtype that is stored as computed and one that is rounded.
 _CHECKED = (torch.float32, torch.bfloat16)

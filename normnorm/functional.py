@@ -39,9 +39,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normnorm import backends, likelihood, ops, reference
-from normnorm.autograd import Running, decomposes, is_tracing, normal_norm
-from normnorm.backends.reference import fold_running_, transforms_active
+from normnorm import backends, likelihood, reference
+from normnorm.autograd import Running, normal_norm
 from normnorm.checks import (
     check_activation,
     check_integer,
@@ -58,6 +57,7 @@ from normnorm.checks import (
 from normnorm.config import Config
 from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of, to_local
 from normnorm.noise import as_seed, draw_seed
+from normnorm.ops import Update
 from normnorm.statistics import statistics_dtype
 
 __all__ = [
@@ -131,11 +131,11 @@ def _apply(
     bias: Tensor | None,
     seed: Tensor | int | None,
     config: Config,
-    keep_stats: bool = False,
     residual: Tensor | None = None,
     prenorm: bool = False,
-) -> tuple[Any, Tensor | None, Any]:
-    """Draws a seed if there is noise and runs the op: (output, statistics, sum)."""
+    update: Update | None = None,
+) -> tuple[Any, Any]:
+    """Runs the op on plain or distributed tensors: (output, sum)."""
     _check_parameters(input, weight, bias)
     if residual is not None or prenorm:
         check_plain(input, residual=residual)
@@ -143,16 +143,19 @@ def _apply(
         input, residual = with_residual(input, residual)  # type: ignore[arg-type]  # before a seed is drawn
         if input.dtype is not narrow and not prenorm:
             weight, bias = _promoted(weight, narrow, input), _promoted(bias, narrow, input)
-    drawn = None
-    if config.noise_train > 0.0:
-        drawn = draw_seed(input.device) if seed is None else as_seed(seed, input.device)
+    drawn: Any = None
+    if config.noise_train > 0.0 and seed is not None:
+        drawn = as_seed(seed, input.device)
     tensors = (input, *running, weight, bias, residual, drawn, None)
     if type(input) is Tensor or not is_dtensor(input):
-        return normal_norm(tensors, prenorm, keep_stats, config)
-    shards, tensors, config = shards_of(tensors, config, keep_stats)
-    output, stats, total = normal_norm(tensors, prenorm, keep_stats, config)
-    whole = shards.whole(total) if prenorm and total is not None else None
-    return shards.whole(output), stats, whole
+        return normal_norm(tensors, config, prenorm, update)
+    if config.noise_train > 0.0 and drawn is None:
+        tensors = (*tensors[:7], draw_seed(input.device), None)
+    shards, tensors, config = shards_of(tensors, config, update is not None)
+    if update is not None:  # replicated: shards_of() raises an error if they could differ
+        update = Update(*map(to_local, update))
+    output, total = normal_norm(tensors, config, prenorm, update)
+    return shards.whole(output), shards.whole(total) if prenorm and total is not None else None
 
 
 def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -169,30 +172,6 @@ def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> T
     if parameter is None or parameter.dtype not in (narrow, statistics_dtype(narrow)):
         return parameter  # of a wrong dtype, for which the op raises an error
     return parameter.to(statistics_dtype(input.dtype))
-
-
-def _fold(
-    input: Tensor,
-    statistics: Tensor | None,
-    running: Running,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    config: Config,
-) -> None:
-    """Updates the running statistics with the statistics of ``input``, by one op."""
-    count = group_size(input, config)
-    if is_dtensor(running[0]):  # replicated: shards_of() raises an error if they could differ
-        running = tuple(map(to_local, running))
-        num_batches_tracked = to_local(num_batches_tracked)
-    arguments: Any = (
-        statistics, *running, num_batches_tracked, momentum, count, config.eps, config.backend
-    )  # fmt: skip
-    if torch.compiler.is_compiling() and not transforms_active() and decomposes(config):
-        fold_running_(*arguments)
-    elif torch.compiler.is_compiling() or transforms_active() or is_tracing():
-        ops.fold_running_(*arguments)
-    else:
-        ops.run_fold(arguments)
 
 
 def _check_running(
@@ -270,15 +249,13 @@ def batch_normal_norm(
         transform_eps, activation,
     )  # fmt: skip
     if not training:
-        return _apply(input, running, weight, bias, seed, config, False, residual)[0]
-    output, statistics, _ = _apply(
-        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
-    )
-    if tracked:
-        if input.numel() > 0:
-            _fold(input, statistics, running, num_batches_tracked, momentum, config)
-        elif num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
+        return _apply(input, running, weight, bias, seed, config, residual)[0]
+    update = None
+    if tracked and input.numel() > 0:
+        update = Update(*running, num_batches_tracked, momentum)  # type: ignore[arg-type]
+    output, _ = _apply(input, _NO_RUNNING, weight, bias, seed, config, residual, False, update)
+    if tracked and update is None and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     return output
 
 
@@ -316,7 +293,7 @@ def layer_normal_norm(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
         transform_eps, activation,
     )  # fmt: skip
-    return _apply(input, _NO_RUNNING, weight, bias, seed, config, False, residual)[0]
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual)[0]
 
 
 def _check_normalized_shape(input: Tensor, normalized_shape: Sequence[int]) -> None:
@@ -372,8 +349,7 @@ def add_layer_normal_norm(
         input, "layer", 0, len(normalized_shape), eps, noise_train, training, alpha, order,
         transform_eps,
     )  # fmt: skip
-    output, _, total = _apply(input, _NO_RUNNING, weight, bias, seed, config, False, residual, True)
-    return output, total
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual, True)
 
 
 def group_normal_norm(
@@ -420,7 +396,7 @@ def group_normal_norm(
             "Expected more than 1 value per channel when training, "
             f"got input size {list(input.shape)}"
         )
-    return _apply(input, _NO_RUNNING, weight, bias, seed, config, False, residual)[0]
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual)[0]
 
 
 def instance_normal_norm(
@@ -476,13 +452,11 @@ def instance_normal_norm(
         transform_eps, activation,
     )  # fmt: skip
     if not use_input_stats:
-        return _apply(input, running, weight, bias, seed, config, False, residual)[0]
-    output, statistics, _ = _apply(
-        input, _NO_RUNNING, weight, bias, seed, config, tracked, residual
-    )
+        return _apply(input, running, weight, bias, seed, config, residual)[0]
+    update = None
     if tracked and input.numel() > 0:
-        _fold(input, statistics, running, num_batches_tracked, momentum, config)
-    return output
+        update = Update(*running, num_batches_tracked, momentum)  # type: ignore[arg-type]
+    return _apply(input, _NO_RUNNING, weight, bias, seed, config, residual, False, update)[0]
 
 
 def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) -> Tensor:

@@ -1,34 +1,38 @@
 """The ops: their schemas, shape inference and implementations.
 
-``torch.ops.normnorm.*`` are the public ops. Their last argument names the backend that they call.
-Each compiled backend has a namespace (``normnorm_cpu``, ...) with the same schemas without that
-argument; its library implements these ops. Eager code calls them directly, because dispatching the
-public op as well costs as much as a small kernel. They return None for a result that was not
-requested; the public ops return an empty tensor instead, because torch.jit.trace does not support
-optional results.
+``torch.ops.normnorm.*`` are the public ops. Their last argument names the backend that they call;
+before it they have, in this order: tensors, switches, the fields of
+:class:`normnorm.config.Config`. Gradients are registered by :mod:`normnorm.autograd`.
 
-The arguments of an op are, in this order: tensors, switches, the fields of
-:class:`normnorm.config.Config`.
-Gradients are registered by :mod:`normnorm.autograd`.
+Each compiled backend has a namespace (``normnorm_cpu``, ...) whose ops its library implements. Only
+eager code calls them, and directly: dispatching the public op as well would cost as much as a small
+kernel, and so would a public op's number of arguments. Theirs have the switches and the settings
+packed (:func:`normnorm.config.packed`); the forward op can also draw the seed and update the
+running statistics. They return None for a result that was not requested; the public ops return an
+empty tensor instead, because torch.jit.trace does not support optional results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from normnorm import backends
-from normnorm.checks import check_backward, check_fold, check_forward, group_count
-from normnorm.config import BackwardArguments, ForwardArguments
+from normnorm.checks import check_backward, check_fold, check_forward, group_count, group_size
+from normnorm.config import BackwardArguments, Config, ForwardArguments, packed
+from normnorm.noise import draw_seed
 from normnorm.statistics import Row, statistics_dtype
 
 __all__ = [
     "FAKES",
     "SCHEMAS",
+    "Update",
+    "direct",
+    "fold_arguments",
     "fold_running_",
     "library",
     "normal_norm_backward",
@@ -36,40 +40,54 @@ __all__ = [
     "run_backward",
     "run_fold",
     "run_forward",
+    "run_gradient",
+    "run_step",
 ]
+
 
 _CONFIG = (
     "str kind, SymInt num_groups, int normalized_ndim, float eps, float noise_train, float alpha, "
     "int order, float transform_eps, int stream, bool channels_last, str activation"
 )
 
-# op -> (arguments without the backend's name, results)
-_SCHEMAS = {
-    "normal_norm_forward": (
-        "Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? running_lmbda, "
-        "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? noise_scale, "
-        f"bool prenorm, bool keep_stats, {_CONFIG}",
-        "(Tensor output, Tensor{0} stats, Tensor{0} sum)",
-    ),
-    "normal_norm_backward": (
-        "Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
-        "Tensor? output, Tensor? seed, Tensor? grad_sum, "
-        f"bool needs_input, bool needs_weight, bool needs_bias, bool frozen, {_CONFIG}",
-        "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-    ),
-    "fold_running_": (
-        "Tensor stats, Tensor(a!) running_mean, Tensor(b!) running_var, "
-        "Tensor(c!) running_lmbda, Tensor(d!)? num_batches_tracked, float? momentum, "
-        "SymInt count, float eps",
-        "()",
-    ),
-}
 # Schemas of the public ops.
 SCHEMAS = {
-    name: f"({arguments}, str backend) -> {results.format('')}"
-    for name, (arguments, results) in _SCHEMAS.items()
+    "normal_norm_forward": (
+        "(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? running_lmbda, "
+        "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? noise_scale, "
+        f"bool prenorm, bool keep_stats, {_CONFIG}, str backend) "
+        "-> (Tensor output, Tensor stats, Tensor sum)"
+    ),
+    "normal_norm_backward": (
+        "(Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+        "Tensor? output, Tensor? seed, Tensor? grad_sum, "
+        f"bool needs_input, bool needs_weight, bool needs_bias, bool frozen, {_CONFIG}, "
+        "str backend) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    ),
+    "fold_running_": (
+        "(Tensor stats, Tensor(a!) running_mean, Tensor(b!) running_var, "
+        "Tensor(c!) running_lmbda, Tensor(d!)? num_batches_tracked, float? momentum, "
+        "SymInt count, float eps, str backend) -> ()"
+    ),
 }
-
+_PACKED = (
+    "float eps, float noise_train, float alpha, float transform_eps, int size, int flags"
+)
+# Schemas of a compiled backend's ops.
+_COMPILED = {
+    "forward": (
+        "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "Tensor(c!)? running_lmbda, Tensor(d!)? num_batches_tracked, Tensor? weight, "
+        "Tensor? bias, Tensor? residual, Tensor? seed, Tensor? noise_scale, float? momentum, "
+        f"{_PACKED}) -> (Tensor output, Tensor? stats, Tensor? sum, Tensor? seed)"
+    ),
+    "backward": (
+        "(Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+        f"Tensor? output, Tensor? seed, Tensor? grad_sum, {_PACKED}) "
+        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+    ),
+    "fold_running_": SCHEMAS["fold_running_"].replace(", str backend", ""),
+}
 
 Results = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -82,16 +100,20 @@ def _filled(results: Results) -> tuple[Tensor, ...]:
 # Shape inference.
 
 
-def _fake_forward(*arguments: Any) -> Results:
+def _empty_statistics(input: Tensor, config: Config) -> Tensor:
+    shape = (len(Row), group_count(input, config))
+    return input.new_empty(shape, dtype=statistics_dtype(input.dtype))
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = ForwardArguments.of(*arguments)
     check_forward(call)
     input, stats, sum = call.input, None, None
     if call.keep_stats:
-        shape = (len(Row), group_count(input, call.config))
-        stats = input.new_empty(shape, dtype=statistics_dtype(input.dtype))
+        stats = _empty_statistics(input, call.config)
     if call.prenorm:
         sum = torch.empty_like(input)
-    return torch.empty_like(input), stats, sum
+    return _filled((torch.empty_like(input), stats, sum))
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -112,7 +134,7 @@ def _fake_fold(*arguments: Any) -> None:
 
 
 FAKES: dict[str, Callable[..., Any]] = {
-    "normal_norm_forward": lambda *arguments: _filled(_fake_forward(*arguments)),
+    "normal_norm_forward": _fake_forward,
     "normal_norm_backward": _fake_backward,
     "fold_running_": _fake_fold,
 }
@@ -159,6 +181,110 @@ def run_fold(arguments: tuple[Any, ...]) -> None:
     raise refusal
 
 
+# What a compiled backend's op raises: the second for a tensor on a device of another backend.
+_REFUSALS = (ValueError, NotImplementedError)
+
+
+class Update(NamedTuple):
+    """The running statistics that a training step moves towards its batch's."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    running_lmbda: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+
+
+def direct(tensor: Tensor) -> bool:
+    """Whether an eager call may bypass the public ops, which tensor subclasses and dispatch modes
+    (fake tensors, tracers) have to see and which alone know the meta device."""
+    return (
+        type(tensor) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not tensor.is_meta
+    )
+
+
+def run_step(
+    tensors: tuple[Any, ...], update: Update | None, prenorm: bool, keep_stats: bool, config: Config
+) -> tuple[Any, ...]:
+    """The forward pass in eager mode, by one op of a compiled backend.
+
+    Args:
+        tensors: fields ``input`` to ``noise_scale`` of :class:`normnorm.config.ForwardArguments`,
+            without running statistics if there is an ``update``. If noise needs a seed, None draws
+            one.
+        update: the running statistics to update, or None.
+        prenorm, keep_stats, config: as in the op.
+
+    Returns:
+        (output, statistics, sum, seed); None, or an empty tensor, for what is absent.
+    """
+    backend = backends._backends.get(config.backend) or backends.get(config.backend)
+    input, mean, var, lmbda, weight, bias, residual, seed, noise_scale = tensors
+    if backend.step is not None and direct(input):
+        tracked = momentum = None
+        switches = 1 * prenorm + 2 * keep_stats
+        if mean is None:
+            switches += 4
+            if update is not None:
+                mean, var, lmbda, tracked, momentum = update
+        try:
+            return backend.step(  # type: ignore[no-any-return]
+                input, mean, var, lmbda, tracked, weight, bias, residual, seed, noise_scale,
+                momentum, *packed(config, switches),
+            )  # fmt: skip
+        except _REFUSALS as error:
+            refusal = error
+        if seed is None:
+            config = config._replace(noise_train=0.0)
+        check_forward(ForwardArguments.of(*tensors, prenorm, keep_stats, *config))
+        if update is not None:
+            check_fold(*fold_arguments(_empty_statistics(input, config), update, input, config)[:8])
+        raise refusal
+    if seed is None and config.noise_train > 0.0:
+        seed = draw_seed(input.device)
+    keeps = keep_stats or update is not None
+    arguments = (*tensors[:7], seed, noise_scale, prenorm, keeps, *config)
+    results = run_forward(arguments) if backend.step is None else normal_norm_forward(*arguments)
+    if update is not None:
+        folded = fold_arguments(results[1], update, input, config)
+        if backend.step is None:
+            run_fold(folded)
+        else:
+            fold_running_(*folded)
+    return *results, seed
+
+
+def run_gradient(
+    tensors: tuple[Any, ...], switches: tuple[bool, ...], config: Config
+) -> tuple[Tensor, ...]:
+    """The backward pass in eager mode, by a compiled backend's own op.
+
+    Args:
+        tensors: fields ``grad_output`` to ``grad_sum`` of
+            :class:`normnorm.config.BackwardArguments`.
+        switches, config: its other fields.
+    """
+    backend = backends._backends.get(config.backend) or backends.get(config.backend)
+    if backend.gradient is None:
+        return run_backward((*tensors, *switches, *config))
+    if not direct(tensors[0]):
+        return normal_norm_backward(*tensors, *switches, *config)  # type: ignore[no-any-return]
+    needs_input, needs_weight, needs_bias, frozen = switches
+    bits = needs_input + 2 * needs_weight + 4 * needs_bias + 8 * frozen
+    try:
+        return backend.gradient(*tensors, *packed(config, bits))  # type: ignore[no-any-return]
+    except _REFUSALS as error:
+        refusal = error
+    check_backward(BackwardArguments.of(*tensors, *switches, *config))
+    raise refusal
+
+
+def fold_arguments(stats: Any, update: Update, input: Tensor, config: Config) -> tuple[Any, ...]:
+    return (stats, *update, group_size(input, config), config.eps, config.backend)
+
+
 # The public ops.
 
 
@@ -199,32 +325,20 @@ def _fold(*arguments: Any) -> None:
     run_fold(_resolved(arguments, 0, "stats running_mean running_var running_lmbda"))
 
 
-def _define(
-    namespace: str, schemas: dict[str, str], fakes: dict[str, Callable[..., Any]]
-) -> torch.library.Library:
-    library = torch.library.Library(namespace, "DEF")
-    for name, schema in schemas.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
-    return library
-
-
-library = _define("normnorm", SCHEMAS, FAKES)
+library = torch.library.Library("normnorm", "DEF")
 for _name, _function in (
     ("normal_norm_forward", _forward),
     ("normal_norm_backward", _backward),
     ("fold_running_", _fold),
 ):
+    library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"normnorm::{_name}", FAKES[_name], lib=library)
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
-_compiled = [
-    _define(
-        f"normnorm_{name}",
-        {op: f"({given}) -> {results.format('?')}" for op, (given, results) in _SCHEMAS.items()},
-        {**FAKES, "normal_norm_forward": _fake_forward},
-    )
-    for name in ("cpu", "cuda")
-]
+_compiled = [torch.library.Library(f"normnorm_{name}", "DEF") for name in ("cpu", "cuda")]
+for _library in _compiled:
+    for _name, _schema in _COMPILED.items():
+        _library.define(_name + _schema)
 backends.register_compiled_backends()
 
 

@@ -158,10 +158,7 @@ void prepare_stats(const Tensor& stats, const OptionalTensor& mean, const Option
   });
 }
 
-ForwardResult run_forward(const ForwardTensors& t, Config config) {
-  const Arguments a = t.arguments();
-  check_forward(a, config);
-
+ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Config& config) {
   Tensor output = empty_like(t.input, a.input);
   const Dtype compute = statistics_dtype(a.input.dtype);
   const int64_t shape[] = {kStatRows, group_count(a.input, config)};
@@ -182,7 +179,7 @@ ForwardResult run_forward(const ForwardTensors& t, Config config) {
   std::optional<Target> sum_target;
   if (sum) p.sum = sum_target.emplace(*sum, layout).operand;
   (t.prenorm ? p.addend : p.residual) = residual.operand;
-  p.relu = !config.activation.empty();
+  p.relu = config.activation == Activation::kRelu;
   p.input = source.operand;
   p.output = target.operand;
   p.stats = stats.data_ptr();
@@ -196,10 +193,7 @@ ForwardResult run_forward(const ForwardTensors& t, Config config) {
   return result();
 }
 
-BackwardResult run_backward(const BackwardTensors& t, Config config) {
-  const Arguments a = t.arguments();
-  check_backward(a, config);
-
+BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const Config& config) {
   const Dtype compute = statistics_dtype(a.input.dtype);
   Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input);
   ParameterGradient grad_weight(t.needs_weight, a.weight, compute, a.input);
@@ -219,7 +213,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   if (t.needs_input) target.emplace(grad_input, layout);
   p.input = input.operand;
   p.grad_output = grad_output.operand;
-  p.relu = !config.activation.empty();
+  p.relu = config.activation == Activation::kRelu;
   p.activated = activated.operand;
   p.grad_sum = grad_sum.operand;
   if (target) p.output = target->operand;
@@ -233,7 +227,6 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
 }
 
 void run_fold(const FoldTensors& t) {
-  check_fold(t.arguments());
   const int64_t channels = t.mean.size(0), repeats = t.stats.size(1) / channels;
   const int64_t row = t.stats.stride(0), column = t.stats.stride(1);
   double factor = t.momentum.value_or(0.0);

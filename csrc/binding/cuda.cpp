@@ -111,9 +111,7 @@ void prepare_stats(Tensor& stats, const ForwardTensors& t, double eps, bool give
   }
 }
 
-ForwardResult run_forward(const ForwardTensors& t, Config config) {
-  const Arguments a = t.arguments();
-  check_forward(a, config);
+ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Config& config) {
   const bool noise = config.noise_train > 0;
   if (noise && noise_order_is_out_of_reach(a.input, config)) return fallback_forward(t, config);
 
@@ -137,7 +135,7 @@ ForwardResult run_forward(const ForwardTensors& t, Config config) {
   std::optional<Target> sum_target;
   if (sum) p.sum = sum_target.emplace(*sum, layout).operand;
   (t.prenorm ? p.addend : p.residual) = residual.operand;
-  p.relu = !config.activation.empty();
+  p.relu = config.activation == Activation::kRelu;
   p.weight = weight.operand;
   p.bias = bias.operand;
   p.input = source.operand;
@@ -153,9 +151,7 @@ ForwardResult run_forward(const ForwardTensors& t, Config config) {
   return result();
 }
 
-BackwardResult run_backward(const BackwardTensors& t, Config config) {
-  const Arguments a = t.arguments();
-  check_backward(a, config);
+BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const Config& config) {
   // The gradients of the input and of the bias do not know the noise.
   const bool noise = config.noise_train > 0 && t.needs_weight;
   if (noise && noise_order_is_out_of_reach(a.input, config)) return fallback_backward(t, config);
@@ -180,7 +176,7 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
   p.bias = bias.operand;
   p.input = input.operand;
   p.grad_output = grad_output.operand;
-  p.relu = !config.activation.empty();
+  p.relu = config.activation == Activation::kRelu;
   p.activated = activated.operand;
   p.grad_sum = grad_sum.operand;
   if (target) p.output = target->operand;
@@ -195,14 +191,13 @@ BackwardResult run_backward(const BackwardTensors& t, Config config) {
 }
 
 void run_fold(const FoldTensors& t) {
-  const FoldArguments a = t.arguments();
-  check_fold(a);
-  const OnDevice device(a.stats);
+  const TensorView stats = view(t.stats);
+  const OnDevice device(stats);
   cuda::RunningStatistics r;
   r.mean = buffer(t.mean), r.var = buffer(t.var), r.lmbda = buffer(t.lmbda);
   r.channels = t.mean.size(0);
   r.eps = t.eps;
-  r.double_stats = a.stats.dtype == Dtype::kFloat64;
+  r.double_stats = stats.dtype == Dtype::kFloat64;
   r.stats = t.stats.data_ptr();
   r.row_stride = t.stats.stride(0), r.group_stride = t.stats.stride(1);
   r.groups = t.stats.size(1);

@@ -1,5 +1,5 @@
-// The ops' signatures, once for all devices: from a schema's argument list (normnorm/ops.py, without the backend's name)
-// to what a device's passes take.
+// The ops' signatures, once for all devices: from the arguments of a compiled backend's schemas (normnorm/ops.py) to
+// what a device's passes take. Each op checks its arguments first, so that an error leaves every tensor unchanged.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,47 +8,102 @@
 
 namespace normnorm {
 
-template <ForwardResult (*run_forward)(const ForwardTensors&, Config),
-          BackwardResult (*run_backward)(const BackwardTensors&, Config), void (*run_fold)(const FoldTensors&)>
+// The integer argument `flags`, as normnorm/config.py packs it: the kind, the settings that have few values, switches
+// and, in 32 bits, the stream.
+class Flags {
+ public:
+  explicit Flags(int64_t bits) : bits_(bits) {}
+  Kind kind() const { return Kind(bits_ & 3); }
+  int order() const { return bits_ & 4 ? 1 : 2; }
+  bool channels_last() const { return bits_ & 8; }
+  Activation activation() const { return Activation(bits_ >> 4 & 15); }
+  bool given(int number) const { return bits_ >> (8 + number) & 1; }
+  int64_t stream() const { return bits_ >> 16; }
+
+ private:
+  int64_t bits_;
+};
+
+// `size`: num_groups for kind group, normalized_ndim for kind layer.
+inline Config unpack(double eps, double noise_train, double alpha, double transform_eps, int64_t size, Flags flags) {
+  Config c;
+  c.kind = flags.kind();
+  (c.kind == Kind::kLayer ? c.normalized_ndim : c.num_groups) = size;
+  c.eps = eps, c.noise_train = noise_train, c.alpha = alpha, c.transform_eps = transform_eps;
+  c.order = flags.order(), c.stream = flags.stream(), c.channels_last = flags.channels_last();
+  c.activation = flags.activation();
+  return c;
+}
+
+template <ForwardResult (*run_forward)(const ForwardTensors&, const Arguments&, const Config&),
+          BackwardResult (*run_backward)(const BackwardTensors&, const Arguments&, const Config&),
+          void (*run_fold)(const FoldTensors&)>
 class Ops {
  public:
   template <class Library>
   static void implement(Library& library) {
-    library.impl("normal_norm_forward", TORCH_BOX(&Ops::normal_norm_forward));
-    library.impl("normal_norm_backward", TORCH_BOX(&Ops::normal_norm_backward));
+    library.impl("forward", TORCH_BOX(&Ops::forward));
+    library.impl("backward", TORCH_BOX(&Ops::backward));
     library.impl("fold_running_", TORCH_BOX(&Ops::fold_running_));
   }
 
  private:
-  static ForwardResult normal_norm_forward(
-      const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-      const OptionalTensor& running_lmbda, const OptionalTensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& residual, const OptionalTensor& seed, const OptionalTensor& noise_scale, bool prenorm,
-      bool keep_stats, const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps,
-      double noise_train, double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
-      const std::string& activation) {
-    return run_forward({input, running_mean, running_var, running_lmbda, weight, bias, residual, seed, noise_scale,
-                        prenorm, keep_stats},
-                       {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                        channels_last, activation});
+  using Result = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+  // (output, statistics, sum, seed). With the switch `step` the op draws a seed that is not given and moves the running
+  // statistics towards the input's; otherwise it uses them.
+  static Result forward(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                        const OptionalTensor& running_lmbda, const OptionalTensor& num_batches_tracked,
+                        const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                        const OptionalTensor& given_seed, const OptionalTensor& noise_scale,
+                        std::optional<double> momentum, double eps, double noise_train, double alpha,
+                        double transform_eps, int64_t size, int64_t bits) {
+    const Flags flags(bits);
+    const Config config = unpack(eps, noise_train, alpha, transform_eps, size, flags);
+    const bool prenorm = flags.given(0), keep_stats = flags.given(1), step = flags.given(2);
+    const OptionalTensor none;
+    OptionalTensor seed = given_seed;
+    const ForwardTensors tensors{input, step ? none : running_mean, step ? none : running_var,
+                                 step ? none : running_lmbda, weight, bias, residual, seed, noise_scale,
+                                 prenorm, keep_stats || step};
+    Arguments a = tensors.arguments();
+    a.draws = step;
+    check_forward(a, config);
+    const int64_t count = group_size(a.input, config);
+    const bool moves = step && running_mean;
+    if (moves) {
+      TensorView stats = a.input;
+      const int64_t shape[] = {kStatRows, group_count(a.input, config)};
+      stats.dim = 2, stats.sizes = shape, stats.dtype = statistics_dtype(a.input.dtype);
+      check_fold(fold_arguments(stats, *running_mean, *running_var, *running_lmbda, num_batches_tracked, momentum,
+                                count, eps));
+    }
+    if (config.noise_train > 0 && !seed) seed = draw_seed(a.input);
+    auto [output, stats, sum] = run_forward(tensors, a, config);
+    if (moves)
+      run_fold({*stats, *running_mean, *running_var, *running_lmbda, num_batches_tracked, momentum, count, eps});
+    return {output, keep_stats ? stats : none, sum, seed};
   }
 
-  static BackwardResult normal_norm_backward(
-      const Tensor& grad_output, const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
-      const OptionalTensor& bias, const OptionalTensor& output, const OptionalTensor& seed,
-      const OptionalTensor& grad_sum, bool needs_input, bool needs_weight, bool needs_bias, bool frozen,
-      const std::string& kind, int64_t num_groups, int64_t normalized_ndim, double eps, double noise_train,
-      double alpha, int64_t order, double transform_eps, int64_t stream, bool channels_last,
-      const std::string& activation) {
-    return run_backward({grad_output, input, stats, weight, bias, output, seed, grad_sum, needs_input, needs_weight,
-                         needs_bias, frozen},
-                        {kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, stream,
-                         channels_last, activation});
+  static BackwardResult backward(const Tensor& grad_output, const Tensor& input, const Tensor& stats,
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& output, const OptionalTensor& seed,
+                                 const OptionalTensor& grad_sum, double eps, double noise_train, double alpha,
+                                 double transform_eps, int64_t size, int64_t bits) {
+    const Flags flags(bits);
+    const Config config = unpack(eps, noise_train, alpha, transform_eps, size, flags);
+    const BackwardTensors tensors{grad_output, input, stats, weight, bias, output, seed, grad_sum,
+                                  flags.given(0), flags.given(1), flags.given(2), flags.given(3)};
+    const Arguments a = tensors.arguments();
+    check_backward(a, config);
+    return run_backward(tensors, a, config);
   }
 
   static void fold_running_(const Tensor& stats, const Tensor& running_mean, const Tensor& running_var,
                             const Tensor& running_lmbda, const OptionalTensor& num_batches_tracked,
                             std::optional<double> momentum, int64_t count, double eps) {
+    check_fold(fold_arguments(view(stats), running_mean, running_var, running_lmbda, num_batches_tracked, momentum,
+                              count, eps));
     run_fold({stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps});
   }
 };

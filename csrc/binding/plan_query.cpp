@@ -40,7 +40,7 @@ NN_EXPORT int normnorm_cuda_device(int index, int facts[3]) {
 
 // Which plan would serve a tensor, on a device that need not exist. Mirrored by normnorm/backends/cuda.py.
 struct PlanRequest {
-  const char* kind;
+  int32_t kind;  // Kind
   int64_t num_groups, normalized_ndim;
   int64_t dim;
   const int64_t *sizes, *strides;
@@ -69,7 +69,7 @@ NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanA
     a.input.strides = request->strides;
     a.input.dtype = dtypes[request->storage];
     Config c;
-    c.kind_name = request->kind;
+    c.kind = Kind(request->kind);
     c.num_groups = request->num_groups;
     c.normalized_ndim = request->normalized_ndim;
     c.channels_last = request->channels_last != 0;

@@ -1,5 +1,8 @@
 #include "tensors.h"
 
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <limits>
 #include <vector>
 
 namespace normnorm {
@@ -119,6 +122,16 @@ Tensor nothing(const TensorView& like) {
   return empty_strided(&zero, &one, 1, like.dtype, like);
 }
 
+Tensor draw_seed(const TensorView& like) {
+  using torch::stable::detail::from;
+  const int64_t one = 1;
+  const Tensor seed = empty_contiguous(&one, 1, Dtype::kInt64, like);
+  const std::optional<int64_t> most = std::numeric_limits<int64_t>::max();
+  StableIValue stack[] = {from(seed), from(std::numeric_limits<int64_t>::min()), from(most), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "from", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The stable ABI has no way to move a tensor's version but an in-place operation; a copy onto itself is one, and
 // ends before it touches memory.
 void note_write(const Tensor& t) {
@@ -166,10 +179,11 @@ Arguments BackwardTensors::arguments() const {
   return a;
 }
 
-FoldArguments FoldTensors::arguments() const {
+FoldArguments fold_arguments(const TensorView& stats, const Tensor& mean, const Tensor& var, const Tensor& lmbda,
+                             const OptionalTensor& tracked, std::optional<double> momentum, int64_t count, double eps) {
   const void *first = mean.data_ptr(), *second = var.data_ptr(), *third = lmbda.data_ptr();
   const bool shared = first && (first == second || second == third || third == first);
-  return {view(stats), view(mean), view(var), view(lmbda), view(tracked), momentum, count, eps, shared};
+  return {stats, view(mean), view(var), view(lmbda), view(tracked), momentum, count, eps, shared};
 }
 
 }  // namespace normnorm

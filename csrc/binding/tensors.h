@@ -11,6 +11,7 @@
 
 #include "../common/checks.h"
 #include "../common/layout.h"
+#include "../common/stats.h"
 
 namespace normnorm {
 
@@ -28,6 +29,9 @@ Tensor empty_contiguous(const int64_t* sizes, int64_t dim, Dtype dtype, const Te
 Tensor empty_like(const Tensor& t, const TensorView& v);
 // What an op returns in place of a gradient that is not wanted.
 Tensor nothing(const TensorView& like);
+
+// A seed from the default generator of a device, the one that torch.randint would draw.
+Tensor draw_seed(const TensorView& like);
 
 // Tells autograd that a tensor changes, as every in-place operation of torch does: a graph that saved it then
 // refuses to go backward. The tensor's contents stay.
@@ -90,9 +94,10 @@ struct FoldTensors {
   std::optional<double> momentum;
   int64_t count;
   double eps;
-
-  FoldArguments arguments() const;
 };
+
+FoldArguments fold_arguments(const TensorView& stats, const Tensor& mean, const Tensor& var, const Tensor& lmbda,
+                             const OptionalTensor& tracked, std::optional<double> momentum, int64_t count, double eps);
 
 using ForwardResult = std::tuple<Tensor, OptionalTensor, OptionalTensor>;           // output, statistics, sum
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;                     // gradients of input, weight and bias

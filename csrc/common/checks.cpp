@@ -16,18 +16,16 @@ void require(bool condition, const char* sentence = "the arguments do not fit th
 
 bool floating(Dtype d) { return d != Dtype::kInt64 && d != Dtype::kOther; }
 
-void check_config(const TensorView& input, Config& c) {
+void check_config(const TensorView& input, const Config& c) {
   require(floating(input.dtype));
-  const bool layer = c.kind_name == "layer", group = c.kind_name == "group", batch = c.kind_name == "batch";
-  require(layer || group || batch || c.kind_name == "instance");
-  c.kind = layer ? Kind::kLayer : group ? Kind::kGroup : batch ? Kind::kBatch : Kind::kInstance;
+  const bool layer = c.kind == Kind::kLayer, group = c.kind == Kind::kGroup;
   require(layer ? c.normalized_ndim >= 1 && c.normalized_ndim <= input.dim
                 : c.normalized_ndim == 0 && input.dim >= 2);
   require(group ? c.num_groups >= 1 && input.sizes[1] % c.num_groups == 0 : c.num_groups == 0);
   require(c.eps >= FLT_MIN && c.eps <= FLT_MAX && std::isfinite(c.alpha) && (c.order == 1 || c.order == 2));
   require(std::isfinite(c.transform_eps) && c.transform_eps >= 0);
   require(std::isfinite(c.noise_train) && c.noise_train >= 0);
-  require(c.activation.empty() || c.activation == "relu");
+  require(c.activation <= Activation::kRelu);
 }
 
 // A tensor of the input's shape and dtype on its device, or none.
@@ -51,7 +49,7 @@ void check_parameters(const Arguments& a, const Config& c) {
 
 void check_noise(const Arguments& a, const Config& c, int64_t groups) {
   const int64_t one = 1;
-  require(c.noise_train == 0 || a.seed.given);
+  require(c.noise_train == 0 || a.seed.given || a.draws);
   if (a.seed.given)
     require(a.seed.same_device(a.input) && a.seed.dtype == Dtype::kInt64 && a.seed.has_shape(&one, 1));
   if (a.noise_scale.given)
@@ -96,7 +94,7 @@ int64_t group_size(const TensorView& input, const Config& c) {
   return c.kind == Kind::kGroup ? spatial * (input.sizes[1] / c.num_groups) : spatial;
 }
 
-void check_forward(const Arguments& a, Config& c) {
+void check_forward(const Arguments& a, const Config& c) {
   check_config(a.input, c);
   check_like_input(a.residual, a.input);
   require(!a.prenorm || a.residual.given);
@@ -107,9 +105,9 @@ void check_forward(const Arguments& a, Config& c) {
   check_parameters(a, c);
 }
 
-void check_backward(const Arguments& a, Config& c) {
+void check_backward(const Arguments& a, const Config& c) {
   check_config(a.input, c);
-  require(a.output.given == !c.activation.empty());
+  require(a.output.given == (c.activation != Activation::kNone));
   for (const TensorView* t : {&a.grad_output, &a.output, &a.grad_sum}) check_like_input(*t, a.input);
   const int64_t groups = group_count(a.input, c), shape[] = {kStatRows, groups};
   require(a.stats.same_device(a.input) && a.stats.has_shape(shape, 2) &&

@@ -3,26 +3,25 @@
 #pragma once
 
 #include <optional>
-#include <string>
 
+#include "params.h"
 #include "tensor_view.h"
 
 namespace normnorm {
 
+// In the order of KINDS and of ACTIVATIONS in normnorm/config.py.
 enum class Kind { kBatch, kLayer, kGroup, kInstance };
 
 // The configuration arguments of an op.
 struct Config {
-  std::string kind_name;
+  Kind kind = Kind::kBatch;
   int64_t num_groups = 0, normalized_ndim = 0;
   double eps = 1e-5, noise_train = 0, alpha = 1;
   int64_t order = 2;
   double transform_eps = 0;
   int64_t stream = 0;
   bool channels_last = false;
-  std::string activation;
-
-  Kind kind = Kind::kBatch;  // set by the checks from kind_name
+  Activation activation = Activation::kNone;
 };
 
 // The tensors of one call; an op leaves those it does not have at their defaults, not given.
@@ -31,10 +30,11 @@ struct Arguments {
   TensorView grad_output, stats, output, grad_sum;  // backward
   bool needs_weight = false, needs_bias = false;
   bool prenorm = false;  // forward
+  bool draws = false;    // forward: the op draws a seed that is not given
 };
 
-void check_forward(const Arguments& a, Config& config);
-void check_backward(const Arguments& a, Config& config);
+void check_forward(const Arguments& a, const Config& config);
+void check_backward(const Arguments& a, const Config& config);
 
 struct FoldArguments {
   TensorView stats, running_mean, running_var, running_lmbda, num_batches_tracked;

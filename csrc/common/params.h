@@ -9,6 +9,8 @@ namespace normnorm {
 
 enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+enum class Activation { kNone, kRelu };
+
 // Strides, in elements, of the axes outer, inner and run of a Geometry; the innermost axis has stride 1.
 struct Strides {
   int64_t outer = 0, inner = 0, run = 0;

@@ -1,7 +1,7 @@
 """The selection of backends: the registry, the user's choice, and reasons for unavailability.
 
-A backend is three callables with the arguments of the op schemas in ``normnorm/ops.py``, without
-the backend's name. Each forward pass resolves it once; the backward pass gets its name.
+A backend is three callables with the arguments of the public ops' schemas in ``normnorm/ops.py``,
+without the backend's name. Each forward pass resolves it once; the backward pass gets its name.
 
 The module of a GPU backend is imported at its first use: importing normnorm neither initializes a
 GPU's driver nor imports Triton. Each is a module of this package, with
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from normnorm.backends import cpu, reference
+from normnorm.config import Config, ForwardArguments, packed
 
 __all__ = ["Backend", "available_backends", "get", "register", "resolve", "use_backend"]
 
@@ -36,6 +37,8 @@ class Backend:
         name: what :func:`use_backend` and the ops' ``backend`` argument call it.
         device_type: the device type that it serves; None for every device.
         forward, backward, fold: the ops, positional arguments in schema order.
+        step, gradient: the ops of a compiled backend: the first also draws the seed and updates
+            the running statistics.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Backend:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     fold: Callable[..., Any]
+    step: Callable[..., Any] | None = None
+    gradient: Callable[..., Any] | None = None
 
 
 # In the order in which ``auto`` prefers them; ``reference``, for every device, is the fallback.
@@ -96,15 +101,27 @@ def register(backend: Backend) -> None:
 def register_compiled(name: str, device_type: str) -> None:
     """Registers a backend whose ops a loaded library implements in ``normnorm_<name>``."""
     ops = getattr(torch.ops, f"normnorm_{name}")
-    register(
-        Backend(
-            name,
-            device_type,
-            ops.normal_norm_forward.default,
-            ops.normal_norm_backward.default,
-            ops.fold_running_.default,
-        )
+    # ``_op`` is the overload without its Python frame.
+    step, gradient = (
+        getattr(op.default, "_op", op.default) for op in (ops.forward, ops.backward)
     )
+
+    def forward(*arguments: Any) -> tuple[Any, ...]:
+        call = ForwardArguments.of(*arguments)
+        switches = call.prenorm + 2 * call.keep_stats
+        return step(  # type: ignore[no-any-return]
+            *call[:4], None, *call[4:9], None, *packed(call.config, switches)
+        )[:3]
+
+    def backward(*arguments: Any) -> tuple[Any, ...]:
+        needs_input, needs_weight, needs_bias, frozen = arguments[8:12]
+        switches = needs_input + 2 * needs_weight + 4 * needs_bias + 8 * frozen
+        return gradient(  # type: ignore[no-any-return]
+            *arguments[:8], *packed(Config(*arguments[12:]), switches)
+        )
+
+    fold = ops.fold_running_.default
+    register(Backend(name, device_type, forward, backward, fold, step, gradient))
 
 
 def register_compiled_backends() -> None:

@@ -12,7 +12,7 @@ import torch
 from normnorm import backends
 from normnorm.backends import cpu
 from normnorm.checks import check_forward
-from normnorm.config import Config, ForwardArguments
+from normnorm.config import KINDS, Config, ForwardArguments
 
 __all__ = [
     "DEVICE_MODELS",
@@ -175,7 +175,7 @@ class _Request(ctypes.Structure):
     """PlanRequest of csrc/binding/plan_query.cpp."""
 
     _fields_ = [
-        ("kind", ctypes.c_char_p),
+        ("kind", ctypes.c_int32),
         ("num_groups", ctypes.c_int64),
         ("normalized_ndim", ctypes.c_int64),
         ("dim", ctypes.c_int64),
@@ -283,7 +283,7 @@ def plan(
     config = Config(kind, num_groups, normalized_ndim, 1e-5, 0.0, 1.0, 2, 0.0, 0, last, "")
     check_forward(ForwardArguments(input, *(None,) * 8, False, True, config))
     request = _Request(
-        kind.encode(), num_groups, normalized_ndim, dim, (ctypes.c_int64 * dim)(*input.shape),
+        KINDS.index(kind), num_groups, normalized_ndim, dim, (ctypes.c_int64 * dim)(*input.shape),
         (ctypes.c_int64 * dim)(*input.stride()), _STORAGES.index(input.dtype), last, noise, affine,
         backward, device.multiprocessors, device.shared_bytes, device.clusters,
     )  # fmt: skip

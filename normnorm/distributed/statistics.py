@@ -185,7 +185,7 @@ def _op(h: Tensor, lmbda: Tensor, config: Config, *rest: Tensor | None) -> Tenso
     added. ``rest``: weight, bias, residual, seed, noise_scale."""
     zero, half = torch.zeros_like(lmbda), torch.full_like(lmbda, 0.5)
     config = config._replace(eps=0.5)
-    return normal_norm((h, zero, half, lmbda, *rest), False, False, config)[0]
+    return normal_norm((h, zero, half, lmbda, *rest), config)[0]
 
 
 def _transform(h: Tensor, lmbda: Tensor, config: Config) -> Tensor:

@@ -256,7 +256,7 @@ def _serving(device: str = "cpu") -> str:
             reached.append(backend.name)
             return backend.forward(*arguments)
 
-        return dataclasses.replace(backend, forward=forward)
+        return dataclasses.replace(backend, forward=forward, step=None)
 
     try:
         backends._backends.update({name: spy(backend) for name, backend in saved.items()})
@@ -484,7 +484,7 @@ def test_the_backend_of_the_forward_pass_does_its_backward_pass(device, first, s
             reached.append(backend.name)
             return backend.backward(*arguments)
 
-        return dataclasses.replace(backend, backward=backward)
+        return dataclasses.replace(backend, backward=backward, gradient=None)
 
     for name in (first, second):
         monkeypatch.setitem(backends._backends, name, spy(backends.get(name)))

@@ -17,7 +17,7 @@ from torch.library import opcheck
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
-import normnorm  # noqa: F401  # registers the ops
+from normnorm import functional
 from normnorm.ops import SCHEMAS
 from normnorm.statistics import statistics_dtype
 
@@ -205,3 +205,56 @@ def test_statistics_are_kept_only_where_asked(row, backend):
         )
         assert torch.equal(alone[0], output)
         assert [result.numel() for result in alone[1:]] == [0, 0]
+
+
+# One step of eager mode
+
+
+def step(input, buffers, momentum=0.1, **keywords):
+    return functional.batch_normal_norm(
+        input, *buffers[:3], training=True, momentum=momentum, num_batches_tracked=buffers[3],
+        noise_train=0.4, **keywords,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_step_has_the_seed_of_randint_and_updates_the_statistics_as_the_fold_does(
+    momentum, backend
+):
+    row = KINDS[0]
+    config = row.config(backend, noise_train=0.4)
+    input, channels = row.input(torch.float32), row.shape[1]
+    torch.manual_seed(11)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    after = torch.get_rng_state()
+    buffers = [torch.full((channels,), 0.5 + i) for i in range(3)] + [torch.tensor(2)]
+    separate = [buffer.clone() for buffer in buffers]
+    wanted, stats, _ = OPS.normal_norm_forward(*raw_ops.forward(config, input, seed=seed))
+    count = input.numel() // channels
+    OPS.fold_running_(stats, *separate, momentum, count, 1e-5, backend)
+    versions = [buffer._version for buffer in buffers]
+    torch.manual_seed(11)
+    output = step(input, buffers, momentum)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(output, wanted)
+    for found, other in zip(buffers, separate, strict=True):
+        assert torch.equal(found, other)
+    assert all(b._version > v for b, v in zip(buffers, versions, strict=True))
+
+
+@pytest.mark.parametrize("wrong", ["weight", "buffer"])
+def test_a_refused_step_changes_no_buffer_and_a_compiled_one_draws_no_seed(wrong, backend):
+    row = KINDS[0]
+    channels = row.shape[1]
+    buffers = [torch.full((channels,), 0.5) for _ in range(3)] + [torch.tensor(2)]
+    weight = torch.ones(channels + 1) if wrong == "weight" else None
+    if wrong == "buffer":
+        buffers[2] = buffers[2].to(torch.int64)
+    before = [buffer.clone() for buffer in buffers]
+    state = torch.get_rng_state()
+    with pytest.raises((TypeError, ValueError), match=r"weight|running_lmbda"):
+        step(row.input(torch.float32), buffers, weight=weight)
+    for found, other in zip(buffers, before, strict=True):
+        assert torch.equal(found, other)
+    assert backend != "cpu" or torch.equal(torch.get_rng_state(), state)
+

@@ -15,7 +15,7 @@ struct Tensor {
   int64_t strides[5], offset;  // elements, from a boundary of 512 bytes
 };
 struct Pass {
-  const char* kind;
+  int32_t kind;  // Kind
   int64_t num_groups, normalized_ndim, dim, sizes[5];
   Tensor input, grad_output, output, beside;  // beside: the residual or addend, and the gradient of the sum
   int32_t storage, parameters;                // 0: none, 1: in the statistics' type, 2: in the input's
@@ -39,7 +39,7 @@ bool make_problem(const Pass& pass, Memory memory, cuda::Problem& p) try {
   Arguments a;
   a.input = view(pass.input.strides);
   Config c;
-  c.kind_name = pass.kind, c.num_groups = pass.num_groups, c.normalized_ndim = pass.normalized_ndim;
+  c.kind = Kind(pass.kind), c.num_groups = pass.num_groups, c.normalized_ndim = pass.normalized_ndim;
   c.channels_last = pass.channels_last != 0;
   check_forward(a, c);
   const bool noise = pass.noise && (!backward || (pass.needs_weight && pass.parameters));

@@ -21,6 +21,8 @@ import pytest
 from cuda_static import sass
 from host_cuda import torch_library
 
+from normnorm.config import KINDS
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sass.missing() is not None, reason=str(sass.missing())),
@@ -89,7 +91,7 @@ class _Pass(ctypes.Structure):
     """Pass of pass.h."""
 
     _fields_ = [
-        ("kind", ctypes.c_char_p),
+        ("kind", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("num_groups", "normalized_ndim", "dim")),
         ("sizes", ctypes.c_int64 * 5),
         *((name, _Tensor) for name in ("input", "grad_output", "output", "beside")),
@@ -260,8 +262,8 @@ def draw(rng: random.Random, storages: tuple[str, ...], backward: bool) -> tuple
     if kind == "group":
         groups = rng.choice([d for d in range(1, shape[1] + 1) if shape[1] % d == 0])
     drawn = _Pass(
-        kind.encode(), groups, rng.randrange(1, len(shape)) if kind == "layer" else 0, len(shape),
-        (ctypes.c_int64 * 5)(*shape), **tensors, **flags,
+        KINDS.index(kind), groups, rng.randrange(1, len(shape)) if kind == "layer" else 0,
+        len(shape), (ctypes.c_int64 * 5)(*shape), **tensors, **flags,
     )  # fmt: skip
     laid_out = {k: (list(t.strides)[: len(shape)], t.offset) for k, t in tensors.items()}
     of = drawn.num_groups or drawn.normalized_ndim
