@@ -13,6 +13,7 @@ import pytest
 import torch
 from cuda_static import sass
 from oracle import Case
+from raw_ops import backward_pass, both_passes, forward_pass
 from triton_tools.interpreter import missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,70 +46,59 @@ WORKS = {
     "group 32x32 channels_last": (Case("group", (16, 128, 32, 32), num_groups=8), True),
     "instance 28x28": (Case("instance", (16, 64, 28, 28)), False),
 }
+DTYPES = (torch.bfloat16, torch.float32)
+FUSED = {"after": ("residual", "relu"), "before": ("sum", "relu")}
+# Those of `make test`; and the works whose fused kernels are compiled for every architecture.
 DEFAULT = ("layer rows of 768", "batch 56x56", "batch 56x56 channels_last", "group 32x32")
+EVERYWHERE = ("layer rows of 768", "batch 14x14", "batch 56x56")
+
+
+def fused_of(target: str, work: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """What is fused in the kernels that are compiled beside the plain ones, seconds each. Those
+    with a sum hold most."""
+    half = dtype == torch.bfloat16
+    if target != "sm_90":
+        return tuple(FUSED) if half and work in EVERYWHERE else ()
+    return tuple(FUSED) if half else ("before",)
+
+
+# Every work for every architecture, in both types on sm_90 and in turn on the others.
 COMBINATIONS = [
     pytest.param(
         target, work, dtype, id=f"{target}-{work}-{str(dtype)[6:]}",
-        marks=()
-        if target in ("sm_90", "gfx942") and dtype == torch.bfloat16
-        and work in (DEFAULT if target == "sm_90" else DEFAULT[:1])
-        else pytest.mark.slow,
+        marks=() if dtype == torch.bfloat16 and (
+            (target == "sm_90" and work in DEFAULT) or (target, work) == ("gfx942", DEFAULT[0])
+        ) else pytest.mark.slow,
     )
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942")
-    for work in WORKS
-    for dtype in (torch.bfloat16, torch.float32)
+    for place, target in enumerate(("gfx942", "sm_80", "sm_90", "sm_100"))
+    for number, work in enumerate(WORKS)
+    for dtype in (DTYPES if target == "sm_90" else DTYPES[(place + number) % 2 :][:1])
 ]  # fmt: skip
 
 
-def launches(
-    target: str, work: str, dtype: torch.dtype, alpha: float = 1.0, noise: float = 0.4,
-    fused: str = "",
-):  # fmt: skip
-    """All kernels of a training step, compiled; with ReLU and a residual ``fused`` "after" the
-    affine map or "before" the statistics."""
+def empty_operands(case: Case, dtype: torch.dtype, last: bool = False, kept=torch.float32):
+    """Operands that no kernel reads."""
+    t = {name: torch.empty(case.shape, dtype=dtype) for name in ("x", "residual", "g", "grad_sum")}
+    if last:
+        t = {name: each.to(memory_format=torch.channels_last) for name, each in t.items()}
+    parameter = torch.empty(case.parameter_shape, dtype=kept)
+    return {**t, "weight": parameter, "bias": parameter}
+
+
+def launches(target: str, work: str, dtype: torch.dtype, fused: str = "", **options: float):
+    """All kernels of a training step, compiled."""
     from triton_tools import ahead
 
-    from normnorm.triton_kernels import launch
-
     case, last = WORKS[work]
-
-    def step() -> None:
-        x = torch.empty(case.shape, dtype=dtype)
-        if last:
-            x = x.to(memory_format=torch.channels_last)
-        weight = torch.empty(case.parameter_shape)
-        config = case.config(
-            "triton", noise_train=noise, channels_last=last, alpha=alpha,
-            activation="relu" if fused else "",
-        )  # fmt: skip
-        seed = torch.tensor([1])
-        none, needs = (None, None, None), (True, True, True)
-        w, result = (weight, weight), x if fused else None
-        if fused == "before":
-            given, kept, grad_sum = (x, seed, None, True, True), result, x
-        else:
-            given, kept, grad_sum = (result, seed, None, False, True), result, None
-        _, stats, _ = launch.normal_norm_forward(x, *none, *w, *given, *config)
-        launch.normal_norm_backward(x, x, stats, *w, kept, seed, grad_sum, *needs, False, *config)
-
-    return ahead.compiled(target, step)
+    given = (case, empty_operands(case, dtype, last), FUSED.get(fused, ()), last)
+    options = {"noise_train": 0.4, **options}
+    return ahead.compiled(target, lambda: both_passes("triton", *given, **options))
 
 
 def cubin_of(compiled, folder: Path) -> Path:
     path = folder / f"{compiled.name}.cubin"
     path.write_bytes(compiled.asm["cubin"])
     return path
-
-
-@pytest.mark.parametrize(("target", "work", "dtype"), COMBINATIONS)
-def test_no_kernel_spills_and_aligned_ones_move_whole_vectors(target, work, dtype, tmp_path):
-    found = launches(target, work, dtype)
-    assert len(found) >= 2
-    for compiled in found:
-        what = f"{compiled.name} of {work}, {compiled.spec}"
-        code = check_registers(compiled, target, what, tmp_path)
-        if code is not None:
-            check_vectors(compiled, code, dtype, what)
 
 
 def check_registers(
@@ -164,7 +154,7 @@ def check_vectors(compiled, code: list[str], dtype: torch.dtype, what: str) -> N
 
 # Tensors that a kernel reads and writes beyond those of a plain pass: one after the affine map
 # and for the mask; the residual (twice where there is a pilot), the sum, and the sum's gradient.
-FUSED = {
+ACCESSES = {
     "after": {
         "forward": [(1, 0)], "backward": [(1, 0)],
         "stream_output": [(1, 0)], "stream_gradient": [(1, 0), (1, 0)],
@@ -174,26 +164,6 @@ FUSED = {
         "stream_moments": [(2, 1)], "stream_gradient": [(1, 0), (2, 0)],
     },
 }  # fmt: skip
-DEFAULT_FUSED = {
-    "layer rows of 768": ("before",),
-    "batch (128, 1024)": ("after",),
-    "batch 56x56": ("after", "before"),
-}
-ELSEWHERE = ("layer rows of 768", "batch 14x14", "batch 56x56")
-FUSED_COMBINATIONS = [
-    pytest.param(
-        target, work, dtype, fused, id=f"{target}-{work}-{str(dtype)[6:]}-{fused}",
-        marks=()
-        if target == "sm_90" and dtype == torch.bfloat16 and fused in DEFAULT_FUSED.get(work, ())
-        else pytest.mark.slow,
-    )
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942")
-    for work in WORKS
-    for dtype in (torch.bfloat16, torch.float32)
-    for fused in FUSED
-    # Seconds each: all of one architecture, and one work a layout of the others.
-    if target == "sm_90" or (work in ELSEWHERE and dtype == torch.bfloat16)
-]  # fmt: skip
 
 
 def room(compiled) -> int:
@@ -205,30 +175,36 @@ def room(compiled) -> int:
     return 2 if full and compiled.spec.K * compiled.spec.R * compiled.spec.L > 24 * 32 * 16 else 0
 
 
-@pytest.mark.parametrize(("target", "work", "dtype", "fused"), FUSED_COMBINATIONS)
-def test_fused_operands_cost_whole_vectors_and_no_spill(target, work, dtype, fused, tmp_path):
-    plain, with_fused = (launches(target, work, dtype, fused=f) for f in ("", fused))
-    assert [c.name for c in plain] == [c.name for c in with_fused]
-    assert [c.spec for c in plain] == [c.spec and replace(c.spec, RELU=False) for c in with_fused]
-    met: dict[str, int] = collections.Counter()
-    for before, compiled in zip(plain, with_fused, strict=True):
-        what = f"{compiled.name} of {work}, {fused}, {compiled.spec}"
-        code = check_registers(compiled, target, what, tmp_path, room(compiled))
-        if code is None:
-            continue
+@pytest.mark.parametrize(("target", "work", "dtype"), COMBINATIONS)
+def test_no_kernel_spills_and_aligned_ones_move_whole_vectors(target, work, dtype, tmp_path):
+    """Fused operands cost whole vectors of their own, and nothing else in memory."""
+    plain = launches(target, work, dtype)
+    assert len(plain) >= 2
+    codes = [check(compiled, target, f"{work}, plain", dtype, tmp_path) for compiled in plain]
+    for fused in fused_of(target, work, dtype):
+        found = launches(target, work, dtype, fused)
+        assert [c.name for c in plain] == [c.name for c in found]
+        assert [c.spec for c in plain] == [c.spec and replace(c.spec, RELU=False) for c in found]
+        left = {name: list(accesses) for name, accesses in ACCESSES[fused].items()}
+        for compiled, without in zip(found, codes, strict=True):
+            what = f"{compiled.name} of {work}, {fused}, {compiled.spec}"
+            code = check(compiled, target, what, dtype, tmp_path, room(compiled))
+            if code is None or compiled.name not in left:
+                continue
+            elements, each = vector(compiled, dtype)
+            for operation, tensors in zip(("LDG", "STG"), left[compiled.name].pop(0), strict=True):
+                more = sum(i.startswith(operation) for i in code)
+                more -= sum(i.startswith(operation) for i in without)
+                assert more == tensors * each // elements, f"{what}: {more} {operation} more"
+
+
+def check(
+    compiled, target: str, what: str, dtype: torch.dtype, folder: Path, spilt: int = 0
+) -> list[str] | None:
+    code = check_registers(compiled, target, what, folder, spilt)
+    if code is not None:
         check_vectors(compiled, code, dtype, what)
-        expected = FUSED[fused].get(compiled.name)
-        if expected is None:
-            continue
-        reads, writes = expected[met[compiled.name]]
-        met[compiled.name] += 1
-        (without,) = sass.instructions(cubin_of(before, tmp_path)).values()
-        elements, each = vector(compiled, dtype)
-        for operation, tensors in (("LDG", reads), ("STG", writes)):
-            more = sum(i.startswith(operation) for i in code)
-            more -= sum(i.startswith(operation) for i in without)
-            assert more == tensors * each // elements, f"{what}: {more} {operation} more"
-    assert met or target == "gfx942"
+    return code
 
 
 def every_path() -> None:
@@ -236,64 +212,34 @@ def every_path() -> None:
     beyond 31 bits."""
     from normnorm.triton_kernels import launch, plan
 
-    none, seed = (None, None, None), torch.tensor([1])
-
-    def step(case: Case, dtype: torch.dtype, last: bool = False, **options: float) -> None:
-        x = torch.empty(case.shape, dtype=dtype)
-        if last:
-            x = x.to(memory_format=torch.channels_last)
-        w = torch.empty(case.parameter_shape, dtype=dtype)
-        config = case.config("triton", channels_last=last, noise_train=0.4, **options)
-        _, s, _ = launch.normal_norm_forward(x, *none, w, w, None, seed, None, False, True, *config)
-        needs = (True, True, True, False)
-        launch.normal_norm_backward(x, x, s, w, w, None, seed, None, *needs, *config)
-
-    def fuse(case: Case, dtype: torch.dtype) -> None:
-        x, w = torch.empty(case.shape, dtype=dtype), torch.empty(case.parameter_shape, dtype=dtype)
-        config = case.config("triton", activation="relu")
-        plain = (None, None, None)
-        y, s, total = launch.normal_norm_forward(
-            x, *plain, w, w, x, None, None, True, True, *config
-        )  # fmt: skip
-        needs = (True, True, True)
-        launch.normal_norm_backward(x, total, s, w, w, y, None, x, *needs, False, *config)
-        if case.kind == "batch":
-            running = [torch.empty(case.shape[1]) for _ in range(3)]
-            y, s, _ = launch.normal_norm_forward(
-                x, *running, w, w, x, None, None, False, True, *config
-            )  # fmt: skip
-            launch.normal_norm_backward(x, x, s, w, w, y, None, None, *needs, True, *config)
-
+    noise, case = {"noise_train": 0.4}, Case("batch", (16, 8, 8, 8))
     for dtype, last in ((torch.bfloat16, False), (torch.float64, True)):
-        case = Case("batch", (16, 8, 8, 8))
-        x = torch.empty(case.shape, dtype=dtype)
-        if last:
-            x = x.to(memory_format=torch.channels_last)
-        w, running = torch.empty(8, dtype=dtype), [torch.empty(8) for _ in range(3)]
-        config = case.config("triton", channels_last=last)
-        quiet = (None, None, None, False)
-        _, s, _ = launch.normal_norm_forward(x, *running, w, w, *quiet, True, *config)
-        needs = (True, True, True, True)
-        launch.normal_norm_backward(x, x, s, w, w, None, None, None, *needs, *config)
-        launch.normal_norm_forward(x, *none, w, None, *quiet, False, *config)
-        config = case.config("triton", channels_last=last, noise_train=0.3, order=1, stream=1)
-        scale = torch.empty(8, dtype=s.dtype)
-        launch.normal_norm_forward(x, *none, w, w, None, seed, scale, False, True, *config)
-        needs = (False, True, False, False)
-        launch.normal_norm_backward(x, x, s, w, w, None, seed, None, *needs, *config)
+        t, running = empty_operands(case, dtype, last, dtype), [torch.empty(8) for _ in range(3)]
+        both_passes("triton", case, t, (), last, running=running)
+        forward_pass("triton", case, {"x": t["x"], "weight": t["weight"]}, (), last)
+        saved = forward_pass("triton", case, t, (), last, **noise, order=1, stream=1)
+        scale = saved[1][0].clone()
+        forward_pass("triton", case, t, (), last, noise_scale=scale, **noise, order=1, stream=1)
+        backward_pass("triton", case, t, saved, (), last, needs=(False, True, False), **noise)
         for momentum in (0.1, None):
             for buffers in (running, [b.bfloat16() for b in running]):
-                tracked = torch.tensor(1)
-                launch.fold_running_(s, *buffers, tracked, momentum, 100, 1e-5)
-    step(Case("layer", (8, 333), normalized_ndim=1), torch.float64)
-    step(Case("layer", (2, 70000), normalized_ndim=1), torch.float64)
-    fuse(Case("batch", (16, 8, 8, 8)), torch.bfloat16)
-    narrow = plan._is_wide
-    plan._is_wide = lambda *_: True
+                launch.fold_running_(saved[1], *buffers, torch.tensor(1), momentum, 100, 1e-5)
+    fused = empty_operands(case, torch.bfloat16, False, torch.bfloat16)
+    both_passes("triton", case, fused, FUSED["before"])
+    both_passes("triton", case, fused, FUSED["after"], running=running)
+    for length in (333, 70000):
+        rows = Case("layer", (8, length), normalized_ndim=1)
+        double = empty_operands(rows, torch.float64, False, torch.float64)
+        both_passes("triton", rows, double, **noise)
+    narrow, plan._is_wide = plan._is_wide, lambda *_: True
     try:
-        step(Case("batch", (64, 8, 30, 30)), torch.float32)
-        step(Case("batch", (64, 6, 30, 30)), torch.float32, True)
-        fuse(Case("group", (2, 6, 30, 30), num_groups=2), torch.float16)
+        for channels, last in ((8, False), (6, True)):
+            case = Case("batch", (64, channels, 30, 30))
+            t = empty_operands(case, torch.float32, last)
+            both_passes("triton", case, t, (), last, **noise)
+        case = Case("group", (2, 6, 30, 30), num_groups=2)
+        half = empty_operands(case, torch.float16, False, torch.float16)
+        both_passes("triton", case, half, FUSED["before"])
     finally:
         plan._is_wide = narrow
 
@@ -325,7 +271,8 @@ def per_element(target: str, folder: Path) -> dict[str, dict[str, float]]:
         plan.row_tiles = lambda *_, K=tiles, **__: plan.Tiles(1, 1024, K, PROBED_WARPS)
         try:
             for noise, suffix in ((0.0, ""), (0.4, " with noise")):
-                for compiled in launches(target, "probe", torch.bfloat16, 0.0, noise):
+                step = {"alpha": 0.0, "noise_train": noise}
+                for compiled in launches(target, "probe", torch.bfloat16, **step):
                     if compiled.name in ("forward", "backward"):
                         (code,) = sass.instructions(cubin_of(compiled, folder)).values()
                         heads = collections.Counter(i.split(".")[0].split()[0] for i in code)

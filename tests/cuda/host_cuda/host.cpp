@@ -91,7 +91,7 @@ extern "C" AOTITorchError host_cuda_empty_strided(int64_t dim, const int64_t* si
   void* data = nullptr;
   int64_t bytes = 0;
   if (e || aoti_torch_get_data_ptr(*made, &data) || aoti_torch_get_storage_size(*made, &bytes)) return e;
-  memset(data, 0xff, size_t(bytes));
+  if (bytes > 0) memset(data, 0xff, size_t(bytes));
   return e;
 }
 

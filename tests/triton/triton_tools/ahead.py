@@ -14,7 +14,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from normnorm.triton_kernels import plan
+from normnorm import backends
+from normnorm.triton_kernels import launch, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,8 +57,8 @@ class Compiled:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Compiled]]:
-    """In this context, launches compile for the target ("sm_90"), are appended to the list, and do
-    nothing else."""
+    """In this context, backend "triton" takes tensors of any device, and its launches compile for
+    the target ("sm_90"), are appended to the list, and do nothing else."""
     found: list[Compiled] = []
     driver, run, fast = triton.runtime.driver, triton.runtime.JITFunction.run, plan.FAST
 
@@ -67,6 +68,9 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
         found.append(Compiled(self.fn.__name__, spec, kernel, tuple(grid)))
         return kernel
 
+    registered = dict(backends._backends)
+    passes = (launch.normal_norm_forward, launch.normal_norm_backward, launch.fold_running_)
+    backends._backends["triton"] = backends.Backend("triton", None, *passes)
     named = TARGETS.get(target) or GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     driver.set_active(StandInDriver(named))
     triton.runtime.JITFunction.run = compile_only
@@ -75,6 +79,7 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
     try:
         yield found
     finally:
+        backends._backends = registered
         triton.runtime.JITFunction.run = run
         plan.FAST = fast
         plan._plans.clear()
