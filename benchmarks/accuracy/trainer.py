@@ -213,7 +213,11 @@ class Trainer:
         return self.epochs
 
     def _train_step(self, images: Tensor, labels: Tensor) -> float:
-        torch.manual_seed(self._seed(self.step, self.world.rank))
+        # Not torch.manual_seed, which formats a traceback for each device type: 0.2 ms.
+        seed = self._seed(self.step, self.world.rank)
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         images, labels = self._to_device(images), self._to_device(labels)
         if self.experiment.augment:
             images = shift_and_mirror(images, self.experiment.dataset not in _NO_MIRROR)
