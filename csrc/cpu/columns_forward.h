@@ -100,18 +100,18 @@ class ColumnForward {
       const auto u = layout_.source(normalized(p_), outer, chunk, buffer.data());
       const auto cache = cache_strip(outer, chunk, cached);
       layout_.for_strips([&](auto partial, int64_t c, int lanes) {
-        const V zero = splat<V>(0);
-        LambdaTerms<V> s{zero, zero, zero, zero};
+        LambdaSums<V> s;
         const auto h = layout_.transform(table, c).standardize;
         if (cached)
           lambda_pass<partial.value, true, V>({u.data + c, u.step}, {cache.data + c, cache.step}, rows, lanes,
                                               h, s);
         else
           lambda_pass<partial.value, false, V>({u.data + c, u.step}, {nullptr, 0}, rows, lanes, h, s);
-        store_dense<V>(sums + c, s.hd);
-        store_dense<V>(sums + padded + c, s.log);
-        store_dense<V>(sums + 2 * padded + c, s.d);
-        store_dense<V>(sums + 3 * padded + c, s.e);
+        const LambdaTerms<V> total = s.totals(1);
+        store_dense<V>(sums + c, total.hd);
+        store_dense<V>(sums + padded + c, total.log);
+        store_dense<V>(sums + 2 * padded + c, total.d);
+        store_dense<V>(sums + 3 * padded + c, total.e);
       });
     });
     for (int64_t i = 0; i < g_.inner; ++i) {

@@ -93,23 +93,19 @@ NN_HD CentredSums<V> centred_pass(Strip<const ScalarOf<V>> u, int64_t steps, int
   return {s0 + s1, q0 + q1};
 }
 
-// Sums the terms of the lambda estimate; kCache writes sign(h) log(1+|h|) to `cache` for the later rounds.
+// Sums for the lambda estimate; kCache writes sign(h) log(1+|h|) to `cache` for the later rounds.
 template <bool kPartial, bool kCache, class V>
 NN_HD void lambda_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t steps, int lanes,
-                       const Standardizer<V>& standardize, LambdaTerms<V>& sums) {
+                       const Standardizer<V>& standardize, LambdaSums<V>& sums) {
   const Active<kPartial, V> active(lanes);
-  LambdaTerms<V> s = sums;
+  LambdaSums<V> s = sums;
   for (int64_t i = 0; i < steps; ++i) {
     prefetch(u, i);
     if constexpr (kCache) prefetch(cache, i);
-    const V h = standardize(read<kPartial, V>(u.data + i * u.step, lanes));
-    const V t = magnitude(h);
-    const LambdaTerms<V> term = lambda_terms<V>(h, t, log1p_nonneg<V>(t));
-    s.hd += active.keep(term.hd);
-    s.log += active.keep(term.log);
-    s.d += active.keep(term.d);
-    s.e += active.keep(term.e);
-    if constexpr (kCache) write<kPartial, V>(cache.data + i * cache.step, term.log, lanes);
+    const V h = active.keep(standardize(read<kPartial, V>(u.data + i * u.step, lanes)));
+    const V t = magnitude(h), log = log1p_nonneg<V>(t), signed_log = with_sign_of(log, h);
+    s.add(h, t, log, signed_log, ScalarOf<V>(1));
+    if constexpr (kCache) write<kPartial, V>(cache.data + i * cache.step, signed_log, lanes);
   }
   sums = s;
 }
@@ -126,13 +122,14 @@ struct TransformConstants {
 // Long loops are split into tiles of kTile steps, over which each stage of the computation is a loop of its own: the
 // chain of a logarithm, a power and their sums is too long for the processor to overlap vectors.
 
-// log(1+|h|) of a tile's vectors.
+// h and log(1+|h|) of a tile's vectors.
 template <bool kPartial, class V>
-NN_HD void log_stage(Strip<const ScalarOf<V>> u, int steps, int lanes, const Standardizer<V>& standardize,
+NN_HD void log_stage(Strip<const ScalarOf<V>> u, int steps, int lanes, const Standardizer<V>& standardize, V* hs,
                      V* logs) {
   for (int i = 0; i < steps; ++i) {
     prefetch(u, i);
-    logs[i] = log1p_nonneg<V>(magnitude(standardize(read<kPartial, V>(u.data + i * u.step, lanes))));
+    hs[i] = standardize(read<kPartial, V>(u.data + i * u.step, lanes));
+    logs[i] = log1p_nonneg<V>(magnitude(hs[i]));
   }
 }
 
@@ -144,16 +141,17 @@ template <bool kPartial, From kFrom, class V, class F>
 NN_HD void for_transformed(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t steps, int lanes,
                            const TransformConstants<V>& c, F consume) {
   using T = ScalarOf<V>;
+  const Exponents<V> exponents = power_exponents(c.exponents);
+  const auto psi = [&](V l, V h) {
+    const Side<V> side = side_of(h, exponents);
+    return V(transform_power(l, side).minus_one * side.inverse);
+  };
   if constexpr (kFrom == From::kInput) {
-    V logs[kTile];
+    V hs[kTile], logs[kTile];
     for (int64_t first = 0; first < steps; first += kTile) {
       const int tile = tile_steps(first, steps);
-      const Strip<const ScalarOf<V>> at{u.data + first * u.step, u.step};
-      log_stage<kPartial, V>(at, tile, lanes, c.standardize, logs);
-      for (int i = 0; i < tile; ++i) {
-        const V h = c.standardize(read<kPartial, V>(at.data + i * at.step, lanes));
-        consume(first + i, with_sign_of(psi_magnitude<V>(logs[i], side_of(h, c.exponents)), h));
-      }
+      log_stage<kPartial, V>({u.data + first * u.step, u.step}, tile, lanes, c.standardize, hs, logs);
+      for (int i = 0; i < tile; ++i) consume(first + i, psi(logs[i], hs[i]));
     }
   } else {
     for (int64_t i = 0; i < steps; ++i) {
@@ -162,7 +160,7 @@ NN_HD void for_transformed(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache,
       if constexpr (kFrom == From::kX)
         consume(i, cached);
       else
-        consume(i, with_sign_of(psi_magnitude<V>(magnitude(cached), side_of(cached, c.exponents)), cached));
+        consume(i, psi(magnitude(cached), cached));
     }
   }
 }
@@ -260,16 +258,15 @@ struct GradientStrips {
   Strip<const ScalarOf<V>> normals;
 };
 
-// (1+t)^eta and |psi| of a tile's vectors.
-template <bool kPartial, class V>
-NN_HD void power_stage(Strip<const ScalarOf<V>> u, int steps, int lanes, const TransformConstants<V>& c,
-                       const V* logs, V* powers, V* psis) {
+// (1+t)^eta and psi of a tile's vectors.
+template <class V>
+NN_HD void power_stage(int steps, const Exponents<V>& exponents, const V* hs, const V* logs, V* powers, V* psis) {
+  const Exponents<V> e = power_exponents(exponents);
   for (int i = 0; i < steps; ++i) {
-    const V h = c.standardize(read<kPartial, V>(u.data + i * u.step, lanes));
-    const Side<V> side = side_of(h, c.exponents);
-    const ExpPair<V> power = exp_pair<V>(clamp_exponent<V>(side.eta * logs[i]));
-    powers[i] = power.exp;
-    psis[i] = power.expm1 * side.inverse;
+    const Side<V> side = side_of(hs[i], e);
+    const PowerPair<V> pair = transform_power(logs[i], side);
+    powers[i] = pair.power;
+    psis[i] = pair.minus_one * side.inverse;
   }
 }
 
@@ -280,19 +277,18 @@ NN_HD void gradient_sums_tile(const GradientStrips<V>& at, int steps, int lanes,
   using T = ScalarOf<V>;
   const Active<kPartial, V> active(lanes);
   const bool cached = at.cache.data != nullptr, w_cached = at.w_cache.data != nullptr;
-  V logs[kTile], powers[kTile], psis[kTile];
-  log_stage<kPartial, V>(at.input, steps, lanes, c.transform.standardize, logs);
-  power_stage<kPartial, V>(at.input, steps, lanes, c.transform, logs, powers, psis);
+  V hs[kTile], logs[kTile], powers[kTile], psis[kTile];
+  log_stage<kPartial, V>(at.input, steps, lanes, c.transform.standardize, hs, logs);
+  power_stage(steps, c.transform.exponents, hs, logs, powers, psis);
   GradientSums<V> s = sums;
   for (int i = 0; i < steps; ++i) {
     prefetch(at.grad, i);
     if (cached) prefetch(at.cache, i);
-    const V h = c.transform.standardize(read<kPartial, V>(at.input.data + i * at.input.step, lanes));
+    const V h = hs[i], x = psis[i];
     const V g = read<kPartial, V>(at.grad.data + i * at.grad.step, lanes);
     const V t = magnitude(h), l = logs[i], reciprocal = T(1) / (t + T(1));
     const PsiSlopes<V> psi =
-        psi_slopes<kSeries, V>(l, reciprocal, powers[i], psis[i], side_of(h, c.transform.exponents));
-    const V x = with_sign_of(psis[i], h);
+        psi_slopes<kSeries, V>(l, reciprocal, powers[i], magnitude(x), side_of(h, c.transform.exponents));
     V weighted = g;
     if constexpr (kPerElement) {
       weighted = g * read<kPartial, V>(e.weights.data + i * e.weights.step, lanes);
@@ -360,17 +356,18 @@ NN_HD void input_gradient_tile(const GradientStrips<V>& at, Strip<ScalarOf<V>> o
                                const GradientConstants<V>& c, const ElementGradients<V>& e,
                                const InputGradient<V>& k) {
   using T = ScalarOf<V>;
-  V logs[kTile], powers[kTile], psis[kTile];
+  V hs[kTile], logs[kTile], powers[kTile], psis[kTile];
   if constexpr (kCached != Cached::kBoth)
-    log_stage<kPartial, V>(at.input, steps, lanes, c.transform.standardize, logs);
+    log_stage<kPartial, V>(at.input, steps, lanes, c.transform.standardize, hs, logs);
   if constexpr (kCached == Cached::kNothing)
-    power_stage<kPartial, V>(at.input, steps, lanes, c.transform, logs, powers, psis);
+    power_stage(steps, c.transform.exponents, hs, logs, powers, psis);
   for (int i = 0; i < steps; ++i) {
-    const V h = c.transform.standardize(read<kPartial, V>(at.input.data + i * at.input.step, lanes));
-    V through_h, w;
+    V h, through_h, w;
     if constexpr (kCached == Cached::kBoth) {
+      h = c.transform.standardize(read<kPartial, V>(at.input.data + i * at.input.step, lanes));
       w = read<kPartial, V>(static_cast<const T*>(at.w_cache.data + i * at.w_cache.step), lanes);
     } else {
+      h = hs[i];
       const V t = magnitude(h), reciprocal = T(1) / (t + T(1));
       w = lambda_weight<V>(h, t, logs[i], reciprocal, c.lmbda);
       if constexpr (kCached == Cached::kNothing) {

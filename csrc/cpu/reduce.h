@@ -61,10 +61,11 @@ class GroupStats {
     set(kRstd, 1.0 / ::sqrt(variance + eps) + in_range(T(variance)));
   }
 
-  // From the sums of LambdaTerms, in their order. A given noise scale is kept.
+  // From the totals of LambdaSums, which lack t^2: its mean is v r^2 = 1 - eps r^2. A given noise scale is kept.
   void set_lambda(const Sums<4>& sums, double count, const cpu::Problem& p) {
+    const double rstd = double(get(kRstd));
     const LambdaTerms<double> mean{sums.value[0] / count, sums.value[1] / count, sums.value[2] / count,
-                                   sums.value[3] / count};
+                                   sums.value[3] / count + (1.0 - p.eps * rstd * rstd)};
     const auto estimate = estimate_lambda<double>(mean, p.alpha, p.order, p.eps);
     set(kLmbda, estimate.lmbda);
     set(kMeanHd, mean.hd);

@@ -118,8 +118,7 @@ class RowForward {
     T buffer[kBlock];
     const T* u = layout_.fetch(normalized(p_), at, b, buffer);
     T* cache = layout_.cache(p_.output, at, b, scratch);
-    const V zero = splat<V>(0);
-    LambdaTerms<V> sums{zero, zero, zero, zero};
+    LambdaSums<V> sums;
     for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
       if (cache)
         lambda_pass<partial.value, true, V>({u + i, kLanes<V>}, {cache + i, kLanes<V>}, steps, lanes, h,
@@ -127,7 +126,8 @@ class RowForward {
       else
         lambda_pass<partial.value, false, V>({u + i, kLanes<V>}, {nullptr, 0}, steps, lanes, h, sums);
     });
-    return {{sum_lanes(sums.hd), sum_lanes(sums.log), sum_lanes(sums.d), sum_lanes(sums.e)}};
+    const LambdaTerms<V> total = sums.totals(1);
+    return {{sum_lanes(total.hd), sum_lanes(total.log), sum_lanes(total.d), sum_lanes(total.e)}};
   }
 
   Sums<1> sum_x_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, bool logs,

@@ -37,45 +37,46 @@ template <class V>
 constexpr int kLanes = int(sizeof(V) / sizeof(ScalarOf<V>));
 
 template <>
-struct Lanes<VFloat> {
-  using Scalar = float;
-  using Int = VInt32;
-  using UInt = VUInt32;
+struct Lanes<VFloat> : FloatLanes<VFloat, VInt32, VUInt32> {
   static NN_HD VFloat to_real(VInt32 i) { return __builtin_convertvector(i, VFloat); }
-  static NN_HD VFloat at_most(VFloat a, VFloat top) {
 #if defined(__AVX512F__)
-    return _mm512_min_ps(top, a);
-#elif defined(__AVX2__)
-    return _mm256_min_ps(top, a);
-#elif defined(__x86_64__)
-    return _mm_min_ps(top, a);
-#else
-    return top < a ? top : a;
-#endif
+  static NN_HD VFloat at_most(VFloat a, VFloat top) { return _mm512_min_ps(top, a); }
+  static NN_HD VFloat at_least(VFloat a, VFloat bottom) { return _mm512_max_ps(bottom, a); }
+  static NN_HD VFloat sqrt(VFloat a) { return _mm512_sqrt_ps(a); }
+  static NN_HD SplitExponent split_exponent(VFloat a) {
+    const VFloat k = _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT);
+    return {a - k, _mm512_scalef_ps(_mm512_set1_ps(1.0f), k)};
   }
-  static NN_HD VFloat at_least(VFloat a, VFloat bottom) {
-#if defined(__AVX512F__)
-    return _mm512_max_ps(bottom, a);
-#elif defined(__AVX2__)
-    return _mm256_max_ps(bottom, a);
-#elif defined(__x86_64__)
-    return _mm_max_ps(bottom, a);
-#else
-    return bottom > a ? bottom : a;
-#endif
+  static constexpr int kTableBits = 4;
+  static NN_HD VFloat lookup(const float (&table)[16], VUInt32 index) {
+    return _mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
   }
+#elif defined(__AVX2__)
+  static NN_HD VFloat at_most(VFloat a, VFloat top) { return _mm256_min_ps(top, a); }
+  static NN_HD VFloat at_least(VFloat a, VFloat bottom) { return _mm256_max_ps(bottom, a); }
+  static NN_HD VFloat sqrt(VFloat a) { return _mm256_sqrt_ps(a); }
+  static constexpr int kTableBits = 3;
+  static NN_HD VFloat lookup(const float (&table)[8], VUInt32 index) {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  }
+#else
+#if defined(__x86_64__)
+  static NN_HD VFloat at_most(VFloat a, VFloat top) { return _mm_min_ps(top, a); }
+  static NN_HD VFloat at_least(VFloat a, VFloat bottom) { return _mm_max_ps(bottom, a); }
+  static NN_HD VFloat sqrt(VFloat a) { return _mm_sqrt_ps(a); }
+#else
   static NN_HD VFloat sqrt(VFloat a) {
-#if defined(__AVX512F__)
-    return _mm512_sqrt_ps(a);
-#elif defined(__AVX2__)
-    return _mm256_sqrt_ps(a);
-#elif defined(__x86_64__)
-    return _mm_sqrt_ps(a);
-#else
     for (int i = 0; i < kLanes<VFloat>; ++i) a[i] = ::sqrtf(a[i]);
     return a;
-#endif
   }
+#endif
+  static constexpr int kTableBits = 4;
+  static NN_HD VFloat lookup(const float (&table)[16], VUInt32 index) {
+    VFloat v;
+    for (int i = 0; i < kLanes<VFloat>; ++i) v[i] = table[index[i] % 16u];
+    return v;
+  }
+#endif
 };
 
 template <>

@@ -286,7 +286,7 @@ __device__ __forceinline__ void column_lambda_totals(const LambdaSums<Real> (&te
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     Real totals[4];
-    terms[j].totals(totals);
+    lambda_totals(terms[j], totals);
 #pragma unroll
     for (int k = 0; k < 4; ++k) sums[k][j] = totals[k];
   }

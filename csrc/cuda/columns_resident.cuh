@@ -133,7 +133,7 @@ class ForwardTile {
     LambdaSums<Real> terms[N];
     cache_.template each<true, true>([&](Chunk x, uint32_t, uint32_t) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) x[0][j] = terms[j].add(x[0][j] * rstd[j] + shift[j]);
+      for (int j = 0; j < N; ++j) x[0][j] = add_lambda_terms(terms[j], x[0][j] * rstd[j] + shift[j]);
     });
     column_lambda_totals(terms, sums);
     threads_.sum(sums, shared_.totals);

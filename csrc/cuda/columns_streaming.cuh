@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
   LambdaSums<Real> terms[N];
   each_input_row<T, kRagged>(a, p, [&](uint32_t, const Real (&u)[N]) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) terms[j].add((u[j] - mean[j]) * rstd[j] + shift[j]);
+    for (int j = 0; j < N; ++j) add_lambda_terms(terms[j], (u[j] - mean[j]) * rstd[j] + shift[j]);
   });
   column_lambda_totals(terms, sums);
   write_column_partial<T, 4>(a, sums);

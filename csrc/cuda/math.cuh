@@ -31,7 +31,7 @@ struct Estimate {
   Real lmbda, mean_hd, mean_d, curvature;
 };
 
-// From the totals of LambdaSums, which omit t^2: its mean follows from the variance, v r^2 = 1 - eps r^2.
+// From the totals of LambdaSums, which lack t^2: its mean is v r^2 = 1 - eps r^2.
 template <class Real>
 __device__ inline Estimate<Real> finish_lambda(const Real* sums, Real rstd, Real inverse_count, Real alpha, int order,
                                                Real eps, Real root_eps) {
@@ -47,7 +47,7 @@ __device__ inline Real transform_round(Real signed_log, const Exponents<Real>& e
   if constexpr (kPath == PrecisionPath::kSeries) {
     const Side<Real> side = side_of(signed_log, e);
     const Real a = clamp_exponent<Real>(side.eta * (absolute(signed_log) * DeviceLog<Real>::kUnit));
-    return signed_as(DeviceLog<Real>::exact_power(a).expm1 * side.inverse, signed_log);
+    return signed_as(DeviceLog<Real>::exact_power(a).minus_one * side.inverse, signed_log);
   } else {
     const SignedExponent<Real> exponent = signed_exponent(e, Real(1));
     return plain_power_psi<kPath == PrecisionPath::kBounded>(signed_log, exponent.inverse(signed_log), exponent.tilt).psi;
@@ -141,9 +141,9 @@ __device__ __forceinline__ PowerSlopes<Real> series_slopes(Real h, Real log, Rea
   constexpr Real unit = DeviceLog<Real>::kUnit;
   const Side<Real> side = side_of(h, exponents);
   const Real l = log * unit;
-  const ExpPair<Real> power = DeviceLog<Real>::exact_power(clamp_exponent<Real>(side.eta * l));
-  const Real magnitude = power.expm1 * side.inverse;
-  const PsiSlopes<Real> slope = psi_slopes<true, Real>(l, reciprocal, power.exp, magnitude, side);
+  const PowerPair<Real> power = DeviceLog<Real>::exact_power(clamp_exponent<Real>(side.eta * l));
+  const Real magnitude = power.minus_one * side.inverse;
+  const PsiSlopes<Real> slope = psi_slopes<true, Real>(l, reciprocal, power.power, magnitude, side);
   return {slope.psi_h, slope.psi_lambda * (Real(1) / (unit * unit)), signed_as(magnitude, h) * (Real(1) / unit)};
 }
 

@@ -107,10 +107,11 @@ class ForwardGroup {
     cache_.template each<true, true>([&](Chunk x, uint32_t chunk, uint32_t) {
       const Span span = locate_chunk<kRagged, N>(a_, g, chunk).span;
 #pragma unroll
-      for (int j = 0; j < N; ++j) x[0][j] = terms.add(!kRagged || span.has(j) ? x[0][j] * m.rstd + shift : Real(0));
+      for (int j = 0; j < N; ++j)
+        x[0][j] = add_lambda_terms(terms, !kRagged || span.has(j) ? x[0][j] * m.rstd + shift : Real(0));
     });
     Real sums[4];
-    terms.totals(sums);
+    lambda_totals(terms, sums);
     threads_.sum(sums);
     return finish_lambda(sums, m.rstd, a_.inverse_count, a_.alpha, a_.order, a_.eps, a_.root_eps);
   }

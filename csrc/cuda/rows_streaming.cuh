@@ -133,10 +133,11 @@ __global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamingA
   LambdaSums<Real> terms;
   each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, const Real (&u)[N]) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) terms.add(!kRagged || c.span.has(j) ? m.standardize(u[j] - m.mean) : Real(0));
+    for (int j = 0; j < N; ++j)
+      add_lambda_terms(terms, !kRagged || c.span.has(j) ? m.standardize(u[j] - m.mean) : Real(0));
   });
   Real sums[4];
-  terms.totals(sums);
+  lambda_totals(terms, sums);
   write_partial(s, slice, sums);
 }
 

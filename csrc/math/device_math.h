@@ -102,7 +102,7 @@ struct DeviceLog<float> {
     return {power, fused(power, inverse, -inverse)};  // one rounding
   }
   // Both functions of a natural exponent, the second accurate around 0.
-  static NN_HD ExpPair<float> exact_power(float a) {
+  static NN_HD PowerPair<float> exact_power(float a) {
     const float power = fast_exp2(a * 1.4426950408889634f);
     const float series = a * first_exponential(a);
     return {power, absolute(a) < 0.5f ? series : power - 1.0f};
@@ -115,7 +115,7 @@ struct DeviceLog<double> {
   static NN_HD double of(double t) { return ::log1p(t); }
   static NN_HD double bounded(double a) { return clamp_exponent<double>(a); }
   static NN_HD PowerPsi<double> power_psi(double a, double inverse) { return {::exp(a), ::expm1(a) * inverse}; }
-  static NN_HD ExpPair<double> exact_power(double a) { return exp_pair<double>(a); }
+  static NN_HD PowerPair<double> exact_power(double a) { return power_pair<double>(a); }
 };
 
 // How a group's powers are computed.
@@ -151,30 +151,18 @@ NN_HD PowerPsi<V> plain_power_psi(V signed_log, V inverse, V tilt) {
   return DeviceLog<V>::power_psi(kBounded ? DeviceLog<V>::bounded(a) : a, inverse);
 }
 
-// Sums of the terms of the lambda estimate (lmbda.h) over logarithms in the device's base. With q = d + t,
-// e = q (q + t (l-4)) + 3 t^2 becomes 2 d^2 - q l + t^2, whose two products are summed separately.
+// Adds the terms of h to the sums; returns sign(h) log(1+|h|) in the device's base.
 template <class V>
-struct LambdaSums {
-  V hd = 0, log = 0, d_sum = 0, squares = 0, products = 0;
-
-  // Returns sign(h) log(1+|h|).
-  NN_HD V add(V h) {
-    const V t = absolute(h), log_t = DeviceLog<V>::of(t), signed_log = signed_as(log_t, h);
-    const V q = (t + V(1)) * log_t;
-    const V d = fused(q, DeviceLog<V>::kUnit, -t);
-    hd += h * d;
-    log += signed_log;
-    d_sum += d;
-    squares += d * d;
-    products += q * log_t;
-    return signed_log;
-  }
-  // The sums of LambdaTerms; e lacks its t^2.
-  NN_HD void totals(V (&out)[4]) const {
-    constexpr V unit = DeviceLog<V>::kUnit;
-    out[0] = hd, out[1] = log * unit, out[2] = d_sum, out[3] = V(2) * squares - unit * unit * products;
-  }
-};
+NN_HD V add_lambda_terms(LambdaSums<V>& sums, V h) {
+  const V t = absolute(h), log = DeviceLog<V>::of(t), signed_log = signed_as(log, h);
+  sums.add(h, t, log, signed_log, DeviceLog<V>::kUnit);
+  return signed_log;
+}
+template <class V>
+NN_HD void lambda_totals(const LambdaSums<V>& sums, V (&out)[4]) {
+  const LambdaTerms<V> total = sums.totals(DeviceLog<V>::kUnit);
+  out[0] = total.hd, out[1] = total.log, out[2] = total.d, out[3] = total.e;
+}
 
 // lambda_weight() of lmbda.h by Horner's rule in t; `log` is in the device's base.
 template <class V>

@@ -17,16 +17,38 @@ namespace {
 template <class V>
 struct Lanes;
 
-template <>
-struct Lanes<float> {
+// What float lanes of any width can do without an instruction of their own. V is float, or a vector of floats.
+template <class V, class I, class U>
+struct FloatLanes {
   using Scalar = float;
-  using Int = int32_t;
-  using UInt = uint32_t;
+  using Int = I;
+  using UInt = U;
+  // A NaN in `a` is kept. With the comparison in this order x86 needs one instruction.
+  static NN_HD V at_most(V a, V top) { return top < a ? top : a; }
+  static NN_HD V at_least(V a, V bottom) { return bottom > a ? bottom : a; }
+  // a = k + rest with an integer k and |rest| <= 1/2; power = 2^k. a is clamped to -126 from below.
+  struct SplitExponent {
+    V rest, power;
+  };
+  static NN_HD SplitExponent split_exponent(V a) {
+    a = Lanes<V>::at_least(a, V{} - 126.0f);
+    const V biased = a + 12582912.0f;  // + 1.5 * 2^23: k is in the low mantissa bits
+    U bits;
+    memcpy(&bits, &biased, sizeof(bits));
+    bits = (bits << 23) + 0x3f800000u;
+    V power;
+    memcpy(&power, &bits, sizeof(power));
+    return {a - (biased - 12582912.0f), power};
+  }
+};
+
+template <>
+struct Lanes<float> : FloatLanes<float, int32_t, uint32_t> {
   static NN_HD float to_real(int32_t i) { return static_cast<float>(i); }
   static NN_HD float sqrt(float a) { return ::sqrtf(a); }
-  // A NaN in `a` is kept. With the comparison in this order x86 needs one instruction.
-  static NN_HD float at_most(float a, float top) { return top < a ? top : a; }
-  static NN_HD float at_least(float a, float bottom) { return bottom > a ? bottom : a; }
+  // The elements of a table of 2^kTableBits; the upper bits of an index are ignored.
+  static constexpr int kTableBits = 4;
+  static NN_HD float lookup(const float (&table)[16], uint32_t index) { return table[index % 16u]; }
 };
 
 template <>

@@ -19,20 +19,25 @@ struct LambdaTerms {
   V e;
 };
 
-// Omits the 3 t^2 of e: its mean, 3 mean(h^2), follows from the variance.
+// Sums of the terms over elements, of which h = 0 adds nothing. e is summed as 2 d^2 - q l and lacks its t^2, whose mean
+// follows from the variance. The base of the logarithms has the natural logarithm `unit`.
 template <class V>
-NN_HD LambdaTerms<V> lambda_terms_but_squares(V h, V t, V l) {
-  const V q = t * l + l;
-  const V d = q - t;
-  return {h * d, with_sign_of(l, h), d, q * (t * (l - ScalarOf<V>(4)) + q)};
-}
+struct LambdaSums {
+  V hd{}, log{}, d{}, squares{}, products{};
 
-template <class V>
-NN_HD LambdaTerms<V> lambda_terms(V h, V t, V l) {
-  LambdaTerms<V> term = lambda_terms_but_squares<V>(h, t, l);
-  term.e = term.e + t * t * ScalarOf<V>(3);
-  return term;
-}
+  NN_HD void add(V h, V t, V l, V signed_log, ScalarOf<V> unit) {
+    const V q = (t + ScalarOf<V>(1)) * l;
+    const V term = q * unit - t;
+    hd += h * term;
+    log += signed_log;
+    d += term;
+    squares += term * term;
+    products += q * l;
+  }
+  NN_HD LambdaTerms<V> totals(ScalarOf<V> unit) const {
+    return {hd, log * unit, d, squares * ScalarOf<V>(2) - products * (unit * unit)};
+  }
+};
 
 template <class S>
 struct LambdaEstimate {
@@ -73,14 +78,15 @@ NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S mean_hd, S mean_d, S curvatur
   return {-c_r * (S(1) - S(4) * mean_hd * kap), c_r, -c_r * kap, two_d};
 }
 
+// w by Horner's rule in t.
 template <class V>
 NN_HD V lambda_weight(V h, V t, V l, V reciprocal, const LambdaGradient<V>& c) {
   using S = ScalarOf<V>;
-  const V four_t = t * S(4);
-  const V even = (t * S(2) + S(1)) * l - t;
-  const V odd = ((four_t + S(3)) * l - (four_t + c.two_d)) * l + t * S(2);
-  const V signed_odd = h < splat<V>(0) ? -odd : odd;
-  return c.c_e * even + (c.c_r * reciprocal + c.c_o * signed_odd);
+  const V odd = h < splat<V>(0) ? -c.c_o : c.c_o;
+  const V y = l * S(2) - S(1);
+  const V of_t = y * (odd * y + c.c_e) + odd;
+  const V of_log = odd * (l * S(3) - c.two_d) + c.c_e;
+  return t * of_t + (l * of_log + c.c_r * reciprocal);
 }
 
 }  // namespace

@@ -66,10 +66,20 @@ NN_HD V clamp_exponent(V a) {
   return Lanes<V>::at_most(a, splat<V>(TransformLimits<ScalarOf<V>>::kMaxExponent));
 }
 
-// |psi| from l = log(1+|h|).
+// The exponents in the form that costs an element the least: eta in units of power_pair(), 1/eta with the sign of h.
 template <class V>
-NN_HD V psi_magnitude(V l, const Side<V>& side) {
-  return exp_pair<V>(clamp_exponent<V>(side.eta * l)).expm1 * side.inverse;
+NN_HD Exponents<V> power_exponents(Exponents<V> e) {
+  e.eta_pos = e.eta_pos * kPowerUnit<V>;
+  e.eta_neg = e.eta_neg * kPowerUnit<V>;
+  e.inverse_neg = -e.inverse_neg;
+  return e;
+}
+
+// P and P - 1 from l = log(1+|h|) and a side of power_exponents(), whose inverse times P - 1 is psi.
+template <class V>
+NN_HD PowerPair<V> transform_power(V l, const Side<V>& side) {
+  constexpr ScalarOf<V> top = TransformLimits<ScalarOf<V>>::kMaxExponent * kPowerUnit<V>;
+  return power_pair<V>(Lanes<V>::at_most(side.eta * l, splat<V>(top)));
 }
 
 // E2(a) = (a e^a - e^a + 1)/a^2 for |a| < 1/2, accurate around 0; dpsi/dlmbda = l^2 E2(eta l).

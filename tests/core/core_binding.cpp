@@ -52,8 +52,10 @@ Exponents<V> spread(const Exponents<T>& e) {
 template <class T>
 void bind_real(py::module_& m) {
   m.def("log1p", [](Array<T> a) { return map(a, [](auto t) { return log1p_nonneg<decltype(t)>(t); }); });
-  m.def("exp", [](Array<T> a) { return map(a, [](auto t) { return exp_pair<decltype(t)>(t).exp; }); });
-  m.def("expm1", [](Array<T> a) { return map(a, [](auto t) { return exp_pair<decltype(t)>(t).expm1; }); });
+  m.def("power", [](Array<T> a) { return map(a, [](auto t) { return power_pair<decltype(t)>(t).power; }); });
+  m.def("power_minus_one", [](Array<T> a) {
+    return map(a, [](auto t) { return power_pair<decltype(t)>(t).minus_one; });
+  });
   m.def("projected_error", [](Array<T> a) {
     return py::make_tuple(map(a, [](auto t) { return projected_error<decltype(t)>(t).value; }),
                           map(a, [](auto t) { return projected_error<decltype(t)>(t).slope; }));
@@ -62,7 +64,8 @@ void bind_real(py::module_& m) {
     const auto e = make_exponents<T>(lmbda, transform_eps);
     return map(a, [&](auto h) {
       using V = decltype(h);
-      return with_sign_of(psi_magnitude<V>(log1p_nonneg<V>(magnitude(h)), side_of(h, spread<V>(e))), h);
+      const auto side = side_of(h, power_exponents(spread<V>(e)));
+      return V(transform_power(log1p_nonneg<V>(magnitude(h)), side).minus_one * side.inverse);
     });
   });
   const auto slope = [](bool by_lambda) {
@@ -72,10 +75,10 @@ void bind_real(py::module_& m) {
         using V = decltype(h);
         const V t = magnitude(h), l = log1p_nonneg<V>(t), reciprocal = T(1) / (t + T(1));
         const auto side = side_of(h, spread<V>(e));
-        const auto power = exp_pair<V>(clamp_exponent<V>(side.eta * l));
-        const V psi = power.expm1 * side.inverse;
-        const auto s = has_small_exponent(e) ? psi_slopes<true, V>(l, reciprocal, power.exp, psi, side)
-                                             : psi_slopes<false, V>(l, reciprocal, power.exp, psi, side);
+        const auto pair = transform_power(l, side_of(h, power_exponents(spread<V>(e))));
+        const V psi = pair.minus_one * side.inverse;
+        const auto s = has_small_exponent(e) ? psi_slopes<true, V>(l, reciprocal, pair.power, psi, side)
+                                             : psi_slopes<false, V>(l, reciprocal, pair.power, psi, side);
         return by_lambda ? s.psi_lambda : s.psi_h;
       });
     };
