@@ -38,8 +38,9 @@ enum ColumnRow : int {
   kColumnRows
 };
 
-// Elements in a tile: rows that are processed strip by strip while they are in the cache.
-constexpr int64_t kTileElements = 2048;
+// A tile is rows that are processed strip by strip while they are in the cache: kTileElements elements, or more where a
+// pass asks for a number of rows that kWideTile elements hold.
+constexpr int64_t kTileElements = 2048, kWideTile = 1 << 18;
 
 // Access to the chunks, tiles and strips of a problem in the columns layout.
 template <class T>
@@ -47,7 +48,7 @@ class ColumnLayout {
  public:
   using V = VectorOf<T>;
 
-  explicit ColumnLayout(const cpu::Problem& p)
+  ColumnLayout(const cpu::Problem& p, int64_t tile_rows)
       : p_(p),
         g_(p.geometry),
         half_(stored_as_half(p.storage)),
@@ -56,7 +57,9 @@ class ColumnLayout {
         chunk_(clamped(16384 / (columns_ > 0 ? columns_ : 1), 64, 1024)),
         chunks_(ceil_div(g_.runs, chunk_)) {
     noise_ = {p.seed, p.noise.stream, p.noise};
-    tile_ = columns_ <= kTileElements ? kTileElements / columns_ : 1;
+    const int64_t columns = columns_ > 0 ? columns_ : 1;
+    tile_ = clamped(smaller(tile_rows, kWideTile / columns), clamped(kTileElements / columns, 1, kTileElements),
+                    kTileElements);
   }
 
   int64_t columns() const { return columns_; }
@@ -66,7 +69,7 @@ class ColumnLayout {
   int64_t chunk_end(int64_t chunk) const { return smaller((chunk + 1) * chunk_, g_.runs); }
   int64_t chunk_rows(int64_t chunk) const { return chunk_end(chunk) - chunk_begin(chunk); }
   bool split_matrix() const { return g_.outer < 2 * int64_t(p_.pool.threads); }
-  int64_t normal_size() const { return (columns_ > kTileElements ? columns_ : kTileElements) + kNoiseSlack; }
+  int64_t normal_size() const { return tile_ * columns_ + kNoiseSlack; }
 
   // A chunk's elements in the compute dtype: in place, or converted to `buffer` of buffer_size() elements.
   Strip<const T> source(const Operand& of, int64_t outer, int64_t chunk, T* buffer) const {

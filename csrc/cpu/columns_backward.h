@@ -12,7 +12,7 @@ class ColumnBackward {
   using V = VectorOf<T>;
 
   explicit ColumnBackward(const cpu::Problem& p)
-      : layout_(p),
+      : layout_(p, kTile),  // a strip loads and stores eight sums per tile
         p_(p),
         g_(p.geometry),
         noisy_(p.noise.on && p.grad_weight),

@@ -11,7 +11,7 @@ class ColumnForward {
  public:
   using V = VectorOf<T>;
 
-  explicit ColumnForward(const cpu::Problem& p) : layout_(p), p_(p), g_(p.geometry) {}
+  explicit ColumnForward(const cpu::Problem& p) : layout_(p, p.frozen ? kTile : 1), p_(p), g_(p.geometry) {}
 
   void run() {
     const bool split = layout_.split_matrix();

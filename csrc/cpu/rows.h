@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kBlock = 2048;       // elements in a block
 constexpr int64_t kShortRun = 512;     // shorter runs are gathered
 constexpr int64_t kScratch = 1 << 18;  // groups up to this size cache intermediate values in a thread's scratch memory
-constexpr int64_t kSmallGroup = 8192;  // groups up to this size cache a second value in the backward pass
+constexpr int64_t kSmallGroup = 1 << 17;  // groups up to this size cache a second value in the backward pass
 constexpr int64_t kMaxBundle = 16;     // groups processed together
 
 // Part of a run, or `runs` whole runs, from element `offset` of run `run` on.
