@@ -33,11 +33,11 @@ class ColumnBackward {
   static constexpr int kSums = 8;  // the rows of GradientSums
 
   void backward(int64_t outer, bool split, T* table, double* totals) {
-    bool small = false;
+    bool series = false;
     layout_.spread_transform(table, outer);
     for (int64_t i = 0; i < g_.inner; ++i) {
       const GroupStats<T> stats(p_, outer * g_.inner + i);
-      small = small || p_.frozen || has_small_exponent(stats.transform(p_).exponents);
+      series = series || needs_series(p_, stats.transform(p_).exponents);
       const auto w = stats.gradient(p_);
       layout_.spread(table, kColCe, i, w.c_e);
       layout_.spread(table, kColCr, i, w.c_r);
@@ -46,7 +46,7 @@ class ColumnBackward {
       layout_.spread(table, kColNoise, i, noisy_ ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0));
     }
     layout_.template reduce_chunks<kSums>(split, totals, [&](int64_t chunk, T* sums) {
-      if (small)
+      if (series)
         sums_chunk<true>(outer, chunk, table, sums);
       else
         sums_chunk<false>(outer, chunk, table, sums);

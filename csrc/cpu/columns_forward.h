@@ -17,18 +17,18 @@ class ColumnForward {
     const bool split = layout_.split_matrix();
     for_range(p_.pool, !split, g_.outer, [&](int64_t begin, int64_t end) {
       Buffer<T> table(kColumnRows * layout_.padded());
-      Buffer<double> totals(4 * layout_.padded());
+      Buffer<double> totals(4 * layout_.padded()), variances(g_.inner);
       table.zero(kColumnRows * layout_.padded());
-      for (int64_t o = begin; o < end; ++o) forward(o, split, table.data(), totals.data());
+      for (int64_t o = begin; o < end; ++o) forward(o, split, table.data(), totals.data(), variances.data());
     });
   }
 
  private:
-  void forward(int64_t outer, bool split, T* table, double* totals) {
+  void forward(int64_t outer, bool split, T* table, double* totals, double* variances) {
     if (!p_.frozen) {
-      moments_round(outer, split);
+      moments_round(outer, split, variances);
       layout_.spread_transform(table, outer);
-      lambda_round(outer, split, table, totals);
+      lambda_round(outer, split, table, totals, variances);
     }
     layout_.spread_transform(table, outer);
     const bool cached = !p_.frozen && layout_.caches(p_.output);
@@ -49,7 +49,7 @@ class ColumnForward {
   }
 
   // A chunk's columns are summed around its first row, then around the mean that this gives, rounded.
-  void moments_round(int64_t outer, bool split) {
+  void moments_round(int64_t outer, bool split, double* variances) {
     const int64_t padded = layout_.padded();
     Buffer<Moments> parts(layout_.chunks() * g_.inner);
     for_range(p_.pool, split, layout_.chunks(), [&](int64_t begin, int64_t end) {
@@ -74,6 +74,7 @@ class ColumnForward {
       GroupStats<T> stats(p_, outer * g_.inner + i);
       stats.set_moments(group, p_.eps);
       stats.set(kLmbda, 1);
+      variances[i] = group.m2 / group.count;
     }
   }
 
@@ -91,7 +92,7 @@ class ColumnForward {
     });
   }
 
-  void lambda_round(int64_t outer, bool split, const T* table, double* totals) {
+  void lambda_round(int64_t outer, bool split, const T* table, double* totals, const double* variances) {
     const int64_t padded = layout_.padded();
     const bool cached = layout_.caches(p_.output);
     layout_.template reduce_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
@@ -118,7 +119,7 @@ class ColumnForward {
       GroupStats<T> stats(p_, outer * g_.inner + i);
       stats.set_lambda({{layout_.group_total(totals, 0, i), layout_.group_total(totals, 1, i),
                          layout_.group_total(totals, 2, i), layout_.group_total(totals, 3, i)}},
-                       double(g_.group_size()), p_);
+                       double(g_.group_size()), variances[i], p_);
     }
   }
 

@@ -93,21 +93,28 @@ NN_HD CentredSums<V> centred_pass(Strip<const ScalarOf<V>> u, int64_t steps, int
   return {s0 + s1, q0 + q1};
 }
 
-// Sums for the lambda estimate; kCache writes sign(h) log(1+|h|) to `cache` for the later rounds.
+// The number of steps of the tile that begins at step i.
+NN_HD int tile_steps(int64_t i, int64_t steps) { return int(steps - i < kTile ? steps - i : kTile); }
+
+// Sums for the lambda estimate, tile by tile, so that few terms are added one by one in float; kCache writes
+// sign(h) log(1+|h|) to `cache` for the later rounds.
 template <bool kPartial, bool kCache, class V>
 NN_HD void lambda_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t steps, int lanes,
                        const Standardizer<V>& standardize, LambdaSums<V>& sums) {
   const Active<kPartial, V> active(lanes);
-  LambdaSums<V> s = sums;
-  for (int64_t i = 0; i < steps; ++i) {
-    prefetch(u, i);
-    if constexpr (kCache) prefetch(cache, i);
-    const V h = active.keep(standardize(read<kPartial, V>(u.data + i * u.step, lanes)));
-    const V t = magnitude(h), log = log1p_nonneg<V>(t), signed_log = with_sign_of(log, h);
-    s.add(h, t, log, signed_log, ScalarOf<V>(1));
-    if constexpr (kCache) write<kPartial, V>(cache.data + i * cache.step, signed_log, lanes);
+  for (int64_t first = 0; first < steps; first += kTile) {
+    LambdaSums<V> tile;
+    const int64_t end = first + tile_steps(first, steps);
+    for (int64_t i = first; i < end; ++i) {
+      prefetch(u, i);
+      if constexpr (kCache) prefetch(cache, i);
+      const V h = active.keep(standardize(read<kPartial, V>(u.data + i * u.step, lanes)));
+      const V t = magnitude(h), log = log1p_nonneg<V>(t), signed_log = with_sign_of(log, h);
+      tile.add(h, t, log, signed_log, ScalarOf<V>(1));
+      if constexpr (kCache) write<kPartial, V>(cache.data + i * cache.step, signed_log, lanes);
+    }
+    sums.add(tile);
   }
-  sums = s;
 }
 
 // What a round starts from: the input, the cached sign(h) log(1+|h|), or the cached x.
@@ -132,9 +139,6 @@ NN_HD void log_stage(Strip<const ScalarOf<V>> u, int steps, int lanes, const Sta
     logs[i] = log1p_nonneg<V>(magnitude(hs[i]));
   }
 }
-
-// The number of steps of the tile that begins at step i.
-NN_HD int tile_steps(int64_t i, int64_t steps) { return int(steps - i < kTile ? steps - i : kTile); }
 
 // consume(step, x) for the x = psi(h) of every vector.
 template <bool kPartial, From kFrom, class V, class F>

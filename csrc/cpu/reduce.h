@@ -61,11 +61,12 @@ class GroupStats {
     set(kRstd, 1.0 / ::sqrt(variance + eps) + in_range(T(variance)));
   }
 
-  // From the totals of LambdaSums, which lack t^2: its mean is v r^2 = 1 - eps r^2. A given noise scale is kept.
-  void set_lambda(const Sums<4>& sums, double count, const cpu::Problem& p) {
+  // From the totals of LambdaSums, which lack t^2: its mean is the variance times r^2, with the rounded r that the other
+  // terms have. A given noise scale is kept.
+  void set_lambda(const Sums<4>& sums, double count, double variance, const cpu::Problem& p) {
     const double rstd = double(get(kRstd));
     const LambdaTerms<double> mean{sums.value[0] / count, sums.value[1] / count, sums.value[2] / count,
-                                   sums.value[3] / count + (1.0 - p.eps * rstd * rstd)};
+                                   sums.value[3] / count + variance * rstd * rstd};
     const auto estimate = estimate_lambda<double>(mean, p.alpha, p.order, p.eps);
     set(kLmbda, estimate.lmbda);
     set(kMeanHd, mean.hd);
@@ -88,6 +89,12 @@ class GroupStats {
   T* base_ = nullptr;
   int64_t stride_ = 0;
 };
+
+// Whether the backward pass takes psi_slopes() with kSeries.
+template <class T>
+inline bool needs_series(const cpu::Problem& p, const Exponents<T>& e) {
+  return p.frozen || p.transform_eps > 0 || has_small_exponent(e);
+}
 
 // The same constants in every lane.
 template <class V, class T>

@@ -88,11 +88,11 @@ class RowBackward {
 
   void sums_round(Group& g, const GroupStats<T>& stats, bool split) {
     const auto c = g.constants();
-    const bool small = p_.frozen || has_small_exponent(g.transform.exponents);
+    const bool series = needs_series(p_, g.transform.exponents);
     const T noise = p_.noise.on && p_.grad_weight ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0);
     const int64_t blocks = layout_.plan().blocks();
     const auto sums_of = [&](int64_t b) {
-      return small ? sums_block<true>(g, b, c, noise) : sums_block<false>(g, b, c, noise);
+      return series ? sums_block<true>(g, b, c, noise) : sums_block<false>(g, b, c, noise);
     };
     Sums<7> sums;
     if (p_.affine == Affine::kPerRun) {

@@ -29,6 +29,7 @@ class RowForward {
     GroupStats<T> stats;
     T* scratch;
     bool logs, xs;  // whether its cache holds sign(h) log(1+|h|), x
+    double variance;
     From from() const { return xs ? From::kX : logs ? From::kLog : From::kInput; }
   };
 
@@ -38,7 +39,7 @@ class RowForward {
     Group groups[kMaxBundle];
     for (int64_t k = 0; k < count; ++k)
       groups[k] = {layout_.index(first + k), GroupStats<T>(p_, first + k),
-                   layout_.scratched() ? scratch + k * layout_.group_size() : scratch, false, false};
+                   layout_.scratched() ? scratch + k * layout_.group_size() : scratch, false, false, 0};
     if (!p_.frozen) {
       for (int64_t k = 0; k < count; ++k) moments_round(groups[k], split);
       for (int64_t k = 0; k < count; ++k) lambda_round(groups[k], split);
@@ -60,6 +61,7 @@ class RowForward {
     const auto part = fold<MomentsPart>(split, [&](int64_t b) { return moments_block(g.at, b); });
     g.stats.set_moments(part.moments, p_.eps);
     g.stats.set(kLmbda, 1);
+    g.variance = part.moments.m2 / part.moments.count;
   }
 
   void lambda_round(Group& g, bool split) const {
@@ -67,7 +69,7 @@ class RowForward {
     g.logs = layout_.cache(p_.output, g.at, layout_.plan()[0], g.scratch) != nullptr;
     const auto sums =
         fold<Sums<4>>(split, [&](int64_t b) { return lambda_block(g.at, b, c.standardize, g.scratch); });
-    g.stats.set_lambda(sums, double(layout_.group_size()), p_);
+    g.stats.set_lambda(sums, double(layout_.group_size()), g.variance, p_);
   }
 
   T mean_x_round(Group& g, bool split) const {

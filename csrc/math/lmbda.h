@@ -34,6 +34,9 @@ struct LambdaSums {
     squares += term * term;
     products += q * l;
   }
+  NN_HD void add(const LambdaSums& other) {
+    hd += other.hd, log += other.log, d += other.d, squares += other.squares, products += other.products;
+  }
   NN_HD LambdaTerms<V> totals(ScalarOf<V> unit) const {
     return {hd, log * unit, d, squares * ScalarOf<V>(2) - products * (unit * unit)};
   }

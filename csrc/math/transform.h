@@ -111,8 +111,8 @@ struct PsiSlopes {
   V psi_lambda;
 };
 
-// kSeries: an |eta| of the group is small, so that P l - |psi| would cancel and a series replaces it; or lambda is
-// frozen, so that the exponent may have been clamped, in which case both slopes are 0.
+// kSeries: an |eta| of the group is small, so that P l - |psi| would cancel and a series replaces it; lambda is frozen, so
+// that the exponent may have been clamped, in which case both slopes are 0; or transform_eps > 0 may make psi a logarithm.
 template <bool kSeries, class V>
 NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, const Side<V>& side) {
   V psi_h = power * reciprocal;
@@ -124,11 +124,12 @@ NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, c
     psi_lambda = near_zero ? V(l * l * second_exponential<V>(a)) : psi_lambda;
     psi_lambda = saturated ? zero : psi_lambda;
     psi_h = saturated ? zero : psi_h;
+    psi_lambda = psi_lambda * side.active;
   }
-  return {psi_h, psi_lambda * side.active};
+  return {psi_h, psi_lambda};
 }
 
-// Whether a group's exponents need kSeries: with both at least `bound` the direct form loses less than 4 ulp of l.
+// Whether an exponent of the group is small: with both at least `bound` the direct form loses less than 4 ulp of l.
 template <class S>
 NN_HD bool has_small_exponent(const Exponents<S>& e) {
   const S bound = S(0.25);
