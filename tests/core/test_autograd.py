@@ -144,7 +144,7 @@ def test_with_noise_and_its_scale_held_constant_derivatives_are_right(row, backe
 
     def function(input, weight, bias):
         tensors = (input, None, None, None, weight, bias, None, seed, scale)
-        return normal_norm(tensors, False, False, config)[0]
+        return normal_norm(tensors, config)[0]
 
     assert gradcheck(function, leaves(row), fast_mode=True, check_forward_ad=True)
     assert gradgradcheck(function, leaves(row), fast_mode=True)
@@ -176,8 +176,8 @@ def test_derivatives_to_the_third_order_are_those_of_the_definition(row, noise, 
 @each_kind
 def test_only_the_output_requires_a_gradient_and_only_where_one_is_wanted(row, backend):
     input, weight, bias = leaves(row)
-    tensors = (input, None, None, None, weight, bias, None, None, None)
-    output, statistics, _ = normal_norm(tensors, False, True, row.config(backend))
+    arguments = raw_ops.forward(row.config(backend), input, weight, bias)
+    output, statistics, _ = torch.ops.normnorm.normal_norm_forward(*arguments)
     assert output.requires_grad
     assert not statistics.requires_grad
     assert statistics.shape == (len(Row), row.groups)

@@ -58,10 +58,10 @@ class Recorded:
         return layer
 
 
-def _agree(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    torch.testing.assert_close(
-        got, want, rtol=1e-9, atol=1e-9, msg=lambda text: f"{what}: {text}"
-    )  # fmt: skip
+def _agree(got: dict[str, torch.Tensor], recorded: Recorded) -> None:
+    """With the arrays of the same names; an error names the array."""
+    want = {name: recorded[name] for name in got}
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def _step(recorded: Recorded, layer: torch.nn.Module, suffix: str) -> dict[str, torch.Tensor]:
@@ -70,16 +70,15 @@ def _step(recorded: Recorded, layer: torch.nn.Module, suffix: str) -> dict[str, 
     parameters = [p for p in (layer.weight, layer.bias) if p is not None]
     y = layer(x)
     gradients = torch.autograd.grad(y, (x, *parameters), recorded[f"g{suffix}"])
-    names = ("dx", "dweight", "dbias")[: len(gradients)]
-    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+    names = (f"{name}{suffix}" for name in ("y", "dx", "dweight", "dbias"))
+    return dict(zip(names, (y.detach(), *gradients), strict=False))
 
 
 def _check_evaluation(recorded: Recorded, layer: torch.nn.Module) -> None:
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     layer.eval()
     result = _step(recorded, layer, "_eval")
-    _agree(result["y"], recorded["y_eval"], "y_eval")
-    _agree(result["dx"], recorded["dx_eval"], "dx_eval")
+    _agree({name: result[name] for name in ("y_eval", "dx_eval")}, recorded)
     for name, buffer in layer.named_buffers():
         assert torch.equal(buffer, before[name]), f"evaluation changed {name}"
 
@@ -87,13 +86,10 @@ def _check_evaluation(recorded: Recorded, layer: torch.nn.Module) -> None:
 def _check_case(recorded: Recorded) -> None:
     layer = recorded.layer()
     for step in range(recorded.case["steps"]):
-        for name, value in _step(recorded, layer, str(step)).items():
-            _agree(value, recorded[f"{name}{step}"], f"{name}{step}")
-    for name in RUNNING:
-        assert (name in recorded) == (getattr(layer, name, None) is not None)
-        if name in recorded:
-            _agree(getattr(layer, name), recorded[name], name)
+        _agree(_step(recorded, layer, str(step)), recorded)
+    assert all((name in recorded) == (getattr(layer, name, None) is not None) for name in RUNNING)
     if "running_mean" in recorded:
+        _agree({name: getattr(layer, name) for name in RUNNING}, recorded)
         assert layer.num_batches_tracked.item() == recorded.case["steps"]
     _check_evaluation(recorded, layer)
 
