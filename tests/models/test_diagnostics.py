@@ -79,23 +79,17 @@ def test_a_constant_column_with_rounded_deviations_is_left_out(value):
 
 
 def test_a_channel_that_is_not_finite_makes_the_layer_nan_and_is_named():
-    class Spoilt(nn.Module):
-        def __init__(self, values):
-            super().__init__()
-            self.values = values
-
-        def forward(self, x):
-            x = x.clone()
-            for channel, value in enumerate(self.values):
-                x[3, channel] = value
-            return x
+    def spoil(module, arguments, output):
+        output = output.clone()
+        output[3, :2] = torch.tensor([np.nan, np.inf])
+        return output
 
     x, labels = torch.randn(60, 4), torch.arange(60) % 2
     x[:, 3] = 0.1
-    model = nn.Sequential(Spoilt([]), Spoilt([np.nan, np.inf]))
-    with pytest.warns(
-        RuntimeWarning, match="layer '1': 2 of 4 watched channels hold NaN"
-    ) as caught:
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    model[1].register_forward_hook(spoil)
+    sentence = "layer '1': 2 of 4 watched channels hold NaN"
+    with pytest.warns(RuntimeWarning, match=sentence) as caught:
         found = diagnostics.diagnose(model, [(x, labels)], ["0", "1"])
     assert len(caught) == 1
     clean, spoilt = found.layers["0"], found.layers["1"]
@@ -203,16 +197,12 @@ def test_diagnose_equals_statistics_of_captured_outputs():
 
 
 def test_the_normalized_output_of_a_residual_stream_is_watched_and_disturbed():
-    class Stream(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = normnorm.AddLayerNormalNorm(4)
-
+    class Stream(nn.ModuleDict):
         def forward(self, x):
-            normed, total = self.norm(x, x)
+            normed, total = self["norm"](x, x)
             return normed + 0 * total
 
-    model, inputs = Stream(), torch.randn(9, 5, 4)
+    model, inputs = Stream({"norm": normnorm.AddLayerNormalNorm(4)}), torch.randn(9, 5, 4)
     found = diagnostics.diagnose(model, [inputs]).layers["norm"]
     assert (found.channels, found.observations) == (4, 45)
     change = diagnostics.noise_robustness(model, [inputs], scales=(0.5,))
@@ -338,16 +328,13 @@ def test_invalid_sizes_and_scales_raise():
 
 
 def test_layers_that_give_no_tensor_or_never_run_are_refused():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.unused = nn.LSTM(2, 2), nn.ReLU()
-
+    class Model(nn.ModuleDict):
         def forward(self, x):
-            return self.lstm(x)[0]
+            return self["lstm"](x)[0]
 
+    model = Model({"lstm": nn.LSTM(2, 2), "unused": nn.ReLU()})
     with pytest.raises(TypeError, match=r"'lstm' \(LSTM\) gave tuple"):
-        diagnostics.diagnose(Model(), [torch.randn(3, 2)], ["lstm"])
+        diagnostics.diagnose(model, [torch.randn(3, 2)], ["lstm"])
     for function in (diagnostics.diagnose, diagnostics.noise_robustness):
         with pytest.raises(ValueError, match="nothing passed through 'unused'"):
-            function(Model(), [torch.randn(3, 2)], ["unused"])
+            function(model, [torch.randn(3, 2)], ["unused"])

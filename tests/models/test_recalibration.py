@@ -123,43 +123,38 @@ def test_without_noise_the_statistics_are_those_of_evaluation():
     assert_close(quiet, output.var(0), rtol=1e-3, atol=1e-3)
 
 
-class Branches(nn.Module):
+class Branches(nn.ModuleDict):
     """Runs the first of two branches."""
 
     def __init__(self):
-        super().__init__()
-        self.taken, self.not_taken = network(), network()
+        super().__init__({"taken": network(), "not_taken": network()})
 
     def forward(self, x):
-        return self.taken(x)
+        return self["taken"](x)
 
 
 def test_layers_that_see_no_batch_keep_their_statistics():
     model = Branches()
-    model.not_taken(batches()[0])
-    before = state_of(model.not_taken)
+    model["not_taken"](batches()[0])
+    before = state_of(model["not_taken"])
     normnorm.update_stats(batches(), model)
-    assert_state(model.not_taken, before)
-    assert model.taken[1].running_mean.any()
+    assert_state(model["not_taken"], before)
+    assert model["taken"][1].running_mean.any()
 
 
 def test_a_model_whose_layers_see_no_batch_is_unchanged():
     model = Branches()
-    model.taken = nn.Linear(4, 4)
-    model.not_taken(batches()[0])
+    model["taken"] = nn.Linear(4, 4)
+    model["not_taken"](batches()[0])
     before = state_of(model)
     with pytest.raises(ValueError, match="none of the 3 layers with running statistics saw"):
         normnorm.update_stats(batches(), model)
     assert_state(model, before)
 
 
-class Keywords(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = normnorm.BatchNormalNorm1d(4)
-
+class Keywords(nn.ModuleDict):
     def forward(self, input, scale):
-        return self.norm(scale * input)
+        return self["norm"](scale * input)
 
 
 def test_batches_may_be_tensors_sequences_or_mappings():
@@ -171,11 +166,12 @@ def test_batches_may_be_tensors_sequences_or_mappings():
         found.append(model.state_dict())
     for other in found[1:]:
         assert_close(other, found[0])
-    model = Keywords()
+    model = Keywords({"norm": normnorm.BatchNormalNorm1d(4)})
     normnorm.update_stats(
         [{"input": batch, "scale": torch.tensor(2.0)} for batch in batches()], model, "cpu"
     )
-    assert_close(model.norm.running_mean, 2 * torch.stack([b.mean(0) for b in batches()]).mean(0))
+    mean = torch.stack([batch.mean(0) for batch in batches()]).mean(0)
+    assert_close(model["norm"].running_mean, 2 * mean)
 
 
 def test_tracked_instance_layers_are_updated_too():
