@@ -1,9 +1,9 @@
 """The noise stream: standard normals as a pure function of (seed, stream, element index).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and the
-Box-Muller transform in plain PyTorch integer and float64 operations. The compiled kernels
-produce the same words bit for bit and the same normals up to rounding, so a backward pass
-regenerates the noise of its forward pass instead of storing it.
+Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and the
+Box-Muller transform in plain PyTorch integer and float64 operations. Eight elements share a
+counter. The compiled kernels produce the same words bit for bit and the same normals up to
+rounding, so a backward pass regenerates the noise of its forward pass instead of storing it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,24 @@ import torch
 from torch import Tensor
 from torch._functorch import config
 
-__all__ = ["as_seed", "draw_seed", "philox_words", "standard_normals", "uniforms"]
+__all__ = [
+    "STREAM_VERSION",
+    "as_seed",
+    "draw_seed",
+    "philox_words",
+    "standard_normals",
+    "turn_words",
+    "uniforms",
+]
+
+# Changes with the numbers that a seed gives. A compiled library has its own (csrc/math/philox.h).
+STREAM_VERSION = 2
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
+_TURN = 0x9E3779B9  # 2^32 divided by the golden ratio
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -120,7 +132,7 @@ def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_words(counter: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four tensors of 32-bit words (held in int64) for each 64-bit counter.
+    """Philox4x32-7: four tensors of 32-bit words (held in int64) for each 64-bit counter.
 
     Args:
         counter: int64, counter words 0 and 1; any shape.
@@ -144,6 +156,12 @@ def uniforms(words: Tensor) -> Tensor:
     return (words.to(torch.float64) + 0.5) * 2.0**-32
 
 
+def turn_words(words: Tensor, following: Tensor) -> Tensor:
+    """2^32 times the angle, in turns, of the pair of normals whose radius has the uniform of
+    ``words``. A pair takes its word and the next of its counter; after the last, the first."""
+    return (_multiply(words, _TURN)[1] + following) & _MASK
+
+
 def standard_normals(
     shape: Sequence[int],
     seed: Tensor,
@@ -165,12 +183,12 @@ def standard_normals(
     """
     order = (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
     numel = math.prod(order)
-    counter = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seed.device)
-    w0, w1, w2, w3 = philox_words(counter, seed, stream)
+    counter = torch.arange((numel + 7) // 8, dtype=torch.int64, device=seed.device)
+    words = philox_words(counter, seed, stream)
     normals = []
-    for radius_word, angle_word in ((w0, w1), (w2, w3)):
-        radius = torch.sqrt(-2.0 * torch.log(uniforms(radius_word)))
-        angle = (2.0 * math.pi) * uniforms(angle_word)
+    for word, following in zip(words, (*words[1:], words[0]), strict=True):
+        radius = torch.sqrt(-2.0 * torch.log(uniforms(word)))
+        angle = turn_words(word, following).to(torch.float64) * (2.0 * math.pi * 2.0**-32)
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
     z = torch.stack(normals, dim=-1).flatten()[:numel].reshape(order).to(dtype)
     return z.movedim(-1, 1) if channels_last else z

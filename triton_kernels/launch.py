@@ -303,10 +303,7 @@ class Backward:
         tiles = planning.parameter_tiles(rows, layout.length, self.input.element_size())
         elements = layout.inner * (layout.runs if per_run else layout.length)
         programs = layout.inner * (layout.runs if per_run else ceil_div(layout.length, tiles.L))
-        in_quads = params.QUADS.value == p.spec.NOISE and not p.spec.SHIFTED and tiles.L % 4 == 0
-        noise = params.NO_NOISE.value
-        if self.noisy:
-            noise = (params.QUADS if in_quads else params.SCATTERED).value
+        noise = params.SCATTERED.value if p.spec.SHIFTED else p.spec.NOISE
         spec = replace(
             p.spec, LAYOUT=params.ROWS.value, R=tiles.R, L=tiles.L, K=1, EVEN=False,
             SHIFTED=False, LANES=1, SPLITS=1, NOISE=noise,

@@ -21,8 +21,8 @@ A tile has R rows of L neighbouring elements. ``Spec.LAYOUT`` is what its rows a
 
 The numbers of a group have the shape (R, 1), or () if R is 1, in ROWS, () in GROUP and (1, L) in
 COLUMNS, and broadcast against the tile. Where a run does not begin on a multiple of four of the
-noise's order, its chunks begin up to three elements earlier (``SHIFTED``), so that no Philox
-counter serves two chunks.
+noise's order, its chunks begin up to three elements earlier (``SHIFTED``), so that a chunk has
+whole halves of the normals of a Philox counter.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from torch import Tensor
 
 from normnorm.config import Config
 
-from .noise import quad_normals, scattered_normals
+from .noise import octet_normals, quad_normals, scattered_normals
 from .params import (
     COLUMNS,
+    OCTETS,
     PER_ELEMENT,
     PER_GROUP,
     PER_GROUP_ELEMENT,
@@ -395,7 +396,10 @@ def normals(key, stream, place, tile, by_run, S: tl.constexpr):
     if not S.WIDE:
         lead = lead.to(tl.int32)
     DTYPE: tl.constexpr = tl.float64 if S.DOUBLE else tl.float32
-    if S.NOISE == QUADS:
+    if S.NOISE == OCTETS:
+        octet = (lead >> 3) + tl.arange(0, S.L // 8)[None, :]
+        return octet_normals(key, stream, octet, S.R, S.L, DTYPE, S.FAST)
+    elif S.NOISE == QUADS:
         quad = (lead >> 2) + tl.arange(0, S.L // 4)[None, :]
         return quad_normals(key, stream, quad, S.R, S.L, DTYPE, S.FAST)
     else:

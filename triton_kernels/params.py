@@ -22,10 +22,12 @@ PER_RUN = tl.constexpr(1)
 PER_ELEMENT = tl.constexpr(2)
 PER_GROUP_ELEMENT = tl.constexpr(3)
 
-# How a tile's elements share the counters of the noise: four neighbours each, or none.
+# How a tile's elements share the counters of the noise: eight neighbours each; four, which are half
+# of a counter's; or none.
 NO_NOISE = tl.constexpr(0)
-QUADS = tl.constexpr(1)
-SCATTERED = tl.constexpr(2)
+OCTETS = tl.constexpr(1)
+QUADS = tl.constexpr(2)
+SCATTERED = tl.constexpr(3)
 
 
 class Operand(NamedTuple):

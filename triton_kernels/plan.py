@@ -78,7 +78,7 @@ def lanes(tiles: Tiles, align: int, itemsize: int) -> int:
 
 
 def _vector(itemsize: int) -> int:
-    """Elements of a 128-bit access, or of a Philox counter where those are more."""
+    """Elements of a 128-bit access, or of half a Philox counter where those are more."""
     return max(16 // itemsize, 4)
 
 
@@ -304,18 +304,21 @@ def _make_plan(
     assert dense is not None
     taken = tuple(s or dense for s in strides)
     align = _align(layout, taken)
-    in_quads = _align(layout, (layout.noise,)) % 4 == 0
+    noise_align = _align(layout, (layout.noise,))
     # Sums over groups of a weight's elements need the same elements in the same places of a tile.
-    shifted = noisy and not in_quads and not layout.columns and not fused
+    shifted = noisy and noise_align % 4 != 0 and not layout.columns and not fused
     itemsize = input.element_size()
     if frozen and not backward:
         which, tiles, resident = _stream_tiles(layout, shifted, itemsize)
     else:
         held = BACKWARD_HELD if backward else FORWARD_HELD
         which, tiles, resident = _tiles(layout, shifted, itemsize, held, align)
-    noise = params.NO_NOISE.value
-    if noisy:
-        noise = (params.QUADS if in_quads or shifted else params.SCATTERED).value
+    together = lanes(tiles, align, itemsize)
+    noise = params.NO_NOISE
+    if noisy and together == 8 and noise_align % 8 == 0:
+        noise = params.OCTETS
+    elif noisy:
+        noise = params.QUADS if noise_align % 4 == 0 or shifted else params.SCATTERED
     reach = layout.length + 3 if shifted else layout.length
     chunks = ceil_div(reach, tiles.L)
     covered = {
@@ -333,10 +336,10 @@ def _make_plan(
     }[which]
     spec = Spec(
         LAYOUT=which, R=tiles.R, L=tiles.L, K=tiles.K, EVEN=covered, SHIFTED=shifted,
-        LANES=lanes(tiles, align, itemsize), SPLITS=power_of_two(tiles.splits), ALIGN=align,
+        LANES=together, SPLITS=power_of_two(tiles.splits), ALIGN=align,
         WIDE=_is_wide(input, layout, taken), DOUBLE=input.dtype == torch.float64, FAST=FAST,
         SERIES=_series(config), ORDER=config.order, FROZEN=frozen, AFFINE=layout.affine,
-        NOISE=noise, RELU=config.activation == "relu",
+        NOISE=noise.value, RELU=config.activation == "relu",
     )  # fmt: skip
     between = None
     if tiles.splits > REDUCED_ABOVE and layout.columns:

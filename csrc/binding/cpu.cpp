@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/stats.h"
+#include "../math/philox.h"
 #include "ops.h"
 #include "threads.h"
 
@@ -286,6 +287,9 @@ extern "C" __attribute__((visibility("default"))) const char* normnorm_cpu_isa()
 extern "C" __attribute__((visibility("default"))) const char* normnorm_build() {
   return "compiler: " __VERSION__ "; flags: " NN_BUILD_FLAGS;
 }
+
+// The version of the noise that all kernels of the library draw.
+extern "C" __attribute__((visibility("default"))) int normnorm_stream_version() { return normnorm::kStreamVersion; }
 
 // Why the library has no CUDA kernels; empty where it has them.
 extern "C" __attribute__((visibility("default"))) const char* normnorm_without_cuda() { return NN_WITHOUT_CUDA; }

@@ -1,4 +1,4 @@
-// Standard normals for a run of elements: Philox, then Box-Muller, both vectorised.
+// Standard normals for runs of elements: Philox, then Box-Muller, both vectorised.
 #pragma once
 
 #include "../common/params.h"
@@ -35,7 +35,7 @@ NN_HD VUInt64 multiply_words(VUInt64 a, uint32_t b) {
 #endif
 }
 
-// The four words of a counter, in 64-bit lanes; the upper halves have no meaning.
+// The four words of counters, in 64-bit lanes; the upper halves have no meaning.
 struct PhiloxLanes {
   VUInt64 c0, c1, c2, c3;
 };
@@ -52,25 +52,36 @@ struct LaneKeys {
   }
 };
 
-constexpr int kNoiseBatch = 4 * kLanes<VFloat>;  // normals computed together
-constexpr int kWordBatches = 2;                  // batches whose words are computed together, to overlap their chains
+// The counters of normals to compute: first, first + 1, ... or those of a list, which ends on a whole batch.
+struct Counters {
+  uint64_t first = 0;
+  const uint64_t* list = nullptr;
 
-// The quad of a batch that a lane computes. Transposing 4 x 4 blocks within 128 bits, which is cheap, then leaves the
-// quads in order.
-NN_HD constexpr int quad_of_lane(int lane) { return lane % 4 * (kLanes<VFloat> / 4) + lane / 4; }
-
-// The words of kWordBatches batches from first_quad on; each element of `state` has the quads of half a batch.
-constexpr int kPhiloxStates = 2 * kWordBatches;
-NN_HD void philox_lanes(PhiloxLanes (&state)[kPhiloxStates], uint64_t first_quad, const LaneKeys& keys,
-                        uint32_t stream) {
-  constexpr int half = kLanes<VDouble>;
-  for (int k = 0; k < kPhiloxStates; ++k) {
-    VUInt64 place;
-    for (int i = 0; i < half; ++i) place[i] = uint64_t(quad_of_lane(k % 2 * half + i));
-    const VUInt64 quad = place + (first_quad + uint64_t(k / 2) * kLanes<VFloat>);
-    state[k] = {quad, quad >> 32, VUInt64{} + uint64_t(stream), VUInt64{}};
+  uint64_t operator[](int64_t i) const { return list ? list[i] : first + uint64_t(i); }
+  NN_HD VUInt64 lanes(int64_t i) const {
+    VUInt64 v;
+    if (list) {
+      memcpy(&v, list + i, sizeof(v));
+      return v;
+    }
+    for (int lane = 0; lane < kLanes<VDouble>; ++lane) v[lane] = uint64_t(lane);
+    return v + (first + uint64_t(i));
   }
-#pragma GCC unroll 10  // otherwise a fifth of the instructions would be moves between registers
+};
+
+constexpr int kBatchCounters = kLanes<VDouble>;     // counters in the lanes of a vector
+constexpr int kNoiseBatch = 8 * kBatchCounters;     // their normals
+constexpr int kWordBatches = 4;                     // batches whose words are computed together, to overlap their chains
+
+// The words of kBatches batches from counter number i on.
+template <int kBatches>
+NN_HD void philox_lanes(PhiloxLanes (&state)[kBatches], const Counters& counters, int64_t i, const LaneKeys& keys,
+                        uint32_t stream) {
+  for (int k = 0; k < kBatches; ++k) {
+    const VUInt64 counter = counters.lanes(i + k * kBatchCounters);
+    state[k] = {counter, counter >> 32, VUInt64{} + uint64_t(stream), VUInt64{}};
+  }
+#pragma GCC unroll 7  // otherwise a fifth of the instructions would be moves between registers
   for (int round = 0; round < kPhiloxRounds; ++round) {
     for (PhiloxLanes& s : state) {
       const VUInt64 p0 = multiply_words(s.c0, kPhiloxM0), p1 = multiply_words(s.c2, kPhiloxM1);
@@ -79,15 +90,20 @@ NN_HD void philox_lanes(PhiloxLanes (&state)[kPhiloxStates], uint64_t first_quad
   }
 }
 
-// The low halves of a and then b: 64-bit lanes to twice as many 32-bit lanes.
-NN_HD VUInt32 low_halves(VUInt64 a, VUInt64 b) {
+// A batch's vectors of 32-bit lanes have a lane for each half of a counter, four normals. Half 2c is the first one of the
+// batch's counter c. This order of the halves becomes the natural one by transposing 4 x 4 blocks within 128 bits, which
+// is cheap.
+NN_HD constexpr int half_of_lane(int lane) { return lane % 4 * (kLanes<VFloat> / 4) + lane / 4; }
+
+// Words a for the first halves and b for the second ones.
+NN_HD VUInt32 words_of_halves(VUInt64 a, VUInt64 b) {
   const VUInt32 x = (VUInt32)a, y = (VUInt32)b;
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return __builtin_shufflevector(x, y, 0, 4, 8, 12, 16, 20, 24, 28, 2, 6, 10, 14, 18, 22, 26, 30);
 #elif defined(__AVX2__)
   return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
 #else
-  return __builtin_shufflevector(x, y, 0, 2, 4, 6);
+  return __builtin_shufflevector(x, y, 0, 4, 2, 6);
 #endif
 }
 
@@ -117,92 +133,127 @@ NN_HD VFloat zip_high(VFloat a, VFloat b) {
 NN_HD void store_words(float* z, VUInt32 words) { store_dense<VFloat>(z, bit_cast<VFloat>(words)); }
 NN_HD VUInt32 load_words(const float* z) { return bit_cast<VUInt32>(load_dense<VFloat>(z)); }
 
-// For each of kWordBatches batches, a vector of the quads' words 0, one of their words 1, and so on.
-NN_HD void word_batches(float* z, uint64_t first_quad, const LaneKeys& keys, uint32_t stream) {
+// For each of kBatches batches, vectors of the words for the radius and for the angle of each half's first pair of normals,
+// and the same of its second pair.
+template <int kBatches>
+NN_HD void word_batches(float* z, const Counters& counters, int64_t i, const LaneKeys& keys, uint32_t stream) {
   constexpr int w = kLanes<VFloat>;
-  PhiloxLanes state[kPhiloxStates];
-  philox_lanes(state, first_quad, keys, stream);
-  for (int k = 0; k < kWordBatches; ++k, z += kNoiseBatch) {
-    const PhiloxLanes &a = state[2 * k], &b = state[2 * k + 1];
-    store_words(z, low_halves(a.c0, b.c0));
-    store_words(z + w, low_halves(a.c1, b.c1));
-    store_words(z + 2 * w, low_halves(a.c2, b.c2));
-    store_words(z + 3 * w, low_halves(a.c3, b.c3));
+  PhiloxLanes state[kBatches];
+  philox_lanes(state, counters, i, keys, stream);
+  for (const PhiloxLanes& s : state) {
+    const VUInt32 first = words_of_halves(s.c0, s.c2), second = words_of_halves(s.c1, s.c3),
+                  next = words_of_halves(s.c2, s.c0);
+    store_words(z, first);
+    store_words(z + w, turn_word(first, second));
+    store_words(z + 2 * w, second);
+    store_words(z + 3 * w, turn_word(second, next));
+    z += kNoiseBatch;
   }
 }
 
 NN_HD void radius_batch(float* z) {
   constexpr int w = kLanes<VFloat>;
-  store_dense<VFloat>(z, box_muller_radius<VFloat>(load_words(z)));
-  store_dense<VFloat>(z + 2 * w, box_muller_radius<VFloat>(load_words(z + 2 * w)));
+  store_dense<VFloat>(z, normal_radius<VFloat>(load_words(z)));
+  store_dense<VFloat>(z + 2 * w, normal_radius<VFloat>(load_words(z + 2 * w)));
 }
 
-// Normals from radii and angles; the four of a quad become neighbours.
+// Normals from radii and angles; the four of a half become neighbours.
 NN_HD void normal_batch(float* z) {
   constexpr int w = kLanes<VFloat>;
-  const SinCos<VFloat> even = sincos_turn<VFloat>(load_words(z + w)),
-                       odd = sincos_turn<VFloat>(load_words(z + 3 * w));
-  const VFloat even_radius = load_dense<VFloat>(z), odd_radius = load_dense<VFloat>(z + 2 * w);
-  const VFloat first = even_radius * even.cos, second = even_radius * even.sin;
-  const VFloat third = odd_radius * odd.cos, fourth = odd_radius * odd.sin;
-  const VFloat first_third = zip_low(first, third), first_third_high = zip_high(first, third);
-  const VFloat second_fourth = zip_low(second, fourth), second_fourth_high = zip_high(second, fourth);
-  store_dense<VFloat>(z, zip_low(first_third, second_fourth));
-  store_dense<VFloat>(z + w, zip_high(first_third, second_fourth));
-  store_dense<VFloat>(z + 2 * w, zip_low(first_third_high, second_fourth_high));
-  store_dense<VFloat>(z + 3 * w, zip_high(first_third_high, second_fourth_high));
+  const NormalPair<VFloat> even = on_circle(load_dense<VFloat>(z), load_words(z + w)),
+                           odd = on_circle(load_dense<VFloat>(z + 2 * w), load_words(z + 3 * w));
+  const VFloat first = zip_low(even.first, odd.first), first_high = zip_high(even.first, odd.first);
+  const VFloat second = zip_low(even.second, odd.second), second_high = zip_high(even.second, odd.second);
+  store_dense<VFloat>(z, zip_low(first, second));
+  store_dense<VFloat>(z + w, zip_high(first, second));
+  store_dense<VFloat>(z + 2 * w, zip_low(first_high, second_high));
+  store_dense<VFloat>(z + 3 * w, zip_high(first_high, second_high));
 }
 
-NN_HD void normal_quad(double* z, uint64_t quad, const NoiseSource& source) {
-  const PhiloxWords w = noise_words(source.seed, source.stream, quad);
-  const auto even = box_muller_double(w.word[0], w.word[1]), odd = box_muller_double(w.word[2], w.word[3]);
-  z[0] = even.first, z[1] = even.second, z[2] = odd.first, z[3] = odd.second;
-}
+// What a buffer needs beyond its normals: up to 7 before the first one, and the rest of the last batch.
+constexpr int kNoiseSlack = kNoiseBatch + 8;
 
-// The elements that a buffer needs beyond `count`: up to 3 before the first normal, and the rest of the last batches.
-constexpr int kNoiseSlack = kWordBatches * kNoiseBatch + 4;
-
-// The normals of `count` positions from `position` on; returns the address of the first, in `buffer`.
-inline const float* dense_normals(float* buffer, int64_t position, int64_t count, const NoiseSource& source) {
-  const uint64_t first = uint64_t(position) / 4;
-  const int64_t skip = position % 4;
-  const int64_t end = skip + count;
+// The normals of `count` counters, and of those that complete the last batch.
+inline void counter_normals(float* z, const Counters& counters, int64_t count, const NoiseSource& source) {
   const LaneKeys keys(source.seed);
-  const uint32_t stream = source.stream;
-  for (int64_t i = 0; i < end; i += kWordBatches * kNoiseBatch)
-    word_batches(buffer + i, first + uint64_t(i / 4), keys, stream);
-  for (int64_t i = 0; i < end; i += kNoiseBatch) radius_batch(buffer + i);
-  for (int64_t i = 0; i < end; i += kNoiseBatch) normal_batch(buffer + i);
-  return buffer + skip;
+  const int64_t batches = (count + kBatchCounters - 1) / kBatchCounters;
+  int64_t b = 0;
+  for (; b + kWordBatches <= batches; b += kWordBatches)
+    word_batches<kWordBatches>(z + b * kNoiseBatch, counters, b * kBatchCounters, keys, source.stream);
+  for (; b < batches; ++b) word_batches<1>(z + b * kNoiseBatch, counters, b * kBatchCounters, keys, source.stream);
+  for (b = 0; b < batches; ++b) radius_batch(z + b * kNoiseBatch);
+  for (b = 0; b < batches; ++b) normal_batch(z + b * kNoiseBatch);
+}
+inline void counter_normals(double* z, const Counters& counters, int64_t count, const NoiseSource& source) {
+  for (int64_t i = 0; i < count; ++i) {
+    const PhiloxWords w = noise_words(source.seed, source.stream, counters[i]);
+    for (int j = 0; j < 4; ++j, z += 2) {
+      const NormalPair<double> pair = normal_pair_double(w.word[j], w.word[(j + 1) % 4]);
+      z[0] = pair.first, z[1] = pair.second;
+    }
+  }
 }
 
-inline const double* dense_normals(double* buffer, int64_t position, int64_t count,
-                                   const NoiseSource& source) {
-  const uint64_t first = uint64_t(position) / 4;
-  const int64_t skip = position % 4;
-  for (int64_t i = 0; i < skip + count; i += 4) normal_quad(buffer + i, first + uint64_t(i / 4), source);
-  return buffer + skip;
+// One normal by a counter of its own, which is slow: the input's memory format changed between forward and backward.
+template <class T>
+NN_HD T transposed_normal(int64_t position, const NoiseSource& source) {
+  const uint64_t index = transposed_index(source.order, position);
+  const PhiloxWords w = noise_words(source.seed, source.stream, index / 8);
+  const uint32_t word = w.word[index / 2 % 4], next = w.word[(index / 2 + 1) % 4];
+  if constexpr (sizeof(T) == 4) {
+    const NormalPair<float> pair = on_circle(normal_radius<float>(word), turn_word(word, next));
+    return index % 2 ? pair.second : pair.first;
+  } else {
+    const NormalPair<double> pair = normal_pair_double(word, next);
+    return index % 2 ? pair.second : pair.first;
+  }
 }
 
-NN_HD float scalar_normal(uint64_t index, const NoiseSource& source, float) {
-  const PhiloxWords w = noise_words(source.seed, source.stream, index / 4);
-  const auto pair = box_muller<float>(w.word[index % 4 < 2 ? 0 : 2], w.word[index % 4 < 2 ? 1 : 3]);
-  return index % 2 ? pair.second : pair.first;
-}
-NN_HD double scalar_normal(uint64_t index, const NoiseSource& source, double) {
-  const PhiloxWords w = noise_words(source.seed, source.stream, index / 4);
-  const auto pair = box_muller_double(w.word[index % 4 < 2 ? 0 : 2], w.word[index % 4 < 2 ? 1 : 3]);
-  return index % 2 ? pair.second : pair.first;
-}
-
-// The normals of `count` elements in the order of the layout; `buffer` has count + kNoiseSlack elements.
+// The normals of `count` positions from `position` on, in the order of the layout; returns the address of the first, in
+// `buffer` of count + kNoiseSlack elements.
 template <class T>
 inline const T* normals(T* buffer, int64_t position, int64_t count, const NoiseSource& source) {
-  if (!source.order.transposed) return dense_normals(buffer, position, count, source);
-  // One counter per element, which is slow: the input's memory format changed between forward and backward.
-  for (int64_t i = 0; i < count; ++i)
-    buffer[i] = scalar_normal(transposed_index(source.order, position + i), source, T());
-  return buffer;
+  if (source.order.transposed) {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = transposed_normal<T>(position + i, source);
+    return buffer;
+  }
+  const int64_t skip = position % 8;
+  counter_normals(buffer, {uint64_t(position) / 8}, (skip + count + 7) / 8, source);
+  return buffer + skip;
+}
+
+// The same of `runs` runs of `length` positions, `step` apart, one after the other in `buffer`; only the counters that they
+// need are computed. The buffer has runs x length + kNoiseSlack elements.
+template <class T>
+inline void normals_of_runs(T* buffer, int64_t position, int64_t step, int64_t length, int64_t runs,
+                            const NoiseSource& source) {
+  using V = VectorOf<T>;
+  if (source.order.transposed) {
+    for (int64_t r = 0; r < runs; ++r)
+      for (int64_t i = 0; i < length; ++i) *buffer++ = transposed_normal<T>(position + r * step + i, source);
+    return;
+  }
+  constexpr int64_t most = 256;  // counters at a time
+  uint64_t list[most + kBatchCounters] = {};
+  T z[8 * most + kNoiseSlack];
+  const int64_t together = most / ((length + 14) / 8);  // a run has at most as many counters as the divisor
+  for (int64_t first = 0; first < runs; first += together) {
+    const int64_t end = first + together < runs ? first + together : runs;
+    int64_t count = 0;
+    for (int64_t r = first; r < end; ++r) {
+      const int64_t begin = position + r * step;
+      for (int64_t c = begin / 8; c <= (begin + length - 1) / 8; ++c) list[count++] = uint64_t(c);
+    }
+    counter_normals(z, {0, list}, count, source);
+    const T* from = z;
+    for (int64_t r = first; r < end; ++r) {
+      const int64_t begin = position + r * step, skip = begin % 8;
+      // the excess of the last vector is overwritten by the next run
+      for (int64_t i = 0; i < length; i += kLanes<V>) store_dense<V>(buffer + i, load_dense<V>(from + skip + i));
+      buffer += length;
+      from += (skip + length + 7) / 8 * 8;
+    }
+  }
 }
 
 }  // namespace

@@ -142,10 +142,7 @@ class RowLayout {
     const Strides& s = p_.noise.position;
     const int64_t position = at.outer * s.outer + at.inner * s.inner + b.run * s.run + b.offset;
     if (b.runs == 1) return normals(buffer, position, b.size, noise_);
-    T run_buffer[kShortRun + kNoiseSlack];
-    for (int64_t r = 0; r < b.runs; ++r)
-      memcpy(buffer + r * g_.length, normals(run_buffer, position + r * s.run, g_.length, noise_),
-             size_t(g_.length) * sizeof(T));
+    normals_of_runs(buffer, position, s.run, g_.length, b.runs, noise_);
     return buffer;
   }
 

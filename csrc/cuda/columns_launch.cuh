@@ -73,7 +73,8 @@ class ColumnsPass {
     a_.sums = workspace.take<Real>(p_.geometry.groups() * kMaxSums);
   }
 
-  // Whether a chunk of some tensor is not 16 aligned bytes, or begins within a counter of the noise.
+  // Whether a chunk of some tensor is not 16 aligned bytes, or does not begin at a multiple of its size in the order
+  // of the noise.
   bool is_ragged(bool backward) const {
     bool ragged = p_.geometry.inner * p_.geometry.length % N != 0;
     const auto aligned = [&](const Strides& s, int64_t to) {
@@ -82,7 +83,7 @@ class ColumnsPass {
     each_operand(p_, backward, [&](const Operand& t) {
       ragged = ragged || elements_past_boundary<T>(t.data) != 0 || !aligned(t.stride, N);
     });
-    return ragged || (p_.noise.on && !aligned(p_.noise.position, 4));
+    return ragged || (p_.noise.on && !aligned(p_.noise.position, N));
   }
 
   Real* partials_of(Workspace& workspace, const Parameter& gradient) const {

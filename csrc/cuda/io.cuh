@@ -13,7 +13,7 @@ struct StorageTraits {
   static constexpr int kChunk = 16 / sizeof(T);
 };
 template <>
-struct StorageTraits<double> {  // four elements, as many as one Philox counter makes normals for
+struct StorageTraits<double> {  // four elements, half of those that share a Philox counter
   using Real = double;
   static constexpr int kChunk = 4;
 };

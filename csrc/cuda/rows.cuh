@@ -2,7 +2,7 @@
 //
 // Two modes. Aligned: every run starts on a chunk boundary and has whole chunks, in every tensor. Ragged: a run may begin
 // and end within a chunk. Chunks then start at multiples of their size, counted in memory where all tensors have the same
-// boundaries, and else in the order of the noise. In both modes the normals of a Philox counter belong to one chunk.
+// boundaries, and else in the order of the noise. In both modes a chunk begins at a multiple of its size in that order.
 #pragma once
 
 #include "../math/device_math.h"
@@ -32,8 +32,7 @@ struct FastDivide {
   __device__ uint32_t quotient(uint32_t n) const { return uint32_t(uint64_t(n) * factor >> shift); }
 };
 
-// A tensor's strides, and in aligned mode the chunks (of the noise: counters) between the end of one run and the start of
-// the next, modulo 2^32.
+// A tensor's strides, and in aligned mode the chunks between the end of one run and the start of the next, modulo 2^32.
 struct ChunkStrides : Strides {
   uint32_t gap = 0;
 };
@@ -187,24 +186,27 @@ struct ChunkAt {
   }
 };
 
-// The Philox counter of a chunk's first element.
+// A chunk's number in the order of the noise: its first element's position, divided by the chunk's size.
 template <int N, bool kRagged, class Real>
-__device__ __forceinline__ uint64_t chunk_quad(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c) {
-  if constexpr (kRagged) return uint64_t(g.noise + int64_t(c.run) * a.at_noise.run + c.first) / 4;
-  else return uint64_t(g.noise) / 4 + (c.chunk * (N / 4) + c.run * a.at_noise.gap);
+__device__ __forceinline__ uint64_t noise_chunk(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c) {
+  if constexpr (kRagged) return uint64_t(g.noise + int64_t(c.run) * a.at_noise.run + c.first) / N;
+  else return uint64_t(g.noise) / N + (c.chunk + c.run * a.at_noise.gap);
 }
 
-// f(j, pair) for the pairs of normals of a chunk's elements j and j + 1. The chunk begins with a counter's first word.
+// f(j, pair) for the pairs of normals of a chunk's elements j and j + 1. A chunk of eight elements is those of a counter,
+// one of four their first or second half.
 template <int N, bool kRagged, class Real, class F>
 __device__ __forceinline__ void each_normal_pair(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                                  const PhiloxSchedule& keys, F f) {
-  const uint64_t quad = chunk_quad<N, kRagged>(a, g, c);
+  static_assert(N == 4 || N == 8, "a chunk is a counter or half of one");
+  const uint64_t chunk = noise_chunk<N, kRagged>(a, g, c);
+  PhiloxWords w = noise_words(keys, a.stream, chunk / (8 / N));
+  if (N == 4 && chunk % 2 == 1) w = {{w.word[2], w.word[3], w.word[0], w.word[1]}};
+  PolarPair<Real> z[N / 2];  // all before the first use: interleaved they take two instructions an element more
 #pragma unroll
-  for (int j = 0; j < N; j += 4) {
-    const QuadNormals<Real> z = quad_normals<Real>(keys, a.stream, quad + uint64_t(j / 4));
-    f(j, z.even);
-    f(j + 2, z.odd);
-  }
+  for (int i = 0; i < N / 2; ++i) z[i] = polar_pair(w.word[i], w.word[(i + 1) % 4], Real());
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) f(2 * i, z[i]);
 }
 
 // x += noise z; noise includes kNormalUnit.
@@ -229,18 +231,26 @@ __device__ __forceinline__ Real noise_product(const KernelArgs<Real>& a, const G
   return sum;
 }
 
-// The standard normals, without kNormalUnit, of a chunk that may begin within a counter.
+// The standard normals, without kNormalUnit, of a chunk that may begin within a counter. They are those of N / 2 + 1 pairs,
+// or without the last where the chunk begins with a pair.
 template <int N, class Real>
 __device__ inline void unaligned_normals(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                          const PhiloxSchedule& keys, Real (&z)[N]) {
-  const int64_t position = g.noise + int64_t(c.run) * a.at_noise.run + c.first;
-  QuadNormals<Real> quad;
+  const uint64_t position = uint64_t(g.noise + int64_t(c.run) * a.at_noise.run + c.first), first = position / 2;
+  const bool odd = position % 2 == 1;
+  PhiloxWords w = noise_words(keys, a.stream, first / 4);
+  // the words of the next pair come first
+  if (first & 1) w = {{w.word[1], w.word[2], w.word[3], w.word[0]}};
+  if (first & 2) w = {{w.word[2], w.word[3], w.word[0], w.word[1]}};
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const int word = int(position + j) & 3;
-    if (j == 0 || word == 0) quad = quad_normals<Real>(keys, a.stream, uint64_t(position + j) / 4);
-    const PolarPair<Real>& pair = word & 2 ? quad.odd : quad.even;
-    z[j] = pair.radius * (word & 1 ? pair.sin : pair.cos);
+  for (int i = 0; i <= N / 2; ++i) {
+    if (i == N / 2 && !odd) break;
+    if (i > 0 && (first + i) % 4 == 0) w = noise_words(keys, a.stream, (first + i) / 4);
+    const PolarPair<Real> pair = polar_pair(w.word[0], w.word[1], Real());
+    w = {{w.word[1], w.word[2], w.word[3], w.word[0]}};
+    const Real one = pair.radius * pair.cos, other = pair.radius * pair.sin;
+    if (i > 0) z[2 * i - 1] = odd ? one : z[2 * i - 1];
+    if (i < N / 2) z[2 * i] = odd ? other : one, z[2 * i + 1] = other;
   }
 }
 

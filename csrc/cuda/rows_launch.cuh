@@ -35,7 +35,7 @@ inline bool counts_in_32_bits(const Geometry& g, const Strides& s, int64_t unit)
   return ((g.runs - 1) * s.run + g.length) / unit < int64_t(1) << 32;
 }
 
-// Chunks are wide where all tensors have the same chunk boundaries in memory and no counter of the noise crosses one.
+// Chunks are wide where all tensors have the same chunk boundaries in memory, and the order of the noise has them too.
 template <class T>
 ChunkMode chunk_mode(const Problem& p, bool backward) {
   constexpr int N = kChunkOf<T>;
@@ -45,7 +45,7 @@ ChunkMode chunk_mode(const Problem& p, bool backward) {
   each_operand(p, backward, [&](const Operand& t) {
     m.wide = m.wide && elements_past_boundary<T>(t.data) == base && congruent(p, t.stride, p.input.stride, N);
   });
-  if (p.noise.on) m.wide = m.wide && base % 4 == 0 && congruent(p, p.noise.position, p.input.stride, 4);
+  if (p.noise.on) m.wide = m.wide && base == 0 && congruent(p, p.noise.position, p.input.stride, N);
   m.origin = m.wide ? p.input.stride : p.noise.position;
   m.base = m.wide ? base : 0;
   const bool parameters_aligned = p.affine != Affine::kPerElement || (reinterpret_cast<uintptr_t>(p.weight.data) % 16 == 0 &&
@@ -55,13 +55,12 @@ ChunkMode chunk_mode(const Problem& p, bool backward) {
   each_operand(p, backward, [&](const Operand& t) {
     m.ragged = m.ragged || !counts_in_32_bits(p.geometry, t.stride, N);
   });
-  m.ragged = m.ragged || !counts_in_32_bits(p.geometry, p.noise.position, 4);
+  m.ragged = m.ragged || !counts_in_32_bits(p.geometry, p.noise.position, N);
   return m;
 }
 
-// A tensor's strides; the gap counts `unit` elements as one.
-inline ChunkStrides chunk_strides(const Geometry& g, const Strides& s, int64_t unit) {
-  return {s, uint32_t(s.run / unit - g.length / unit)};
+inline ChunkStrides chunk_strides(const Geometry& g, const Strides& s, int64_t chunk) {
+  return {s, uint32_t(s.run / chunk - g.length / chunk)};
 }
 
 template <class T>
@@ -81,7 +80,7 @@ KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   a.at_input = chunk_strides(p.geometry, p.input.stride, N);
   a.at_grad = chunk_strides(p.geometry, p.grad_output.stride, N);
   a.at_output = chunk_strides(p.geometry, p.output.stride, N);
-  a.at_noise = chunk_strides(p.geometry, p.noise.position, 4);
+  a.at_noise = chunk_strides(p.geometry, p.noise.position, N);
   a.chunk_origin = mode.origin, a.chunk_base = mode.base;
   a.stats = static_cast<Real*>(p.stats);
   a.weight = p.weight.data, a.weight_in_storage = p.weight.in_storage_type;

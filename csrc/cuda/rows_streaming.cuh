@@ -346,7 +346,8 @@ __global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamingA
 // The gradients of weights that vary within a group, where the main kernels do not sum them: kernels of their own over input
 // and gradient, whose partials reduce_partials() adds up.
 
-// g and g (x + noise z) of a chunk. kAligned: a counter of the noise begins with the chunk.
+// g and g (x + noise z) of a chunk. kAligned: the chunk begins at a multiple of its
+// size in the order of the noise.
 template <class T, bool kRagged, bool kAligned, class Real>
 __device__ __forceinline__ void parameter_terms(const KernelArgs<Real>& a, const GroupPlace& g, const ChunkPlace& c,
                                                 const GroupConstants<Real>& k, const PhiloxSchedule& keys,

@@ -185,22 +185,21 @@ constexpr V kNormalUnit = V(1);
 template <>
 inline constexpr float kNormalUnit<float> = 1.1774100225154747f;  // sqrt(2 log 2)
 
-// The word is converted as a signed number, so that the angle is within half a turn of zero, where the special-function
+// The turns are converted as a signed number, so that the angle is within half a turn of zero, where the special-function
 // sine is most accurate. The logarithm's absolute value is taken because the uniform number may round to 1.
-NN_HD PolarPair<float> polar_pair(uint32_t radius_word, uint32_t angle_word, float) {
-  const float uniform = static_cast<float>(radius_word) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
-  const float angle =
-      static_cast<float>(static_cast<int32_t>(angle_word)) * 1.4629180792671596e-09f + 7.314590396335798e-10f;
+NN_HD PolarPair<float> polar_pair(uint32_t word, uint32_t next, float) {
+  const float uniform = static_cast<float>(word) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
+  const float angle = static_cast<float>(static_cast<int32_t>(turn_word(word, next))) * 1.4629180792671596e-09f;
   return {fast_sqrt(absolute(fast_log2(uniform))), fast_cos(angle), fast_sin(angle)};
 }
-NN_HD PolarPair<double> polar_pair(uint32_t radius_word, uint32_t angle_word, double) {
-  const NormalPair<double> both = box_muller_double(radius_word, angle_word);
+NN_HD PolarPair<double> polar_pair(uint32_t word, uint32_t next, double) {
+  const NormalPair<double> both = normal_pair_double(word, next);
   return {1.0, both.first, both.second};
 }
 
-// The keys of all rounds, computed once per group; per four elements they would add half of the generator's cost. On a
+// The keys of all rounds, computed once per group; per counter they would add half of the generator's cost. On a
 // GPU all threads of a warp must construct it together: the reduction over the warp tells the compiler that the keys
-// are uniform, so that they take uniform registers instead of twenty registers of each thread.
+// are uniform, so that they take uniform registers instead of fourteen registers of each thread.
 struct PhiloxSchedule {
   uint32_t key[2 * kPhiloxRounds];
 
@@ -232,16 +231,8 @@ struct ScheduledKeys {
   }
 };
 
-// The normals of elements 4 quad .. 4 quad + 3.
-template <class Real>
-struct QuadNormals {
-  PolarPair<Real> even, odd;
-};
-
-template <class Real>
-NN_HD QuadNormals<Real> quad_normals(const PhiloxSchedule& schedule, uint32_t stream, uint64_t quad) {
-  const PhiloxWords w = philox_rounds({{uint32_t(quad), uint32_t(quad >> 32), stream, 0u}}, ScheduledKeys(schedule));
-  return {polar_pair(w.word[0], w.word[1], Real()), polar_pair(w.word[2], w.word[3], Real())};
+NN_HD PhiloxWords noise_words(const PhiloxSchedule& schedule, uint32_t stream, uint64_t counter) {
+  return philox_rounds(noise_counter(counter, stream), ScheduledKeys(schedule));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// log1p, powers, sine and cosine for lane types.
+// log1p and powers for lane types.
 //
 // float lanes use short minimax polynomials (errors below) and tables that a vector register holds; double lanes call
 // the C library. None has a branch.
@@ -122,33 +122,6 @@ NN_HD PowerPair<V> power_pair(V a) {
   } else {
     return {Lanes<V>::exp(a), Lanes<V>::expm1(a)};
   }
-}
-
-// sin and cos of 2 pi (w + 1/2) / 2^32 for 32-bit words w. The reduction to an octant is exact, in integers.
-template <class V>
-struct SinCos {
-  V sin, cos;
-};
-
-template <class V>
-NN_HD SinCos<V> sincos_turn(typename Lanes<V>::UInt w) {
-  using UInt = typename Lanes<V>::UInt;
-  using Int = typename Lanes<V>::Int;
-  const UInt quadrant = w + 0x20000000u;  // its bits 31 and 30: the nearest multiple of a quarter turn
-  const Int rest = bit_cast<Int>(UInt(w - (quadrant & 0xc0000000u)));
-  const V x = (V(Lanes<V>::to_real(rest)) + 0.5f) * 1.46291807926715968e-09f;
-  const V x2 = x * x;
-  const V s = ((x2 * -1.951729791e-04f + 8.332177997e-03f) * x2 - 1.666665524e-01f) * (x2 * x) + x;
-  const V c =
-      ((x2 * 2.443845005e-05f - 1.388736768e-03f) * x2 + 4.166664556e-02f) * (x2 * x2) + (1.0f - x2 * 0.5f);
-  const auto odd = (quadrant & 0x40000000u) != 0u;
-  const V sin_part = odd ? c : s;
-  const V cos_part = odd ? s : c;
-  // the sine is negative in quadrants 2 and 3, the cosine in 1 and 2
-  const UInt sin_sign = quadrant & 0x80000000u;
-  const UInt cos_sign = (quadrant + 0x40000000u) & 0x80000000u;
-  return {bit_cast<V>(UInt(bit_cast<UInt>(sin_part) ^ sin_sign)),
-          bit_cast<V>(UInt(bit_cast<UInt>(cos_part) ^ cos_sign))};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw (SC 2011), and its use for noise.
+// Philox4x32-7, the counter-based generator of Salmon, Moraes, Dror and Shaw (SC 2011), and its use for noise.
 //
-// The four words of a counter serve elements 4k..4k+3 of the canonical order: counter words 0 and 1 hold k, word 2 the
-// stream (the rank in a synchronised layer), word 3 is 0; the key is the seed.
+// The four words of counter k serve elements 8k..8k+7 of the canonical order, a pair each (normals.h): counter words 0
+// and 1 hold k, word 2 the stream (the rank in a synchronised layer), word 3 is 0; the key is the seed.
 #pragma once
 
 #include <stdint.h>
@@ -11,13 +11,16 @@
 namespace normnorm {
 namespace {
 
+// Of the numbers that a seed gives; normnorm/noise.py has the same number, and refuses a library with another.
+constexpr int kStreamVersion = 2;
+
 struct PhiloxWords {
   uint32_t word[4];
 };
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
-constexpr int kPhiloxRounds = 10;
+constexpr int kPhiloxRounds = 7;
 
 // The keys of a round; next() computes those of the round after it.
 struct PhiloxKeys {
@@ -48,9 +51,11 @@ NN_HD PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t key1) {
   return philox_rounds(counter, PhiloxKeys{key0, key1});
 }
 
-// The words of elements 4*quad .. 4*quad+3.
-NN_HD PhiloxWords noise_words(uint64_t seed, uint32_t stream, uint64_t quad) {
-  return philox({{uint32_t(quad), uint32_t(quad >> 32), stream, 0u}}, uint32_t(seed), uint32_t(seed >> 32));
+NN_HD PhiloxWords noise_counter(uint64_t counter, uint32_t stream) {
+  return {{uint32_t(counter), uint32_t(counter >> 32), stream, 0u}};
+}
+NN_HD PhiloxWords noise_words(uint64_t seed, uint32_t stream, uint64_t counter) {
+  return philox(noise_counter(counter, stream), uint32_t(seed), uint32_t(seed >> 32));
 }
 
 }  // namespace

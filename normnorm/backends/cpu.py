@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from normnorm.noise import STREAM_VERSION
+
 __all__ = [
     "DEVICE_TYPE", "NAME", "build_failure", "info", "library", "text", "unavailable_reason",
 ]  # fmt: skip
@@ -30,6 +32,11 @@ def build_failure() -> str | None:
     return reason if outcome == "failed" else None
 
 
+def library() -> ctypes.CDLL:
+    """The library, for what it says of itself."""
+    return ctypes.CDLL(str(LIBRARY))
+
+
 def _load() -> str | None:
     """Loads the library, whose ops then are ``torch.ops.normnorm_cpu``; why not, if it cannot."""
     if not LIBRARY.exists():
@@ -43,6 +50,12 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"the compiled kernels do not load into torch {torch.__version__}: {error}"
+    version = getattr(library(), "normnorm_stream_version", lambda: 1)()
+    if version != STREAM_VERSION:
+        return (
+            f"the compiled kernels draw version {version} of the noise and this package draws "
+            f"version {STREAM_VERSION}: rebuild them by installing normnorm again"
+        )
     return None
 
 
@@ -52,11 +65,6 @@ _reason = _load()
 def unavailable_reason() -> str | None:
     """None where the kernels are there; else one sentence that says why not."""
     return _reason
-
-
-def library() -> ctypes.CDLL:
-    """The library, for what it says of itself."""
-    return ctypes.CDLL(str(LIBRARY))
 
 
 def text(function: str) -> str:

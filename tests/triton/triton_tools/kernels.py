@@ -9,15 +9,15 @@ from normnorm.triton_kernels.math import (
     make_exponents,
     needs_series,
 )
-from normnorm.triton_kernels.noise import noise_words
+from normnorm.triton_kernels.noise import PHILOX_ROUNDS, noise_words
 from normnorm.triton_kernels.rounds import gradient_round
 
 
 @triton.jit
-def words(seed, quads, out, stream, N: tl.constexpr, WIDE: tl.constexpr):
-    """Row 0: how many words of a quad differ from tl.philox; rows 1 to 4: its words."""
+def words(seed, octets, out, stream, N: tl.constexpr, WIDE: tl.constexpr):
+    """Row 0: how many words of an octet differ from tl.philox; rows 1 to 4: its words."""
     i = tl.arange(0, N)
-    each = tl.load(quads + i)
+    each = tl.load(octets + i)
     zero = tl.full([N], 0, tl.uint32)
     p0, p1, p2, p3 = tl.philox(
         tl.load(seed),
@@ -25,6 +25,7 @@ def words(seed, quads, out, stream, N: tl.constexpr, WIDE: tl.constexpr):
         (each >> 32).to(tl.uint32),
         tl.cast(stream, tl.uint32) + zero,
         zero,
+        PHILOX_ROUNDS,
     )
     if not WIDE:
         each = each.to(tl.int32)
