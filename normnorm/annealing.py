@@ -10,8 +10,6 @@ synchronize.
 the schemas of :mod:`normnorm.ops` in all else, and call those ops.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

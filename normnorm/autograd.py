@@ -14,8 +14,6 @@
 Derivatives beyond the first come from the definition on every backend.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +27,6 @@ from normnorm.backends.reference import transforms_active
 from normnorm.config import BackwardArguments, Config
 from normnorm.noise import draw_seed
 from normnorm.ops import Results, Update
-
-__all__ = ["Running", "decomposes", "forward_mode", "normal_norm"]
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 

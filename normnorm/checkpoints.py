@@ -4,8 +4,6 @@ A checkpoint of torch's layer has no lambda. It is set to 1, the identity, if th
 layer's other statistics; otherwise the layer keeps its own.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -6,8 +6,6 @@ none waits for a device. Messages are formatted only when an error is raised, be
 that traces this code cannot format a symbolic number.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 from typing import Any
@@ -360,11 +358,8 @@ def check_fold(
     if running_mean.dim() != 1:
         raise ValueError(f"running_mean must have shape (C,); got {_shape(running_mean)}")
     channels = running_mean.size(0)
-    for name, buffer in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("running_lmbda", running_lmbda),
-    ):
+    names = ("running_mean", "running_var", "running_lmbda")
+    for name, buffer in zip(names, (running_mean, running_var, running_lmbda), strict=True):
         _check_channel_buffer(name, buffer, channels)
         _check_device(name, buffer, stats, "statistics'")
         if channels > 1 and buffer.stride(0) == 0:

@@ -1,7 +1,5 @@
 """The command line: ``normnorm COMMAND`` or ``python -m normnorm COMMAND``."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -42,8 +40,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
     try:
         try:
             parser.parse_args(arguments, parsed)
-            status: int = parsed.run(parsed)
-            return status
+            return parsed.run(parsed)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, because a flush at exit would raise outside the handlers

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "KINDS", "BackwardArguments", "Config", "ForwardArguments", "packed"]
-
 # In the order of the enumerations in csrc/common.
 KINDS = ("batch", "layer", "group", "instance")
 ACTIVATIONS = ("", "relu")

@@ -1,7 +1,5 @@
 """Replacing a model's norm layers in place: :func:`replace_norms`, :func:`restore_norms`."""
 
-from __future__ import annotations
-
 import fnmatch
 import importlib
 import sys
@@ -293,16 +291,8 @@ def restore_norms(model: nn.Module, where: Where = None) -> Replacement:
 
     A layer made by :func:`replace_norms` gets its former class; one that was constructed directly
     gets torch's. Weights, biases and running statistics stay as trained. Lambda is dropped, so the
-    model's outputs change unless it is 1.
-
-    Args:
-        model, where: as in :func:`replace_norms`.
-
-    Returns:
-        As :func:`replace_norms`.
-
-    Raises:
-        TypeError, ValueError: as :func:`replace_norms`; the model is unchanged then.
+    model's outputs change unless it is 1. Arguments, result and errors are those of
+    :func:`replace_norms`.
     """
     _check_model(model, "restore")
     changes, summary = _plan(model, where, norm_map.restoration, norm_map.restored)

@@ -1,8 +1,6 @@
 """``normnorm doctor``: versions, backends with the reason why one cannot run, and a check of their
 results. ``normnorm doctor --plan SHAPE``: the CUDA kernels selected for a tensor."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -121,9 +119,7 @@ def report(check: bool = True) -> dict[str, Any]:
         "checks": checks,
         "build_failure": build_failure,
         "wrong_choice": wrong_choice,
-        "ok": build_failure is None
-        and wrong_choice is None
-        and all(check["passed"] for check in checks),
+        "ok": build_failure is wrong_choice is None and all(check["passed"] for check in checks),
     }
 
 

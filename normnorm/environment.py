@@ -1,7 +1,5 @@
 """Facts about this machine and what is installed, as recorded with every result."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex
@@ -126,13 +124,6 @@ def facts() -> dict[str, Any]:
 _QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]"
-        return None
-
-
 def gpu(device: torch.device) -> Gpu | None:
     """Properties of a CUDA device, and its nvidia-smi values; None for a CPU."""
     if device.type != "cuda":
@@ -143,7 +134,8 @@ def gpu(device: torch.device) -> Gpu | None:
     answer = _run("nvidia-smi", *options, *([] if uuid is None else [f"--id=GPU-{uuid}"]))
     said = [part.strip() for part in (answer or "").split("\n")[0].split(",")]
     driver, *numbers = said if len(said) == len(_QUERY) else [""] * len(_QUERY)
-    clock, memory_clock, max_clock, power = map(_number, numbers)
+    # nvidia-smi prints "[N/A]" for an unknown value.
+    clock, memory_clock, max_clock, power = (float(n) if n[:1].isdigit() else None for n in numbers)
     return Gpu(
         name=found.name, capability=(found.major, found.minor),
         multiprocessors=found.multi_processor_count, memory_bytes=found.total_memory,

@@ -4,8 +4,6 @@ A program exported by ``torch.export`` calls ``torch.ops.normnorm.*`` and needs 
 The table of :func:`decompositions` replaces these ops by the definition in PyTorch's operations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

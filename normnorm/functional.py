@@ -30,8 +30,6 @@ What the functions share:
   input's device (:func:`normnorm.use_backend`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,21 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normnorm import backends, likelihood, reference
+from normnorm import backends, checks, likelihood, reference
 from normnorm.autograd import Running, normal_norm
-from normnorm.checks import (
-    check_activation,
-    check_integer,
-    check_is_tensor,
-    check_momentum,
-    check_noise_train,
-    check_number,
-    check_tensors,
-    check_together,
-    check_transform,
-    group_size,
-    with_residual,
-)
 from normnorm.config import Config
 from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of, to_local
 from normnorm.noise import as_seed, draw_seed
@@ -104,12 +89,12 @@ def _configure(
     floats = type(eps) is type(alpha) is type(transform_eps) is float
     if not (floats and type(order) is int):
         # An op would read the number from a tensor and drop its gradient without an error.
-        check_transform(eps, alpha, order, transform_eps)
-    check_noise_train(noise_train)
+        checks.check_transform(eps, alpha, order, transform_eps)
+    checks.check_noise_train(noise_train)
     if activation is None:
         activation = ""
     else:
-        check_activation(activation)  # no op gets it under torch.func transforms
+        checks.check_activation(activation)  # no op gets it under torch.func transforms
     channels_last = False
     if training and noise_train > 0.0:
         channels_last = _is_channels_last(input)
@@ -140,7 +125,7 @@ def _apply(
     if residual is not None or prenorm:
         check_plain(input, residual=residual)
         narrow = input.dtype
-        input, residual = with_residual(input, residual)  # type: ignore[arg-type]  # before a seed is drawn
+        input, residual = checks.with_residual(input, residual)  # type: ignore[arg-type]  # before a seed is drawn
         if input.dtype is not narrow and not prenorm:
             weight, bias = _promoted(weight, narrow, input), _promoted(bias, narrow, input)
     drawn: Any = None
@@ -163,7 +148,7 @@ def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None)
     if (weight is not None and type(weight) is not Parameter) or (
         bias is not None and type(bias) is not Parameter
     ):
-        check_tensors(weight=weight, bias=bias)
+        checks.check_tensors(weight=weight, bias=bias)
         check_plain(input, weight=weight, bias=bias)
 
 
@@ -180,12 +165,12 @@ def _check_running(
     """Whether running statistics were given; checks them before a seed is drawn."""
     mean, var, lmbda = running
     if mean is None or var is None or lmbda is None:
-        check_together(mean, var, lmbda)
+        checks.check_together(mean, var, lmbda)
         return False
     if not (type(mean) is Tensor and type(var) is Tensor and type(lmbda) is Tensor):
-        check_tensors(running_mean=mean, running_var=var, running_lmbda=lmbda)
+        checks.check_tensors(running_mean=mean, running_var=var, running_lmbda=lmbda)
     if tracked is not None and type(tracked) is not Tensor:
-        check_tensors(num_batches_tracked=tracked)
+        checks.check_tensors(num_batches_tracked=tracked)
     # fold_running_ checks that var and lambda have the shape of mean.
     if update and input.dim() > 1 and mean.shape != input.shape[1:2]:
         raise ValueError(
@@ -193,7 +178,7 @@ def _check_running(
             f"{tuple(input.shape)}; got {tuple(mean.shape)}"
         )
     if type(momentum) is not float and (update or momentum is not None):
-        check_momentum(momentum, tracked)
+        checks.check_momentum(momentum, tracked)
     return True
 
 
@@ -237,7 +222,7 @@ def batch_normal_norm(
     Raises:
         ValueError: also for a single value per channel in training.
     """
-    check_is_tensor(input)
+    checks.check_is_tensor(input)
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = _check_running(input, running, momentum, num_batches_tracked, training)
     if not training and not tracked:
@@ -297,7 +282,7 @@ def layer_normal_norm(
 
 
 def _check_normalized_shape(input: Tensor, normalized_shape: Sequence[int]) -> None:
-    check_is_tensor(input)
+    checks.check_is_tensor(input)
     if type(normalized_shape) is not tuple and isinstance(normalized_shape, int):
         raise TypeError(f"normalized_shape must be a sequence of ints; got {normalized_shape}")
     shape = tuple(normalized_shape)
@@ -381,17 +366,17 @@ def group_normal_norm(
     Raises:
         ValueError: also if the batch is one sample and a group has one value, as in torch.
     """
-    check_is_tensor(input)
+    checks.check_is_tensor(input)
     if input.dim() < 2:
         raise ValueError(f"Expected at least 2 dimensions for input tensor but got {input.dim()}")
     if type(num_groups) is not int:
-        check_integer("num_groups", num_groups)
+        checks.check_integer("num_groups", num_groups)
     config = _configure(
         input, "group", num_groups, 0, eps, noise_train, training, alpha, order,
         transform_eps, activation,
     )  # fmt: skip
     divides = num_groups >= 1 and input.size(1) % num_groups == 0
-    if divides and input.size(0) * group_size(input, config) == 1:
+    if divides and input.size(0) * checks.group_size(input, config) == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, "
             f"got input size {list(input.shape)}"
@@ -437,7 +422,7 @@ def instance_normal_norm(
     Raises:
         ValueError: also for a single spatial element with ``use_input_stats``.
     """
-    check_is_tensor(input)
+    checks.check_is_tensor(input)
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = _check_running(input, running, momentum, num_batches_tracked, use_input_stats)
     if not use_input_stats and not tracked:
@@ -477,10 +462,10 @@ def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) ->
         ValueError: transform_eps is negative or not finite.
     """
     _check_floating("h", h)
-    check_transform(1.0, 1.0, 2, transform_eps)
+    checks.check_transform(1.0, 1.0, 2, transform_eps)
     dtype = statistics_dtype(h.dtype)
     if not isinstance(lmbda, Tensor):
-        check_number("lmbda", lmbda)
+        checks.check_number("lmbda", lmbda)
     elif lmbda.is_complex():
         raise TypeError(f"lmbda must be real; got {lmbda.dtype}")
     else:
@@ -520,12 +505,12 @@ def estimate_lmbda(
         IndexError: a dimension that h does not have.
     """
     _check_floating("h", h)
-    check_transform(eps, alpha, order, 0.0)
+    checks.check_transform(eps, alpha, order, 0.0)
     dims = _dims(h, dim)
     if not isinstance(keepdim, bool):
         raise TypeError(f"keepdim must be True or False; got {keepdim!r}")
     if iterations is not None:
-        check_integer("iterations", iterations)
+        checks.check_integer("iterations", iterations)
         if iterations < 1:
             raise ValueError(f"iterations must be positive or None; got {iterations}")
     h = h.to(statistics_dtype(h.dtype))

@@ -1,7 +1,5 @@
 """Norm layers with a fused epilogue: an activation, a residual addition, or both."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +23,13 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
     Arguments are those of timm's ``BatchNormAct2d``; the transform's are keyword-only.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats: see :class:`BatchNormalNorm1d`.
         apply_act: False for no activation.
         act_layer: a class or function that returns the activation module.
         act_kwargs: its keyword arguments.
         inplace: passed to ``act_layer`` too if it takes ``inplace``; no effect when fused.
         drop_layer: returns a module between norm and activation; a residual is then an error.
-        device, dtype, bias, noise_train, alpha, order, transform_eps: see
-            :class:`BatchNormalNorm1d`.
+
+    The other arguments are those of :class:`BatchNormalNorm1d`.
 
     Shape: input and residual (N, C, H, W), contiguous or channels_last.
 
@@ -88,8 +85,7 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
         # Tanh, GELU and others have no such argument.
         if inplace and "inplace" in inspect.signature(act_layer).parameters:
             keywords = {"inplace": True, **keywords}
-        act: nn.Module = act_layer(**keywords)
-        return act
+        return act_layer(**keywords)
 
     def _fuses(self) -> bool:
         """Whether the norm's kernel can replace dropout and activation."""
@@ -107,17 +103,14 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor:
             given = (input,) if residual is None else (input, residual)
-            node: Tensor | None = self._node(BatchNormalNormAct2d, *given)
-            if node is not None:
+            if (node := self._node(BatchNormalNormAct2d, *given)) is not None:
                 return node
         if self._fuses():
             activation = "relu" if isinstance(self.act, nn.ReLU) else None
             return self._normalize(input, residual, activation)
         if residual is not None and not isinstance(self.drop, nn.Identity):
             raise ValueError("a residual behind a dropout is not defined; got both")
-        output = self.act(self.drop(self._normalize(input, residual)))
-        assert isinstance(output, Tensor)
-        return output
+        return self.act(self.drop(self._normalize(input, residual)))
 
 
 class AddLayerNormalNorm(LayerNormalNorm):

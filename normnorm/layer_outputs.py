@@ -3,8 +3,6 @@
 Shared by :func:`normnorm.monitor`, :class:`normnorm.PER` and :mod:`normnorm.diagnostics`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -199,7 +197,10 @@ def channels_last(module: nn.Module, output: Tensor) -> Tensor:
         ValueError: the output has fewer than two dimensions, or is an unbatched sample of a
             convolution or an instance layer.
     """
-    positions = _positions(module)
+    # torchvision's and timm's channels-first LayerNorm2d derive from nn.LayerNorm and, without
+    # importing these libraries, are recognized by name only.
+    names = (_POSITIONS.search(cls.__name__) for cls in type(module).__mro__)
+    positions = next((int(found[1]) for found in names if found), None)
     # These layers also take an unbatched sample, whose dimension 1 is a position.
     unbatched = output.dim() - 1 == positions and (
         hasattr(module, "out_channels") or isinstance(module, _INSTANCE_NORMS)
@@ -209,25 +210,12 @@ def channels_last(module: nn.Module, output: Tensor) -> Tensor:
             f"outputs of shape (batch, ...) are wanted; {type(module).__name__} gave "
             f"{tuple(output.shape)}"
         )
-    first = isinstance(module, (_NormBase, nn.GroupNorm)) or output.dim() - 2 == positions
-    return output.movedim(1, -1) if first or not _last(module, output) else output
-
-
-def _positions(module: nn.Module) -> int | None:
-    """The number of dimensions after the channels by the name of the layer's class or of a base
-    class; None if no name tells. torchvision's and timm's channels-first ``LayerNorm2d`` derive
-    from ``nn.LayerNorm`` and, without importing these libraries, are recognized by name only."""
-    for cls in type(module).__mro__:
-        found = _POSITIONS.search(cls.__name__)
-        if found:
-            return int(found[1])
-    return None
-
-
-def _last(module: nn.Module, output: Tensor) -> bool:
-    """Whether a layer without a telling class name has its channels last."""
-    # Layer and RMS norms of torch and other libraries have this attribute; those of transformers
-    # with two layouts name theirs in a second one.
-    if hasattr(module, "normalized_shape"):
-        return getattr(module, "data_format", None) != "channels_first"
-    return isinstance(module, nn.Linear) or output.dim() == 3
+    if isinstance(module, (_NormBase, nn.GroupNorm)) or output.dim() - 2 == positions:
+        last = False
+    elif hasattr(module, "normalized_shape"):
+        # Layer and RMS norms of torch and other libraries; those of transformers with two layouts
+        # name theirs in a second attribute.
+        last = getattr(module, "data_format", None) != "channels_first"
+    else:
+        last = isinstance(module, nn.Linear) or output.dim() == 3
+    return output if last else output.movedim(1, -1)

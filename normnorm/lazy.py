@@ -1,13 +1,11 @@
 """Layers that take ``num_features`` from their first input, like torch.nn's lazy layers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.nn.modules.batchnorm import _LazyNormBase
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from normnorm import modules
 from normnorm.checkpoints import INITIAL
@@ -24,7 +22,7 @@ __all__ = [
 ]
 
 
-class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
+class _Lazy(_LazyNormBase, _RunningNorm):  # type: ignore[misc]
     """A layer without sizes. The first input turns it into the class ``cls_to_become``."""
 
     def __init__(
@@ -43,27 +41,13 @@ class _Lazy(LazyModuleMixin, _RunningNorm):  # type: ignore[misc]
         transform_eps: float = 0.0,
     ) -> None:
         # Without parameters and buffers, whose sizes are unknown here.
-        super().__init__(
-            0, eps, momentum, False, False, bias=False, noise_train=noise_train, alpha=alpha,
-            order=order, transform_eps=transform_eps,
-        )  # fmt: skip
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        parameter: Any = UninitializedParameter
-        buffer: Any = UninitializedBuffer
-        if affine:
-            self.weight = parameter(device=device, dtype=dtype)
-            if bias:
-                self.bias = parameter(device=device, dtype=dtype)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         if track_running_stats:
-            for name in ("running_mean", "running_var", "running_lmbda"):
-                setattr(self, name, buffer(device=device, dtype=dtype))
-            self.num_batches_tracked = torch.tensor(0, dtype=torch.long, device=device)
-
-    def reset_parameters(self) -> None:
-        """Like the layer's that it becomes; no effect before the sizes are known."""
-        if not self.has_uninitialized_params() and self.num_features != 0:
-            _RunningNorm.reset_parameters(self)
+            buffer: Any = UninitializedBuffer
+            self._buffers["running_lmbda"] = buffer(device=device, dtype=dtype)
+        self._set_transform(noise_train, alpha, order, transform_eps)
 
     def initialize_parameters(self, input: Tensor) -> None:  # type: ignore[override]
         """Sets ``num_features`` and materializes uninitialized tensors from the first input.

@@ -5,8 +5,6 @@ worth their cost. This module computes both in plain PyTorch; ``docs/internals/l
 compares the results.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -73,8 +71,7 @@ def newton_lmbda(h: Tensor, dim: tuple[int, ...], iterations: int, eps: float = 
     As in the layers, each step clamps the second derivative at 0 and adds ``sqrt(eps)``. A group of
     equal values keeps lambda 1. One iteration equals :func:`normnorm.reference.estimate_lmbda`.
     """
-    varies = _varies(h, dim)
-    h = torch.where(varies, h, _placeholder(h))
+    varies, h = _varying(h, dim)
     lmbda = _ones(h, dim)
     for _ in range(iterations):
         slope, curvature = _slope_and_curvature(h, lmbda, dim)
@@ -82,18 +79,16 @@ def newton_lmbda(h: Tensor, dim: tuple[int, ...], iterations: int, eps: float = 
     return torch.where(varies, lmbda, 1.0)
 
 
-def _varies(h: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Whether the values of a group differ, or contain NaN. Compares extremes, because the variance
-    of equal values may be a rounding error."""
+def _varying(h: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Whether the values of a group differ, or contain NaN; and values with other groups replaced,
+    whose gradient would be 0 * inf. Compares extremes, because the variance of equal values may be
+    a rounding error."""
     if h.numel() == 0:
-        return torch.ones_like(_ones(h, dim), dtype=torch.bool)
-    h = h.detach()
-    return h.amax(dim, keepdim=True) != h.amin(dim, keepdim=True)
-
-
-def _placeholder(h: Tensor) -> Tensor:
-    """Values for the branch not taken, whose gradient would otherwise be 0 * inf."""
-    return torch.linspace(-1, 1, h.numel(), dtype=h.dtype, device=h.device).view(h.shape)
+        return torch.ones_like(_ones(h, dim), dtype=torch.bool), h
+    values = h.detach()
+    varies = values.amax(dim, keepdim=True) != values.amin(dim, keepdim=True)
+    ramp = torch.linspace(-1, 1, h.numel(), dtype=h.dtype, device=h.device).view(h.shape)
+    return varies, torch.where(varies, h, ramp)
 
 
 def optimal_lmbda(h: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -102,8 +97,7 @@ def optimal_lmbda(h: Tensor, dim: tuple[int, ...]) -> Tensor:
     ``dlambda/dh = -(dL'/dh) / L''`` at the optimum; higher derivatives are not those of the
     optimum. A group of equal values keeps lambda 1; one with NaN or infinity gets NaN.
     """
-    varies = _varies(h, dim)
-    h = torch.where(varies, h, _placeholder(h))
+    varies, h = _varying(h, dim)
     best = _search(h.detach(), dim)
     slope, curvature = _slope_and_curvature(h, best, dim)
     # The slope is zero at the optimum, up to rounding, so the step changes only the gradient.

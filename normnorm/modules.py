@@ -5,8 +5,6 @@ arguments ``noise_train``, ``alpha``, ``order`` and ``transform_eps`` (:mod:`nor
 These are plain attributes and may change between steps. Noise is added in training only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container
 from typing import Any
 
@@ -31,7 +29,7 @@ class Eps(float):
 
     _layer: str
 
-    def __new__(cls, value: float, layer: str) -> Eps:
+    def __new__(cls, value: float, layer: str) -> "Eps":
         eps = super().__new__(cls, value)
         eps._layer = layer
         return eps
@@ -103,7 +101,7 @@ class _Transform:
             "transform_eps": self.transform_eps,
         }
 
-    def _node(self, owner: type[_Transform], *inputs: Any) -> Any:
+    def _node(self, owner: type["_Transform"], *inputs: Any) -> Any:
         """The layer as one node of a torch.fx graph, like torch's norms, if the inputs are proxies;
         None for tensors of a subclass.
 
@@ -126,8 +124,11 @@ class _Transform:
         name = f"{owner.__module__}.{owner.__qualname__}"
         return tracer.create_proxy("call_function", inherited_forward, (layer, name, *inputs), {})
 
-    def _transform_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self._transform().items())
+    def _repr(self, sizes: str, *names: str) -> str:
+        """``extra_repr``: sizes, attributes of torch's layer by name, and the transform's."""
+        shown = {name: getattr(self, name) for name in names}
+        shown |= {"bias": self.bias is not None, **self._transform()}  # "bias" keeps its position
+        return ", ".join([sizes, *(f"{name}={value}" for name, value in shown.items())])
 
 
 def inherited_forward(layer: nn.Module, owner: str, *inputs: Any) -> Any:
@@ -218,12 +219,9 @@ class _RunningNorm(_Transform, Loading):
         super().reset_parameters()
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={self.bias is not None}, "
-            f"track_running_stats={self.track_running_stats}, {self._transform_repr()}"
-            f"{'' if self._frozen_mode is None else ', frozen statistics'}"
-        )
+        names = ("eps", "momentum", "affine", "bias", "track_running_stats")
+        frozen = "" if self._frozen_mode is None else ", frozen statistics"
+        return self._repr(str(self.num_features), *names) + frozen
 
 
 class _BatchNormalNorm(_RunningNorm):
@@ -434,12 +432,10 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
 
     Args:
         normalized_shape: sizes of the trailing dimensions, or the size of the last one.
-        eps: added to the variance; its root also damps the Newton step. Must be positive; torch's
-            layer also accepts 0.
+        eps: see :class:`BatchNormalNorm1d`. Must be positive; torch's layer also accepts 0.
         elementwise_affine: whether to learn ``weight``, and ``bias`` unless ``bias=False``.
-        bias: whether the affine map has a bias.
-        device, dtype: of the parameters.
-        noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
+
+    The other arguments are those of :class:`BatchNormalNorm1d`.
 
     Shape: input and output (*, *normalized_shape); dtypes as in :class:`BatchNormalNorm1d`.
 
@@ -478,11 +474,7 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.normalized_shape}, eps={self.eps}, "
-            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}, "
-            f"{self._transform_repr()}"
-        )
+        return self._repr(str(self.normalized_shape), "eps", "elementwise_affine", "bias")
 
 
 class LayerNormalNorm2d(LayerNormalNorm):
@@ -494,8 +486,8 @@ class LayerNormalNorm2d(LayerNormalNorm):
 
     Args:
         num_channels: C, or a sequence of that one size.
-        eps, elementwise_affine, bias, device, dtype: see :class:`LayerNormalNorm`.
-        noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
+
+    The other arguments are those of :class:`LayerNormalNorm`.
 
     Raises:
         ValueError: also for more than one normalized size, and an input that is not 4D.
@@ -543,11 +535,8 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
     Args:
         num_groups: must divide ``num_channels``.
         num_channels: C.
-        eps: added to the variance; its root also damps the Newton step.
-        affine: whether to learn ``weight``, and ``bias`` unless ``bias=False``.
-        device, dtype: of the parameters.
-        bias: whether the affine map has a bias.
-        noise_train, alpha, order, transform_eps: see :class:`BatchNormalNorm1d`.
+
+    The other arguments are those of :class:`BatchNormalNorm1d`.
 
     Shape: input and output (N, C, *); dtypes as in :class:`BatchNormalNorm1d`.
 
@@ -597,7 +586,4 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
-            f"bias={self.bias is not None}, {self._transform_repr()}"
-        )
+        return self._repr(f"{self.num_groups}, {self.num_channels}", "eps", "affine", "bias")

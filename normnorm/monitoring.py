@@ -1,7 +1,5 @@
 """Statistics of a model's normality layers during training, for a dashboard: :func:`monitor`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normnorm import annealing, layer_outputs, reference
+from normnorm import annealing, layer_outputs, modules, reference
 from normnorm.backends.reference import transforms_active
 from normnorm.checks import check_integer, check_is_module
 from normnorm.fused import AddLayerNormalNorm
-from normnorm.modules import (
-    GroupNormalNorm,
-    LayerNormalNorm,
-    LayerNormalNorm2d,
-    _BatchNormalNorm,
-    _InstanceNormalNorm,
-    _Transform,
-)
+from normnorm.modules import _BatchNormalNorm, _InstanceNormalNorm, _Transform
 from normnorm.quantiles import qq_r_squared
 from normnorm.statistics import Row
 
@@ -67,12 +58,12 @@ def _groups(layer: Any, input: Tensor, at_most: int) -> Tensor:
         return _thin(input, 1, at_most).transpose(0, 1).flatten(1)
     # Thins samples first, because the operations below may copy.
     input = _thin(input, 0, at_most)
-    if isinstance(layer, LayerNormalNorm):
-        if isinstance(layer, LayerNormalNorm2d):
+    if isinstance(layer, modules.LayerNormalNorm):
+        if isinstance(layer, modules.LayerNormalNorm2d):
             input = input.permute(0, 2, 3, 1)
         rows = input.reshape(-1, math.prod(layer.normalized_shape))
     else:
-        groups = layer.num_groups if isinstance(layer, GroupNormalNorm) else input.size(1)
+        groups = layer.num_groups if isinstance(layer, modules.GroupNormalNorm) else input.size(1)
         rows = input.reshape(input.size(0) * groups, -1)
     return _thin(rows, 0, at_most)
 

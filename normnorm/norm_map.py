@@ -6,8 +6,6 @@ copies), attributes, forward and backward hooks, and training flag. Optimizers a
 valid.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re
@@ -184,13 +182,12 @@ def _counterpart(module: nn.Module) -> Target | None:
 def _original(module: nn.Module) -> Target | None:
     """The class that a layer of ours was converted from, or corresponds to; None if it has none or
     cannot be converted back."""
-    found: type[nn.Module] | None
-    found = vars(module).get("original_class") or _ORIGINALS.get(type(module))
     if type(module) is SyncBatchNormalNorm:
         return nn.SyncBatchNorm  # whatever its class was before convert_sync
     if "registered_class" in vars(module):
         known = _registered(vars(module)["registered_class"])
         return None if known is None or known.restore is None else known
+    found: Any = vars(module).get("original_class") or _ORIGINALS.get(type(module))
     if found is None and (integration := _integration(module)) is not None:
         found = integration.original(module)
     if found is not None and not isinstance(module, LazyModuleMixin):
@@ -296,7 +293,7 @@ def _unfit(module: nn.Module) -> str | None:
     return None
 
 
-def _shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def _shell(module: nn.Module, cls: type[nn.Module]) -> Any:
     """A module of another class that shares this module's tensors, hooks and attributes."""
     new = cls.__new__(cls)
     state = {k: value for k, value in vars(module).items() if not _is_own_method(k, module)}
@@ -321,7 +318,7 @@ def _new_lazy(module: Any, cls: type[nn.Module], settings: dict[str, Any]) -> nn
     return new.train(module.training)
 
 
-def _by_function(module: nn.Module, function: Any, wanted: type, words: str) -> nn.Module:
+def _by_function(module: nn.Module, function: Any, wanted: Any, words: str) -> Any:
     """The result of a user's conversion, with the layer's training flag and hooks."""
     new = function(module)
     if not isinstance(new, wanted) or new is module:
@@ -329,7 +326,6 @@ def _by_function(module: nn.Module, function: Any, wanted: type, words: str) -> 
         raise TypeError(
             f"what is registered for {type(module).__name__} must return {words}; it returned {got}"
         )
-    assert isinstance(new, nn.Module)
     for name in (*_FORWARD_HOOKS, *_HOOK_KINDS):
         hooks = vars(module)[name]
         if hooks:  # the same dictionary, from which handles remove their hooks
@@ -349,7 +345,6 @@ def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Modul
     """
     if isinstance(cls, Registered):
         new = _by_function(module, cls.convert, _Transform, "a layer of normnorm")
-        assert isinstance(new, _Transform)
         new._set_transform(**{**new._transform(), **settings})
         vars(new)["registered_class"] = cls.cls
         return new
@@ -357,7 +352,6 @@ def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Modul
         new = _new_lazy(module, cls, settings)
     else:
         new = _shell(module, cls)
-        assert isinstance(new, _Transform)
         new._set_transform(**{**_defaults(cls), **settings})
         if isinstance(new, _RunningNorm):
             running_var = new._buffers.get("running_var")

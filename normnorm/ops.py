@@ -12,8 +12,6 @@ running statistics. They return None for a result that was not requested; the pu
 empty tensor instead, because torch.jit.trace does not support optional results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,24 +24,6 @@ from normnorm.checks import check_backward, check_fold, check_forward, group_cou
 from normnorm.config import BackwardArguments, Config, ForwardArguments, packed
 from normnorm.noise import draw_seed
 from normnorm.statistics import Row, statistics_dtype
-
-__all__ = [
-    "FAKES",
-    "SCHEMAS",
-    "Update",
-    "direct",
-    "fold_arguments",
-    "fold_running_",
-    "library",
-    "normal_norm_backward",
-    "normal_norm_forward",
-    "run_backward",
-    "run_fold",
-    "run_forward",
-    "run_gradient",
-    "run_step",
-]
-
 
 _CONFIG = (
     "str kind, SymInt num_groups, int normalized_ndim, float eps, float noise_train, float alpha, "

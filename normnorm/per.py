@@ -4,8 +4,6 @@ Joo, Kang and Kim, "Regularizing activations in neural networks via distribution
 Wasserstein metric" (ICLR 2020, arXiv 2002.05366).
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys
@@ -93,10 +91,11 @@ def per_loss(
     <theta, h>``, the loss is the mean over vectors and directions of ``t erf(t / sqrt 2) + sqrt(2 /
     pi) exp(-t^2 / 2)``. This is the mean of ``|t - z|`` over a standard normal z and bounds the
     sliced Wasserstein distance to the standard normal (arXiv 2002.05366); its gradient in h is the
-    mean of ``erf(t / sqrt 2) theta``. Forward and backward hold one block of the (vectors,
-    directions) matrix at a time. If the input needs a gradient, forward computes it with the loss
-    and keeps it, as large as the activations. Under torch.compile, torch.func transforms and in
-    forward mode the formula is evaluated in full, with the whole matrix.
+    mean of ``erf(t / sqrt 2) theta``.
+
+    Forward and backward hold one block of the (vectors, directions) matrix at a time; forward also
+    computes and keeps the gradient if it is needed. Under torch.compile, torch.func transforms and
+    in forward mode the formula is evaluated in full, with the whole matrix.
 
     The minimum, sqrt(2 / pi), is reached where all activations are zero: the loss regularizes
     together with a task's loss and does not measure normality.
@@ -347,7 +346,7 @@ class PER:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_losses": {}, "_begun": [], "_handles": []}
 
-    def __enter__(self) -> PER:
+    def __enter__(self) -> "PER":
         return self
 
     def __exit__(self, *_: object) -> None:

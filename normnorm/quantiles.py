@@ -1,7 +1,5 @@
 """The quantile-quantile plot against the normal, and its R^2."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

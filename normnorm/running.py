@@ -1,7 +1,5 @@
 """The running statistics of a model's layers: freezing, and re-estimation from data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

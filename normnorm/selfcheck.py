@@ -5,9 +5,8 @@ Both sides get the same inputs, rounded to the dtype under test, and the same no
 doctor`` runs the same cases.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -191,27 +190,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _row(case: Case, backend: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """One row of the table: errors of the map with noise, and in float64 the comparison with finite
-    differences, which is independent of the reference."""
-    row = described(case, backend, device, dtype)
-    errors = worst_errors(case, backend, dtype, device)
-    passed = all(error <= row["bound"] for error in errors.values())
-    row.update(finite_differences=None, errors=errors, passed=passed)
-    if dtype == torch.float64:
-        row["finite_differences"] = finite_differences(case, backend, device)
-        row["passed"] = passed and row["finite_differences"]
-    return row
-
-
 def table(only: str | None = None) -> list[dict[str, Any]]:
-    """One row for each layer, backend and dtype, with errors and bound."""
-    return [
-        _row(case, backend, device, dtype)
-        for case, backend, device in cases_and_backends()
-        if only in (None, backend)
-        for dtype in DTYPES
-    ]
+    """One row for each layer, backend and dtype: errors of the map with noise, and in float64 the
+    comparison with finite differences, which is independent of the reference."""
+    rows = []
+    for (case, backend, device), dtype in itertools.product(cases_and_backends(), DTYPES):
+        if only not in (None, backend):
+            continue
+        row = described(case, backend, device, dtype)
+        errors = worst_errors(case, backend, dtype, device)
+        passed = all(error <= row["bound"] for error in errors.values())
+        differences = None
+        if dtype == torch.float64:
+            differences = finite_differences(case, backend, device)
+            passed = passed and differences
+        rows.append({**row, "finite_differences": differences, "errors": errors, "passed": passed})
+    return rows
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

@@ -4,8 +4,6 @@ Every backend writes the same rows, so one backend's backward pass can follow an
 pass. ``csrc/common/stats.h`` has the same indices for the compiled kernels.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import torch

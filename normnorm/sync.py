@@ -3,8 +3,6 @@ function, the layers, and the conversion of a model. The collectives are in
 :mod:`normnorm.distributed.statistics`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normnorm import checks
+from normnorm import checks, modules
 from normnorm import functional as F
 from normnorm.autograd import Running, forward_mode
 from normnorm.backends.reference import move_running, transforms_active
@@ -20,22 +18,8 @@ from normnorm.config import ForwardArguments
 from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of_batch, to_local
 from normnorm.distributed.statistics import Synchronised
 from normnorm.fused import BatchNormalNormAct2d
-from normnorm.modules import (
-    BatchNormalNorm1d,
-    BatchNormalNorm2d,
-    BatchNormalNorm3d,
-    _BatchNormalNorm,
-)
+from normnorm.modules import _BatchNormalNorm
 from normnorm.noise import as_seed
-
-__all__ = [
-    "SYNCHRONISED",
-    "SyncBatchNormalNorm",
-    "SyncBatchNormalNormAct2d",
-    "convert_sync",
-    "revert_sync",
-    "sync_batch_normal_norm",
-]
 
 # Whether torch.compile differentiates the collectives: under 2.11 the input's gradient is wrong.
 COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -146,11 +130,10 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
     The global rank is the noise's stream, so that ranks with equal seeds have different noise.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats: see :class:`BatchNormalNorm1d`.
         process_group: of the ranks that hold the batch; None for all. Every rank of it must take
             part in each training step, forward and backward.
-        device, dtype, bias, noise_train, alpha, order, transform_eps: see
-            :class:`BatchNormalNorm1d`.
+
+    The other arguments are those of :class:`BatchNormalNorm1d`.
 
     Shape: (N, C) or (N, C, *), on a device that the group's backend serves (CPU with gloo, CUDA
     with NCCL).
@@ -252,9 +235,9 @@ def _world_size(process_group: Any) -> int:
 # Classes and their synchronised ones; for exactly these classes, since a subclass may add state.
 # normnorm.integrations adds its own.
 SYNCHRONISED: dict[type[_BatchNormalNorm], type[SyncBatchNormalNorm]] = {
-    BatchNormalNorm1d: SyncBatchNormalNorm,
-    BatchNormalNorm2d: SyncBatchNormalNorm,
-    BatchNormalNorm3d: SyncBatchNormalNorm,
+    modules.BatchNormalNorm1d: SyncBatchNormalNorm,
+    modules.BatchNormalNorm2d: SyncBatchNormalNorm,
+    modules.BatchNormalNorm3d: SyncBatchNormalNorm,
     BatchNormalNormAct2d: SyncBatchNormalNormAct2d,
 }
 

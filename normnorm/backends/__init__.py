@@ -26,8 +26,6 @@ import torch
 from normnorm.backends import cpu, reference
 from normnorm.config import Config, ForwardArguments, packed
 
-__all__ = ["Backend", "available_backends", "get", "register", "resolve", "use_backend"]
-
 
 @dataclass(frozen=True)
 class Backend:

@@ -1,8 +1,6 @@
 """The CUDA kernels of the compiled library: whether they can run here, why not, and which of them
 would serve a tensor."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 from typing import NamedTuple
@@ -13,21 +11,6 @@ from normnorm import backends
 from normnorm.backends import cpu
 from normnorm.checks import check_forward
 from normnorm.config import KINDS, Config, ForwardArguments
-
-__all__ = [
-    "DEVICE_MODELS",
-    "DEVICE_TYPE",
-    "NAME",
-    "Device",
-    "Plan",
-    "current_device",
-    "info",
-    "missing",
-    "plan",
-    "register",
-    "serves",
-    "unavailable_reason",
-]
 
 NAME = "cuda"
 DEVICE_TYPE = "cuda"

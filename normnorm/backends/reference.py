@@ -5,8 +5,6 @@ The backward pass is the definition's own derivative, taken by automatic differe
 that it shares no formula with the compiled backends it is the oracle of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,16 +16,6 @@ from normnorm.checks import check_backward, check_fold, check_forward
 from normnorm.config import BackwardArguments, Config, ForwardArguments
 from normnorm.reference import normal_norm, pack_running
 from normnorm.statistics import Row, statistics_dtype
-
-__all__ = [
-    "fold_running_",
-    "move_running",
-    "normal_norm_backward",
-    "normal_norm_forward",
-    "second_gradients",
-    "through_activation",
-    "transforms_active",
-]
 
 
 def _keywords(config: Config) -> dict[str, Any]:

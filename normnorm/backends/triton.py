@@ -5,8 +5,6 @@ interprets kernels on the host, slowly, and the backend serves CPU tensors inste
 debugging without a GPU.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,8 +13,6 @@ import os
 import torch
 
 from normnorm import backends
-
-__all__ = ["NAME", "device_type", "info", "register", "unavailable_reason"]
 
 NAME = "triton"
 _OLDEST = (3, 6)

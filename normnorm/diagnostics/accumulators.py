@@ -1,7 +1,5 @@
 """What is kept of a stream of rows, in bounded memory: moments of the columns, and a sample."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

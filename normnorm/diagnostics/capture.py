@@ -1,7 +1,6 @@
 """Selection of layers, and hooks that capture their outputs for a loader's batches."""
 
-from __future__ import annotations
-
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,12 +16,8 @@ NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def choose_layers(model: nn.Module, layers: layer_outputs.Layers | None) -> dict[str, nn.Module]:
-    """The selected layers, by name.
-
-    Args:
-        model: contains the layers.
-        layers: a name, or names; or a predicate of (name, module); or None for every normalization
-            layer.
+    """The selected layers (:func:`normnorm.layer_outputs.named_layers`; None for every norm layer),
+    by name.
 
     Raises:
         ValueError: an unknown name, or no layer selected.
@@ -51,15 +46,10 @@ def batches(
     parameter = next(model.parameters(), next(model.buffers(), None))
     device = torch.device("cpu") if parameter is None else parameter.device
     empty = True
-    for number, batch in enumerate(loader):
-        if limit is not None and number >= limit:
-            break
+    for batch in itertools.islice(loader, limit):
         empty = False
-        inputs, labels = batch, None
-        if isinstance(batch, (tuple, list)) and batch:
-            inputs = batch[0]
-            if len(batch) > 1 and isinstance(batch[1], Tensor) and batch[1].dim() == 1:
-                labels = batch[1]
+        inputs, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+        labels = rest[0] if rest and isinstance(rest[0], Tensor) and rest[0].dim() == 1 else None
         if not isinstance(inputs, Tensor):
             raise TypeError(
                 f"a batch must be a tensor or (inputs, labels); got {type(inputs).__name__}"

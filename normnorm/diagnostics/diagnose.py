@@ -1,7 +1,5 @@
 """Statistics of a model's layers over a loader, and the effect of noise on their outputs."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -210,9 +208,8 @@ def noise_robustness(
     if batches is not None:
         check_integer("batches", batches)
     chosen = capture.choose_layers(model, layers)
-    changes: dict[str, dict[float, list[float]]] = {
-        name: {scale: [] for scale in scales} for name in chosen
-    }
+    changes = {name: dict.fromkeys(scales, 0.0) for name in chosen}
+    count = 0
     noisy: str | None = None
     scale = 0.0
     generator = torch.Generator()
@@ -230,15 +227,16 @@ def noise_robustness(
         return output.double()
 
     with capture.watching(model, chosen, disturb, "normnorm.diagnostics.noise_robustness"):
-        for number, (inputs, _) in enumerate(capture.batches(loader, model, batches)):
+        for inputs, _ in capture.batches(loader, model, batches):
             noisy = None
             clean = run(inputs)
             for noisy in chosen:
                 for scale in scales:
-                    generator.manual_seed(seed + number)
+                    generator.manual_seed(seed + count)
                     change = (run(inputs) - clean).norm() / clean.norm()
-                    changes[noisy][scale].append(float(change))
+                    changes[noisy][scale] += float(change)
+            count += 1
     return {
-        name: {scale: sum(values) / len(values) for scale, values in by_scale.items()}
+        name: {scale: total / count for scale, total in by_scale.items()}
         for name, by_scale in changes.items()
     }

@@ -1,7 +1,5 @@
 """Plots of the diagnostics: layer profiles, Q-Q grids, histograms against the normal."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Results of the diagnostics by layer, as a table and as JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
@@ -129,7 +127,7 @@ class Diagnosis:
         half.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Diagnosis:
+    def load(cls, path: str | Path) -> "Diagnosis":
         """Reads a file of :meth:`save`.
 
         Raises:

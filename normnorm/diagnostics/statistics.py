@@ -1,7 +1,5 @@
 """Statistics of a sample of a layer's channels, by SciPy and scikit-learn."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from functools import cache

@@ -15,8 +15,6 @@ operations from :mod:`normnorm.reference`; the transform, noise with affine map,
 of the affine map are one call of the op each. Under torch.compile everything is traced.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +23,8 @@ from torch import Tensor
 
 from normnorm import ops, reference
 from normnorm.autograd import normal_norm
-from normnorm.backends.reference import definition, pull_back
-from normnorm.config import BackwardArguments, Config
+from normnorm.backends.reference import pull_back
+from normnorm.config import Config
 from normnorm.statistics import Row, statistics_dtype
 
 # Elements per piece of the passes in PyTorch operations, whose intermediate results are about sixty
@@ -264,31 +262,21 @@ def _parameter_gradients(
     grad_output: Tensor, tensors: tuple[Any, ...], stats: Tensor, needs: tuple[bool, bool],
     config: Config,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of weight and bias on this rank.
-
-    The statistics of all ranks are passed as frozen, since the reference backend would otherwise
-    recompute them from the shard.
-    """
+    """The gradients of weight and bias on this rank; the statistics of all ranks are passed as
+    frozen, since the reference backend would otherwise recompute them from the shard."""
     input, weight, bias, seed = tensors
     if not torch.compiler.is_compiling():
         saved = (input, stats, weight, bias, None, seed, None)
         _, *found = ops.run_backward((grad_output, *saved, False, *needs, True, *config))
         return found[0] if needs[0] else None, found[1] if needs[1] else None
-    names = [name for name, needed in zip(("weight", "bias"), needs, strict=True) if needed]
-    given = {"weight": weight, "bias": bias}
-
-    def function(*parameters: Tensor) -> Tensor:
-        both = {**given, **dict(zip(names, parameters, strict=True))}
-        return definition(
-            BackwardArguments(
-                grad_output, input, stats, both["weight"], both["bias"], None, seed, None,
-                False, *needs, True, config,
-            )
-        )  # fmt: skip
-
-    pulled = torch.func.vjp(function, *(given[name] for name in names))[1](grad_output)
-    gradients = dict(zip(names, pulled, strict=True))
-    return gradients.get("weight"), gradients.get("bias")
+    h = _standardize(input, stats, slice(None))
+    x = _transform(h, stats[Row.LMBDA], config)
+    x = _finish(x, None, None, seed, stats[Row.NOISE_SCALE], config)
+    g = grad_output.to(x.dtype)
+    return (
+        (g * x).sum(_dims(g)).to(weight.dtype) if needs[0] else None,
+        g.sum(_dims(g)).to(bias.dtype) if needs[1] else None,
+    )
 
 
 def _differentiable(tensors: tuple[Any, ...], saved: _Saved, setup: _Setup) -> Tensor:

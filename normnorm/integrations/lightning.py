@@ -13,10 +13,9 @@ Importing this module makes ``BaseFinetuning`` and its subclasses freeze and unf
 batch layers with torch's; :func:`normnorm.replace_norms` imports it if Lightning is loaded.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -25,21 +24,17 @@ from normnorm.modules import _BatchNormalNorm
 from normnorm.running import freeze_statistics, unfreeze_statistics
 from normnorm.sync import convert_sync, revert_sync
 
-__all__ = ["NormalNormSync"]
-
 
 def _classes(module: str, cls: str) -> tuple[Any, ...]:
     """A class of Lightning under each of the two package names.
 
     These are different classes; a Trainer uses that of its own package.
     """
-    found = []
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        try:
-            found.append(getattr(importlib.import_module(f"{name}.{module}"), cls))
-        except ModuleNotFoundError as error:
-            if error.name not in (name.partition(".")[0], name):
-                raise
+    found = [
+        getattr(importlib.import_module(f"{name}.{module}"), cls)
+        for name in ("lightning.pytorch", "pytorch_lightning")
+        if find_spec(name.partition(".")[0]) is not None
+    ]
     if not found:
         raise ModuleNotFoundError(
             "normnorm.integrations.lightning needs the package 'lightning' or "

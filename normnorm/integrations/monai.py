@@ -10,13 +10,9 @@
     net = UNet(3, 1, 2, (8, 16), (2,), norm=("instancenormal", {"affine": True}))
 """
 
-from __future__ import annotations
-
 from monai.networks.layers.factories import Norm
 
 import normnorm
-
-__all__ = ["register"]
 
 # Layers of 1, 2 and 3 dimensions.
 _BATCH = (normnorm.BatchNormalNorm1d, normnorm.BatchNormalNorm2d, normnorm.BatchNormalNorm3d)

@@ -5,8 +5,6 @@ their names, also in models that combine norm and activation. The classes here h
 that timm's constructors pass, in timm's order.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,32 +23,9 @@ from timm.models import convnext
 from torch import Tensor, nn
 
 import normnorm
-from normnorm.modules import (
-    CANNOT_FOLD,
-    BatchNormalNorm1d,
-    BatchNormalNorm2d,
-    LayerNormalNorm,
-    LayerNormalNorm2d,
-    _RunningNorm,
-)
+from normnorm.modules import CANNOT_FOLD, _RunningNorm
 from normnorm.running import freeze_statistics, unfreeze_statistics
 from normnorm.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
-
-__all__ = [
-    "BatchNormalNormAct2d",
-    "GroupNormalNorm",
-    "GroupNormalNorm1",
-    "GroupNormalNorm1Act",
-    "GroupNormalNormAct",
-    "LayerNormalNormAct",
-    "LayerNormalNormAct2d",
-    "SyncBatchNormalNormAct",
-    "complete",
-    "counterpart",
-    "original",
-    "register",
-    "wrap",
-]
 
 Layer = str | type[nn.Module] | Callable[..., nn.Module] | None
 
@@ -76,8 +51,7 @@ class _Act(nn.Module):
         self.act = nn.Identity() if act is None else act
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.act(self.drop(super().forward(input)))
-        return output
+        return self.act(self.drop(super().forward(input)))
 
 
 class BatchNormalNormAct2d(normnorm.BatchNormalNormAct2d):
@@ -89,8 +63,7 @@ class BatchNormalNormAct2d(normnorm.BatchNormalNormAct2d):
     def _make_act(
         self, act_layer: Any, inplace: bool, keywords: dict[str, Any]
     ) -> nn.Module | None:
-        act: nn.Module | None = create_act_layer(act_layer, **{"inplace": inplace, **keywords})
-        return act
+        return create_act_layer(act_layer, **{"inplace": inplace, **keywords})
 
 
 class SyncBatchNormalNormAct(SyncBatchNormalNormAct2d, BatchNormalNormAct2d):
@@ -162,7 +135,7 @@ class GroupNormalNorm1Act(GroupNormalNormAct):
         super().__init__(num_channels, 1, eps, **keywords)
 
 
-class LayerNormalNormAct(_Act, LayerNormalNorm):
+class LayerNormalNormAct(_Act, normnorm.LayerNormalNorm):
     """timm's ``LayerNormAct`` with normality normalization."""
 
     def __init__(
@@ -181,7 +154,7 @@ class LayerNormalNormAct(_Act, LayerNormalNorm):
         self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
 
-class LayerNormalNormAct2d(_Act, LayerNormalNorm2d):
+class LayerNormalNormAct2d(_Act, normnorm.LayerNormalNorm2d):
     """timm's ``LayerNormAct2d`` with normality normalization: over the channels of (N, C, H, W)."""
 
     def __init__(
@@ -209,21 +182,21 @@ _COUNTERPARTS = {
     "GroupNorm1": normnorm.GroupNormalNorm,
     "GroupNormAct": GroupNormalNormAct,
     "GroupNorm1Act": GroupNormalNormAct,
-    "LayerNorm": LayerNormalNorm,
-    "LayerNorm2d": LayerNormalNorm2d,
-    "LayerNormExp2d": LayerNormalNorm2d,
+    "LayerNorm": normnorm.LayerNormalNorm,
+    "LayerNorm2d": normnorm.LayerNormalNorm2d,
+    "LayerNormExp2d": normnorm.LayerNormalNorm2d,
     "LayerNormAct": LayerNormalNormAct,
     "LayerNormAct2d": LayerNormalNormAct2d,
 }
 
 _NORMS = {
-    "batchnormalnorm": BatchNormalNorm2d,
-    "batchnormalnorm2d": BatchNormalNorm2d,
-    "batchnormalnorm1d": BatchNormalNorm1d,
+    "batchnormalnorm": normnorm.BatchNormalNorm2d,
+    "batchnormalnorm2d": normnorm.BatchNormalNorm2d,
+    "batchnormalnorm1d": normnorm.BatchNormalNorm1d,
     "groupnormalnorm": GroupNormalNorm,
     "groupnormalnorm1": GroupNormalNorm1,
-    "layernormalnorm": LayerNormalNorm,
-    "layernormalnorm2d": LayerNormalNorm2d,
+    "layernormalnorm": normnorm.LayerNormalNorm,
+    "layernormalnorm2d": normnorm.LayerNormalNorm2d,
 }
 
 _NORM_ACTS = {
@@ -337,5 +310,6 @@ def register() -> None:
     create_norm_act._NORM_ACT_REQUIRES_ARG.update(_NORM_ACTS.values())
     # ConvNeXt has its own table of layers for either layout, which also has classes as keys.
     norm_map: dict[Any, Any] = convnext._NORM_MAP
-    for key in ("layernormalnorm", "layernormalnorm2d", LayerNormalNorm, LayerNormalNorm2d):
-        norm_map[key] = (LayerNormalNorm2d, LayerNormalNorm)
+    both = (normnorm.LayerNormalNorm2d, normnorm.LayerNormalNorm)
+    for key in ("layernormalnorm", "layernormalnorm2d", *both):
+        norm_map[key] = both

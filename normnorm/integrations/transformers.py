@@ -17,8 +17,6 @@ file has its own copy. Its other models use torch's layers, or their own norms, 
 unless registered by :func:`normnorm.register_norm`.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -27,8 +25,6 @@ from torch import nn
 
 from normnorm.conversion import Where, replace_norms
 from normnorm.modules import LayerNormalNorm, LayerNormalNorm2d
-
-__all__ = ["counterpart", "from_pretrained"]
 
 # Copies for one layout only, (N, C, H, W).
 _CHANNELS_FIRST = ("EomtLayerNorm2d", "EomtDinov3LayerNorm2d", "VideomtLayerNorm2d")
