@@ -75,55 +75,32 @@ def path(name: str) -> Iterator[None]:
 # --- forward and backward against the oracle -----------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [pytest.param(c, DTYPES[i % 4], id=f"{c}-{DTYPES[i % 4]}") for i, c in enumerate(CASES)],
-)
-@interpreted
-def test_forward_and_backward_are_within_bounds(case, dtype):
-    with path("resident"):
-        x = draw(case, "exponential", 3, dtype)
-        weight, bias = draw_parameters(case, 3, dtype)
-        check(case, x, weight, bias, seed=5, noise_train=0.4)
+RESIDENT, STREAMING, REDUCED = PATHS
+LAST = [
+    next(c for c in CASES if c.kind == kind and len(c.shape) == 4)
+    for kind in ("batch", "group", "instance")
+]
+LAWS = Case("batch", (9, 3, 4, 4))
+WITHIN = [
+    *((case, "exponential", RESIDENT, DTYPES[i % 4], False) for i, case in enumerate(CASES)),
+    *((case, "normal", how, torch.float32, True) for case in LAST for how in PATHS),
+    *((case, "exponential", how, torch.float32, False) for case in ODD for how in PATHS[:2]),
+    (ODD[1], "exponential", REDUCED, torch.float32, False),
+    *((LAWS, law, RESIDENT, torch.float32, False) for law in ("relu", "lognormal")),
+    *((LAWS, law, how, torch.float32, False) for law in ("one_hot", "outlier", "offset")
+      for how in PATHS[:2]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", PATHS)
-@pytest.mark.parametrize("kind", ["batch", "group", "instance"])
+@pytest.mark.parametrize(("case", "law", "how", "dtype", "last"), WITHIN, ids=str)
 @interpreted
-def test_channels_last_is_within_bounds(kind, how):
-    case = next(c for c in CASES if c.kind == kind and len(c.shape) == 4)
+def test_forward_and_backward_are_within_bounds(case, law, how, dtype, last):
+    """Every kind and dtype, groups that no tile fits, values that are hard on numbers."""
+    x = draw(case, law, 3, dtype)
+    weight, bias = draw_parameters(case, 3, dtype)
     with path(how):
-        x = channels_last(draw(case, "normal", 4, torch.float32))
-        weight, bias = draw_parameters(case, 4, torch.float32)
-        check(case, x, weight, bias, seed=6, noise_train=0.4, channels_last=True)
-
-
-@pytest.mark.parametrize(
-    ("case", "how"),
-    [(case, how) for case in ODD for how in PATHS[:2]] + [(ODD[1], PATHS[2])],
-    ids=str,
-)
-@interpreted
-def test_groups_that_no_tile_fits(case, how):
-    with path(how):
-        x = draw(case, "exponential", 5, torch.float32)
-        weight, bias = draw_parameters(case, 5, torch.float32)
-        check(case, x, weight, bias, seed=7, noise_train=0.4)
-
-
-@pytest.mark.parametrize(
-    ("law", "how"),
-    [
-        *((law, PATHS[0]) for law in ("relu", "lognormal", "one_hot", "outlier", "offset")),
-        *((law, PATHS[1]) for law in ("one_hot", "outlier", "offset")),
-    ],
-)
-@interpreted
-def test_laws_that_are_hard_on_numbers(law, how):
-    case = Case("batch", (9, 3, 4, 4))
-    with path(how):
-        x = draw(case, law, 6, torch.float32)
-        check(case, x, *draw_parameters(case, 6, torch.float32), seed=8, noise_train=0.4)
+        x = channels_last(x) if last else x
+        check(case, x, weight, bias, seed=5, noise_train=0.4, channels_last=last)
 
 
 @pytest.mark.parametrize(
@@ -368,22 +345,22 @@ VIEWS = {
     "channel slice": lambda t: t[:, 1:4],
     "permuted": lambda t: t.permute(3, 1, 0, 2),
     "expanded": lambda t: t[:, :, :1, :1].expand(-1, -1, 3, 4),
-    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
-    "channels_last slice": lambda t: t.to(memory_format=torch.channels_last)[:, 1:4, 1:],
-    "channels_last samples": lambda t: t.to(memory_format=torch.channels_last)[1::2],
-    "channels_last, one sample for all": lambda t: (
-        t[:1].to(memory_format=torch.channels_last).expand(t.shape)
-    ),
+    "channels_last": channels_last,
+    "channels_last slice": lambda t: channels_last(t)[:, 1:4, 1:],
+    "channels_last samples": lambda t: channels_last(t)[1::2],
+    "channels_last, one sample for all": lambda t: channels_last(t[:1]).expand(t.shape),
 }
 
 
+def case_of(kind: str, x: torch.Tensor) -> Case:
+    groups = math.gcd(x.size(1), 3) if kind == "group" else 0
+    return Case(kind, tuple(x.shape), groups, normalized_ndim=2 if kind == "layer" else 0)
 
 
 @pytest.mark.parametrize("view", VIEWS)
 @interpreted
 def test_a_layout_reaches_every_element_of_a_view(view):
     """In the order of the contiguous copy, or says that it has no strides for the view."""
-    from normnorm.config import Config
     from normnorm.triton_kernels.layout import _channel_layout, make_layout
 
     x = VIEWS[view](torch.arange(4 * 6 * 5 * 6).view(4, 6, 5, 6))
@@ -395,11 +372,7 @@ def test_a_layout_reaches_every_element_of_a_view(view):
 
     found = 0
     for kind in ("batch", "layer", "group", "instance"):
-        case = Case(
-            kind, tuple(x.shape), num_groups=math.gcd(x.size(1), 3) if kind == "group" else 0,
-            normalized_ndim=2 if kind == "layer" else 0,
-        )  # fmt: skip
-        config = Config(*case.config("triton"))
+        config = case_of(kind, x).config("triton")
         layouts = [make_layout(x, torch.empty_like(x), config, False)]
         if kind != "layer":
             layouts += [_channel_layout(x, config, last) for last in (False, True)]
@@ -423,10 +396,7 @@ def test_a_layout_reaches_every_element_of_a_view(view):
 @interpreted
 def test_a_view_gives_what_its_contiguous_copy_gives(view, kind):
     x = VIEWS[view](torch.randn(4, 6, 5, 6))
-    case = Case(
-        kind, tuple(x.shape), num_groups=math.gcd(x.size(1), 3) if kind == "group" else 0,
-        normalized_ndim=2 if kind == "layer" else 0,
-    )  # fmt: skip
+    case = case_of(kind, x)
     with path("resident"):
         got, want = (
             both_passes("triton", case, {**operands(case), "x": t}) for t in (x, x.contiguous())

@@ -7,8 +7,6 @@ them as the budgets that ``test_cuda_static.py`` holds the kernels to.
 from __future__ import annotations
 
 import collections
-import fcntl
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,6 +18,10 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from host_cuda import torch_library
 
 ROOT = Path(__file__).resolve().parents[3]
 PROBES = Path(__file__).with_name("probes.cu")
@@ -61,13 +63,6 @@ def _sources() -> list[Path]:
     return sorted(p for f in folders for p in f.iterdir() if p.is_file())
 
 
-def _digest(source: Path, architecture: str) -> str:
-    digest = hashlib.sha256(f"{nvcc_version()} {architecture} {FLAGS} {source.name}".encode())
-    for path in [PROBES, *_sources()]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _built(source: Path, architecture: str) -> Path | None:
     """The object that setup.py compiled for that architecture alone, from these sources."""
     for built in (ROOT / "build").glob(f"temp*/objects/cuda_{source.stem}.o"):
@@ -84,20 +79,16 @@ def compile_cubin(source: Path, architecture: str) -> Path:
     sources."""
     if built := _built(source, architecture):
         return built
-    folder = Path(tempfile.gettempdir()) / f"normnorm-cubins-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"{source.stem}-{architecture}-{_digest(source, architecture)}.o"
     what = ["-c", "-Xcompiler", "-fPIC"] if architecture == HOST else ["-cubin"]
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            command = [tool("nvcc"), *FLAGS, *what, f"-arch={architecture}", str(source)]
-            done = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            assert "warning" not in done.stderr, done.stderr
-            partial.rename(target)
-    return target
+    command = [tool("nvcc"), *FLAGS, *what, f"-arch={architecture}", str(source), "-o"]
+
+    def make(target: Path) -> None:
+        done = subprocess.run([*command, target], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr, done.stderr
+
+    state = torch_library.digest([PROBES, *_sources()], nvcc_version(), command)
+    return torch_library.made(f"{source.stem}-{architecture}-{state}.o", make)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

@@ -1,4 +1,5 @@
-"""Bad calls raise a sentence, change no tensor, and leave the device usable."""
+"""Bad calls raise a sentence, change no tensor, and leave the device usable. The tests of bad input
+in tests/core have every argument, on the CPU."""
 
 from __future__ import annotations
 
@@ -30,19 +31,6 @@ def _batch(rig, **changed):
     return arguments
 
 
-BAD = {
-    "weight's shape": lambda d: {"weight": torch.ones(5, device=d)},
-    "weight's dtype": lambda d: {"weight": torch.ones(6, device=d, dtype=torch.float16)},
-    "bias's shape": lambda d: {"bias": torch.zeros(6, 1, device=d)},
-    "input's dtype": lambda d: {"input": torch.ones(4, 6, 5, 5, device=d, dtype=torch.int32)},
-    "running statistics' shape": lambda d: {"running_lmbda": torch.ones(7, device=d)},
-    "seed's dtype": lambda d: {"seed": torch.zeros(1, device=d)},
-    "seed's size": lambda d: {"seed": torch.zeros(2, device=d, dtype=torch.int64)},
-    "eps": lambda d: {"eps": 0.0},
-    "noise_train": lambda d: {"noise_train": -1.0},
-    "order": lambda d: {"order": 3},
-    "one value a channel": lambda d: {"input": torch.ones(1, 6, 1, 1, device=d)},
-}
 # In a dry run the other device is meta, whose tensors have no values to compare.
 ELSEWHERE = ("weight", "bias", "seed", *(() if DRY else ("running_mean", "num_batches_tracked")))
 
@@ -59,17 +47,16 @@ def _assert_refused_and_unchanged(arguments) -> None:
         assert torch.equal(arguments[name], value), f"{name} was changed"
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_arguments_are_refused(rig, backend, what):
-    _assert_refused_and_unchanged(_batch(rig, **BAD[what](rig.device)))
+@pytest.mark.parametrize("shape", [(5,), (6, 1)])
+def test_a_weight_of_another_shape_is_refused(rig, backend, shape):
+    _assert_refused_and_unchanged(_batch(rig, weight=torch.ones(shape, device=rig.device)))
 
 
 @pytest.mark.parametrize("what", ELSEWHERE)
 def test_a_tensor_on_another_device_is_refused(rig, backend, what):
     other = rig.pick("cpu", "meta")
     arguments = _batch(rig, seed=torch.tensor([1], device=rig.device))
-    before = arguments[what]
-    arguments[what] = before.to(other)
+    arguments[what] = arguments[what].to(other)
     _assert_refused_and_unchanged(arguments)
 
 

@@ -129,7 +129,8 @@ def _sanitizers() -> list[str]:
 
 
 def _kernel_sources() -> list[Path]:
-    return sources_in(*(CSRC / name for name in ("common", "math", "cuda")), HERE)
+    folders = (CSRC / name for name in ("common", "math", "cuda"))
+    return [*sources_in(*folders), *sorted(HERE.glob("*.h"))]
 
 
 def kernel_objects() -> list[Path]:
@@ -151,7 +152,7 @@ def build() -> Path:
     words += ["-DNN_CUDA_DISPATCH_KEY=CPU", "-isystem", str(torch_folder / "include")]
     sources = [CSRC / f"binding/{name}.cpp" for name in BINDING]
     sources += [CSRC / f"common/{name}.cpp" for name in ("checks", "layout")]
-    read = [*_kernel_sources(), *sources_in(CSRC / "binding")]
+    read = [*_kernel_sources(), *sources_in(CSRC / "binding", HERE)]
     replaced = "-Daoti_torch_empty_strided=host_cuda_empty_strided"
     objects = [
         *kernel_objects(), *compiled([HERE / "host.cpp"], read, words),
