@@ -32,30 +32,17 @@ struct Case {
   int64_t parameters;
 };
 
-uint16_t half_bits(Storage s, float v) {
-  uint32_t bits;
-  static_assert(sizeof(bits) == sizeof(v), "float is 32 bits");
-  __builtin_memcpy(&bits, &v, sizeof(v));
-  if (s == Storage::kBFloat16) return uint16_t(bits >> 16);
-  const int exponent = int((bits >> 23) & 255) - 112;
-  return exponent <= 0
-             ? 0
-             : uint16_t(((bits >> 16) & 0x8000) | (uint32_t(exponent) << 10) | ((bits >> 13) & 1023));
-}
-
 std::vector<char> tensor(Storage s, int64_t count, int salt) {
   const size_t item = s == Storage::kFloat64 ? 8 : s == Storage::kFloat32 ? 4 : 2;
   std::vector<char> data(size_t(count) * item);
   for (int64_t i = 0; i < count; ++i) {
-    const float v = std::sin(0.7f * float(i % 9973) + float(salt)) * (i % 5 ? 1.0f : 3.0f);
-    char* at = data.data() + size_t(i) * item;
-    const double d = v;
-    const uint16_t h = half_bits(s, v);
-    __builtin_memcpy(at,
-                     s == Storage::kFloat64   ? static_cast<const void*>(&d)
-                     : s == Storage::kFloat32 ? static_cast<const void*>(&v)
-                                              : &h,
-                     item);
+    const float f = std::sin(0.7f * float(i % 9973) + float(salt)) * (i % 5 ? 1.0f : 3.0f);
+    const double d = f;
+    // Of either sign, from 1/2 to 2.
+    const int step = int((i % 9973 * 37 + salt) % 256), sign = i % 3 ? 0 : 0x8000;
+    const uint16_t h = uint16_t(sign | (s == Storage::kBFloat16 ? 0x3f00 + step : 0x3800 + 8 * step));
+    const void* value = item == 8 ? static_cast<const void*>(&d) : item == 4 ? static_cast<const void*>(&f) : &h;
+    __builtin_memcpy(data.data() + size_t(i) * item, value, item);
   }
   return data;
 }
