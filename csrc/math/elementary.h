@@ -9,33 +9,6 @@
 namespace normnorm {
 namespace {
 
-// p(f) in log(1+f) = f - f^2/2 + f^3 p(f) for f in [sqrt(1/2)-1, sqrt(2)-1]; relative error of the logarithm 6e-9.
-template <class V>
-NN_HD V log_tail(V f) {
-  const V f2 = f * f;
-  V even = f2 * 1.276154965e-01f + 1.420176178e-01f;
-  V odd = f2 * -7.634429634e-02f - 1.316019446e-01f;
-  even = even * f2 + 2.000122666e-01f;
-  odd = odd * f2 - 1.662335694e-01f;
-  even = even * f2 + 3.333333135e-01f;
-  odd = odd * f2 - 2.500082254e-01f;
-  return odd * f + even;
-}
-
-// log(1+f) + k log 2 for f in the same interval.
-template <class V>
-NN_HD V log_from_parts(V f, V k) {
-  const V f2 = f * f;
-  const V tail = f2 * (f * log_tail(f) - 0.5f) + k * -2.12194440e-4f;
-  return k * 0.693359375f + (tail + f);
-}
-
-// k << 23 for the k with sqrt(1/2) <= x / 2^k < sqrt(2), from the bits of x > 0.
-template <class UInt>
-NN_HD UInt nearest_power_bits(UInt bits) {
-  return (bits - 0x3f3504f3u) & 0xff800000u;
-}
-
 // For entry i of 2^kBits: a float near 1/(1 + i 2^-kBits), chosen so that minus its logarithm, the entry of kLog, is
 // nearly a float too; and p(f) in log(1+f) = f + f^2 p(f) for |f| <= 2^-(kBits+1).
 template <int kBits>
