@@ -166,7 +166,7 @@ def train(trainer: Trainer, noise_train: float | None, schedule: str) -> tuple[f
     else:
         anneal()
         last = trainer.train(on_step=anneal)[-1]
-    return last.train_loss, last.test_accuracy
+    return last.train_loss[0], last.test_accuracy[0]
 
 
 def measure(name: str, seed: int) -> list[Row]:
@@ -188,8 +188,8 @@ def measure(name: str, seed: int) -> list[Row]:
             epochs=TUNING_EPOCHS if trained else kind.epochs,
             learning_rate=kind.learning_rate / (10 if trained else 1),
         )  # fmt: skip
-        make = partial(Trainer, experiment, data, World(0, 1, torch.device("cpu")))
-        before = make(network=network).accuracy() if trained else None
+        make = partial(Trainer, experiment, [data], World(0, 1, torch.device("cpu")))
+        before = make(network=network).evaluate().accuracy[0] if trained else None
         if noise is not None:
             normnorm.replace_norms(network, noise_train=noise)
         began = time.process_time()

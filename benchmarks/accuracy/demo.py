@@ -1,10 +1,9 @@
 """The demonstration: a convolutional net with BatchNorm and BatchNormalNorm, a transformer with
-LayerNorm and LayerNormalNorm, over several seeds; a table, a plot and a verdict."""
+LayerNorm and LayerNormalNorm, over several seeds; a table, a plot and what they show."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -12,78 +11,123 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 from scipy import stats
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from accuracy.data import load
-from accuracy.experiment import Experiment
+from accuracy.experiment import Experiment, recipe
+from accuracy.measures import norm_layers, normalization_groups
 from accuracy.nets import MODELS
 from accuracy.norms import make_norm
-from accuracy.trainer import Epoch, Trainer, World
+from accuracy.trainer import Epoch, Trainer, World, load_data
 from commands import check_folder, check_output, usable_device
 from normnorm import backends, environment
 from normnorm.cli import execute
 from normnorm.diagnostics import normal_r_squared, qq_r_squared
-from normnorm.diagnostics.capture import NORM_LAYERS
 
 SEEDS = 5
-BAR = 97.0  # percent that BatchNorm must reach for the comparison to mean something
-TOLERANCE = 1.0  # points of accuracy that a normality layer may lack, beside a standard error
-_CYCLE = Experiment(optimizer="adamw", weight_decay=0.01, schedule="cycle")
-# By network: its training, its plain norm and its normality norm.
-PRESET = {
-    "convolutional net": (
-        replace(_CYCLE, model="convnet", epochs=15, learning_rate=0.01), ("batch", "batchnormal")
-    ),
-    "transformer": (
-        replace(_CYCLE, model="transformer", epochs=20, learning_rate=0.003),
-        ("layer", "layernormal"),
-    ),
-}  # fmt: skip
+EVIDENCE = "docs/measured/results.md"
 
 
-@dataclass
-class Run:
-    """One seed's epochs, and the Q-Q R^2 of its last norm layer's groups (:func:`_groups`)."""
+class Comparison(NamedTuple):
+    """A network and its layers, by label: a plain layer, the normality layer that is judged against
+    it, then others for comparison.
 
-    epochs: list[Epoch]
-    groups: Tensor
-    qq_r2: float
+    Attributes:
+        bar: percent that the plain layer must reach for the comparison to mean something.
+        gain: points that the normality layer must be ahead, less a standard error.
+    """
+
+    network: str
+    bar: float
+    gain: float
+    layers: dict[str, Experiment]
+
+
+def _mnist1d() -> tuple[Comparison, ...]:
+    convnet, transformer = (
+        Experiment(**{**recipe("mnist1d", model), "limit": 1000})
+        for model in ("convnet", "transformer")
+    )
+    convnet = replace(convnet, norm="batch", evaluate_every=4)
+    transformer = replace(
+        transformer, norm="layer", epochs=20, learning_rate=3e-3, evaluate_every=2
+    )
+    normal = replace(transformer, norm="layernormal")
+    return (
+        Comparison("convolutional net", 70.0, 2.0, {
+            "BatchNorm2d": convnet,
+            "BatchNormalNorm2d": replace(convnet, norm="batchnormal"),
+            "BatchNorm2d, decay 0.01": replace(convnet, weight_decay=0.01),
+        }),
+        Comparison("transformer", 60.0, 0.0, {
+            "LayerNorm": transformer,
+            "LayerNormalNorm, noise 0.3": replace(normal, noise_train=0.3),
+            "LayerNormalNorm": normal,
+        }),
+    )  # fmt: skip
+
+
+def _digits() -> tuple[Comparison, ...]:
+    cycle = Experiment(optimizer="adamw", weight_decay=0.01, schedule="cycle")
+    convnet = replace(cycle, epochs=15, learning_rate=0.01)
+    transformer = replace(cycle, model="transformer", epochs=20, learning_rate=0.003)
+    return (
+        Comparison("convolutional net", 97.0, -1.0, {
+            "BatchNorm2d": replace(convnet, norm="batch"),
+            "BatchNormalNorm2d": replace(convnet, norm="batchnormal"),
+        }),
+        Comparison("transformer", 90.0, -1.0, {
+            "LayerNorm": replace(transformer, norm="layer"),
+            "LayerNormalNorm": replace(transformer, norm="layernormal"),
+        }),
+    )  # fmt: skip
+
+
+PRESETS = {"mnist1d": _mnist1d, "digits": _digits}
+DESCRIPTIONS = {
+    "mnist1d": "MNIST-1D (generated signals of length 40)",
+    "digits": "Handwritten digits (scikit-learn, 8 x 8)",
+}
 
 
 @dataclass
 class Side:
-    """A network with one layer, and its runs; ``noise_train`` is None for a plain layer."""
+    """A network with one layer, and what its runs gave.
+
+    Attributes:
+        experiment: of all seeds, which are trained as one network (``copies``).
+        noise_train: of the layer; None for a plain one.
+        groups: for every seed the groups of the last norm layer (:func:`last_groups`).
+        qq_r2: their Q-Q R^2 for every seed.
+    """
 
     network: str
-    experiment: Experiment
     layer: str
+    experiment: Experiment
     noise_train: float | None
-    runs: list[Run] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+    groups: list[Tensor] = field(default_factory=list)
+    qq_r2: list[float] = field(default_factory=list)
 
     @property
     def accuracies(self) -> list[float]:
         """Test accuracies after the last epoch, percent, in the order of the seeds."""
-        return [run.epochs[-1].test_accuracy for run in self.runs]
-
-    @property
-    def qq_r2(self) -> float:
-        return mean(run.qq_r2 for run in self.runs)
+        return self.epochs[-1].test_accuracy or []
 
 
-def sides(epochs: int | None) -> list[Side]:
-    """Every network with its plain and then with its normality layer."""
+def sides(comparison: Comparison, epochs: int | None, seeds: int) -> list[Side]:
     found = []
-    for network, (experiment, norms) in PRESET.items():
-        for norm in norms:
-            layer = make_norm(norm, MODELS[experiment.model].tokens)(1)
-            chosen = replace(experiment, norm=norm, epochs=epochs or experiment.epochs)
-            noise = getattr(layer, "noise_train", None)
-            found.append(Side(network, chosen, type(layer).__name__, noise))
+    for label, experiment in comparison.layers.items():
+        chosen = replace(experiment, seed=0, copies=seeds, epochs=epochs or experiment.epochs)
+        tokens = MODELS[chosen.model].tokens
+        layer = make_norm(chosen.norm, tokens, noise_train=chosen.noise_train)(1)
+        noise = getattr(layer, "noise_train", None)
+        found.append(Side(comparison.network, label, chosen, noise))
     return found
 
 
@@ -92,25 +136,39 @@ def standard_error(values: Sequence[float]) -> float | None:
     return float(stats.sem(values)) if len(values) > 1 else None
 
 
-def judge(found: Sequence[Side]) -> list[str]:
-    """A sentence for everything that falls short: BatchNorm's mean accuracy below :data:`BAR`, or a
-    normality layer behind its plain one by more than :data:`TOLERANCE` points and one standard
-    error of the paired differences."""
+def ahead(side: Side, plain: Side) -> tuple[float, float | None]:
+    """Points of accuracy, the mean of the paired differences and its standard error."""
+    differences = [a - b for a, b in zip(side.accuracies, plain.accuracies, strict=True)]
+    return mean(differences), standard_error(differences)
+
+
+def judge(comparison: Comparison, found: Sequence[Side]) -> list[str]:
+    """A sentence for everything that falls short: the plain layer of its bar, the normality layer
+    of its gain."""
+    plain, normality = found[:2]
     sentences = []
-    for plain, normality in zip(found[::2], found[1::2], strict=True):
-        if plain.experiment.norm == "batch" and not mean(plain.accuracies) >= BAR:
-            sentences.append(
-                f"{plain.layer} reached {mean(plain.accuracies):.2f} % test accuracy; "
-                f"at least {BAR:g} % was expected"
-            )
-        behind = [p - n for p, n in zip(plain.accuracies, normality.accuracies, strict=True)]
-        allowed = TOLERANCE + (standard_error(behind) or 0.0)
-        if not mean(behind) <= allowed:
-            sentences.append(
-                f"{normality.layer} is {mean(behind):.2f} points of test accuracy behind "
-                f"{plain.layer}; {allowed:.2f} (a point and a standard error) is allowed"
-            )
+    if not mean(plain.accuracies) >= comparison.bar:
+        sentences.append(
+            f"{plain.layer} reached {mean(plain.accuracies):.2f} % test accuracy; "
+            f"at least {comparison.bar:g} % was expected"
+        )
+    gain, error = ahead(normality, plain)
+    wanted = comparison.gain - (error or 0.0)
+    if not gain >= wanted:
+        sentences.append(
+            f"{normality.layer} is {gain:+.2f} points of test accuracy against {plain.layer}; "
+            f"at least {wanted:+.2f} ({comparison.gain:+g} less a standard error) was expected"
+        )
     return sentences
+
+
+def finding(found: Sequence[Side]) -> str:
+    """What the runs of a network show, in a sentence."""
+    parts = []
+    for side in found[1:]:
+        gain, error = ahead(side, found[0])
+        parts.append(f"{side.layer} {gain:+.1f}" + ("" if error is None else f" +- {error:.1f}"))
+    return f"{found[0].network}: points of accuracy against {found[0].layer}: {'; '.join(parts)}."
 
 
 def table(found: Sequence[Side]) -> str:
@@ -122,9 +180,9 @@ def table(found: Sequence[Side]) -> str:
             "noise_train": side.noise_train,
             "accuracy %": mean(side.accuracies),
             "std. error": standard_error(side.accuracies),
-            "ms a step": median(epoch.step_ms for run in side.runs for epoch in run.epochs),
-            "Q-Q R^2": side.qq_r2,
-            "(normal)": normal_r_squared(side.runs[0].groups.size(1)),
+            "ms a step": median(epoch.step_ms for epoch in side.epochs) / side.experiment.copies,
+            "Q-Q R^2": mean(side.qq_r2),
+            "(normal)": normal_r_squared(side.groups[0].size(1)),
         }
         for side in found
     ]
@@ -133,34 +191,23 @@ def table(found: Sequence[Side]) -> str:
 
 
 @torch.no_grad()
-def _groups(network: nn.Module, images: Tensor) -> Tensor:
+def last_groups(trainer: Trainer) -> Tensor:
     """The normalization groups of the network's last norm layer on test images, before its affine
-    map: (groups, values). A group is a channel over all images and positions for a batch layer, the
-    features of one token for a layer normalization. In evaluation mode: no noise, and a batch
-    layer's running statistics."""
-    layer = [module for module in network.modules() if isinstance(module, NORM_LAYERS)][-1]
+    map, (copies, groups, values); in evaluation mode: no noise, and a batch layer's running
+    statistics."""
+    layer = norm_layers(trainer.network)[-1]
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    network.eval()(images)
+    trainer.network.eval()(next(trainer.test_batches())[0])
     hook.remove()
-    bare = copy.deepcopy(layer)
-    bare.get_parameter("weight").fill_(1.0)
-    bare.get_parameter("bias").fill_(0.0)
-    output = bare(seen[0])
-    if isinstance(layer, nn.LayerNorm):
-        return output.flatten(0, -2)
-    return output.transpose(0, 1).flatten(1)
+    return normalization_groups(layer, seen[0], trainer.experiment.copies)
 
 
-def _train(found: list[Side], seeds: int) -> list[Trainer]:
-    """Every seed's run of every side."""
+def _train(found: list[Side]) -> list[Trainer]:
+    """Every side's runs."""
     world = World(0, 1, torch.device("cpu"))
-    trainers = []
-    for seed in range(seeds):
-        for side in found:
-            chosen = replace(side.experiment, seed=seed)
-            data = load(chosen.dataset, Path("data"), seed, chosen.limit)
-            trainers.append(Trainer(chosen, data, world))
+    print("loading the data", file=sys.stderr, flush=True)
+    trainers = [Trainer(side.experiment, load_data(side.experiment), world) for side in found]
     with tqdm(
         total=sum(trainer.experiment.epochs * trainer.steps for trainer in trainers),
         bar_format="{percentage:3.0f} %|{bar}| {elapsed} passed, {remaining} left{postfix}",
@@ -168,13 +215,12 @@ def _train(found: list[Side], seeds: int) -> list[Trainer]:
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 15,
     ) as bar:
-        for number, trainer in enumerate(trainers):
-            side = found[number % len(found)]
-            words = f"run {number + 1}/{len(trainers)}: {side.layer}, seed {number // len(found)}"
+        for number, (trainer, side) in enumerate(zip(trainers, found, strict=True)):
+            words = f"run {number + 1}/{len(trainers)}: {side.layer}"
             bar.set_postfix_str(words, refresh=False)
-            epochs = trainer.train(bar.update)
-            groups = _groups(trainer.network, next(trainer.test_batches())[0])
-            side.runs.append(Run(epochs, groups, float(qq_r_squared(groups).nanmean())))
+            side.epochs = trainer.train(bar.update)
+            side.groups = list(last_groups(trainer))
+            side.qq_r2 = [float(qq_r_squared(groups).nanmean()) for groups in side.groups]
     return trainers
 
 
@@ -190,36 +236,47 @@ def _run(args: argparse.Namespace) -> int:
     check_output("--out", plot)
     torch.set_num_threads(args.threads)
 
-    found = sides(args.epochs or (1 if args.quick else None))
+    comparisons = PRESETS[args.dataset]()
     seeds = args.seeds or (1 if args.quick else SEEDS)
+    epochs = args.epochs or (1 if args.quick else None)
+    rows = [sides(comparison, epochs, seeds) for comparison in comparisons]
+    found = [side for row in rows for side in row]
     began = time.perf_counter()
-    data = _train(found, seeds)[0].data
+    data = _train(found)[0].data[0]
     seconds = time.perf_counter() - began
 
-    failures = [] if args.quick else judge(found)
+    failures: list[str] = []
+    if not args.quick:
+        failures = [
+            sentence
+            for comparison, row in zip(comparisons, rows, strict=True)
+            for sentence in judge(comparison, row)
+        ]
     around = environment.facts() | {
         "command_line": environment.command_line(),
         "backend": backends.resolve(torch.device("cpu")).name,
     }
-    comparisons = [asdict(replace(side, runs=[])) for side in found]
-    for written, side in zip(comparisons, found, strict=True):
-        written["runs"] = [
-            {"qq_r2": run.qq_r2, "epochs": [e._asdict() for e in run.epochs]} for run in side.runs
-        ]
-    content = {"environment": around, "seconds": seconds, "layers": comparisons,
+    layers = [asdict(replace(side, epochs=[], groups=[])) for side in found]
+    for written, side in zip(layers, found, strict=True):
+        del written["groups"]
+        written["epochs"] = [epoch._asdict() for epoch in side.epochs]
+    content = {"environment": around, "seconds": seconds, "layers": layers,
                "judged": not args.quick, "failures": failures}  # fmt: skip
     numbers.write_text(json.dumps(content, indent=1) + "\n")
     summary = (
-        f"Handwritten digits (scikit-learn, 8 x 8): {len(data.train)} training and "
-        f"{len(data.test)} test images, seeds: {seeds}, backend: {around['backend']}, threads: "
-        f"{args.threads}"
+        f"{DESCRIPTIONS[args.dataset]}: {len(data.train)} to train, {len(data.test)} to test, "
+        f"seeds: {seeds}, backend: {around['backend']}, threads: {args.threads}"
     )
-    draw(found, summary, plot)
+    draw(rows, summary, plot)
     print(f"\n{table(found)}\n\n{summary}; {seconds:.0f} s")
-    print("accuracy: on the test images after the last epoch, mean and standard error over seeds")
-    print("Q-Q R^2: of the last norm layer's groups on test images, before the affine map, against")
+    print("accuracy: on the test set after the last epoch, mean and standard error over seeds")
+    print("ms a step: of one seed's network; the seeds are trained as one network")
+    print("Q-Q R^2: of the last norm layer's groups on test data, before the affine map, against")
     print("the normal; beside it the value for normal samples as large as a group")
-    print(f"Plot and numbers: {plot}, {numbers}")
+    print(f"Plot and numbers: {plot}, {numbers}\n")
+    for row in rows:
+        print(finding(row))
+    print(f"Evidence over more seeds, settings and layers: {EVIDENCE}")
     for failure in failures:
         print(f"demo.py: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -238,8 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="demo.py",
         description="Trains small networks with and without normality normalization side by side.",
     )
+    parser.add_argument("--dataset", choices=PRESETS, default="mnist1d", help="(mnist1d)")
     for name, default, text in (
-        ("--epochs", None, "passes over the training data (default: 15 and 20)"),
+        ("--epochs", None, "passes over the training data (default: each network's own)"),
         ("--seeds", None, f"seeds to average over, 0 to N - 1 (default: {SEEDS})"),
         ("--threads", 1, "torch's threads (default: 1: networks this small gain nothing from 2)"),
     ):

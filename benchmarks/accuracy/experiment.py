@@ -13,41 +13,53 @@ from accuracy.norms import make_norm
 from normnorm.cli import CommandError
 
 _CHOICES = {
-    "dataset": ("digits", *DATASETS),
+    "dataset": tuple(DATASETS),
     "model": tuple(MODELS),
     "optimizer": ("sgd", "adamw"),
-    "schedule": ("step", "cycle"),
+    "schedule": ("step", "cosine", "cycle"),
     "amp": ("none", "bfloat16", "float16"),
 }
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training run.
+    """One training run, or several that differ in nothing but the seed and are trained as one.
 
     Attributes:
         dataset, model, norm: by name.
-        seed: of the initialization, the order of the data, the augmentation and the noise.
+        width, depth: of the small networks; None for the model's own.
+        seed: of the data (where they are drawn or split), the initialization, the order of the
+            data, the augmentation and the noise.
+        copies: runs that are trained as one network of so many copies, with the seeds from ``seed``
+            on. Copies share the generators of augmentation and noise, nothing else.
+        validation: whether the network is evaluated on the validation set in place of the test
+            set; where a data set has none, a tenth of the training set is held out for it.
         epochs: passes over the training images; an incomplete last batch is left out.
+        evaluate_every: epochs between evaluations; the last epoch has one in any case.
         batch_size: over all processes together.
         optimizer: "sgd" (with ``momentum``) or "adamw".
         learning_rate, momentum, weight_decay: of the optimizer.
         schedule: of the learning rate: "step", times ``gamma`` after every ``step_epochs`` (0 for
-            never), or "cycle", torch's OneCycleLR over the whole run.
+            never), "cosine" to zero over the whole run, or "cycle", torch's OneCycleLR.
         augment: random shifts by an eighth of the image, and mirror images (except of digits).
         alpha, noise_train: of the normality layers; None for the layers' own defaults.
         per_weight, per_slices: of the projected error function loss on every normalization
             layer's output; 0 for none.
         amp: "none", "bfloat16" or "float16".
         compile: whether the network is compiled.
-        limit: at most so many training images, and as many test images.
+        limit: at most so many training images.
     """
 
     dataset: str = "digits"
     model: str = "convnet"
     norm: str = "batchnormal"
+    width: int | None = None
+    depth: int | None = None
     seed: int = 2
+    copies: int = 1
+    validation: bool = False
     epochs: int = 20
+    evaluate_every: int = 1
     batch_size: int = 64
     optimizer: str = "sgd"
     learning_rate: float = 0.1
@@ -75,7 +87,10 @@ class Experiment:
         make_norm(
             self.norm, MODELS[self.model].tokens, alpha=self.alpha, noise_train=self.noise_train
         )
-        for name in ("epochs", "batch_size", "per_slices", "limit"):
+        for name in (
+            "width", "depth", "copies", "epochs", "evaluate_every", "batch_size", "per_slices",
+            "limit",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CommandError(f"{name} must be positive; got {value}")
@@ -85,6 +100,10 @@ class Experiment:
                 raise CommandError(f"{name} must be finite and not negative; got {value}")
         if not 0 < self.learning_rate < math.inf:
             raise CommandError(f"learning_rate must be positive; got {self.learning_rate}")
+        if not MODELS[self.model].small and (self.width or self.depth or self.copies > 1):
+            raise CommandError(f"model '{self.model}' has no width, no depth and no copies")
+        if self.copies > 1 and self.per_weight:
+            raise CommandError("per_weight needs copies 1: its directions would mix the copies")
 
     def to_dict(self) -> dict[str, Any]:
         """For a file; ``Experiment(**...)`` reads it."""
@@ -97,17 +116,23 @@ def recipe(dataset: str, model: str) -> dict[str, Any]:
     For residual networks and the vision transformer those of Eftekhari and Papyan (ICML 2025):
     SGD with 0.1, momentum 0.9 and weight decay 5e-4, batches of 128 over 200 epochs with a step
     every 60; AdamW with 1e-3 and decay 0.05 and batches of 32. The factor of the step, 0.1, is
-    ours. For the digits 20 epochs with a step every 6, and batches of 64.
+    ours. For the digits 20 epochs with a step every 6, and batches of 64. For the other small data
+    sets 40 epochs with a cosine schedule, and batches of 64.
     """
-    if model in MODELS and MODELS[model].tokens:
+    if model in ("transformer", "vit"):
         chosen: dict[str, Any] = {
             "optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05, "batch_size": 32,
         }  # fmt: skip
     else:
         chosen = {"batch_size": 128, "step_epochs": 60}
-    chosen |= {"model": model, "epochs": 200, "augment": True}
+    chosen |= {"model": model, "dataset": dataset, "epochs": 200, "augment": True}
     if dataset == "digits":
         chosen |= {"epochs": 20, "augment": False}
         if "step_epochs" in chosen:
             chosen |= {"batch_size": 64, "step_epochs": 6}
+    elif dataset in ("mnist1d", "mnist5000"):
+        chosen |= {
+            "epochs": 40, "batch_size": 64, "step_epochs": 0, "schedule": "cosine",
+            "augment": False,
+        }  # fmt: skip
     return chosen

@@ -49,7 +49,7 @@ class DecorrelatedBatchNorm2d(nn.Module):
 
     Args:
         num_features: channels of the input (N, C, H, W).
-        group_size: channels that are whitened together; the last group may be smaller.
+        group_size: channels that are whitened together; divides ``num_features``.
         eps: added to the covariance's diagonal.
         momentum: of the running mean and covariance.
         power: whether normality normalization follows the whitening, as in Eftekhari and Papyan's
@@ -57,7 +57,8 @@ class DecorrelatedBatchNorm2d(nn.Module):
         **transform: keywords of :class:`BatchNormalNorm2d`; with ``power`` alone.
 
     Raises:
-        ValueError: the input is not (N, num_features, H, W), or one value a channel in training.
+        ValueError: group_size does not divide num_features; the input is not (N, num_features, H,
+            W), or has one value a channel in training.
     """
 
     def __init__(
@@ -71,13 +72,17 @@ class DecorrelatedBatchNorm2d(nn.Module):
         **transform: Any,
     ) -> None:
         super().__init__()
+        if num_features % group_size:
+            raise ValueError(
+                f"group_size {group_size} does not divide the {num_features} channels"
+            )
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
-        starts = range(0, num_features, group_size)
-        self.sizes = [min(group_size, num_features - start) for start in starts]
+        self.group_size = group_size
         self.running_mean: Tensor
+        self.running_covariance: Tensor
         self.register_buffer("running_mean", torch.zeros(num_features))
-        for number, size in enumerate(self.sizes):
-            self.register_buffer(f"running_covariance_{number}", torch.eye(size))
+        groups = torch.eye(group_size).repeat(num_features // group_size, 1, 1)
+        self.register_buffer("running_covariance", groups)
         make = BatchNormalNorm2d if power else _Affine
         self.after = make(num_features, **transform)
 
@@ -96,19 +101,19 @@ class DecorrelatedBatchNorm2d(nn.Module):
             if self.training:
                 with torch.no_grad():
                     self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            groups = (rows - mean.unsqueeze(1)).split(self.sizes)
-            whitened = torch.cat([self._whiten(i, group) for i, group in enumerate(groups)])
+            centred = (rows - mean.unsqueeze(1)).unflatten(0, (-1, self.group_size))
+            whitened = self._whiten(centred).flatten(0, 1)
         shape = (input.size(1), input.size(0), *input.shape[2:])
         return self.after(whitened.view(shape).transpose(0, 1).to(input.dtype))
 
-    def _whiten(self, number: int, centred: Tensor) -> Tensor:
-        running = self.get_buffer(f"running_covariance_{number}")
+    def _whiten(self, centred: Tensor) -> Tensor:
+        running = self.running_covariance
         covariance = running
         if self.training:
-            covariance = centred @ centred.T / centred.size(1)
+            covariance = centred @ centred.mT / centred.size(2)
             with torch.no_grad():
                 running.lerp_(covariance.to(running.dtype), self.momentum)
-        ridge = self.eps * torch.eye(len(running), dtype=centred.dtype, device=centred.device)
+        ridge = self.eps * torch.eye(self.group_size, dtype=centred.dtype, device=centred.device)
         return inverse_square_root(covariance.to(centred.dtype) + ridge) @ centred
 
 

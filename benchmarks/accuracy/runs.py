@@ -11,34 +11,36 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import normnorm
-from accuracy.data import load
 from accuracy.experiment import Experiment, recipe
 from accuracy.norms import has_transform
-from accuracy.trainer import Epoch, Trainer, World, process_group, read_checkpoint
+from accuracy.trainer import Epoch, Trainer, World, load_data, process_group, read_checkpoint
 from commands import check_folder, check_output
 from normnorm.cli import CommandError, execute
 
 _METRICS, _CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
-_SWEPT = ("norm", "seed", "alpha", "noise_train", "per_weight")
+_SWEPT = (
+    "norm", "seed", "width", "depth", "batch_size", "learning_rate", "weight_decay", "alpha",
+    "noise_train", "per_weight",
+)  # fmt: skip
 
 
 def folder_name(experiment: Experiment) -> str:
-    """The choices that tell the runs of a sweep apart."""
+    """Data set, model and norm, every setting that is not the recipe's, and the seeds."""
+    usual = Experiment(**recipe(experiment.dataset, experiment.model)).to_dict()
     words = [experiment.dataset, experiment.model, experiment.norm]
-    for name in ("alpha", "noise_train"):
-        if getattr(experiment, name) is not None:
-            words.append(f"{name}{getattr(experiment, name):g}")
-    if experiment.per_weight:
-        words.append(f"per{experiment.per_weight:g}")
-    if experiment.augment:
-        words.append("augmented")
-    return "-".join([*words, f"lr{experiment.learning_rate:g}", f"seed{experiment.seed}"])
+    for name, value in experiment.to_dict().items():
+        if name not in ("norm", "seed", "copies") and value != usual[name]:
+            words.append(name + (f"{value:g}" if isinstance(value, float) else str(value)))
+    last = experiment.seed + experiment.copies - 1
+    words.append(f"seed{experiment.seed}" + (f"to{last}" if experiment.copies > 1 else ""))
+    return "-".join(words)
 
 
 def run(experiment: Experiment, options: argparse.Namespace, world: World) -> Epoch:
@@ -47,8 +49,7 @@ def run(experiment: Experiment, options: argparse.Namespace, world: World) -> Ep
     ``metrics.jsonl`` there has a line that describes the run and one for each epoch,
     ``checkpoint.pt`` is what ``--resume`` goes on from.
     """
-    data = load(experiment.dataset, options.data_dir, experiment.seed, experiment.limit)
-    trainer = Trainer(experiment, data, world, options.workers)
+    trainer = Trainer(experiment, load_data(experiment, options.data_dir), world, options.workers)
     folder = options.out / folder_name(experiment)
     checkpoint = folder / _CHECKPOINT
     if options.resume and checkpoint.exists():
@@ -70,10 +71,15 @@ def run(experiment: Experiment, options: argparse.Namespace, world: World) -> Ep
         every, in_epoch = options.checkpoint_steps, trainer.step % trainer.steps
         if in_epoch == 0:
             epoch = trainer.epochs[-1]
-            bar.set_postfix(loss=f"{epoch.train_loss:.3f}", accuracy=f"{epoch.test_accuracy:.2f}")
+            numbers = {
+                name: mean(value) if isinstance(value, list) else value
+                for name, value in epoch._asdict().items()
+                if value is not None and name != "epoch"
+            }
+            bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()})
             if writer is not None:
-                for name in ("train_loss", "test_accuracy", "step_ms"):
-                    writer.add_scalar(name, getattr(epoch, name), epoch.epoch)
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, epoch.epoch)
             if world.first:
                 _write_metrics(folder / _METRICS, trainer)
         if world.first and (in_epoch == 0 or (every and in_epoch % every == 0)):
@@ -153,17 +159,17 @@ def _check(experiments: Sequence[Experiment], options: argparse.Namespace, world
 
 
 def _experiments(options: argparse.Namespace) -> Iterator[Experiment]:
-    given = vars(options)
     choices = recipe(options.dataset, options.model)
-    for field in dataclasses.fields(Experiment):
-        if field.name not in _SWEPT and given[field.name] is not None:
-            choices[field.name] = given[field.name]
-    for values in itertools.product(*(given[name] for name in _SWEPT)):
-        swept = dict(zip(_SWEPT, values, strict=True))
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    fields = [field.name for field in dataclasses.fields(Experiment) if field.name in given]
+    choices |= {name: given[name] for name in fields if name not in _SWEPT}
+    names = [name for name in fields if name in _SWEPT]
+    for values in itertools.product(*(given[name] for name in names)):
+        chosen = choices | dict(zip(names, values, strict=True))
         # In a sweep with normality layers a plain one is trained once, without alpha and noise.
-        if not has_transform(swept["norm"]) and len(options.norm) > 1:
-            swept["alpha"] = swept["noise_train"] = None
-        yield Experiment(**{**choices, **swept})
+        if len(given.get("norm", ())) > 1 and not has_transform(chosen["norm"]):
+            chosen |= {"alpha": None, "noise_train": None}
+        yield Experiment(**chosen)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -183,9 +189,11 @@ def _run(options: argparse.Namespace) -> int:
             for experiment in experiments:
                 last = run(experiment, options, world)
                 if world.first:
+                    assert last.test_accuracy is not None  # the last epoch has an evaluation
+                    accuracies = ", ".join(f"{value:.2f}" for value in last.test_accuracy)
                     print(
-                        f"{options.out / folder_name(experiment)}: {last.test_accuracy:.2f} % of "
-                        f"the test images after epoch {last.epoch}, {last.step_ms:.2f} ms a step"
+                        f"{options.out / folder_name(experiment)}: {accuracies} % of the test "
+                        f"images after epoch {last.epoch}, {last.step_ms:.2f} ms a step"
                     )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -209,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if kind == "bool":
             what.add_argument(flag, action=argparse.BooleanOptionalAction)
         elif field.name in _SWEPT:
-            what.add_argument(flag, nargs="+", type=kinds[kind], default=[field.default], help="*")
+            what.add_argument(flag, nargs="+", type=kinds[kind], help="*")
         else:
             what.add_argument(flag, type=kinds[kind])
     what.set_defaults(dataset="digits", model="convnet")

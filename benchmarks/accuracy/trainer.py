@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
-from accuracy.data import Data, shift_and_mirror
+from accuracy.data import Data, load, shift_and_mirror
 from accuracy.experiment import Experiment
-from accuracy.nets import MODELS
+from accuracy.nets import MODELS, concatenated
 from accuracy.norms import make_norm
 from commands import usable_device
 from normnorm.cli import CommandError
@@ -28,7 +33,7 @@ from normnorm.diagnostics.capture import NORM_LAYERS
 from normnorm.per import PER
 
 _EVALUATION_BATCH = 500
-_NO_MIRROR = ("digits", "mnist", "svhn")
+_NO_MIRROR = ("digits", "mnist", "mnist1d", "mnist5000", "svhn")
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,19 +83,32 @@ def process_group(device: str | None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+class Evaluation(NamedTuple):
+    """Of the test images, for each copy: the mean cross entropy, and percent classified rightly."""
+
+    loss: list[float]
+    accuracy: list[float]
+
+
 class Epoch(NamedTuple):
-    """The numbers of one epoch.
+    """The numbers of one epoch. Lists have one number for each copy.
 
     Attributes:
         epoch: counted from 1.
         train_loss: the mean over its steps, noise and regularization included.
-        test_accuracy: afterwards, percent.
+        train_accuracy: percent of the images right in its steps, noise included.
+        test_loss, test_accuracy: afterwards; None for an epoch without evaluation.
+        lmbda: the mean running lambda of the norm layers that have one, of all copies; None
+            without such layers.
         step_ms: the median time of a training step: forward, backward, optimizer.
     """
 
     epoch: int
-    train_loss: float
-    test_accuracy: float
+    train_loss: list[float]
+    train_accuracy: list[float]
+    test_loss: list[float] | None
+    test_accuracy: list[float] | None
+    lmbda: float | None
     step_ms: float
 
 
@@ -103,7 +121,7 @@ class Trainer:
 
     Args:
         experiment: what to train.
-        data: what :func:`accuracy.data.load` gives for it.
+        data: what :func:`accuracy.data.load` gives for the seed of each copy.
         world: the processes that train together; each takes its share of every batch.
         workers: processes that load images.
         network: trained in place of the experiment's model and norm.
@@ -121,7 +139,7 @@ class Trainer:
     def __init__(
         self,
         experiment: Experiment,
-        data: Data,
+        data: Sequence[Data],
         world: World,
         workers: int = 0,
         network: nn.Module | None = None,
@@ -131,10 +149,10 @@ class Trainer:
         if size % world.size:
             raise CommandError(f"batch_size {size} does not divide among {world.size} processes")
         self.experiment, self.data, self.world, self._workers = experiment, data, world, workers
-        self.steps = len(data.train) // size
+        self.steps = len(data[0].train) // size
         if self.steps == 0:
             raise CommandError(
-                f"batch_size {size} is more than the {len(data.train)} training images"
+                f"batch_size {size} is more than the {len(data[0].train)} training images"
             )
         if network is None:
             network = self._build()
@@ -158,17 +176,30 @@ class Trainer:
             self._forward = torch.compile(self._forward)
         self.step = 0
         self.epochs: list[Epoch] = []
-        self._losses: list[float] = []
+        # Of the epoch's steps so far: each copy's loss, and its images that were right.
+        self._sums = torch.zeros(2, experiment.copies, dtype=torch.float64)
 
     def _build(self) -> nn.Module:
-        choice = self.experiment
-        net = MODELS[choice.model]
-        torch.manual_seed(choice.seed)
-        norm = make_norm(
-            choice.norm, net.tokens, alpha=choice.alpha, noise_train=choice.noise_train
-        )
-        network: nn.Module = net.build(norm, self.data.shape, self.data.classes)
+        choice, net, data = self.experiment, MODELS[self.experiment.model], self.data[0]
+
+        def build(seed: int, copies: int = 1) -> nn.Module:
+            torch.manual_seed(seed)
+            norm = make_norm(
+                choice.norm, net.tokens, alpha=choice.alpha, noise_train=choice.noise_train,
+                copies=copies,
+            )  # fmt: skip
+            more = (choice.width, choice.depth, copies) if net.small else ()
+            network: nn.Module = net.build(norm, data.shape, data.classes, *more)
+            return network
+
+        network = build(choice.seed, choice.copies)
+        if choice.copies > 1:
+            network.load_state_dict(concatenated([build(seed) for seed in self._seeds]))
         return network
+
+    @property
+    def _seeds(self) -> range:
+        return range(self.experiment.seed, self.experiment.seed + self.experiment.copies)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         choice, parameters = self.experiment, self.network.parameters()
@@ -185,6 +216,8 @@ class Trainer:
         if choice.schedule == "cycle":
             total = choice.epochs * self.steps
             return OneCycleLR(self._optimizer, choice.learning_rate, total_steps=total)
+        if choice.schedule == "cosine":
+            return CosineAnnealingLR(self._optimizer, choice.epochs * self.steps)
         every = choice.step_epochs * self.steps
         return LambdaLR(self._optimizer, lambda n: choice.gamma ** (n // every) if every else 1.0)
 
@@ -200,29 +233,52 @@ class Trainer:
             times = []
             for images, labels in self._batches():
                 began = time.perf_counter()
-                self._losses.append(self._train_step(images, labels))
+                self._sums += self._train_step(images, labels)
                 times.append(1e3 * (time.perf_counter() - began))
                 self.step += 1
                 if self.step % self.steps:
                     on_step()
-            loss, count = self.world.total(sum(self._losses), len(self._losses))
-            self._losses = []
-            number = len(self.epochs) + 1
-            self.epochs.append(Epoch(number, loss / count, self.accuracy(), median(times)))
+            self.epochs.append(self._end_of_epoch(median(times)))
             on_step()
         return self.epochs
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> float:
+    def _end_of_epoch(self, step_ms: float) -> Epoch:
+        number, choice = len(self.epochs) + 1, self.experiment
+        sums = torch.tensor(self.world.total(*self._sums.flatten().tolist())).view(2, -1)
+        self._sums.zero_()
+        evaluation = Evaluation(None, None)  # type: ignore[arg-type]
+        if number % choice.evaluate_every == 0 or number == choice.epochs:
+            evaluation = self.evaluate()
+        lmbdas = [
+            buffer.mean().item()
+            for name, buffer in self.network.named_buffers()
+            if name.endswith("running_lmbda")
+        ]
+        return Epoch(
+            number,
+            (sums[0] / (self.steps * self.world.size)).tolist(),
+            (100.0 * sums[1] / (self.steps * choice.batch_size)).tolist(),
+            *evaluation,
+            mean(lmbdas) if lmbdas else None,
+            step_ms,
+        )
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         # Not torch.manual_seed, which formats a traceback for each device type: 0.2 ms.
-        seed = self._seed(self.step, self.world.rank)
+        seed = self._seed(self.experiment.seed, self.step, self.world.rank)
         torch.default_generator.manual_seed(seed)
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         images, labels = self._to_device(images), self._to_device(labels)
         if self.experiment.augment:
-            images = shift_and_mirror(images, self.experiment.dataset not in _NO_MIRROR)
+            images = shift_and_mirror(
+                images.unflatten(1, (self.experiment.copies, -1)).flatten(0, 1),
+                self.experiment.dataset not in _NO_MIRROR,
+            ).view_as(images)
         with self._autocast():
-            loss = cross_entropy(self._forward(images).float(), labels)
+            losses, right = self._losses(self._forward(images).float(), labels)
+        # Each copy's parameters get the gradient of its own loss.
+        loss = losses.sum()
         if self._per is not None:
             loss = loss + self._per.loss()
         self._optimizer.zero_grad()
@@ -230,11 +286,23 @@ class Trainer:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._schedule.step()
-        return loss.item()
+        sums = torch.stack([losses.detach().double(), right.double()]).cpu()
+        if self._per is not None:
+            sums[0] += (loss - losses.sum()).item()
+        return sums
 
-    def _seed(self, *place: int) -> int:
-        """A seed of 63 bits for a place in the run."""
-        seed = self.experiment.seed
+    def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """For each copy the mean cross entropy and the number of images classified rightly, from
+        logits (N, copies * classes) and labels (N, copies)."""
+        logits, labels = logits.view(labels.numel(), -1), labels.flatten()
+        losses = cross_entropy(logits, labels, reduction="none")
+        right = logits.argmax(1) == labels
+        copies = self.experiment.copies
+        return losses.view(-1, copies).mean(0), right.view(-1, copies).sum(0)
+
+    @staticmethod
+    def _seed(seed: int, *place: int) -> int:
+        """A seed of 63 bits for a place in the run of that seed."""
         for part in place:
             seed = (seed * 6364136223846793005 + part + 1442695040888963407) % (1 << 63)
         return seed
@@ -250,43 +318,54 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the epoch's remaining batches."""
         epoch, done = divmod(self.step, self.steps)
-        generator = torch.Generator().manual_seed(self._seed(epoch))
-        order = torch.randperm(len(self.data.train), generator=generator)
-        size = self.experiment.batch_size
-        whole = order[: self.steps * size].view(self.steps, size)
-        return self._load(self.data.train, list(whole[done:, self.world.rank :: self.world.size]))
+        size, orders = self.experiment.batch_size, []
+        for seed in self._seeds:
+            generator = torch.Generator().manual_seed(self._seed(seed, epoch))
+            order = torch.randperm(len(self.data[0].train), generator=generator)
+            orders.append(order[: self.steps * size].view(self.steps, size))
+        mine = torch.stack(orders)[:, done:, self.world.rank :: self.world.size]
+        return self._load([data.train for data in self.data], mine)
 
-    def _load(self, data: Any, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(data, TensorDataset):
-            images, labels = data.tensors
-            return ((images[batch], labels[batch]) for batch in batches)
-        return iter(
-            DataLoader(
-                data,
-                batch_sampler=[batch.tolist() for batch in batches],
-                num_workers=self._workers,
-                pin_memory=self.world.device.type == "cuda",
-            )
-        )
+    def _load(self, data: Sequence[Any], batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (N, copies * C, H, W) and labels (N, copies) of every batch, from the data set of
+        each copy and its batches' numbers, (copies, batches, N)."""
+        if isinstance(data[0], TensorDataset):
+            for numbers in zip(*batches, strict=True):
+                parts = [one.tensors for one in data]
+                yield (
+                    torch.cat([p[0][n] for p, n in zip(parts, numbers, strict=True)], dim=1),
+                    torch.stack([p[1][n] for p, n in zip(parts, numbers, strict=True)], dim=1),
+                )
+            return
+        for images, labels in DataLoader(
+            data[0],
+            batch_sampler=[batch.tolist() for batch in batches[0]],
+            num_workers=self._workers,
+            pin_memory=self.world.device.type == "cuda",
+        ):
+            yield images, labels.unsqueeze(1)
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the test images and labels."""
-        mine = torch.arange(len(self.data.test))[self.world.rank :: self.world.size]
-        return self._load(self.data.test, list(mine.split(_EVALUATION_BATCH)))
+        mine = torch.arange(len(self.data[0].test))[self.world.rank :: self.world.size]
+        batches = [mine.split(_EVALUATION_BATCH)] * self.experiment.copies
+        return self._load([data.test for data in self.data], batches)
 
     @torch.no_grad()
-    def accuracy(self, change: Callable[[Tensor], Tensor] = lambda images: images) -> float:
-        """Percent of the (changed) test images classified rightly, in evaluation mode, in which
-        the network is left."""
+    def evaluate(self, change: Callable[[Tensor], Tensor] = lambda images: images) -> Evaluation:
+        """The network in evaluation mode, in which it is left, on the (changed) test images."""
         self.network.eval()
-        right = count = 0
+        sums = torch.zeros(2, self.experiment.copies, dtype=torch.float64)
+        count = 0
         with self._autocast():
             for images, labels in self.test_batches():
-                found = self.network(self._to_device(change(images))).argmax(1)
-                right += int((found == self._to_device(labels)).sum())
+                logits = self.network(self._to_device(change(images))).float()
+                losses, right = self._losses(logits, self._to_device(labels))
+                sums += torch.stack([len(labels) * losses.double(), right.double()]).cpu()
                 count += len(labels)
-        rights, total = self.world.total(right, count)
-        return 100.0 * rights / total
+        *flat, total = self.world.total(*sums.flatten().tolist(), count)
+        losses, rights = torch.tensor(flat, dtype=torch.float64).view(2, -1) / total
+        return Evaluation(losses.tolist(), (100.0 * rights).tolist())
 
     def _stateful(self) -> dict[str, Any]:
         return {
@@ -302,7 +381,7 @@ class Trainer:
                 "experiment": self.experiment.to_dict(),
                 "processes": self.world.size,
                 "step": self.step,
-                "losses": self._losses,
+                "sums": self._sums,
                 "epochs": [tuple(epoch) for epoch in self.epochs],
                 **{name: part.state_dict() for name, part in self._stateful().items()},
             },
@@ -319,8 +398,16 @@ class Trainer:
         saved = read_checkpoint(path, self.experiment, self.world)
         for name, part in self._stateful().items():
             part.load_state_dict(saved[name])
-        self.step, self._losses = saved["step"], saved["losses"]
+        self.step, self._sums = saved["step"], saved["sums"].cpu()
         self.epochs = [Epoch(*epoch) for epoch in saved["epochs"]]
+
+
+def load_data(experiment: Experiment, directory: Path = Path("data")) -> list[Data]:
+    """The data set of each copy."""
+    return [
+        load(experiment.dataset, directory, seed, experiment.limit, experiment.validation)
+        for seed in range(experiment.seed, experiment.seed + experiment.copies)
+    ]
 
 
 def read_checkpoint(path: Path, wanted: Experiment, world: World) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -14,13 +15,16 @@ import image_archives
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from accuracy import data, nets, norms, runs
 from accuracy.experiment import Experiment
 from accuracy.layers import DecorrelatedBatchNorm2d, inverse_square_root
-from accuracy.trainer import Trainer, World
-from normnorm import backends
+from accuracy.trainer import Trainer, World, load_data
+from normnorm import BatchNormalNorm2d, backends, reference
 from normnorm.cli import CommandError
+from normnorm.noise import draw_seed, standard_normals
 
 ALONE = World(0, 1, torch.device("cpu"))
 SCRIPT = Path(__file__).parents[2] / "benchmarks/train.py"
@@ -32,7 +36,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/train.py"
 @pytest.mark.parametrize("name", image_archives.WRITERS)
 def test_a_data_set_is_read_by_torchvisions_class(name, tmp_path, monkeypatch):
     image_archives.write(monkeypatch, name, tmp_path)
-    spec = data.DATASETS[name]
+    spec = data.TORCHVISION[name]
     found = data.load(name, tmp_path, seed=0)
     assert found.shape == (spec.channels, spec.size, spec.size)
     assert found.classes == spec.classes
@@ -49,15 +53,15 @@ def test_a_data_set_is_read_by_torchvisions_class(name, tmp_path, monkeypatch):
         seen.append({image.numpy().tobytes() for image in images})
     assert not seen[0] & seen[1]
     limited = data.load(name, tmp_path, 0, limit=2)
-    assert (len(limited.train), len(limited.test)) == (2, 2)
+    assert (len(limited.train), len(limited.test)) == (2, len(found.test))
 
 
-@pytest.mark.parametrize("name", data.DATASETS)
+@pytest.mark.parametrize("name", data.TORCHVISION)
 def test_a_missing_data_set_says_how_to_get_it(name, tmp_path):
     with pytest.raises(CommandError, match=f"'{name}' is not in {tmp_path}") as caught:
         data.load(name, tmp_path, seed=0)
     with pytest.raises((OSError, RuntimeError)):  # and not TypeError or ValueError
-        data.DATASETS[name].open(tmp_path, False)
+        data.TORCHVISION[name].open(tmp_path, False)
     sentence = str(caught.value)
     if "It is at http" not in sentence:
         code = shlex.split(sentence.split("This command fetches it: python -c ")[1])[0]
@@ -79,7 +83,7 @@ def test_a_torchvision_that_is_missing_or_broken_is_named(monkeypatch, tmp_path)
 
 
 def test_images_are_scaled_to_their_shorter_side_and_cropped_to_the_middle():
-    spec = replace(data.DATASETS["cifar10"], size=4, mean=(0, 0, 0), std=(1, 1, 1))
+    spec = replace(data.TORCHVISION["cifar10"], size=4, mean=(0, 0, 0), std=(1, 1, 1))
     picture = Image.new("RGB", (16, 8))
     picture.paste((255, 0, 0), (4, 0, 12, 8))  # the middle square is red
     (image, label) = data.Images([(picture, 3)], spec)[0]
@@ -102,6 +106,31 @@ def test_the_digits_are_stratified_standardized_and_disjoint():
     rows = {image.numpy().tobytes() for image in images}
     assert not rows & {image.numpy().tobytes() for image in held_out}
     assert not torch.equal(data.load("digits", Path(), 2).test.tensors[0], held_out)
+
+
+def test_mnist_1d_is_drawn_anew_for_every_seed_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MNIST1D", {"train": 40, "test": 50, "validation": 30})
+    first = data.load("mnist1d", tmp_path, 5)
+    validation = data.load("mnist1d", tmp_path, 5, validation=True)
+    parts = [first.train, first.test, validation.test, data.load("mnist1d", tmp_path, 6).train]
+    assert [part.tensors[0].shape for part in parts] == [(n, 1, 1, 40) for n in (40, 50, 30, 40)]
+    rows = [{signal.numpy().tobytes() for signal in part.tensors[0]} for part in parts]
+    assert len(set().union(*rows)) == 160
+    assert torch.equal(validation.train.tensors[0], first.train.tensors[0])
+    monkeypatch.setitem(sys.modules, "mnist1d", None)  # read from the files from now on
+    again = data.load("mnist1d", tmp_path, 5)
+    assert torch.equal(again.test.tensors[0], first.test.tensors[0])
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("mnist5000", (500, 1000)), ("digits", (1213, 134))])
+def test_settings_are_tuned_on_images_that_are_not_tested(name, sizes):
+    whole = data.load(name, Path(), 3)
+    held_out = data.load(name, Path(), 3, validation=True)
+    assert (len(held_out.train), len(held_out.test)) == sizes
+    tested, tuned = (
+        {image.numpy().tobytes() for image in part.test.tensors[0]} for part in (whole, held_out)
+    )
+    assert not tested & tuned
 
 
 def test_shifts_keep_what_stays_inside_and_mirrors_come_half_the_time():
@@ -141,11 +170,11 @@ def test_the_inverse_square_root_and_its_gradient_with_equal_eigenvalues():
 
 def test_decorrelated_batch_norm_whitens_and_remembers():
     torch.manual_seed(0)
-    layer = DecorrelatedBatchNorm2d(6, group_size=4, eps=1e-8, momentum=1.0)
+    layer = DecorrelatedBatchNorm2d(6, group_size=3, eps=1e-8, momentum=1.0)
     mixing = torch.randn(6, 6)
     inputs = torch.einsum("ij,njhw->nihw", mixing, torch.randn(50, 6, 5, 5)) + 3
     rows = layer(inputs).transpose(0, 1).flatten(1)
-    for part in (rows[:4], rows[4:]):
+    for part in (rows[:3], rows[3:]):
         covariance = part @ part.T / part.size(1)
         torch.testing.assert_close(covariance, torch.eye(len(part)), atol=2e-3, rtol=0)
     layer.eval()
@@ -154,6 +183,8 @@ def test_decorrelated_batch_norm_whitens_and_remembers():
         layer(torch.randn(2, 5, 1, 1))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer.train()(torch.randn(1, 6, 1, 1))
+    with pytest.raises(ValueError, match="group_size 4 does not divide the 6 channels"):
+        DecorrelatedBatchNorm2d(6, group_size=4)
 
 
 @pytest.mark.parametrize("model", nets.MODELS)
@@ -163,7 +194,8 @@ def test_every_network_takes_every_norm_of_its_kind(model):
     if model in ("resnet34", "resnet50", "vit"):  # like resnet18 and transformer, and heavy
         names = names[1:2]
     for name in names:
-        network = net.build(norms.make_norm(name, net.tokens), (1, 16, 16), 7).eval()
+        more = (None, None, 1) if net.small else ()
+        network = net.build(norms.make_norm(name, net.tokens), (1, 16, 16), 7, *more).eval()
         assert network(torch.randn(2, 1, 16, 16)).shape == (2, 7)
         classes = {type(module).__name__ for module in network.modules()}
         plain = {"BatchNorm2d", "LayerNorm", "GroupNorm", "InstanceNorm2d"}
@@ -190,6 +222,88 @@ def test_options_reach_the_layers():
 
 
 # Training.
+
+
+def in_float64(experiment, parts):
+    trainer = Trainer(experiment, parts, ALONE)
+    trainer.network.double()
+    return trainer
+
+
+def float64_data(experiment):
+    def doubled(images, labels):
+        return TensorDataset(images.double(), labels)
+
+    return [
+        part._replace(train=doubled(*part.train.tensors), test=doubled(*part.test.tensors))
+        for part in load_data(experiment)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "norm"),
+    [("convnet", norm) for norm in norms.IMAGES if "-" not in norm]
+    + [(model, norm) for model in ("mlp", "transformer") for norm in ("layer", "layernormal")],
+)
+def test_copies_train_as_separate_networks_do(model, norm):
+    noise = {"noise_train": 0.0} if norms.has_transform(norm) else {}
+    experiment = Experiment(
+        model=model, norm=norm, copies=3, epochs=2, evaluate_every=2, limit=640, augment=False,
+        schedule="cosine", optimizer="adamw" if model == "transformer" else "sgd",
+        learning_rate=1e-3 if model == "transformer" else 0.1, **noise,
+    )  # fmt: skip
+    parts = float64_data(experiment)
+    packed = in_float64(experiment, parts)
+    last = packed.train()[-1]
+    assert packed.step == 20
+    singles = [
+        in_float64(replace(experiment, seed=experiment.seed + number, copies=1), [part])
+        for number, part in enumerate(parts)
+    ]
+    epochs = [single.train()[-1] for single in singles]
+    wanted = nets.concatenated([single.network for single in singles])
+    for name, value in packed.network.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-9, atol=1e-9)
+    for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        assert getattr(last, name) == pytest.approx([getattr(e, name)[0] for e in epochs])
+
+
+class GivenNoise(nn.Module):
+    """A batch layer by the reference, with one copy's channels of the noise of all copies."""
+
+    def __init__(self, layer, number, copies):
+        super().__init__()
+        self.layer, self.number, self.copies = layer, number, copies
+
+    def forward(self, input):
+        shape = input.size(0), self.copies * input.size(1), *input.shape[2:]
+        z = standard_normals(shape, draw_seed(input.device)).chunk(self.copies, 1)[self.number]
+        layer = self.layer
+        return reference.normal_norm(
+            input, layer.weight, layer.bias, kind="batch", noise_train=layer.noise_train, z=z
+        )[0]
+
+
+def test_copies_have_their_slice_of_the_noise():
+    experiment = Experiment(copies=3, limit=64)
+    parts = float64_data(experiment)
+    packed = in_float64(experiment, parts)
+    singles = [
+        in_float64(replace(experiment, seed=experiment.seed + number, copies=1), [part]).network
+        for number, part in enumerate(parts)
+    ]
+    images, labels = next(packed._batches())
+    torch.manual_seed(0)
+    packed._losses(packed.network(images), labels)[0].sum().backward()
+    for number, network in enumerate(singles):
+        for index, layer in enumerate(network.features):
+            if isinstance(layer, BatchNormalNorm2d):
+                network.features[index] = GivenNoise(layer, number, 3)
+        torch.manual_seed(0)
+        logits = network(images.chunk(3, dim=1)[number])
+        nn.functional.cross_entropy(logits, labels[:, number]).backward()
+        for found, wanted in zip(packed.network.parameters(), network.parameters(), strict=True):
+            torch.testing.assert_close(found.grad.chunk(3)[number], wanted.grad)
 
 
 def checkpoint(folder):
@@ -237,11 +351,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys, c
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
-    [("step", [0.1] * 4 + [0.01] * 4), ("cycle", [0.004, 0.1])],
+    [
+        ("step", [0.1] * 4 + [0.01] * 4),
+        ("cosine", [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]),
+        ("cycle", [0.004, 0.1]),
+    ],
 )
 def test_the_learning_rate_follows_its_schedule_and_every_step_has_a_seed(schedule, rates):
     experiment = Experiment(epochs=4, batch_size=32, limit=64, schedule=schedule, step_epochs=2)
-    trainer = Trainer(experiment, data.load("digits", Path(), 2, 64), ALONE)
+    trainer = Trainer(experiment, load_data(experiment), ALONE)
     (group,) = trainer._optimizer.param_groups
     seen, seeds = [group["lr"]], set()
 
@@ -258,9 +376,8 @@ def test_the_learning_rate_follows_its_schedule_and_every_step_has_a_seed(schedu
 
 
 def test_processes_must_share_a_batch_evenly():
-    digits = data.load("digits", Path(), 2)
     with pytest.raises(CommandError, match="batch_size 64 does not divide among 3 processes"):
-        Trainer(Experiment(), digits, World(0, 3, torch.device("cpu")))
+        Trainer(Experiment(), load_data(Experiment()), World(0, 3, torch.device("cpu")))
 
 
 def test_two_processes_train_as_one_does(tmp_path):
@@ -274,11 +391,11 @@ def test_two_processes_train_as_one_does(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert runs.main([*words, "--out", str(tmp_path / "one")]) == 0
-    two, one = (tmp_path / part / "digits-convnet-group-lr0.02-seed2" for part in ("two", "one"))
+    two, one = (next((tmp_path / part).iterdir()) for part in ("two", "one"))
     weights = checkpoint(two)["network"]
     for key, value in checkpoint(one)["network"].items():
         torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-4)
-    losses = [metrics(folder)[-1]["train_loss"] for folder in (two, one)]
+    losses = [metrics(folder)[-1]["train_loss"][0] for folder in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -308,8 +425,10 @@ def test_a_sweep_trains_every_combination_once(tmp_path, capsys, refused):
     assert runs.main([*words, *swept, "--tensorboard"]) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(
-        f"digits-convnet-{norm}-lr0.1-seed{seed}"
-        for norm in ("batch", "batchnormal-noise_train0", "batchnormal-noise_train0.4")
+        f"digits-convnet-{norm}epochs1-{noise}limit128-seed{seed}"
+        for norm, noise in (
+            ("batch-", ""), ("batchnormal-", "noise_train0-"), ("batchnormal-", "noise_train0.4-")
+        )
         for seed in (2, 3)
     )
     assert len(capsys.readouterr().out.splitlines()) == 6
@@ -322,7 +441,7 @@ def test_a_sweep_trains_every_combination_once(tmp_path, capsys, refused):
 def test_a_sweep_is_checked_whole_before_anything_is_trained(tmp_path, refused):
     out = tmp_path / "out"
     swept = [*SHORT, "--out", str(out), "--seed", "2", "3"]
-    last = out / "digits-convnet-batchnormal-lr0.1-seed3"
+    last = out / "digits-convnet-batchnormal-epochs1-limit128-seed3"
     out.touch()
     refused(f"cannot write to {out}", *swept)
     out.unlink()
@@ -330,11 +449,12 @@ def test_a_sweep_is_checked_whole_before_anything_is_trained(tmp_path, refused):
     assert not out.exists()
     assert runs.main([*SHORT, "--out", str(out), "--seed", "3"]) == 0
     refused("1 of 2 runs are there already; --resume goes on with them", *swept)
-    resume = [*swept, "--resume"]
-    refused("of another experiment: weight_decay 0.0005 (now 0.1)", *resume, "--weight-decay", ".1")
     (last / "checkpoint.pt").write_bytes(b"half")
-    refused("is not a checkpoint", *resume)
+    refused("is not a checkpoint", *swept, "--resume")
     assert list(out.iterdir()) == [last]
+    half = [*SHORT, "--out", str(out), "--alpha"]
+    assert runs.main([*half, "0.5"]) == 0
+    refused("of another experiment: alpha 0.5 (now 0.50000001)", *half, "0.50000001", "--resume")
 
 
 @pytest.mark.parametrize(
@@ -351,6 +471,8 @@ def test_a_sweep_is_checked_whole_before_anything_is_trained(tmp_path, refused):
         (["--learning-rate", "-1"], "learning_rate must be positive; got -1.0"),
         (["--weight-decay", "nan"], "weight_decay must be finite"),
         (["--batch-size", "5000"], "batch_size 5000 is more than the 1347 training images"),
+        (["--model", "vit", "--norm", "layer", "--width", "2"], "'vit' has no width, no depth"),
+        (["--per-weight", "0.1", "--copies", "2"], "per_weight needs copies 1"),
         (["--dataset", "cifar10", "--data-dir", "/nonexistent"], "This command fetches it"),
         (["--device", "foo"], "--device must be cpu, cuda, cuda:1, ...; got 'foo'"),
         (["--device", "meta"], "--device meta: "),
@@ -390,5 +512,5 @@ def test_the_papers_networks_train_on_its_data(tmp_path, monkeypatch):
     assert runs.main(words) == 0
     (folder,) = (tmp_path / "out").iterdir()
     epoch = metrics(folder)[-1]
-    assert 0 < epoch["train_loss"] < 100
-    assert 0 <= epoch["test_accuracy"] <= 100
+    assert 0 < epoch["train_loss"][0] < 100
+    assert 0 <= epoch["test_accuracy"][0] <= 100

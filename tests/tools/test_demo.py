@@ -15,16 +15,20 @@ from matplotlib.image import imread
 from torch import nn
 
 import normnorm
-from accuracy import demo, demo_plot
-from accuracy.data import load
-from accuracy.trainer import Epoch, Trainer, World
+from accuracy import data, demo, demo_plot
+from accuracy.experiment import Experiment
+from accuracy.measures import norm_layers
+from accuracy.trainer import Epoch, Trainer, World, load_data
 from normnorm.quantiles import normal_r_squared
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/demo.py"
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_the_quick_demo_prints_stores_and_draws(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "deep" / "run"
+    monkeypatch.setattr(data, "MNIST1D", {"train": 1000, "test": 200})
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--quick", "--out", str(folder)])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -32,10 +36,11 @@ def test_the_quick_demo_prints_stores_and_draws(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 0, err
     for word in ("BatchNorm2d", "BatchNormalNorm2d", "LayerNorm", "LayerNormalNorm", "Q-Q R^2"):
         assert word in out
-    assert "1347 training and 450 test images, seeds: 1, " in out
+    assert "1000 to train, 200 to test, seeds: 1, " in out
+    assert "accuracy against BatchNorm2d: BatchNormalNorm2d " in out
     assert str(folder / "results.png") in out
     assert out.isascii()
-    assert "run 4/4" in err
+    assert "run 6/6" in err
 
     written = json.loads((folder / "results.json").read_text())
     assert (written["judged"], written["failures"]) == (False, [])
@@ -45,14 +50,13 @@ def test_the_quick_demo_prints_stores_and_draws(tmp_path, monkeypatch, capsys):
     assert normnorm.available_backends()[around["backend"]] is None
     assert "demo.py --quick" in around["command_line"]
     assert [(side["layer"], side["noise_train"]) for side in written["layers"]] == [
-        ("BatchNorm2d", None), ("BatchNormalNorm2d", 0.4), ("LayerNorm", None),
-        ("LayerNormalNorm", 1.0),
+        ("BatchNorm2d", None), ("BatchNormalNorm2d", 0.4), ("BatchNorm2d, decay 0.01", None),
+        ("LayerNorm", None), ("LayerNormalNorm, noise 0.3", 0.3), ("LayerNormalNorm", 1.0),
     ]  # fmt: skip
     for side in written["layers"]:
-        (run,) = side["runs"]
-        (epoch,) = run["epochs"]
-        assert epoch["test_accuracy"] > 50  # of ten classes, after one epoch
-        assert 0.8 < run["qq_r2"] < 1
+        (epoch,) = side["epochs"]
+        assert 0 < epoch["test_accuracy"][0] < 100
+        assert 0.8 < side["qq_r2"][0] < 1
 
     ink = torch.from_numpy((imread(folder / "results.png")[..., :3] < 0.95).any(-1))
     assert 600 <= min(ink.shape) <= max(ink.shape) <= 3000
@@ -61,15 +65,17 @@ def test_the_quick_demo_prints_stores_and_draws(tmp_path, monkeypatch, capsys):
             assert 0.01 < panel.float().mean() < 0.6
 
 
-def pair(plain, normality):
-    """A plain layer's side and a normality layer's, with a run for each accuracy."""
-    sides = demo.sides(1)[:2]
-    for side, accuracies in zip(sides, (plain, normality), strict=True):
-        side.runs = [
-            demo.Run([Epoch(1, 0.1, accuracy, step_ms)], torch.randn(4, 48), 0.9)
-            for accuracy, step_ms in zip(accuracies, (1.0, 3.0), strict=False)
-        ]
-    return sides
+DIGITS = demo.PRESETS["digits"]()[0]
+
+
+def sides(*accuracies):
+    """The sides of the digits' convolutional net, with test accuracies by seed."""
+    found = demo.sides(DIGITS, 1, len(accuracies[0]))
+    for side, values in zip(found, accuracies, strict=True):
+        side.epochs = [Epoch(1, [0.1], [50.0], [0.1], list(values), None, 2.0 * len(values))]
+        side.groups = [torch.randn(4, 48) for _ in values]
+        side.qq_r2 = [0.9 for _ in values]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -80,66 +86,78 @@ def pair(plain, normality):
         ([96.9, 97.0], [98.0, 98.0], ["BatchNorm2d reached 96.95 %"]),
         # Behind by 1.5: allowed is a point and the standard error of the differences 1 and 2.
         ([98.0, 99.0], [97.0, 97.0], []),
-        ([98.5, 98.5], [97.0, 97.0], ["BatchNormalNorm2d is 1.50 points"]),
-        ([90.0], [80.0], ["at least 97 % was expected", "10.00 points"]),
+        ([98.5, 98.5], [97.0, 97.0], ["BatchNormalNorm2d is -1.50 points"]),
+        ([90.0], [80.0], ["at least 97 % was expected", "-10.00 points"]),
         ([math.nan], [math.nan], ["reached nan", "nan points"]),
     ],
 )
 def test_judgement(plain, normality, words):
-    sentences = demo.judge(pair(plain, normality))
+    sentences = demo.judge(DIGITS, sides(plain, normality))
     assert len(sentences) == len(words)
     for sentence, word in zip(sentences, words, strict=True):
         assert word in sentence
 
 
-def test_the_table_shows_means_errors_medians_and_noise():
-    lines = demo.table(pair([97.0, 99.0], [98.0, 98.0])).splitlines()
+def test_table_and_finding_show_means_errors_and_noise():
+    found = sides([97.0, 99.0], [98.0, 99.0])
+    lines = demo.table(found).splitlines()
     numbers = ["2.00", "0.9000", f"{normal_r_squared(48):.4f}"]
     assert lines[2].split()[2:] == ["BatchNorm2d", "-", "98.00", "1.00", *numbers]
-    assert lines[3].split()[2:] == ["BatchNormalNorm2d", "0.4", "98.00", "0.00", *numbers]
+    assert lines[3].split()[2:] == ["BatchNormalNorm2d", "0.4", "98.50", "0.50", *numbers]
+    assert demo.finding(found).endswith("against BatchNorm2d: BatchNormalNorm2d +0.5 +- 0.5.")
 
 
 def test_diverged_runs_are_reported_all_the_same(tmp_path):
-    sides = pair([10.0, 10.0], [100.0, 100.0])
-    for run in sides[0].runs:
-        run.qq_r2, run.groups = math.nan, torch.full((4, 9), math.nan)
-    assert "nan" in demo.table(sides)
-    demo_plot.draw(sides, "diverged", tmp_path / "plot.png")
+    found = sides([10.0, 10.0], [100.0, 100.0])
+    found[0].qq_r2, found[0].groups = [math.nan] * 2, [torch.full((4, 9), math.nan)] * 2
+    found[1].groups = [torch.randn(4, 9)] * 2
+    assert "nan" in demo.table(found)
+    demo_plot.draw([found], "diverged", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_a_miss_exits_1_and_is_written_down(tmp_path, monkeypatch, capsys):
-    experiment, names = demo.PRESET["convolutional net"]
-    monkeypatch.setattr(demo, "PRESET", {"net": (replace(experiment, limit=100), names)})
-    assert demo.main(["--epochs", "1", "--seeds", "2", "--out", str(tmp_path)]) == 1
+    few = {label: replace(e, limit=100) for label, e in DIGITS.layers.items()}
+    monkeypatch.setitem(demo.PRESETS, "digits", lambda: (DIGITS._replace(layers=few),))
+    words = ["--dataset", "digits", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path)]
+    assert demo.main(words) == 1
     assert "at least 97 % was expected" in capsys.readouterr().err  # after a single step
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["judged"]
     assert any("97 %" in sentence for sentence in written["failures"])
-    assert [len(side["runs"]) for side in written["layers"]] == [2, 2]
+    assert [len(side["epochs"][0]["test_accuracy"]) for side in written["layers"]] == [2, 2]
 
 
-def test_pairs_start_out_equal():
-    world, data = World(0, 1, torch.device("cpu")), load("digits", Path(), 0)
-    sides = [Trainer(side.experiment, data, world).network.state_dict() for side in demo.sides(1)]
-    for plain, normality in zip(sides[::2], sides[1::2], strict=True):
-        assert plain.keys() <= normality.keys()
-        assert all(torch.equal(value, normality[name]) for name, value in plain.items())
+def test_layers_that_are_compared_start_out_equal():
+    for comparison in demo.PRESETS["digits"]():
+        first, second = (
+            Trainer(side.experiment, load_data(side.experiment), ALONE).network.state_dict()
+            for side in demo.sides(comparison, 1, 2)
+        )
+        assert first.keys() <= second.keys()
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize(
-    ("layer", "inputs", "groups"),
-    [(nn.BatchNorm2d(4), (6, 4, 3, 3), (4, 54)), (nn.LayerNorm(8), (6, 5, 8), (30, 8))],
+    ("model", "norm", "groups"),
+    [
+        ("convnet", "batchnormal", (2, 32, 450 * 16)),
+        ("convnet", "group", (2, 450 * 8, 64)),
+        ("convnet", "instancenormal", (2, 450 * 32, 16)),
+        ("transformer", "layernormal", (2, 450 * 16, 48)),
+    ],
 )
-def test_groups_are_normalized_without_the_affine_map(layer, inputs, groups):
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, 1, 2)
-    found = demo._groups(nn.Sequential(nn.LayerNorm(inputs[1:]), layer), torch.randn(inputs))
+def test_groups_are_normalized_without_the_affine_map(model, norm, groups):
+    experiment = Experiment(model=model, norm=norm, copies=2, limit=64)
+    trainer = Trainer(experiment, load_data(experiment), ALONE)
+    layer = norm_layers(trainer.network)[-1]
+    before = nn.init.uniform_(layer.get_parameter("weight"), 2, 3).clone()
+    found = demo.last_groups(trainer)
     assert found.shape == groups
     assert not found.requires_grad
-    assert (layer.weight != 1).all()  # the layer itself keeps its map
-    if isinstance(layer, nn.LayerNorm):
-        torch.testing.assert_close(found.mean(1), torch.zeros(30))
+    assert torch.equal(layer.get_parameter("weight"), before)  # the layer itself keeps its map
+    if norm != "batchnormal":  # in evaluation it normalizes with its running statistics
+        assert found.std(2).median().item() == pytest.approx(1, abs=0.1)
 
 
 def test_bad_arguments_get_a_sentence(tmp_path, capsys):
