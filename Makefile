@@ -32,7 +32,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (about a minute)'
-	@echo 'make study     every norm with and without noise and transform, over ten seeds'
+	@echo 'make study     accuracy with and without noise and transform on small data sets (QUICK=1: minutes)'
 	@echo 'make test      set up what is missing, then lint and run the tests'
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
 	@echo 'make test-floor the tests that tell whether the oldest supported torch still serves'
@@ -47,8 +47,15 @@ help:
 	@echo
 	@echo 'Overridable: PYTHON=$(PYTHON) TORCH="$(TORCH)" VENV=$(VENV) JOBS=$(JOBS) ARGS="$(ARGS)"'
 
-demo study: $(VENV)/.native $(VENV)/.accuracy
-	$(PY) benchmarks/$@.py $(ARGS)
+demo: $(VENV)/.native $(VENV)/.accuracy
+	$(PY) benchmarks/demo.py $(ARGS)
+
+# Goes on with what runs/study.json holds, and writes its page.
+study: STUDY := runs/study$(if $(filter-out 0,$(QUICK)),-quick)
+study: $(VENV)/.native $(VENV)/.accuracy
+	@mkdir -p runs
+	$(PY) benchmarks/study.py $(if $(filter-out 0,$(QUICK)),--quick) --results $(STUDY).json \
+	    --page $(STUDY).md $(ARGS)
 
 bench: $(VENV)/.native $(VENV)/.dev
 	$(PY) benchmarks/bench.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The study of the handwritten digits; `make study`."""
+"""The study of accuracy on small data sets; `make study`."""
 
 import sys
 

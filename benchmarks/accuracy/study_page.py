@@ -1,191 +1,380 @@
-"""The study's page: its tables, its picture, and sentences that follow from the numbers."""
+"""The study's statistics and page: its tables, its picture, and sentences that follow from the
+numbers."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 from tabulate import tabulate
 
-from accuracy.study import COMPARISONS, Difference, Study, difference, interval
+from accuracy import plan
+from accuracy.plan import MEASURES, PRIMARY, Cell, Contrast, Question
+from accuracy.study import Study
+
+LEVEL, POWER = 0.05, 0.8
+NAMES = {
+    "accuracy": "accuracy",
+    "input_noise": "accuracy with noise on the input",
+    "layer_noise": "accuracy with noise behind every norm layer",
+    "weight_noise": "accuracy with noise on the weights",
+    "qq_r2": "Q-Q R²",
+    "correlation": "correlation of channels",
+}
+_DIGITS = dict.fromkeys(MEASURES["layers"], 4)
+
+
+class Difference(NamedTuple):
+    """The mean of paired differences, the 95 % interval of Student's t, the p-value of the
+    two-sided t-test (1 where all differences are zero), their standard deviation and number."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    deviation: float
+    seeds: int
+
+
+def difference(mine: Sequence[float], theirs: Sequence[float]) -> Difference | None:
+    """Of two lists in the order of the seeds; None for fewer than two."""
+    if len(mine) < 2 or len(mine) != len(theirs):
+        return None
+    differences = np.subtract(mine, theirs)
+    middle, deviation = float(differences.mean()), float(differences.std(ddof=1))
+    if np.ptp(differences) == 0:
+        p = 1.0 if middle == 0 else 0.0
+        return Difference(middle, middle, middle, p, 0.0, len(mine))
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Difference(middle, float(low), float(high), float(test.pvalue), deviation, len(mine))
+
+
+def detectable(found: Difference, comparisons: int) -> float:
+    """The smallest difference that so many seeds find with 80 % power at the level of 0.05 divided
+    by the number of comparisons."""
+    effect = TTestPower().solve_power(
+        nobs=found.seeds, alpha=LEVEL / comparisons, power=POWER, alternative="two-sided"
+    )
+    return float(np.squeeze(effect)) * found.deviation
+
+
+def cell_values(study: Study, question: Question, cell: Cell, measure: str) -> list[float]:
+    """One number a seed; empty where runs are missing."""
+    runs = study.test_runs(question, *cell) or []
+    if measure in MEASURES["layers"]:
+        runs = runs[:1]
+    return study.measured(runs, measure)
+
+
+def contrast_of(study: Study, question: Question, contrast: Contrast) -> Difference | None:
+    sides = []
+    for cells in (contrast.cells, contrast.against):
+        values = [cell_values(study, question, cell, contrast.measure) for cell in cells]
+        sides.append(list(np.mean(values, axis=0)) if all(values) else [])
+    return difference(*sides)
+
+
+class Finding(NamedTuple):
+    """A comparison with its p-value adjusted, and the difference that it could have found."""
+
+    contrast: Contrast
+    difference: Difference
+    adjusted: float
+    detectable: float
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 for a difference that is called one, else 0."""
+        return int(np.sign(self.difference.mean)) if self.adjusted < LEVEL else 0
+
+
+def findings(study: Study, questions: dict[str, Question]) -> dict[Contrast, Finding]:
+    """All comparisons whose runs are there, adjusted together by Holm's method."""
+    known = {
+        contrast: found
+        for contrast in plan.contrasts(questions)
+        if (found := contrast_of(study, questions[contrast.question], contrast)) is not None
+    }
+    if not known:
+        return {}
+    adjusted = multipletests([found.p for found in known.values()], method="holm")[1]
+    return {
+        contrast: Finding(contrast, found, float(p), detectable(found, len(known)))
+        for (contrast, found), p in zip(known.items(), adjusted, strict=True)
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half of its 95 % interval."""
+    if len(values) < 2:
+        return (values[0] if values else math.nan), math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(np.mean(values)), float(half)
+
 
 _PAGE = """\
-# Does it help? A study on handwritten digits
+# {title}
 
-This page is generated from stored results by `make study`; its numbers are not edited.
+This page is generated from stored results by `benchmarks/study.py`; its numbers are not edited.
+{abstract}
 
-Eftekhari and Papyan report that networks with normality normalization generalize better and are
-more robust than with the plain layers. Their experiments take GPUs and days
-([`train.py`](experiments.md) runs them). This study asks the same of small networks on
-scikit-learn's 1797 handwritten digits (8 x 8), and reports what came out.
-{power}
-Small digits are an easy task: what is found or not found here says little about larger ones.
+![Accuracy against weight decay]({image})
 
-## What came out
+Mean accuracy on validation sets over {tuning_seeds} seeds, with 95 % intervals, by weight decay:
+the runs that the settings were tuned with. All other numbers on this page are of test sets and of
+other seeds.
 
-In {claims} comparisons, transform and noise together change the test accuracy for
-the better in {better};
-for the worse in {worse};
-at an adjusted p below 0.05. In {rest} no difference can be told from chance.
+## The primary endpoint
 
-![Differences in accuracy]({image})
+{primary}
 
-## Against the plain form
+## What holds, and what does not
 
-Paired differences with their 95 % intervals. "noisy images": accuracy with Gaussian noise of one
-standard deviation on the test images. "change": relative change of the outputs when half a standard
-deviation of noise is added behind a norm layer; less is more robust.
+In {better} of {count} comparisons the measure is more with the arm that is named first, in
+{worse} it is less, at an adjusted p below {level}; in {rest} the two cannot be told apart. Those
+of whole normality layers with their plain ones:
 
-{compared}
+{claims}
 
-## Every arm
+{sections}
 
-Means with half their 95 % intervals. Q-Q R² and the joint distance tell how normal the norm layers'
-outputs on test images are (near 1 and 0 for the normal), correlation and adjusted mutual
-information how far from independent ([diagnostics](../use/diagnostics.md)). Step times are medians
-beside whatever else the machine did; [the benchmarks](benchmarks.md) measure cost.
+## The plan
 
-{arms}
+{plan}
 
-## Method
+## Running it again
 
-* A convolutional net (two stages, 16 and 32 channels) with SGD 0.1, momentum 0.9, weight decay
-  5e-4, batches of 64 and a tenth of the learning rate after every {step} epochs; a transformer
-  (two blocks, width 48) with AdamW 1e-3, weight decay 0.05 and batches of 32; {epochs} epochs,
-  {seeds} seeds. Each seed holds out another quarter of the images, and fixes initialization, order
-  and noise; arms are compared seed by seed.
-* "+ noise" is the normality layer without its transform (`alpha=0`), "+ transform" without its
-  noise (`noise_train=0`), "+ both" as it comes. "PER" is the projected error function loss with
-  weight 0.01 on the outputs of the norm layers. "strong" adds random shifts, and the learning rate
-  with the best mean accuracy among {rates} on three other seeds: {chosen}.
-* The last epoch counts; none is picked. Differences are means over pairs with 95 % intervals of
-  Student's t, p-values of the paired t-test, and these adjusted for all {count} comparisons
-  (Benjamini and Hochberg).
+```
+make study
+```
+
+runs what `runs/study.json` lacks, on two processes of one thread; `QUICK=1` runs a few steps of
+everything. A norm, a network or a data set of one's own is one more entry of the tables in
+`benchmarks/accuracy/norms.py`, `nets.py` and `data.py`, and one more question in `plan.py`.
 
 ## Provenance
 
 {provenance}.
 """
-_MEASURES = (
-    ("accuracy", "accuracy %", 2),
-    ("noisy_accuracy", "noisy images %", 2),
-    ("change", "change", 3),
-    ("qq_r2", "Q-Q R²", 4),
-    ("joint_distance", "joint", 3),
-    ("correlation", "abs. corr.", 3),
-    ("mutual_information", "AMI", 3),
-    ("step_ms", "ms a step", 2),
-)
-# An arm, the one it is compared with, the difference in accuracy, its adjusted p-value.
-_Row = tuple[str, str, Difference, float]
 
 
-def write(study: Study, page: Path, image: Path) -> None:
-    """Writes the page, and the picture it shows."""
-    pairs = [(arm, other, difference(study, arm, other, "accuracy")) for arm, other in COMPARISONS]
-    known = [(arm, other, d) for arm, other, d in pairs if d is not None]
-    adjusted = stats.false_discovery_control([d.p for *_, d in known]) if known else []
-    found = [(*row, float(p)) for row, p in zip(known, adjusted, strict=True)]
-    _picture(found, image)
-    claims = [row for row in found if row[0].endswith("+ both")]
-    better, worse = (
-        [row for row in claims if row[3] < 0.05 and sign * row[2].mean > 0] for sign in (1, -1)
-    )
-    settings = [arm["experiment"] for arm in study.arms.values()]
-    tuned = {name: arm for name, arm in study.arms.items() if arm["tuning"]}
-    rates = [f"{arm['experiment']['learning_rate']:g} for {name}" for name, arm in tuned.items()]
-    counts = [len(arm["runs"]) for arm in study.arms.values()]
+def write(study: Study, questions: dict[str, Question], page: Path) -> None:
+    """Writes the page, and the picture that it shows beside it in ``images``."""
+    found = findings(study, questions)
+    image = page.parent / "images" / f"{page.stem}.png"
+    _picture(study, questions, image)
+    signs = [finding.sign for finding in found.values()]
+    sections = [
+        text
+        for name, question in questions.items()
+        if (text := _section(study, name, question, found))
+    ]
     page.write_text(
         _PAGE.format(
-            power=_power(counts, found),
-            claims=len(claims),
-            better=_named(better),
-            worse=_named(worse),
-            rest=len(claims) - len(better) - len(worse),
+            title=_title(found),
+            abstract=_abstract(found),
             image=image.relative_to(page.parent).as_posix(),
-            compared=_compared(study, found),
-            arms=_arms(study),
-            epochs=settings[0]["epochs"],
-            step=settings[0]["step_epochs"],
-            seeds=min(counts),
-            rates=", ".join(next(iter(tuned.values()))["tuning"]) if tuned else "-",
-            chosen="; ".join(rates) or "none in this study",
+            tuning_seeds=questions[PRIMARY].tuning_copies,
+            primary=_primary(study, questions[PRIMARY], found),
             count=len(found),
+            better=signs.count(1),
+            worse=signs.count(-1),
+            rest=signs.count(0),
+            level=LEVEL,
+            claims=_claims(questions, found),
+            sections="\n\n".join(sections),
+            plan=inspect.getdoc(plan).partition("\n\n")[2],  # type: ignore[union-attr]
             provenance=", ".join(f"{key} {value}" for key, value in study.environment.items()),
         )
     )
 
 
-def _named(rows: list[_Row]) -> str:
-    names = ", ".join(f"{arm} ({d.mean:+.2f} points)" for arm, _, d, _ in rows)
-    return f"{len(rows)}: {names or 'none'}"
+def _of(found: dict[Contrast, Finding], name: str, title: str, measure: str) -> Finding | None:
+    wanted = (
+        finding
+        for contrast, finding in found.items()
+        if contrast[:3] == (name, title, measure)
+    )
+    return next(wanted, None)
 
 
-def _power(counts: list[int], found: list[_Row]) -> str:
-    """How large a difference the seeds can tell from chance."""
-    seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    noun = "seed" if max(counts) == 1 else "seeds"
-    if not found:
-        return f"It ran {seeds} {noun} an arm, too few to tell any difference from chance."
-    half = median((d.high - d.low) / 2 for _, _, d, _ in found)
+def _title(found: dict[Contrast, Finding]) -> str:
+    """What the two settings of the primary question show."""
+    tuned, usual = (
+        _of(found, PRIMARY, f"both, {setting}", "accuracy") for setting in ("tuned", "paper")
+    )
+    if tuned is None or usual is None:
+        return "Does it help? A study on small data sets"
+    words = {1: "more accurate", 0: "not told apart from batch normalization", -1: "less accurate"}
     return (
-        f"It ran {seeds} {noun} an arm: differences in accuracy are known to about\n"
-        f"±{half:.2f} points (half of a 95 % interval, the median over comparisons), and "
-        "smaller ones\ncannot be told from chance."
+        f"At the paper's settings {words[usual.sign]}, with tuned settings {words[tuned.sign]}: "
+        "a study on small data sets"
     )
 
 
-def _compared(study: Study, found: list[_Row]) -> str:
-    def signed(d: Difference | None, digits: int) -> str:
-        if d is None:
-            return "-"
-        return f"{d.mean:+.{digits}f} ({d.low:+.{digits}f} to {d.high:+.{digits}f})"
+def _abstract(found: dict[Contrast, Finding]) -> str:
+    lines = []
+    for name, title, measure, words in (
+        (PRIMARY, "both, paper", "accuracy", "4,000 signals, the paper's settings"),
+        (PRIMARY, "both, tuned", "accuracy", "4,000 signals, tuned"),
+        ("conv-1000", "both, paper", "accuracy", "1,000 signals, the paper's settings"),
+        ("conv-1000", "noise, paper", "accuracy", "the same, the noise alone"),
+        ("conv-1000", "transform, paper", "accuracy", "the same, the transform alone"),
+        ("conv-1000", "both, tuned", "accuracy", "1,000 signals, tuned"),
+        ("conv-1000", "both, tuned", "layer_noise", "the same, with noise behind every norm layer"),
+    ):
+        finding = _of(found, name, title, measure)
+        if finding is not None:
+            lines.append(f"| {words} | {_signed(finding.difference, 2)} | {_p(finding)} |")
+    if not lines:
+        return ""
+    head = "| accuracy of BatchNormalNorm less that of BatchNorm | points | adjusted p |"
+    return "\n" + "\n".join([head, "| --- | --- | --- |", *lines])
 
+
+def _signed(found: Difference, digits: int) -> str:
+    return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+
+
+def _p(finding: Finding) -> str:
+    return "< 0.001" if finding.adjusted < 1e-3 else f"{finding.adjusted:.3f}"
+
+
+def _primary(study: Study, question: Question, found: dict[Contrast, Finding]) -> str:
+    first = _of(found, PRIMARY, "both, tuned", "accuracy")
+    if first is None:
+        return "Not measured yet."
+    seeds = [cell_values(study, question, Cell(arm, "tuned"), "accuracy") for arm in _PAIR]
+    again = [study.measured(study.replication(question, arm), "accuracy") for arm in _PAIR]
+    rows = [
+        ("first seeds", first.difference, _p(first)),
+        ("replication", difference(*again), ""),
+        ("together", difference(*(a + b for a, b in zip(seeds, again, strict=True))), ""),
+    ]
+    table = [
+        [name, d.seeds, _signed(d, 2), p] for name, d, p in rows if d is not None
+    ]  # fmt: skip
+    head = ["", "seeds", "both less plain, points (95 % interval)", "adjusted p"]
+    return (
+        f"{question.title}, every arm tuned:\n\n{_markdown(table, head)}\n\nThe first seeds find a "
+        f"difference of {first.detectable:.2f} points with {100 * POWER:.0f} % power."
+    )
+
+
+_PAIR = ("both", "plain")
+
+
+def _claims(questions: dict[str, Question], found: dict[Contrast, Finding]) -> str:
+    """Three lists of the comparisons of a whole normality layer, "both", with its plain one."""
+    words = {1: "More than the plain layer", -1: "Less than the plain layer", 0: "Not told apart"}
+    lines: dict[int, list[str]] = {sign: [] for sign in words}
+    for contrast, finding in found.items():
+        if contrast.title.startswith("both"):
+            digits = _DIGITS.get(contrast.measure, 2)
+            lines[finding.sign].append(
+                f"* {questions[contrast.question].title}, {contrast.title}: "
+                f"{NAMES[contrast.measure]} {_signed(finding.difference, digits)}"
+            )
+    return "\n\n".join(
+        f"**{words[sign]}:**\n\n" + ("\n".join(part) or "* nothing")
+        for sign, part in lines.items()
+    )
+
+
+def _section(
+    study: Study, name: str, question: Question, found: dict[Contrast, Finding]
+) -> str:  # fmt: skip
+    mine = [finding for contrast, finding in found.items() if contrast.question == name]
+    if not mine:
+        return ""
+    tables = [_tuned(study, question)] if question.tuning else [_grid(study, question)]
+    for kind in question.measures:
+        tables.append(_measured(study, question, kind))
     rows = []
-    for arm, against, accuracy, p in found:
-        noisy, change = (
-            signed(difference(study, arm, against, name), digits)
-            for name, digits in (("noisy_accuracy", 2), ("change", 3))
-        )
-        numbers = (signed(accuracy, 2), f"{accuracy.p:.3f}", f"{p:.3f}", noisy, change)
-        rows.append([arm, against, *numbers])
-    head = ["arm", "against", "accuracy, points", "p", "adjusted", "noisy images, points", "change"]
+    for contrast, difference, adjusted, smallest in mine:
+        digits = _DIGITS.get(contrast.measure, 2)
+        shown = "< 0.001" if adjusted < 1e-3 else f"{adjusted:.3f}"
+        cells = [contrast.title, NAMES[contrast.measure], _signed(difference, digits), shown]
+        rows.append([*cells, f"{smallest:.{digits}f}"])
+    head = ["less plain" if question.tuning else "comparison", "measure"]
+    head += ["difference (95 % interval)", "adjusted p", "found with 80 % power"]
+    return f"## {question.title}\n\n" + "\n\n".join([*tables, _markdown(rows, head)])
+
+
+def _cell(study: Study, question: Question, cell: Cell, measure: str) -> str:
+    digits = _DIGITS.get(measure, 2)
+    middle, half = interval(cell_values(study, question, cell, measure))
+    return "-" if math.isnan(middle) else f"{middle:.{digits}f} ± {half:.{digits}f}"
+
+
+def _tuned(study: Study, question: Question) -> str:
+    """Accuracies of every arm in both settings, and the settings that were chosen."""
+    rows = []
+    for arm in question.arms:
+        cells = [
+            _cell(study, question, Cell(arm, setting), "accuracy") for setting in ("paper", "tuned")
+        ]
+        rows.append([arm, *cells, plan.words(study.chosen(question, arm) or {})])
+    head = ["arm", "accuracy %, the paper's settings", "accuracy %, tuned", "tuned to"]
     return _markdown(rows, head)
 
 
-def _arms(study: Study) -> str:
+def _grid(study: Study, question: Question) -> str:
+    """Accuracies by setting and arm."""
     rows = []
-    for name in study.arms:
-        cells = [name]
-        for key, _, digits in _MEASURES:
-            mean, half = interval(list(study.by_seed(name, key).values()))
-            spread = "" if math.isnan(half) else f" ± {half:.{digits}f}"
-            cells.append("-" if math.isnan(mean) else f"{mean:.{digits}f}{spread}")
-        rows.append(cells)
-    return _markdown(rows, ["arm", *(title for _, title, _ in _MEASURES)])
+    for setting in map(plan.words, question.settings()):
+        cells = [_cell(study, question, Cell(arm, setting), "accuracy") for arm in question.arms]
+        rows.append([setting, *cells])
+    return _markdown(rows, ["setting", *(f"{arm}, accuracy %" for arm in question.arms)])
+
+
+def _measured(study: Study, question: Question, kind: str) -> str:
+    measures = MEASURES[kind]
+    rows = [
+        [arm, *(_cell(study, question, Cell(arm, "tuned"), measure) for measure in measures)]
+        for arm in question.arms
+    ]
+    return _markdown(rows, ["arm, tuned", *(NAMES[measure] for measure in measures)])
 
 
 def _markdown(rows: list[list[Any]], head: list[str]) -> str:
     return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 
 
-def _picture(found: list[_Row], path: Path) -> None:
-    """The differences in accuracy with their intervals, as dots and lines."""
-    figure = Figure(figsize=(7, 0.32 * len(found) + 0.9), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0, color="#777777", lw=1)
-    for height, (_, _, d, p) in enumerate(found[::-1]):
-        colour = "#777777" if p >= 0.05 else "#0072b2" if d.mean > 0 else "#d55e00"
-        axes.plot([d.low, d.high], [height, height], color=colour, lw=2)
-        axes.plot(d.mean, height, "o", color=colour, ms=5)
-    names = [f"{arm}  −  {against}" for arm, against, *_ in found[::-1]]
-    axes.set_yticks(range(len(found)), names, fontsize=8)
-    axes.set_xlabel("test accuracy, points; 95 % interval (grey: not told from chance)", fontsize=8)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+# Okabe and Ito's colours, distinct under common colour vision deficiencies.
+_COLOURS = {"plain": "#0072b2", "noise": "#009e73", "transform": "#cc79a7", "both": "#d55e00"}
+
+
+def _picture(study: Study, questions: dict[str, Question], path: Path) -> None:
+    """Validation accuracy against weight decay, a panel for each number of signals."""
+    names = [name for name in ("conv-1000", PRIMARY) if name in questions]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        question = questions[name]
+        for arm, colour in _COLOURS.items():
+            points = []
+            for setting in question.settings():
+                if setting.get("learning_rate", question.base.learning_rate) == 0.1:
+                    run = question.tuning_run(arm, setting)
+                    middle, half = interval(study.measured([run], "accuracy"))
+                    points.append((setting["weight_decay"], middle, half))
+            decays, means, halves = zip(*points, strict=True)
+            axes.errorbar(
+                decays, means, halves, color=colour, marker="o", ms=4, capsize=2, label=arm
+            )
+        axes.set_xscale("log")
+        axes.set(title=question.title, xlabel="weight decay", ylabel="validation accuracy (%)")
+        axes.grid(color="#e4e4e4")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)

@@ -1,130 +1,160 @@
-"""The study of the digits: its statistics, its growth run by run, its page."""
+"""The study: its plan, its statistics, its growth block by block, its page."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import matplotlib.image
 import numpy as np
 import pytest
 import scipy.stats
+from scipy.stats import nct
+from statsmodels.stats.multitest import multipletests
 
-from accuracy import study
-from accuracy.norms import make_norm
-from accuracy.study import Study, difference
-from accuracy.study_page import write
-from accuracy.trainer import Trainer
-
-ROOT = Path(__file__).resolve().parents[2]
-STORED = ROOT / "benchmarks/results/study_digits.json"
+from accuracy import plan, study
+from accuracy.experiment import Experiment
+from accuracy.runs import folder_name
+from accuracy.study import Study, confirmation_jobs, tuning_jobs
+from accuracy.study_page import detectable, difference, findings, write
 
 
-def of_accuracies(**accuracies):
-    found = Study()
-    for name, values in accuracies.items():
-        runs = [{"seed": seed, "accuracy": value} for seed, value in enumerate(values)]
-        found.arms[name] = {"experiment": {}, "tuning": None, "runs": runs}
+def test_every_run_of_the_plan_can_be_carried_out() -> None:
+    for question in plan.FULL.values():
+        assert bool(question.tuning) != bool(question.grid)
+        for arm in question.arms:
+            assert sum(run.copies for run in question.test_runs(arm, {})) == question.seeds
+            for setting in question.settings():
+                runs = list(question.test_runs(arm, setting))
+                if question.tuning:
+                    runs.append(question.tuning_run(arm, setting))
+                for run in runs:
+                    run.check()
+
+
+def test_a_seed_serves_tuning_testing_or_replication() -> None:
+    question = plan.FULL[plan.PRIMARY]
+    runs = [
+        [question.tuning_run("both", {})],
+        list(question.test_runs("both", {})),
+        list(question.test_runs("both", {}, plan.REPLICATION_SEED)),
+    ]
+    assert [run.validation for part in runs for run in part] == [True] + [False] * 4
+    seeds = [{run.seed + i for run in part for i in range(run.copies)} for part in runs]
+    assert [len(part) for part in seeds] == [5, 20, 20]
+    assert len(set().union(*seeds)) == 45
+
+
+def filled(questions: dict[str, plan.Question], of: Callable[[Experiment], float]) -> Study:
+    """A study of every run, with ``of(experiment)`` and a part by seed as each measure."""
+    found = Study(environment={"torch": "2"})
+    names = ("accuracy", *(name for kind in plan.MEASURES.values() for name in kind))
+
+    def fill(experiment: Experiment) -> None:
+        seeds = range(experiment.seed, experiment.seed + experiment.copies)
+        numbers = [of(experiment) + np.sin(7.0 * seed + of(experiment)) / 5 for seed in seeds]
+        found.runs[folder_name(experiment)] = {
+            "experiment": experiment.to_dict(), **dict.fromkeys(names, numbers)
+        }  # fmt: skip
+
+    for experiment, _ in tuning_jobs(questions.values()):
+        fill(experiment)
+    for experiment, _ in confirmation_jobs(found, questions):
+        fill(experiment)
     return found
 
 
-def test_differences_are_paired_by_seed():
+def test_differences_are_paired_and_adjusted_together() -> None:
     random = np.random.default_rng(0)
     plain = random.normal(90, 5, 10)
     normal = plain + random.normal(1, 0.5, 10)
-    results = of_accuracies(a=normal, b=plain)
-    results.arms["a"]["runs"].reverse()  # the order of the runs does not matter
-    found = difference(results, "a", "b", "accuracy")
+    found = difference(normal, plain)
     paired = scipy.stats.ttest_rel(normal, plain)
     low, high = paired.confidence_interval()
-    assert found == pytest.approx(((normal - plain).mean(), low, high, paired.pvalue))
-    assert found.p < 1e-3 < scipy.stats.ttest_ind(normal, plain).pvalue
+    assert found[:4] == pytest.approx(((normal - plain).mean(), low, high, paired.pvalue))
+    assert difference([1.0, 2.0], [1.0, 2.0])[:4] == (0.0, 0.0, 0.0, 1.0)
+    assert difference([1.0], [2.0]) is None
+
+    every = findings(filled(plan.FULL, lambda e: 90 + (e.norm != "batch")), plan.FULL)
+    assert list(every) == plan.contrasts(plan.FULL)
+    raw = [finding.difference.p for finding in every.values()]
+    holm = multipletests(raw, method="holm")[1]
+    assert [finding.adjusted for finding in every.values()] == pytest.approx(holm)
 
 
-def test_differences_that_cannot_be_had():
-    results = of_accuracies(a=[1.0, 2.0], b=[1.0, 2.0], c=[5.0])
-    assert difference(results, "a", "b", "accuracy") == (0.0, 0.0, 0.0, 1.0)
-    assert difference(results, "a", "c", "accuracy") is None
-    assert difference(results, "a", "missing", "accuracy") is None
+def test_the_detectable_difference_has_the_stated_power() -> None:
+    found = difference(list(np.arange(20.0)), [0.0] * 20)
+    effect = detectable(found, 100) / found.deviation
+    edge = scipy.stats.t.ppf(1 - 0.05 / 100 / 2, 19)
+    power = nct.sf(edge, 19, effect * 20**0.5) + nct.cdf(-edge, 19, effect * 20**0.5)
+    assert power == pytest.approx(0.8, abs=1e-3)
 
 
-def test_every_arm_that_is_compared_exists_and_can_be_built():
-    arms = study.arms(20)
-    assert {name for pair in study.COMPARISONS for name in pair} <= set(arms)
-    for arm in arms.values():
-        arm.check()
-    noise, transform = arms["batch + noise"], arms["layer + transform"]
-    layer = make_norm(noise.norm, False, alpha=noise.alpha, noise_train=noise.noise_train)(4)
-    assert (layer.alpha, layer.noise_train) == (0.0, 0.4)
-    layer = make_norm(transform.norm, True, noise_train=transform.noise_train)(4)
-    assert (layer.alpha, layer.noise_train) == (1.0, 0.0)
-    assert not set(study.SEEDS) & set(study.TUNING_SEEDS)
+def test_every_arm_is_tested_with_its_own_best_setting() -> None:
+    def accuracy(experiment: Experiment) -> float:
+        best = 1e-2 if experiment.norm == "batch" else 2e-3
+        return 90.0 - 10 * abs(experiment.weight_decay - best)
+
+    question = plan.FULL[plan.PRIMARY]
+    found = filled({plan.PRIMARY: question}, accuracy)
+    for arm, decay in (("plain", 1e-2), ("both", 2e-3)):
+        assert found.chosen(question, arm) == {"weight_decay": decay}
+        runs = [*found.test_runs(question, arm, "tuned"), *found.replication(question, arm)]
+        assert {run.weight_decay for run in runs} == {decay}
+        assert {run.weight_decay for run in found.test_runs(question, arm, "paper")} == {5e-4}
+    assert Study().test_runs(question, "both", "tuned") is None
 
 
-def test_a_study_grows_run_by_run_and_is_not_repeated(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "TUNING_SEEDS", (101,))
-    monkeypatch.setattr(study, "TUNING_RATES", (1e-9, 0.1))
-    path, there = tmp_path / "study.json", tmp_path / "docs"
-    arms = ["batch", "strong batch", "decorrelated + both", "decorrelated"]
-    words = ["--results", str(path), "--epochs", "1", "--arms", *arms]
-    assert study.main([*words, "--seeds", "1"]) == 0
+def test_the_words_of_the_page_follow_the_numbers(tmp_path: Path) -> None:
+    def accuracy(experiment: Experiment) -> float:
+        gain = 2.0 if experiment.norm == "batchnormal" else -2.0
+        return 90.0 + gain * ("normal" in experiment.norm) * (experiment.weight_decay == 5e-4)
+
+    page = tmp_path / "page.md"
+    write(filled(plan.FULL, accuracy), plan.FULL, page)
+    text = page.read_text()
+    assert text.startswith("# At the paper's settings more accurate, with tuned settings ")
+    more, less, same = re.findall(r"\*\*.*?:\*\*\n\n(.*?)\n\n", text, re.DOTALL)
+    assert "* Batch normalization, 4,000 signals, both, paper: accuracy +1.9" in more
+    assert "* Group normalization, both, paper: accuracy -2.0" in less
+    assert "* Group normalization, both, tuned: accuracy +0.00" in same
+    assert re.search(r"first seeds +\| 20 +\|", text)
+    assert re.search(r"together +\| 40 +\|", text)
+    assert matplotlib.image.imread(tmp_path / "images/page.png").std() > 0.05
+    write(Study(environment={}), plan.FULL, page)
+    assert "Not measured yet." in page.read_text()
+
+
+def test_a_study_grows_block_by_block_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "study.json"
+    words = ["--quick", "--results", str(path), "--data-dir", str(tmp_path), "--processes", "1"]
+    chosen = plan.QUICK["images"]
+    few = {name: chosen.arms[name] for name in ("plain", "both")}
+    tiny = plan.replace(chosen, arms=few, tuning={"weight_decay": (5e-4, 1e-2)})
+    monkeypatch.setattr(plan, "QUICK", {"images": tiny})
+    assert study.main(words) == 0
     first = json.loads(path.read_text())
-    there.mkdir()
-    assert study.main([*words, "--seeds", "2", "--page", str(there / "results.md")]) == 0
+    assert len(first["runs"]) == 2 * 2 + 2 * 2 - 1 or len(first["runs"]) <= 8
+    lost = next(name for name in first["runs"] if "validation" in name)
+    del first["runs"][lost]
+    path.write_text(json.dumps(first))
+    assert study.main(words) == 0
     second = json.loads(path.read_text())
-    for name, arm in second["arms"].items():
-        assert [run["seed"] for run in arm["runs"]] == [2, 3]
-        assert arm["runs"][0] == first["arms"][name]["runs"][0]
-        assert arm["experiment"]["learning_rate"] == 0.1
-        for run in arm["runs"]:
-            assert 0 < run["accuracy"] <= 100
-            assert all(math.isfinite(value) for value in run.values())
-    assert list(second["arms"]["strong batch"]["tuning"]) == ["1e-09", "0.1"]
-    text = (there / "results.md").read_text()
-    assert "| decorrelated + both | decorrelated" in text
-    assert matplotlib.image.imread(there / "images/results.png").std() > 0.05
-    with monkeypatch.context() as during:
-        during.setattr(Trainer, "_train_step", mock.Mock(side_effect=KeyboardInterrupt))
-        assert study.main(["--results", str(tmp_path / "none.json"), "--arms", "batch"]) == 130
-    assert "interrupted; the same command goes on with the runs" in capsys.readouterr().err
-    other = ["--results", str(path), "--epochs", "2", "--arms", "group", "batch"]
-    assert study.main(other) == 2  # before the arm that is new
-    assert "study.py: " in (sentence := capsys.readouterr().err)
-    assert "holds 'batch' with other settings" in sentence
-    assert json.loads(path.read_text()) == second
+    assert lost in second["runs"]
+    assert all(second["runs"][name] == run for name, run in first["runs"].items())
+    for run in second["runs"].values():
+        assert len(run["accuracy"]) == 2
+        assert all(0 < value <= 100 for value in run["accuracy"] + run["train_accuracy"])
 
 
-def test_the_words_of_the_page_follow_the_numbers(tmp_path):
-    results = Study()
-    gains = {"batch": 2.0, "layer": -2.0, "group": 0.0}
-    for name, gain in gains.items():
-        for arm, shift in ((name, 0.0), (f"{name} + both", gain)):
-            runs = [
-                {"seed": seed, "noisy_accuracy": 50.0, "change": None, "qq_r2": None,
-                 "joint_distance": None, "correlation": None, "mutual_information": None,
-                 "step_ms": 1.0, "accuracy": 90 + shift + math.sin(7 * seed + len(arm)) / 5}
-                for seed in range(10)
-            ]  # fmt: skip
-            experiment = {"epochs": 20, "step_epochs": 6, "learning_rate": 0.1}
-            results.arms[arm] = {"experiment": experiment, "tuning": None, "runs": runs}
-    write(results, tmp_path / "page.md", tmp_path / "images/page.png")
-    text = (tmp_path / "page.md").read_text()
-    assert re.search(r"the better in 1: batch \+ both \(\+[12]\.\d\d points\)", text)
-    assert re.search(r"for the worse in 1: layer \+ both \(-[12]\.\d\d points\)", text)
-    assert "In 1 no difference can be told" in text
-    assert re.search(r"It ran 10 seeds an arm: .* ±0\.\d\d points", text.replace("\n", " "))
-    for arm in results.arms.values():
-        del arm["runs"][1:]
-    write(results, tmp_path / "page.md", tmp_path / "images/page.png")
-    text = (tmp_path / "page.md").read_text()
-    assert "It ran 1 seed an arm, too few to tell any difference from chance." in text
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"format": "normnorm study 1"}', "[1]"])
-def test_a_foreign_file_is_refused_and_kept(tmp_path, capsys, content):
+@pytest.mark.parametrize("content", ["", "{}", '{"format": "normnorm study 2"}', "[1]"])
+def test_a_foreign_file_is_refused_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
     assert study.main(["--results", str(path)]) == 2
@@ -135,25 +165,15 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path, capsys, content):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--seeds", "0"], "seeds must be 1 to 10; got 0"),
-        (["--seeds", "11"], "seeds must be 1 to 10; got 11"),
-        (["--epochs", "0"], "epochs must be positive"),
-        (["--arms", "batch", "rms"], "arms must be among batch, .*; got rms"),
+        (["--questions", "images", "sounds"], "questions must be among conv-4000, .*; got sounds"),
         (["--no-training"], "is not a study's result"),
         (["--page", "/nonexistent/page.md"], "--page /nonexistent/page.md: there is no folder"),
     ],
 )
-def test_bad_arguments_get_a_sentence(tmp_path, capsys, words, sentence):
+def test_bad_arguments_get_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
     path = tmp_path / "study.json"
     assert study.main(["--results", str(path), *words]) == 2
     assert re.search(sentence, capsys.readouterr().err)
     assert not path.exists()
-
-
-def test_the_stored_study_is_whole_and_its_page_is_not_stale(tmp_path):
-    results = Study.load(STORED)
-    assert set(results.arms) == set(study.arms(20))
-    assert all(set(results.by_seed(arm, "accuracy")) == set(study.SEEDS) for arm in results.arms)
-    study._check(results, study.arms(20), STORED)  # with the settings of today
-    write(results, tmp_path / "results.md", tmp_path / "images/results.png")
-    assert (tmp_path / "results.md").read_text() == (ROOT / "docs/measured/results.md").read_text()
