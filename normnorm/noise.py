@@ -6,24 +6,12 @@ counter. The compiled kernels produce the same words bit for bit and the same no
 rounding, so a backward pass regenerates the noise of its forward pass instead of storing it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._functorch import config
-
-__all__ = [
-    "STREAM_VERSION",
-    "as_seed",
-    "draw_seed",
-    "philox_words",
-    "standard_normals",
-    "turn_words",
-    "uniforms",
-]
 
 # Changes with the numbers that a seed gives. A compiled library has its own (csrc/math/philox.h).
 STREAM_VERSION = 2

@@ -8,8 +8,6 @@ Formulae and their derivation: ``docs/internals/mathematics.md``; source: Eftekh
 Johnson (2000).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -19,8 +17,6 @@ from torch.nn.functional import relu
 
 from normnorm.noise import standard_normals
 from normnorm.statistics import ROWS, Row, statistics_dtype
-
-__all__ = ["estimate_lmbda", "normal_norm", "pack_running", "standardize", "yeo_johnson"]
 
 # The exponent of the power transform saturates here, so that a frozen lambda and an input far
 # outside what it was estimated on still give finite outputs. A group normalized by its own

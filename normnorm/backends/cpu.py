@@ -1,7 +1,5 @@
 """The compiled CPU kernels: where their library is found, and what it says of itself."""
 
-from __future__ import annotations
-
 import ctypes
 from pathlib import Path
 
