@@ -95,6 +95,15 @@ NN_HD bool stored_as_half(Storage s) {
   return s == Storage::kBFloat16 || s == Storage::kFloat16;
 }
 
+// Runs of a few elements are copied faster without a call.
+template <class T>
+NN_HD void copy_run(const T* from, T* to, int64_t count) {
+  for_vectors<VectorOf<T>>(count, [&](auto partial, int64_t first, int64_t steps, int lanes) {
+    for (int64_t i = first; i < first + steps * kLanes<VectorOf<T>>; i += kLanes<VectorOf<T>>)
+      write<partial.value, VectorOf<T>>(to + i, read<partial.value, VectorOf<T>>(from + i, lanes), lanes);
+  });
+}
+
 // Stored elements to and from the compute dtype T.
 template <class T>
 inline void load_run(Storage storage, const void* data, int64_t offset, T* to, int64_t count) {
@@ -104,7 +113,7 @@ inline void load_run(Storage storage, const void* data, int64_t offset, T* to, i
     if (storage == Storage::kFloat16)
       return widen_run(static_cast<const Float16*>(data) + offset, to, count);
   }
-  memcpy(to, static_cast<const T*>(data) + offset, size_t(count) * sizeof(T));
+  copy_run(static_cast<const T*>(data) + offset, to, count);
 }
 
 template <class T>
@@ -115,7 +124,7 @@ inline void store_run(Storage storage, void* data, int64_t offset, const T* from
     if (storage == Storage::kFloat16)
       return narrow_run(from, static_cast<Float16*>(data) + offset, count);
   }
-  memcpy(static_cast<T*>(data) + offset, from, size_t(count) * sizeof(T));
+  copy_run(from, static_cast<T*>(data) + offset, count);
 }
 
 }  // namespace

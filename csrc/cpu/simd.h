@@ -129,11 +129,21 @@ NN_HD void store_dense(ScalarOf<V>* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
+// A mask of the first `count` lanes.
+template <class V>
+NN_HD typename Lanes<V>::Int first_lanes(int count) {
+  typename Lanes<V>::Int lane;
+  for (int i = 0; i < kLanes<V>; ++i) lane[i] = i;
+  return lane < count;
+}
+
 // The first `count` lanes alone are read or written; a read makes the others 0.
 template <class V>
 NN_HD V load_some(const ScalarOf<V>* p, int count) {
 #if defined(__AVX512F__)
   if constexpr (HasFloatLanes<V>::value) return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
+#elif defined(__AVX2__)
+  if constexpr (HasFloatLanes<V>::value) return _mm256_maskload_ps(p, (__m256i)first_lanes<V>(count));
 #endif
   ScalarOf<V> lanes[kLanes<V>] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
@@ -143,6 +153,8 @@ template <class V>
 NN_HD void store_some(ScalarOf<V>* p, V v, int count) {
 #if defined(__AVX512F__)
   if constexpr (HasFloatLanes<V>::value) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), v);
+#elif defined(__AVX2__)
+  if constexpr (HasFloatLanes<V>::value) return _mm256_maskstore_ps(p, (__m256i)first_lanes<V>(count), v);
 #endif
   ScalarOf<V> lanes[kLanes<V>];
   store_dense<V>(lanes, v);
@@ -163,14 +175,6 @@ NN_HD void write(ScalarOf<V>* p, V v, int lanes) {
     store_some<V>(p, v, lanes);
   else
     store_dense<V>(p, v);
-}
-
-// A mask of the first `count` lanes.
-template <class V>
-NN_HD typename Lanes<V>::Int first_lanes(int count) {
-  typename Lanes<V>::Int lane;
-  for (int i = 0; i < kLanes<V>; ++i) lane[i] = i;
-  return lane < count;
 }
 
 template <class V>
