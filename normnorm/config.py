@@ -13,6 +13,16 @@ KINDS = ("batch", "layer", "group", "instance")
 ACTIVATIONS = ("", "relu")
 
 
+# The schema of the fields of Config but the backend, and that of what packed() returns.
+CONFIG_SCHEMA = (
+    "str kind, SymInt num_groups, int normalized_ndim, float eps, float noise_train, float alpha, "
+    "int order, float transform_eps, int stream, bool channels_last, str activation"
+)
+PACKED_SCHEMA = (
+    "float eps, float noise_train, float alpha, float transform_eps, int size, int flags"
+)
+
+
 class Config(NamedTuple):
     """The arguments that are not tensors, the same in the forward and the backward pass.
 
@@ -36,16 +46,16 @@ class Config(NamedTuple):
     num_groups: int
     normalized_ndim: int
     # standardization, noise and transform
-    eps: float
-    noise_train: float
-    alpha: float
-    order: int
-    transform_eps: float
+    eps: float = 1e-5
+    noise_train: float = 0.0
+    alpha: float = 1.0
+    order: int = 2
+    transform_eps: float = 0.0
     # position in the noise
-    stream: int
-    channels_last: bool
+    stream: int = 0
+    channels_last: bool = False
     # epilogue
-    activation: str
+    activation: str = ""
     backend: str = ""
 
 

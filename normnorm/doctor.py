@@ -201,10 +201,7 @@ def plans(arguments: argparse.Namespace) -> dict[str, Any]:
         "affine": not arguments.no_affine,
     }
     # The kernels check this too; here it reports wrong shapes where there are no kernels.
-    config = Config(
-        kind, options["num_groups"], options["normalized_ndim"], 1e-5, 0.0, 1.0, 2, 0.0, 0, False,
-        "", "cuda",
-    )  # fmt: skip
+    config = Config(kind, options["num_groups"], options["normalized_ndim"])
     check_forward(ForwardArguments(input, *(None,) * 8, False, False, config), shard=True)
     return {
         "shape": list(arguments.plan),

@@ -21,27 +21,29 @@ from torch.autograd import forward_ad
 
 from normnorm import backends
 from normnorm.checks import check_backward, check_fold, check_forward, group_count, group_size
-from normnorm.config import BackwardArguments, Config, ForwardArguments, packed
+from normnorm.config import (
+    CONFIG_SCHEMA,
+    PACKED_SCHEMA,
+    BackwardArguments,
+    Config,
+    ForwardArguments,
+    packed,
+)
 from normnorm.noise import draw_seed
 from normnorm.statistics import Row, statistics_dtype
-
-_CONFIG = (
-    "str kind, SymInt num_groups, int normalized_ndim, float eps, float noise_train, float alpha, "
-    "int order, float transform_eps, int stream, bool channels_last, str activation"
-)
 
 # Schemas of the public ops.
 SCHEMAS = {
     "normal_norm_forward": (
         "(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? running_lmbda, "
         "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? noise_scale, "
-        f"bool prenorm, bool keep_stats, {_CONFIG}, str backend) "
+        f"bool prenorm, bool keep_stats, {CONFIG_SCHEMA}, str backend) "
         "-> (Tensor output, Tensor stats, Tensor sum)"
     ),
     "normal_norm_backward": (
         "(Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
         "Tensor? output, Tensor? seed, Tensor? grad_sum, "
-        f"bool needs_input, bool needs_weight, bool needs_bias, bool frozen, {_CONFIG}, "
+        f"bool needs_input, bool needs_weight, bool needs_bias, bool frozen, {CONFIG_SCHEMA}, "
         "str backend) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
     ),
     "fold_running_": (
@@ -50,20 +52,17 @@ SCHEMAS = {
         "SymInt count, float eps, str backend) -> ()"
     ),
 }
-_PACKED = (
-    "float eps, float noise_train, float alpha, float transform_eps, int size, int flags"
-)
 # Schemas of a compiled backend's ops.
 _COMPILED = {
     "forward": (
         "(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
         "Tensor(c!)? running_lmbda, Tensor(d!)? num_batches_tracked, Tensor? weight, "
         "Tensor? bias, Tensor? residual, Tensor? seed, Tensor? noise_scale, float? momentum, "
-        f"{_PACKED}) -> (Tensor output, Tensor? stats, Tensor? sum, Tensor? seed)"
+        f"{PACKED_SCHEMA}) -> (Tensor output, Tensor? stats, Tensor? sum, Tensor? seed)"
     ),
     "backward": (
         "(Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
-        f"Tensor? output, Tensor? seed, Tensor? grad_sum, {_PACKED}) "
+        f"Tensor? output, Tensor? seed, Tensor? grad_sum, {PACKED_SCHEMA}) "
         "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
     ),
     "fold_running_": SCHEMAS["fold_running_"].replace(", str backend", ""),

@@ -7,6 +7,9 @@ import triton.language as tl
 
 from .layout import read
 
+# Indices in ACTIVATIONS of normnorm/config.py.
+RELU = tl.constexpr(1)
+
 
 @triton.jit
 def with_residual(x, residual, place, tile, S: tl.constexpr):
@@ -26,23 +29,26 @@ def stored_sum(u, residual, place, tile, S: tl.constexpr):
 
 @triton.jit
 def activated(y, S: tl.constexpr):
-    if S.RELU:
+    if S.ACTIVATION == RELU:
         return tl.where(y <= 0, 0.0, y)  # not maximum(): a NaN must stay NaN
     else:
         return y
 
 
 @triton.jit
-def masked(g, y):
-    """The gradient before a ReLU whose output is y; where y is NaN it passes unchanged."""
-    return tl.where(y <= 0, 0.0, g)
+def masked(g, y, S: tl.constexpr):
+    """The gradient before the activation, whose output is y; ReLU's passes where y is NaN."""
+    if S.ACTIVATION == RELU:
+        return tl.where(y <= 0, 0.0, g)
+    else:
+        return g
 
 
 @triton.jit
 def read_gradient(grad, result, place, tile, S: tl.constexpr):
     """A tile of the gradient before the activation, whose output is ``result``."""
     g = read(grad, place, tile, S)
-    if S.RELU:
-        return masked(g, read(result, place, tile, S))
+    if S.ACTIVATION > 0:
+        return masked(g, read(result, place, tile, S), S)
     else:
         return g

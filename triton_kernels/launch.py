@@ -16,8 +16,18 @@ from normnorm.statistics import Row, statistics_dtype
 
 from . import params, reduce, resident, streaming
 from . import plan as planning
-from .params import ABSENT, Affine, BackwardTensors, ForwardTensors, Noise, Operand, Running, Splits
-from .plan import MOMENT_COLUMNS, Plan, ceil_div, find_plan, make_numbers
+from .params import (
+    ABSENT,
+    Affine,
+    BackwardTensors,
+    ForwardTensors,
+    Noise,
+    Operand,
+    Running,
+    Splits,
+    make_numbers,
+)
+from .plan import MOMENT_COLUMNS, Plan, ceil_div, find_plan
 
 __all__ = ["fold_running_", "normal_norm_backward", "normal_norm_forward"]
 
@@ -90,7 +100,7 @@ def run_forward(call: ForwardArguments) -> tuple[Tensor, Tensor | None, Tensor |
         stats = torch.empty(len(Row), p.layout.groups, dtype=dtype, device=input.device)
     affine = Affine(dense_parameter(call.weight), dense_parameter(call.bias))
     noise = Noise(call.seed, dense_parameter(noise_scale), stream_word(config))
-    numbers = make_numbers(config, p.layout)
+    numbers = make_numbers(config, p.layout.group_size)
     with torch.cuda.device_of(input):
         if p.resident:
             resident.forward[(p.blocks,)](
@@ -202,7 +212,7 @@ class Backward:
         self.noise = Noise(call.seed, None, stream_word(config))
         self.stats = call.stats.contiguous()
         self.dense_weight = dense_parameter(call.weight)
-        self.numbers = make_numbers(config, p.layout)
+        self.numbers = make_numbers(config, p.layout.group_size)
 
     def run(self) -> tuple[Tensor, ...]:
         with torch.cuda.device_of(self.input):

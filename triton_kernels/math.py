@@ -264,26 +264,26 @@ def lambda_terms(h, t, l):
 
 
 @triton.jit
-def newton_step(mean_hd, mean_log, mean_d, mean_e, alpha, root_eps, ORDER: tl.constexpr):
-    """(lmbda, Q) from the means of the terms."""
+def newton_step(mean_hd, mean_log, mean_d, mean_e, n, ORDER: tl.constexpr):
+    """(lmbda, Q) from the means of the terms; ``n``: Numbers."""
     variance = mean_e - mean_d * mean_d - 2.0 * mean_hd * mean_hd
-    q = tl.where(variance < 0, 0.0, variance) + root_eps  # not maximum(): a NaN must stay NaN
+    q = tl.where(variance < 0, 0.0, variance) + n.root_eps  # not maximum(): a NaN must stay NaN
     first = mean_hd - mean_log
     if ORDER == 1:
-        return 1.0 - alpha * first, q
+        return 1.0 - n.alpha * first, q
     else:
-        return 1.0 - alpha * (first / q), q
+        return 1.0 - n.alpha * (first / q), q
 
 
 @triton.jit
-def lambda_gradient(lmbda, mean_hd, mean_d, q, alpha, ORDER: tl.constexpr):
+def lambda_gradient(lmbda, mean_hd, mean_d, q, n, ORDER: tl.constexpr):
     two_d = 2.0 + 2.0 * mean_d
     if ORDER == 1:
-        c_r = alpha + 0.0 * mean_d
+        c_r = n.alpha + 0.0 * mean_d
         return LambdaGradient(-c_r, c_r, 0.0 * c_r, two_d)
     else:
-        kap = (lmbda - 1.0) / tl.where(alpha == 0, 1.0, alpha)
-        c_r = alpha / q
+        kap = (lmbda - 1.0) / tl.where(n.alpha == 0, 1.0, n.alpha)
+        c_r = n.alpha / q
         return LambdaGradient(-c_r * (1.0 - 4.0 * mean_hd * kap), c_r, -c_r * kap, two_d)
 
 

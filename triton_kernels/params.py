@@ -3,12 +3,15 @@ what a kernel is compiled for (``Spec``)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from normnorm.config import Config
 
 # How the groups lie in a tile (layout.py).
 ROWS = tl.constexpr(0)
@@ -51,7 +54,7 @@ class BackwardTensors(NamedTuple):
     grad: Operand  # of the output
     input: Operand
     output: Operand  # written: the gradient of the input
-    result: Operand  # with RELU, the output of the forward pass
+    result: Operand  # with an activation, the output of the forward pass
     grad_sum: Operand  # added to the gradient of the input
 
 
@@ -133,12 +136,19 @@ class Spec:
     FROZEN: bool = False  # the statistics are given
     AFFINE: int = 0
     NOISE: int = 0
-    RELU: bool = False  # applied to the output; in the backward pass it masks the gradient
+    ACTIVATION: int = 0  # its index in ACTIVATIONS: of the output; of its gradient backward
 
     @property
     def SINGLE(self) -> bool:
         """A program has one group, whose numbers are scalars."""
         return GROUP.value == self.LAYOUT or (ROWS.value == self.LAYOUT and self.R == 1)
+
+
+def make_numbers(config: Config, group_size: int) -> Numbers:
+    return Numbers(
+        1.0 / group_size, config.eps, math.sqrt(config.eps), config.alpha, config.transform_eps,
+        config.noise_train,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -23,11 +23,11 @@ import torch
 import triton
 from torch import Tensor
 
-from normnorm.config import Config
+from normnorm.config import ACTIVATIONS, Config
 
 from . import params, resident
 from .layout import Layout, Strides, make_layout, natural_like
-from .params import Geometry, Numbers, Operand, Spec
+from .params import Geometry, Operand, Spec
 
 # Elements of a group that a thread holds, of one number each forward and three backward.
 FORWARD_HELD, BACKWARD_HELD = 32, 16
@@ -339,7 +339,7 @@ def _make_plan(
         LANES=together, SPLITS=power_of_two(tiles.splits), ALIGN=align,
         WIDE=_is_wide(input, layout, taken), DOUBLE=input.dtype == torch.float64, FAST=FAST,
         SERIES=_series(config), ORDER=config.order, FROZEN=frozen, AFFINE=layout.affine,
-        NOISE=noise.value, RELU=config.activation == "relu",
+        NOISE=noise.value, ACTIVATION=ACTIVATIONS.index(config.activation),
     )  # fmt: skip
     between = None
     if tiles.splits > REDUCED_ABOVE and layout.columns:
@@ -360,10 +360,3 @@ def _is_wide(input: Tensor, layout: Layout, strides: tuple[Strides | None, ...])
     """Whether offsets within a group, or positions of the noise, exceed 31 bits."""
     reach = max(s.run for s in (*strides, layout.noise) if s is not None) * layout.runs
     return max(reach + layout.length, input.numel()) >= 2**31 - 2**16
-
-
-def make_numbers(config: Config, layout: Layout) -> Numbers:
-    return Numbers(
-        1.0 / layout.group_size, config.eps, math.sqrt(config.eps), config.alpha,
-        config.transform_eps, config.noise_train,
-    )  # fmt: skip

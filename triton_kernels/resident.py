@@ -192,7 +192,7 @@ def load_constants(stats, place, geometry, n, S: tl.constexpr):
     mean_d = tl.load(stat(stats, MEAN_D, place, geometry), mask=place.present, other=0.0)
     q = tl.load(stat(stats, CURVATURE, place, geometry), mask=place.present, other=1.0)
     exponents = make_exponents(lmbda, n.transform_eps)
-    gradient = group_gradient(lmbda, mean_hd, mean_d, q, n.alpha, S)
+    gradient = group_gradient(lmbda, mean_hd, mean_d, q, n, S)
     if S.FROZEN:
         series = True
     else:

@@ -72,7 +72,7 @@ def finish_lambda(sums, rstd, n, ORDER: tl.constexpr):
     mean_d = d * n.inverse_count
     mean_e = e * n.inverse_count + 3.0 * (1.0 - n.eps * rstd * rstd)
     log = natural(signed_log) * n.inverse_count
-    lmbda, q = newton_step(mean_hd, log, mean_d, mean_e, n.alpha, n.root_eps, ORDER)
+    lmbda, q = newton_step(mean_hd, log, mean_d, mean_e, n, ORDER)
     return lmbda, mean_hd, mean_d, q
 
 
@@ -142,10 +142,10 @@ def input_gradient(through_h, w, h, rstd, gradient):
 
 
 @triton.jit
-def group_gradient(lmbda, mean_hd, mean_d, q, alpha, S: tl.constexpr):
+def group_gradient(lmbda, mean_hd, mean_d, q, n, S: tl.constexpr):
     """The constants of w; zeros where lambda is given, as it then has no gradient."""
     if S.FROZEN:
         none = 0.0 * lmbda
         return LambdaGradient(none, none, none, none)
     else:
-        return lambda_gradient(lmbda, mean_hd, mean_d, q, alpha, S.ORDER)
+        return lambda_gradient(lmbda, mean_hd, mean_d, q, n, S.ORDER)

@@ -358,8 +358,9 @@ def parameter_sums(
             column = first + lane
             tile = Tile(0, first, column, column < length, present & (column < length))
             g = read_row(tensors.grad, outer, which, run, tile, S)
-            if S.RELU:
-                g = masked(g, read_row(tensors.result, outer, which, run, tile, S))
+            if S.ACTIVATION > 0:
+                result = read_row(tensors.result, outer, which, run, tile, S)
+                g = masked(g, result, S)
             bias_sum += g
             if parts.weight is not None:
                 u = read_row(tensors.input, outer, which, run, tile, S)

@@ -180,14 +180,13 @@ ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Con
   std::optional<Target> sum_target;
   if (sum) p.sum = sum_target.emplace(*sum, layout).operand;
   (t.prenorm ? p.addend : p.residual) = residual.operand;
-  p.relu = config.activation == Activation::kRelu;
   p.input = source.operand;
   p.output = target.operand;
   p.stats = stats.data_ptr();
   p.frozen = t.mean.has_value();
   p.noise.given_scale = p.noise.on && t.noise_scale;
   prepare_stats(stats, t.mean, t.var, t.lmbda, p.noise.given_scale ? t.noise_scale : OptionalTensor(),
-                config.eps);
+                config.settings.eps);
   cpu::kernels().forward(p);
   target.finish();
   if (sum_target) sum_target->finish();
@@ -214,7 +213,6 @@ BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const 
   if (t.needs_input) target.emplace(grad_input, layout);
   p.input = input.operand;
   p.grad_output = grad_output.operand;
-  p.relu = config.activation == Activation::kRelu;
   p.activated = activated.operand;
   p.grad_sum = grad_sum.operand;
   if (target) p.output = target->operand;

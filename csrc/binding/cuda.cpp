@@ -9,7 +9,6 @@
 
 #include "../common/stats.h"
 #include "../cuda/launch.h"
-#include "fallback.h"
 #include "cuda_device.h"
 #include "cuda_problem.h"
 #include "ops.h"
@@ -113,7 +112,7 @@ void prepare_stats(Tensor& stats, const ForwardTensors& t, double eps, bool give
 
 ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Config& config) {
   const bool noise = config.noise_train > 0;
-  if (noise && noise_order_is_out_of_reach(a.input, config)) return fallback_forward(t, config);
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return forward_by_definition(t, config);
 
   const OnDevice device(a.input);
   Tensor output = empty_like(t.input, a.input);
@@ -135,7 +134,6 @@ ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Con
   std::optional<Target> sum_target;
   if (sum) p.sum = sum_target.emplace(*sum, layout).operand;
   (t.prenorm ? p.addend : p.residual) = residual.operand;
-  p.relu = config.activation == Activation::kRelu;
   p.weight = weight.operand;
   p.bias = bias.operand;
   p.input = source.operand;
@@ -144,7 +142,7 @@ ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Con
   p.frozen = t.mean.has_value();
   if (noise) p.seed = static_cast<const int64_t*>(t.seed->data_ptr());
   p.noise.given_scale = noise && t.noise_scale;
-  prepare_stats(stats, t, config.eps, p.noise.given_scale, device.stream);
+  prepare_stats(stats, t, config.settings.eps, p.noise.given_scale, device.stream);
   run(p, false, a.input, device.stream);
   target.finish();
   if (sum_target) sum_target->finish();
@@ -154,7 +152,7 @@ ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Con
 BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const Config& config) {
   // The gradients of the input and of the bias do not know the noise.
   const bool noise = config.noise_train > 0 && t.needs_weight;
-  if (noise && noise_order_is_out_of_reach(a.input, config)) return fallback_backward(t, config);
+  if (noise && noise_order_is_out_of_reach(a.input, config)) return backward_by_definition(t, config);
 
   const OnDevice device(a.input);
   Tensor grad_input = t.needs_input ? empty_like(t.input, a.input) : nothing(a.input);
@@ -176,7 +174,6 @@ BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const 
   p.bias = bias.operand;
   p.input = input.operand;
   p.grad_output = grad_output.operand;
-  p.relu = config.activation == Activation::kRelu;
   p.activated = activated.operand;
   p.grad_sum = grad_sum.operand;
   if (target) p.output = target->operand;

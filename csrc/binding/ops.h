@@ -3,6 +3,10 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <array>
+#include <cmath>
 
 #include "tensors.h"
 
@@ -29,10 +33,46 @@ inline Config unpack(double eps, double noise_train, double alpha, double transf
   Config c;
   c.kind = flags.kind();
   (c.kind == Kind::kLayer ? c.normalized_ndim : c.num_groups) = size;
-  c.eps = eps, c.noise_train = noise_train, c.alpha = alpha, c.transform_eps = transform_eps;
-  c.order = flags.order(), c.stream = flags.stream(), c.channels_last = flags.channels_last();
+  c.settings = {eps, std::sqrt(eps), alpha, transform_eps, flags.order()};
+  c.noise_train = noise_train, c.stream = flags.stream(), c.channels_last = flags.channels_last();
   c.activation = flags.activation();
   return c;
+}
+
+// A public op's results, at the front of the arguments' own array.
+template <class... A>
+std::array<StableIValue, sizeof...(A)> call_op(const char* op, const A&... arguments) {
+  std::array<StableIValue, sizeof...(A)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
+// A public op by the definition in Python (normnorm/reference.py) on the tensors' own device, for calls that a device's
+// kernels do not cover. `before`: its tensors and switches.
+template <class... A>
+auto call_definition(const char* op, const Config& c, const A&... before) {
+  const Settings<double>& s = c.settings;
+  return call_op(op, before..., std::string(kKindNames[int(c.kind)]), c.num_groups, c.normalized_ndim, s.eps,
+                 c.noise_train, s.alpha, int64_t(s.order), s.transform_eps, c.stream, c.channels_last,
+                 std::string(kActivationNames[int(c.activation)]), std::string("reference"));
+}
+
+inline ForwardResult forward_by_definition(const ForwardTensors& t, const Config& c) {
+  using torch::stable::detail::to;
+  const auto results = call_definition("normnorm::normal_norm_forward", c, t.input, t.mean, t.var, t.lmbda, t.weight,
+                                       t.bias, t.residual, t.seed, t.noise_scale, t.prenorm, t.keep_stats);
+  // The public op returns an empty tensor for a result that was not asked for.
+  const Tensor stats = to<Tensor>(results[1]), sum = to<Tensor>(results[2]);
+  return {to<Tensor>(results[0]), t.keep_stats ? OptionalTensor(stats) : std::nullopt,
+          t.prenorm ? OptionalTensor(sum) : std::nullopt};
+}
+
+inline BackwardResult backward_by_definition(const BackwardTensors& t, const Config& c) {
+  using torch::stable::detail::to;
+  const auto results =
+      call_definition("normnorm::normal_norm_backward", c, t.grad_output, t.input, t.stats, t.weight, t.bias, t.output,
+                      t.seed, t.grad_sum, t.needs_input, t.needs_weight, t.needs_bias, t.frozen);
+  return {to<Tensor>(results[0]), to<Tensor>(results[1]), to<Tensor>(results[2])};
 }
 
 template <ForwardResult (*run_forward)(const ForwardTensors&, const Arguments&, const Config&),

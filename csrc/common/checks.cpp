@@ -1,7 +1,7 @@
 #include "checks.h"
 
-#include <cfloat>
 #include <cmath>
+#include <iterator>
 #include <stdexcept>
 
 #include "stats.h"
@@ -22,10 +22,9 @@ void check_config(const TensorView& input, const Config& c) {
   require(layer ? c.normalized_ndim >= 1 && c.normalized_ndim <= input.dim
                 : c.normalized_ndim == 0 && input.dim >= 2);
   require(group ? c.num_groups >= 1 && input.sizes[1] % c.num_groups == 0 : c.num_groups == 0);
-  require(c.eps >= FLT_MIN && c.eps <= FLT_MAX && std::isfinite(c.alpha) && (c.order == 1 || c.order == 2));
-  require(std::isfinite(c.transform_eps) && c.transform_eps >= 0);
+  require(c.settings.valid());
   require(std::isfinite(c.noise_train) && c.noise_train >= 0);
-  require(c.activation <= Activation::kRelu);
+  require(size_t(c.activation) < std::size(kActivationNames));
 }
 
 // A tensor of the input's shape and dtype on its device, or none.

@@ -9,16 +9,16 @@
 
 namespace normnorm {
 
-// In the order of KINDS and of ACTIVATIONS in normnorm/config.py.
+// With their names in the order of KINDS in normnorm/config.py.
 enum class Kind { kBatch, kLayer, kGroup, kInstance };
+constexpr const char* kKindNames[] = {"batch", "layer", "group", "instance"};
 
 // The configuration arguments of an op.
 struct Config {
   Kind kind = Kind::kBatch;
   int64_t num_groups = 0, normalized_ndim = 0;
-  double eps = 1e-5, noise_train = 0, alpha = 1;
-  int64_t order = 2;
-  double transform_eps = 0;
+  Settings<double> settings;
+  double noise_train = 0;
   int64_t stream = 0;
   bool channels_last = false;
   Activation activation = Activation::kNone;

@@ -125,10 +125,8 @@ NoiseOrder Layout::noise_order(bool channels_last) const {
 void Layout::set_params(PassParams& p, const Config& c, bool noise) const {
   p.geometry = geometry_;
   p.affine = affine_;
-  p.eps = c.eps;
-  p.alpha = c.alpha;
-  p.transform_eps = c.transform_eps;
-  p.order = int(c.order);
+  p.settings = c.settings;
+  p.activation = c.activation;
   if (!noise) return;
   p.noise = {noise_order(c.channels_last)};
   p.noise.on = true;

@@ -4,12 +4,15 @@
 #include <stdint.h>
 
 #include "../math/macros.h"
+#include "../math/settings.h"
 
 namespace normnorm {
 
 enum class Storage { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// With its names in the order of ACTIVATIONS in normnorm/config.py.
 enum class Activation { kNone, kRelu };
+constexpr const char* kActivationNames[] = {"", "relu"};
 
 // Strides, in elements, of the axes outer, inner and run of a Geometry; the innermost axis has stride 1.
 struct Strides {
@@ -78,8 +81,7 @@ struct PassParams {
   Affine affine = Affine::kPerGroup;
 
   // Transform and estimate of lambda
-  double eps = 1e-5, alpha = 1, transform_eps = 0;
-  int order = 2;
+  Settings<double> settings;
   bool frozen = false;  // the statistics are given (running ones), not the input's
 
   NoiseParams noise;
@@ -94,8 +96,8 @@ struct PassParams {
   Operand addend;     // forward: added to the input; their sum is normalized
   Operand sum;        // forward: that sum, rounded as it is written here
   Operand residual;   // forward: added to the output, before the activation
-  bool relu = false;  // forward: applied to the output; backward: the gradient passes where `activated` is positive
-  Operand activated;  // backward, with relu: the forward pass's output
+  Activation activation = Activation::kNone;  // forward: applied to the output; backward: to its gradient
+  Operand activated;  // backward, with an activation: the forward pass's output
   Operand grad_sum;   // backward: added to the gradient of the input
 };
 

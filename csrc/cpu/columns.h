@@ -116,14 +116,14 @@ class ColumnLayout {
   // The chunk's gradient before the activation; `buffer` has gradient_size() elements.
   Strip<const T> gradient(int64_t outer, int64_t chunk, T* buffer) const {
     const auto g = source(p_.grad_output, outer, chunk, buffer);
-    if (!p_.relu) return g;
+    if (!has_activation(p_)) return g;
     Buffer<T> output_buffer(buffer_size());
     const auto y = source(p_.activated, outer, chunk, output_buffer.data());
     for (int64_t r = 0; r < chunk_rows(chunk); ++r)
-      mask_row(buffer + r * columns_, g.data + r * g.step, y.data + r * y.step, columns_);
+      mask_row(p_.activation, buffer + r * columns_, g.data + r * g.step, y.data + r * y.step, columns_);
     return {buffer, columns_};
   }
-  int64_t gradient_size() const { return p_.relu ? smaller(chunk_, g_.runs) * columns_ : buffer_size(); }
+  int64_t gradient_size() const { return has_activation(p_) ? smaller(chunk_, g_.runs) * columns_ : buffer_size(); }
 
   void add_sum_gradient(int64_t outer, int64_t chunk, Strip<T> out) const {
     if (!p_.grad_sum.data) return;

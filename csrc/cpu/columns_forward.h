@@ -72,7 +72,7 @@ class ColumnForward {
       for (int64_t chunk = 0; chunk < layout_.chunks(); ++chunk)
         group = merge(group, parts[chunk * g_.inner + i]);
       GroupStats<T> stats(p_, outer * g_.inner + i);
-      stats.set_moments(group, p_.eps);
+      stats.set_moments(group, p_.settings.eps);
       stats.set(kLmbda, 1);
       variances[i] = group.m2 / group.count;
     }

@@ -67,7 +67,7 @@ class GroupStats {
     const double rstd = double(get(kRstd));
     const LambdaTerms<double> mean{sums.value[0] / count, sums.value[1] / count, sums.value[2] / count,
                                    sums.value[3] / count + variance * rstd * rstd};
-    const auto estimate = estimate_lambda<double>(mean, p.alpha, p.order, p.eps);
+    const auto estimate = newton_step<double>(mean, p.settings);
     set(kLmbda, estimate.lmbda);
     set(kMeanHd, mean.hd);
     set(kMeanD, mean.d);
@@ -77,12 +77,12 @@ class GroupStats {
 
   TransformConstants<T> transform(const cpu::Problem& p) const {
     const T rstd = get(kRstd);
-    return {{get(kMean), rstd, -get(kMeanLow) * rstd}, make_exponents<T>(get(kLmbda), T(p.transform_eps))};
+    return {{get(kMean), rstd, -get(kMeanLow) * rstd}, make_exponents<T>(get(kLmbda), p.settings.as<T>())};
   }
 
   LambdaGradient<T> gradient(const cpu::Problem& p) const {
     if (p.frozen) return {T(0), T(0), T(0), T(2)};
-    return lambda_gradient<T>(get(kLmbda), get(kMeanHd), get(kMeanD), get(kCurvature), T(p.alpha), p.order);
+    return lambda_gradient<T>(get(kLmbda), get(kMeanHd), get(kMeanD), get(kCurvature), p.settings.as<T>());
   }
 
  private:
@@ -93,7 +93,7 @@ class GroupStats {
 // Whether the backward pass takes psi_slopes() with kSeries.
 template <class T>
 inline bool needs_series(const cpu::Problem& p, const Exponents<T>& e) {
-  return p.frozen || p.transform_eps > 0 || has_small_exponent(e);
+  return p.frozen || p.settings.transform_eps > 0 || has_small_exponent(e);
 }
 
 // The same constants in every lane.

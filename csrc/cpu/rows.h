@@ -119,9 +119,9 @@ class RowLayout {
   // The block's gradient before the activation.
   const T* fetch_gradient(const GroupIndex& at, const Block& b, T* buffer) const {
     const T* g = fetch(p_.grad_output, at, b, buffer);
-    if (!p_.relu) return g;
+    if (!has_activation(p_)) return g;
     T output_buffer[kBlock];
-    mask_row(buffer, g, fetch(p_.activated, at, b, output_buffer), b.size);
+    mask_row(p_.activation, buffer, g, fetch(p_.activated, at, b, output_buffer), b.size);
     return buffer;
   }
 

@@ -59,7 +59,7 @@ class RowForward {
 
   void moments_round(Group& g, bool split) const {
     const auto part = fold<MomentsPart>(split, [&](int64_t b) { return moments_block(g.at, b); });
-    g.stats.set_moments(part.moments, p_.eps);
+    g.stats.set_moments(part.moments, p_.settings.eps);
     g.stats.set(kLmbda, 1);
     g.variance = part.moments.m2 / part.moments.count;
   }

@@ -158,7 +158,7 @@ __device__ inline void load_tile(const ColumnsArgs<RealOf<T>>& a, const ColumnPl
     const uint32_t column = p.tile * kTileColumns<T> + i;
     if (column >= a.columns) break;
     const uint32_t group = p.outer * a.inner.divisor + column / a.width;
-    constants[i] = load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
+    constants[i] = load_constants(a.stats, group, a.groups, a.settings, a.frozen);
   }
   __syncthreads();
 }

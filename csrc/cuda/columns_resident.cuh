@@ -116,7 +116,7 @@ class ForwardTile {
       for (int j = 0; j < N; ++j) {
         const int i = int(p_.x) * N + j;
         shared_.moments[i] = finish_moments(mean[j], shared_.totals[0][i], shared_.totals[1][i], a_.inverse_count,
-                                            a_.eps);
+                                            a_.settings.eps);
       }
     }
     __syncthreads();
@@ -224,9 +224,9 @@ class ForwardTile {
   __device__ __forceinline__ void finish_column(int i) {
     const Real sums[4] = {shared_.totals[0][i], shared_.totals[1][i], shared_.totals[2][i], shared_.totals[3][i]};
     const Estimate<Real> e =
-        finish_lambda(sums, shared_.moments[i].rstd, a_.inverse_count, a_.alpha, a_.order, a_.eps, a_.root_eps);
-    shared_.of[i].exponents = make_exponents<Real>(e.lmbda, a_.transform_eps);
-    shared_.of[i].path = precision_path(shared_.of[i].exponents, a_.transform_eps, false);
+        finish_lambda(sums, shared_.moments[i].rstd, a_.inverse_count, a_.settings);
+    shared_.of[i].exponents = make_exponents<Real>(e.lmbda, a_.settings);
+    shared_.of[i].path = precision_path(shared_.of[i].exponents, a_.settings, false);
     if (threads_.block() == 0 && group(i) < group_end())
       write_statistics(a_, group(i), shared_.moments[i], e);
   }

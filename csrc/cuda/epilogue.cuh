@@ -92,7 +92,7 @@ __device__ __forceinline__ void apply_epilogue(const At& at, const Tensors& fuse
       at.values(fused.residual, raw, residual);
       add_chunk(x, residual);
     }
-    if (fused.relu) relu_chunk(x);
+    if (fused.activation == Activation::kRelu) relu_chunk(x);
   }
 }
 

@@ -33,11 +33,11 @@ struct Estimate {
 
 // From the totals of LambdaSums, which lack t^2: its mean is v r^2 = 1 - eps r^2.
 template <class Real>
-__device__ inline Estimate<Real> finish_lambda(const Real* sums, Real rstd, Real inverse_count, Real alpha, int order,
-                                               Real eps, Real root_eps) {
+__device__ inline Estimate<Real> finish_lambda(const Real* sums, Real rstd, Real inverse_count,
+                                               const Settings<Real>& s) {
   const LambdaTerms<Real> mean{sums[0] * inverse_count, sums[1] * inverse_count, sums[2] * inverse_count,
-                               sums[3] * inverse_count + (Real(1) - eps * rstd * rstd)};
-  const LambdaEstimate<Real> step = newton_step<Real>(mean, alpha, order, root_eps);
+                               sums[3] * inverse_count + (Real(1) - s.eps * rstd * rstd)};
+  const LambdaEstimate<Real> step = newton_step<Real>(mean, s);
   return {step.lmbda, mean.hd, mean.d, step.curvature};
 }
 
@@ -89,8 +89,8 @@ struct GroupConstants {
 };
 
 template <class Real>
-__device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t group, int64_t groups, Real alpha,
-                                                      int order, Real transform_eps, bool frozen) {
+__device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t group, int64_t groups,
+                                                      const Settings<Real>& s, bool frozen) {
   const auto row = [&](StatRow r) { return stats[r * groups + group]; };
   GroupConstants<Real> c;
   c.mean = row(kMean);
@@ -98,10 +98,10 @@ __device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t
   c.shift = -row(kMeanLow) * c.rstd;
   c.noise_scale = row(kNoiseScale);
   const Real lmbda = row(kLmbda);
-  c.exponents = make_exponents<Real>(lmbda, transform_eps);
-  c.path = precision_path(c.exponents, transform_eps, frozen);
+  c.exponents = make_exponents<Real>(lmbda, s);
+  c.path = precision_path(c.exponents, s, frozen);
   c.lmbda = frozen ? LambdaGradient<Real>{Real(0), Real(0), Real(0), Real(2)}
-                   : lambda_gradient<Real>(lmbda, row(kMeanHd), row(kMeanD), row(kCurvature), alpha, order);
+                   : lambda_gradient<Real>(lmbda, row(kMeanHd), row(kMeanD), row(kCurvature), s);
   return c;
 }
 

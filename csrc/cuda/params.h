@@ -77,7 +77,7 @@ void each_operand(const Problem& p, bool backward, F f) {
   given(p.output);
   if (backward) {
     f(p.grad_output);
-    if (p.relu) given(p.activated);
+    given(p.activated);
     given(p.grad_sum);
   } else {
     given(p.residual);
@@ -86,10 +86,12 @@ void each_operand(const Problem& p, bool backward, F f) {
   }
 }
 
+inline bool has_activation(const Problem& p) { return p.activation != Activation::kNone; }
+
 // Whether a pass has fused operations where it first reads a group, and where it last does.
-inline bool fuses_prologue(const Problem& p, bool backward) { return backward ? p.relu : p.addend.data != nullptr; }
+inline bool fuses_prologue(const Problem& p, bool backward) { return backward ? has_activation(p) : p.addend.data != nullptr; }
 inline bool fuses_epilogue(const Problem& p, bool backward) {
-  return p.relu || (backward ? p.grad_sum.data : p.residual.data);
+  return has_activation(p) || (backward ? p.grad_sum.data : p.residual.data);
 }
 inline bool is_fused(const Problem& p, bool backward) {
   return fuses_prologue(p, backward) || fuses_epilogue(p, backward);

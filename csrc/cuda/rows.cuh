@@ -44,7 +44,7 @@ struct FusedTensor {
 };
 struct FusedTensors {
   FusedTensor residual, addend, sum, activated, grad_sum;
-  bool relu;
+  Activation activation;
 };
 
 // The parameters of every kernel of a pass; those of the streaming kernels and of the columns layout add to them.
@@ -73,9 +73,9 @@ struct KernelArgs {
   uint32_t stream;
   bool noise, given_scale, frozen;
   // numbers
-  Real noise_train, inverse_count, eps, root_eps, alpha, transform_eps;
+  Real noise_train, inverse_count;
+  Settings<Real> settings;
   double inverse_count_double;
-  int order;
   // backward: partial gradients of the parameters, (partials, elements of the parameter); null where not wanted
   Real *weight_partials, *bias_partials;
   FusedTensors fused;

@@ -91,12 +91,10 @@ KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   a.noise_train = Real(p.noise.train);
   a.inverse_count_double = 1.0 / double(p.geometry.group_size());
   a.inverse_count = Real(a.inverse_count_double);
-  a.eps = Real(p.eps), a.root_eps = Real(std::sqrt(p.eps));
-  a.alpha = Real(p.alpha), a.transform_eps = Real(p.transform_eps);
-  a.order = p.order;
+  a.settings = p.settings.as<Real>();
   const auto tensor = [&](const Operand& t) { return FusedTensor{t.data, chunk_strides(p.geometry, t.stride, N)}; };
-  a.fused = {tensor(p.residual), tensor(p.addend), tensor(p.sum), tensor(p.relu ? p.activated : Operand()),
-             tensor(p.grad_sum), p.relu};
+  a.fused = {tensor(p.residual), tensor(p.addend), tensor(p.sum), tensor(p.activated),
+             tensor(p.grad_sum), p.activation};
   return a;
 }
 
@@ -242,7 +240,7 @@ class RowsPass {
     const int64_t groups = p_.geometry.groups();
     // The output round alone: evaluation without noise, or with a given scale of the noise.
     const bool once = p_.frozen && !backward_ && (!p_.noise.on || p_.noise.given_scale);
-    const int again = backward_ ? (p_.relu ? 3 : 2) : 1;  // tensors read in every round
+    const int again = backward_ ? (has_activation(p_) ? 3 : 2) : 1;  // tensors read in every round
     const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
     wave_ = once ? groups : kWaveBytes / bytes;
     wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;

@@ -113,7 +113,7 @@ class ForwardGroup {
     Real sums[4];
     lambda_totals(terms, sums);
     threads_.sum(sums);
-    return finish_lambda(sums, m.rstd, a_.inverse_count, a_.alpha, a_.order, a_.eps, a_.root_eps);
+    return finish_lambda(sums, m.rstd, a_.inverse_count, a_.settings);
   }
 
   // Leaves x; returns its mean.
@@ -201,7 +201,7 @@ class ForwardGroup {
       const double variance = total[1] * a_.inverse_count_double - distance * distance;
       const Real rounded = Real(mean), low = Real(mean - rounded), nearest = Real(variance);
       pilot_ = pilot - rounded;
-      return {rounded, low, fast_rsqrt((nearest < 0 ? Real(0) : nearest) + a_.eps) + in_range(nearest)};
+      return {rounded, low, fast_rsqrt((nearest < 0 ? Real(0) : nearest) + a_.settings.eps) + in_range(nearest)};
     } else {
       Real total[1] = {pilot * count + sum};
       threads_.sum(total);
@@ -210,7 +210,7 @@ class ForwardGroup {
       const Real centred_sum = sum + count * pilot_;
       Real centred[2] = {centred_sum, squares + pilot_ * (sum + centred_sum)};
       threads_.sum(centred);
-      return finish_moments(mean, centred[0], centred[1], a_.inverse_count, a_.eps);
+      return finish_moments(mean, centred[0], centred[1], a_.inverse_count, a_.settings.eps);
     }
   }
 
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const KernelArg
     const GroupPlace g = locate_group(a, group);
     const Moments1<Real> m = pass.moments(g);
     const Estimate<Real> estimate = pass.estimate(g, m);
-    const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
-    const PrecisionPath path = precision_path(e, a.transform_eps, false);
+    const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.settings);
+    const PrecisionPath path = precision_path(e, a.settings, false);
     // before the remaining rounds, which need the registers
     if (threads.rank() == 0) write_statistics(a, group, m, estimate);
     Real scale = 0;
@@ -418,7 +418,7 @@ rows_backward(const KernelArgs<RealOf<T>> a, typename Threads::Sync sync) {
   for (uint32_t group = threads.index(); group < a.groups; group += threads.count()) {
     const GroupPlace place = locate_group(a, group);
     const GroupConstants<Real> constants =
-        load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
+        load_constants(a.stats, group, a.groups, a.settings, a.frozen);
     Real sums[kGradientSums] = {};
     pass.reduce(place, constants, sums);
     if (!kElementwise && threads.rank() == 0 && a.affine == Affine::kPerGroup) {

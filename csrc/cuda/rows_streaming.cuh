@@ -154,7 +154,7 @@ __device__ __forceinline__ void input_to_x(const GroupConstants<Real>& k, Real (
 
 template <class Real>
 __device__ inline GroupConstants<Real> constants_of(const KernelArgs<Real>& a, uint32_t group) {
-  return load_constants(a.stats, group, a.groups, a.alpha, a.order, a.transform_eps, a.frozen);
+  return load_constants(a.stats, group, a.groups, a.settings, a.frozen);
 }
 
 // Rounds 3 and 4: sums x, or |x - mean|.
@@ -286,7 +286,7 @@ __device__ inline void finish_moments_of(const KernelArgs<Real>& a, BlockThreads
   const Real shift = sums[0] * a.inverse_count, squares = sums[1];
   const Real mean = pilot + shift;
   // shift = mean of u - pilot: finish_moments() subtracts its square from the variance
-  const Moments1<Real> m = finish_moments(mean, shift / a.inverse_count, squares, a.inverse_count, a.eps);
+  const Moments1<Real> m = finish_moments(mean, shift / a.inverse_count, squares, a.inverse_count, a.settings.eps);
   if (threadIdx.x > 0) return;
   Real* stats = a.stats + group;
   stats[int64_t(kMean) * a.groups] = mean;
@@ -301,7 +301,7 @@ __device__ inline void finish_sums(const KernelArgs<Real>& a, const Real (&sums)
   Real* stats = a.stats + group;
   const int64_t groups = a.groups;
   if constexpr (kFinish == Finish::kLambda) {
-    const Estimate<Real> e = finish_lambda(sums, stats[kRstd * groups], a.inverse_count, a.alpha, a.order, a.eps, a.root_eps);
+    const Estimate<Real> e = finish_lambda(sums, stats[kRstd * groups], a.inverse_count, a.settings);
     stats[kLmbda * groups] = e.lmbda;
     stats[kMeanHd * groups] = e.mean_hd;
     stats[kMeanD * groups] = e.mean_d;

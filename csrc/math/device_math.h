@@ -126,8 +126,8 @@ enum class PrecisionPath {
 };
 
 template <class S>
-NN_HD PrecisionPath precision_path(const Exponents<S>& e, S transform_eps, bool frozen) {
-  if (transform_eps > S(0) || has_small_exponent(e)) return PrecisionPath::kSeries;
+NN_HD PrecisionPath precision_path(const Exponents<S>& e, const Settings<S>& s, bool frozen) {
+  if (s.transform_eps > S(0) || has_small_exponent(e)) return PrecisionPath::kSeries;
   return frozen ? PrecisionPath::kBounded : PrecisionPath::kPlain;
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "settings.h"
 
 namespace normnorm {
 namespace {
@@ -48,19 +49,13 @@ struct LambdaEstimate {
   S curvature;  // Q
 };
 
-// root_eps = sqrt(eps) is an argument because in float64 it would dominate a GPU kernel's time on a short group.
 template <class S>
-NN_HD LambdaEstimate<S> newton_step(const LambdaTerms<S>& mean, S alpha, int order, S root_eps) {
+NN_HD LambdaEstimate<S> newton_step(const LambdaTerms<S>& mean, const Settings<S>& s) {
   const S variance = mean.e - mean.d * mean.d - S(2) * mean.hd * mean.hd;
   // not a maximum, which would drop a NaN
-  const S q = (variance < S(0) ? S(0) : variance) + root_eps;
+  const S q = (variance < S(0) ? S(0) : variance) + s.root_eps;
   const S first = mean.hd - mean.log;
-  return {S(1) - alpha * (order == 1 ? first : first / q), q};
-}
-
-template <class S>
-NN_HD LambdaEstimate<S> estimate_lambda(const LambdaTerms<S>& mean, S alpha, int order, S eps) {
-  return newton_step<S>(mean, alpha, order, S(::sqrt(double(eps))));
+  return {S(1) - s.alpha * (s.order == 1 ? first : first / q), q};
 }
 
 // The constants of w in n dlmbda/dh_i = w(h_i), n being the group's size:
@@ -72,12 +67,12 @@ struct LambdaGradient {
 };
 
 template <class S>
-NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S mean_hd, S mean_d, S curvature, S alpha, int order) {
+NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S mean_hd, S mean_d, S curvature, const Settings<S>& s) {
   const S two_d = S(2) + S(2) * mean_d;
-  if (alpha == S(0)) return {S(0), S(0), S(0), two_d};
-  if (order == 1) return {-alpha, alpha, S(0), two_d};
-  const S kap = (lmbda - S(1)) / alpha;
-  const S c_r = alpha / curvature;
+  if (s.alpha == S(0)) return {S(0), S(0), S(0), two_d};
+  if (s.order == 1) return {-s.alpha, s.alpha, S(0), two_d};
+  const S kap = (lmbda - S(1)) / s.alpha;
+  const S c_r = s.alpha / curvature;
   return {-c_r * (S(1) - S(4) * mean_hd * kap), c_r, -c_r * kap, two_d};
 }
 

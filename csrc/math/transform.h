@@ -6,6 +6,7 @@
 #pragma once
 
 #include "elementary.h"
+#include "settings.h"
 
 namespace normnorm {
 namespace {
@@ -48,9 +49,9 @@ NN_HD Side<S> make_side(S eta, S transform_eps) {
 }
 
 template <class S>
-NN_HD Exponents<S> make_exponents(S lmbda, S transform_eps) {
-  const Side<S> pos = make_side<S>(lmbda, transform_eps);
-  const Side<S> neg = make_side<S>(S(2) - lmbda, transform_eps);
+NN_HD Exponents<S> make_exponents(S lmbda, const Settings<S>& s) {
+  const Side<S> pos = make_side<S>(lmbda, s.transform_eps);
+  const Side<S> neg = make_side<S>(S(2) - lmbda, s.transform_eps);
   return {pos.eta, neg.eta, pos.inverse, neg.inverse, pos.active, neg.active};
 }
 

@@ -263,7 +263,7 @@ def plan(
         raise ValueError(f"dtype must be one of {_STORAGES}; got {input.dtype}")
     dim = input.dim()
     last = dim > 2 and input.stride(1) == 1 and input.size(1) > 1
-    config = Config(kind, num_groups, normalized_ndim, 1e-5, 0.0, 1.0, 2, 0.0, 0, last, "")
+    config = Config(kind, num_groups, normalized_ndim, channels_last=last)
     check_forward(ForwardArguments(input, *(None,) * 8, False, True, config))
     request = _Request(
         KINDS.index(kind), num_groups, normalized_ndim, dim, (ctypes.c_int64 * dim)(*input.shape),

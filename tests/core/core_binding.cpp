@@ -61,7 +61,7 @@ void bind_real(py::module_& m) {
                           map(a, [](auto t) { return projected_error<decltype(t)>(t).slope; }));
   });
   m.def("psi", [](Array<T> a, T lmbda, T transform_eps) {
-    const auto e = make_exponents<T>(lmbda, transform_eps);
+    const auto e = make_exponents<T>(lmbda, Settings<T>{.transform_eps = transform_eps});
     return map(a, [&](auto h) {
       using V = decltype(h);
       const auto side = side_of(h, power_exponents(spread<V>(e)));
@@ -70,7 +70,7 @@ void bind_real(py::module_& m) {
   });
   const auto slope = [](bool by_lambda) {
     return [by_lambda](Array<T> a, T lmbda, T transform_eps) {
-      const auto e = make_exponents<T>(lmbda, transform_eps);
+      const auto e = make_exponents<T>(lmbda, Settings<T>{.transform_eps = transform_eps});
       return map(a, [&](auto h) {
         using V = decltype(h);
         const V t = magnitude(h), l = log1p_nonneg<V>(t), reciprocal = T(1) / (t + T(1));

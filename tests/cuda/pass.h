@@ -70,7 +70,7 @@ bool make_problem(const Pass& pass, Memory memory, cuda::Problem& p) try {
     p.bias = parameter("bias", pass.parameter_offset);
   }
   if (noise) p.seed = static_cast<const int64_t*>(memory("seed", 1, Storage::kFloat64, 0));
-  p.relu = pass.relu, p.frozen = pass.frozen;
+  p.activation = Activation(pass.relu), p.frozen = pass.frozen;
   if (!backward) {
     p.output = operand("output", pass.output);
     if (pass.add) p.sum = operand("sum", pass.output), p.addend = operand("addend", pass.beside);

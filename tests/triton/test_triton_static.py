@@ -184,7 +184,7 @@ def test_no_kernel_spills_and_aligned_ones_move_whole_vectors(target, work, dtyp
     for fused in fused_of(target, work, dtype):
         found = launches(target, work, dtype, fused)
         assert [c.name for c in plain] == [c.name for c in found]
-        assert [c.spec for c in plain] == [c.spec and replace(c.spec, RELU=False) for c in found]
+        assert [c.spec for c in plain] == [c.spec and replace(c.spec, ACTIVATION=0) for c in found]
         left = {name: list(accesses) for name, accesses in ACCESSES[fused].items()}
         for compiled, without in zip(found, codes, strict=True):
             what = f"{compiled.name} of {work}, {fused}, {compiled.spec}"

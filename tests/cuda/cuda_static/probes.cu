@@ -9,7 +9,7 @@ namespace {
 
 // A fused probe has all fused tensors, so that no pointer is tested.
 __device__ __forceinline__ void fuse(FusedTensors& fused) {
-  fused.relu = true;
+  fused.activation = Activation::kRelu;
   for (const FusedTensor* t : {&fused.residual, &fused.addend, &fused.activated, &fused.grad_sum})
     __builtin_assume(t->data != nullptr);
 }
@@ -25,7 +25,7 @@ __device__ __forceinline__ void forward(KernelArgs<RealOf<T>> a) {
   const GroupPlace g = locate_group(a, threads.index());
   const Moments1<Real> m = pass.moments(g);
   const Estimate<Real> estimate = pass.estimate(g, m);
-  const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.transform_eps);
+  const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.settings);
   if constexpr (kNoise) {
     const Real mean = pass.transform(e, PrecisionPath::kPlain);
     pass.write_noisy(g, uint64_t(*a.seed), a.noise_train * pass.deviation(g, mean) * kNormalUnit<Real>);
@@ -46,7 +46,7 @@ __device__ __forceinline__ void backward(KernelArgs<RealOf<T>> a) {
   BackwardGroup<T, false, false, BlockThreads<Real>, kRegister, kFused> pass(a, threads);
   const GroupPlace place = locate_group(a, threads.index());
   GroupConstants<Real> constants =
-      load_constants(a.stats, threads.index(), a.groups, a.alpha, a.order, a.transform_eps, false);
+      load_constants(a.stats, threads.index(), a.groups, a.settings, false);
   constants.path = PrecisionPath::kPlain;
   Real sums[kGradientSums] = {};
   pass.reduce(place, constants, sums);

@@ -33,7 +33,7 @@ from normnorm import backends, ops
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
 HERE = ROOT / "tests/cuda/host_cuda"
-BINDING = ("tensors", "cuda", "cuda_problem", "fallback")
+BINDING = ("tensors", "cuda", "cuda_problem")
 # The oldest torch whose stable ABI serves, as in setup.py.
 TORCH_TARGET = "0x020a000000000000"
 # Without -g and -O1, each of which doubles the time: a report names the function, UBSan's the line.

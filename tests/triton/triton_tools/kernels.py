@@ -10,6 +10,7 @@ from normnorm.triton_kernels.math import (
     needs_series,
 )
 from normnorm.triton_kernels.noise import PHILOX_ROUNDS, noise_words
+from normnorm.triton_kernels.params import Numbers
 from normnorm.triton_kernels.rounds import gradient_round
 
 
@@ -47,7 +48,8 @@ def slopes(at, lmbdas, out, groups, N: tl.constexpr):
         lmbda = tl.load(lmbdas + group)
         none = 0.0 * lmbda
         exponents = make_exponents(lmbda, none)
-        gradient = lambda_gradient(lmbda, none, none, 1.0 + none, 1.0 + none, 2)
+        numbers = Numbers(none, none, none, 1.0 + none, none, none)
+        gradient = lambda_gradient(lmbda, none, none, 1.0 + none, numbers, 2)
         psi_h, psi_lmbda, _, x = gradient_round(
             h, 1.0 + 0.0 * h, exponents, gradient, needs_series(exponents), False
         )
@@ -61,8 +63,9 @@ def weights(at, lmbda, mean_hd, mean_d, q, alpha, out, N: tl.constexpr, ORDER: t
     """n dlmbda/dh of one group."""
     h = tl.load(at + tl.arange(0, N))
     t = tl.abs(h)
+    numbers = Numbers(0.0, 0.0, 0.0, tl.load(alpha), 0.0, 0.0)
     gradient = lambda_gradient(
-        tl.load(lmbda), tl.load(mean_hd), tl.load(mean_d), tl.load(q), tl.load(alpha), ORDER
+        tl.load(lmbda), tl.load(mean_hd), tl.load(mean_d), tl.load(q), numbers, ORDER
     )
     w = lambda_weight(h, t, tl.log(1.0 + t), 1.0 / (1.0 + t), gradient)
     tl.store(out + tl.arange(0, N), w)

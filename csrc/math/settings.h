@@ -1,0 +1,28 @@
+// The settings of the standardization, the estimate of lmbda and the transform, as every kernel takes them.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+namespace normnorm {
+
+template <class S>
+struct Settings {
+  S eps = S(1e-5), root_eps = S(3.1622776601683795e-3);  // root_eps = sqrt(eps): a root in float64 is slow on a GPU
+  S alpha = S(1);
+  S transform_eps = S(0);
+  int order = 2;
+
+  // Whether they lie in the range that the kernels compute with; normnorm/checks.py has a sentence for each rule.
+  bool valid() const {
+    return eps >= FLT_MIN && eps <= FLT_MAX && std::isfinite(alpha) && std::isfinite(transform_eps) &&
+           transform_eps >= 0 && (order == 1 || order == 2);
+  }
+
+  template <class T>
+  Settings<T> as() const {
+    return {T(eps), T(root_eps), T(alpha), T(transform_eps), order};
+  }
+};
+
+}  // namespace normnorm
