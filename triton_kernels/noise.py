@@ -118,8 +118,10 @@ def quad_normals(
     """The same where rows are whole quads, halves of an octet: a counter each, twice the work, but
     no exchange between threads that hold four neighbours. ``quad`` is (R, L/4)."""
     w0, w1, w2, w3 = noise_words(seed, stream, quad >> 1)
-    late = (quad & 1) != 0
-    a, b, c = tl.where(late, w2, w0), tl.where(late, w3, w1), tl.where(late, w0, w2)
+    # all bits or none: selections by a condition spilled two registers on sm_80
+    late = tl.sub(0, (quad & 1).to(tl.uint32), sanitize_overflow=False)
+    exchanged = (w0 ^ w2) & late
+    a, b, c = w0 ^ exchanged, w1 ^ ((w1 ^ w3) & late), w2 ^ exchanged
     z0, z1 = normal_pair(a, b, DTYPE, FAST)
     z2, z3 = normal_pair(b, c, DTYPE, FAST)
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [R, L])
