@@ -46,11 +46,13 @@ def draw_seed(device: torch.device) -> Tensor:
 # A compiler that splits a graph into forward and backward may recompute values in the backward
 # pass instead of saving them. A recomputed seed would differ. So ``draw_seed``, the op in dynamo's
 # graph, becomes ``fresh_seed`` in the joint graph of forward and backward, and the node of
-# ``fresh_seed`` is marked as one that must be saved.
+# ``fresh_seed`` is marked as one that must be saved. Its ``index`` counts the layers of a graph:
+# AOTAutograd merges equal calls of an op as common subexpressions, also of one that is tagged as
+# random, so that without it all layers would have the seed of the first.
 _library = torch.library.Library("normnorm", "FRAGMENT")
-for _name in ("draw_seed", "fresh_seed"):
+for _schema in ("draw_seed(*, Device device)", "fresh_seed(*, Device device, int index)"):
     _library.define(
-        f"{_name}(*, Device device) -> Tensor",
+        f"{_schema} -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
     )
 
@@ -61,8 +63,11 @@ def _draw_and_save(*, device: torch.device) -> Tensor:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
     from torch.utils.checkpoint import CheckpointPolicy
 
-    seed: Tensor = torch.ops.normnorm.fresh_seed.default(device=device)
+    fresh_seed = torch.ops.normnorm.fresh_seed.default
     mode = get_proxy_mode()
+    before = () if mode is None else mode.tracer.graph.nodes
+    index = sum(node.target is fresh_seed for node in before)
+    seed: Tensor = fresh_seed(device=device, index=index)
     if mode is not None:
         node = next(iter(reversed(mode.tracer.graph.nodes)))
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -72,7 +77,7 @@ def _draw_and_save(*, device: torch.device) -> Tensor:
     return seed
 
 
-def _fake_seed(*, device: torch.device) -> Tensor:
+def _fake_seed(*, device: torch.device, index: int) -> Tensor:
     _check_budget(config.activation_memory_budget)
     return torch.empty(1, dtype=torch.int64, device=device)
 
@@ -90,7 +95,7 @@ def _check_budget(budget: float | None, least: float = 0.0) -> None:
 
 
 _library.impl("draw_seed", _draw_and_save, "CompositeImplicitAutograd")
-_library.impl("fresh_seed", lambda *, device: draw_seed(device), "BackendSelect")
+_library.impl("fresh_seed", lambda *, device, index: draw_seed(device), "BackendSelect")
 torch.library.register_fake("normnorm::fresh_seed", _fake_seed, lib=_library)
 
 

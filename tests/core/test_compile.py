@@ -343,6 +343,17 @@ def test_noise_of_compiled_layers_is_fresh_each_call_and_that_of_a_given_seed(ba
     assert_close(compiled(input, seed), function(input, seed), **CLOSE)
 
 
+def test_every_layer_of_a_compiled_graph_draws_a_seed_of_its_own():
+    input = KINDS[1].input(torch.float32)
+    layers = torch.nn.Sequential(KINDS[1].make(), KINDS[1].make())
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    outputs = []
+    for function in (compiled, layers):
+        torch.manual_seed(3)
+        outputs.append(function(input))
+    assert_close(outputs[0], outputs[1], **CLOSE)
+
+
 def test_bad_input_raises_while_compiling_and_changes_no_buffer(backend):
     layer = KINDS[0].make()
     compiled = torch.compile(layer, backend="eager")
