@@ -365,14 +365,14 @@ def function_transforms_are_refused(rank, ranks):
 
 
 class Net(nn.Module):
-    def __init__(self, noise=0.0, dtype=torch.float64):
+    def __init__(self, dtype=torch.float64):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(2, 4, 3, bias=False, dtype=dtype),
-            normnorm.BatchNormalNorm2d(4, noise_train=noise, dtype=dtype),
+            normnorm.BatchNormalNorm2d(4, dtype=dtype),
             nn.ReLU(),
             nn.Conv2d(4, 3, 3, dtype=dtype),
-            normnorm.BatchNormalNorm2d(3, noise_train=noise, dtype=dtype),
+            normnorm.BatchNormalNorm2d(3, dtype=dtype),
         )
         self.head = nn.Linear(3, 2, dtype=dtype)
 
@@ -404,19 +404,19 @@ def train_shards(model, batches, rank, ranks):
     return train(model, shards, ranks / sum(SIZES[ranks]))
 
 
-def fresh(noise=0.0, dtype=torch.float64):
+def fresh(dtype=torch.float64):
     torch.manual_seed(3)
-    return normnorm.convert_sync(Net(noise, dtype))
+    return normnorm.convert_sync(Net(dtype))
 
 
-def trained_alone(ranks, batches, noise=0.0):
+def trained_alone(ranks, batches):
     """The state of one process that trained on the whole batches with the noise of the ranks."""
 
     def by_rank(shape, seed, stream, channels_last, dtype):
         return whole_noise(ranks, shape, seed, channels_last, dtype)
 
     torch.manual_seed(3)
-    net = Net(noise)
+    net = Net()
     with (
         normnorm.use_backend("reference"),
         mock.patch("normnorm.reference.standard_normals", by_rank),
@@ -435,14 +435,14 @@ def assert_state(found, expected):
 @case(4)
 def ddp_training_with_noise_equals_one_process(rank, ranks):
     batches = made_batches(ranks)
-    model = DistributedDataParallel(fresh(0.4))
+    model = DistributedDataParallel(fresh())
     train_shards(model, batches, rank, ranks)
-    assert_state(model.module.state_dict(), trained_alone(ranks, batches, 0.4))
+    assert_state(model.module.state_dict(), trained_alone(ranks, batches))
     assert_the_same_on_every_rank(model.module.state_dict().values())
 
 
 @case(2)
-def training_compiled_around_ddp_equals_one_process(rank, ranks):
+def training_compiled_around_ddp_with_noise_equals_one_process(rank, ranks):
     batches = made_batches(ranks)
     model = fresh()
     compiled = torch.compile(DistributedDataParallel(model), backend="aot_eager")
@@ -453,19 +453,19 @@ def training_compiled_around_ddp_equals_one_process(rank, ranks):
 @case(4)
 def fsdp2_training_with_noise_equals_one_process(rank, ranks):
     batches = made_batches(ranks)
-    model = fresh(0.4)
+    model = fresh()
     for layer in model.body:
         if list(layer.parameters()):
             fully_shard(layer)
     fully_shard(model)
     train_shards(model, batches, rank, ranks)
     found = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
-    assert_state({**found, **dict(model.named_buffers())}, trained_alone(ranks, batches, 0.4))
+    assert_state({**found, **dict(model.named_buffers())}, trained_alone(ranks, batches))
 
 
 @case(4)
 def fsdp2_with_bfloat16_parameters_keeps_float32_statistics(rank, ranks):
-    model = fresh(0.4, torch.float32)
+    model = fresh(torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(model, mp_policy=policy)
     losses = train_shards(model, made_batches(ranks, torch.float32), rank, ranks)
