@@ -31,6 +31,14 @@ __device__ inline Slice locate_slice(const StreamingArgs<Real>& s) {
 constexpr int kStreamAhead = 2;
 constexpr int kFusedGradientAhead = 1;  // of three or four tensors: more would take the registers of a second block
 
+// Of two tensors. With half a counter's noise a chunk (float32) a second load would spill on sm_80.
+template <int N, bool kSums>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kGradientAhead = N == 4 && kSums ? 1 : kStreamAhead;
+#else
+constexpr int kGradientAhead = kStreamAhead;
+#endif
+
 // f(chunk's place, raw) over a block's chunks; load(chunk's place, raw).
 template <bool kRagged, int N, class Raw, int kAhead = kStreamAhead, class Real, class Load, class F>
 __device__ __forceinline__ void each_chunk(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load, F f) {
@@ -231,7 +239,7 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
       fetch_mask<kFused>(at, s.fused.activated, raw.activated);
       fetch_fused<kFused && !kSums>(at, s.fused.grad_sum, raw.grad_sum);
     };
-    constexpr int kAhead = kFused ? kFusedGradientAhead : kStreamAhead;
+    constexpr int kAhead = kFused ? kFusedGradientAhead : kGradientAhead<N, kSums>;
     each_chunk<kRagged, N, Raw, kAhead>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
       Real u[N], grad[N], weighted[N], x[N];
       values<T, kRagged>(s.input, g.input, s.at_input, c, raw.u, u);
