@@ -4,8 +4,6 @@
     python benchmarks/bench.py compare before.json after.json
 """
 
-from __future__ import annotations
-
 import sys
 
 from normnorm.cli import execute

@@ -7,8 +7,6 @@ Prints a table, with what was stored before beside it, and writes
 ``bench.py --callgrind`` puts the same counts into a result file.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of devices and output files before any work, for all scripts."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

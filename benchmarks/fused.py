@@ -3,15 +3,11 @@
     python benchmarks/fused.py [--device cpu] [--threads 2] [--dtype float32] [--budget 3]
 
 Forward and backward passes in training, interleaved: ours fused, ours in steps, torch's layer in
-steps.
+steps. A row also has the bytes that autograd keeps of the forward pass.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,65 +17,39 @@ import normnorm
 import record
 from speed import tables
 from speed.results import input_words
-from speed.timing import Timing, copies_beyond_cache, interleaved, kept_bytes
+from speed.timing import copies_beyond_cache, kept_bytes
 
 IMAGES = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14))
 TOKENS = ((6304, 384), (2048, 4096))
-# Tensors that cross memory for each element, forward and backward: docs/use/fused.md.
+# Tensors that cross memory for each element, in steps and fused: docs/use/fused.md.
 MOVED = {"relu": (10, 6), "residual + relu": (13, 9), "residual stream": (11, 8)}
 Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way's time, in milliseconds of a forward and backward pass.
-
-    Attributes:
-        what: "relu", "residual + relu" or "residual stream".
-        way: "fused", "in steps" or "torch" (its plain norm, in steps).
-        moved: tensors that a kernel with its groups on chip reads and writes; None for torch's.
-        kept_bytes: what autograd keeps of the forward pass.
-    """
-
-    what: str
-    way: str
-    shape: tuple[int, ...]
-    dtype: str
-    memory_format: str
-    threads: int
-    timing: Timing
-    moved: int | None
-    kept_bytes: int
-
-
 def image_steps(channels: int, with_residual: bool, device: torch.device) -> dict[str, Step]:
     fused = normnorm.BatchNormalNormAct2d(channels, device=device)
-    ours = normnorm.BatchNormalNorm2d(channels, device=device)
-    torchs = nn.BatchNorm2d(channels, device=device)
 
-    def after(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    def steps(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         y = norm(x)
         return (torch.relu_(y + residual if with_residual else y),)
 
     return {
         "fused": lambda x, r: (fused(x, r if with_residual else None),),
-        "in steps": partial(after, ours),
-        "torch": partial(after, torchs),
+        "in steps": partial(steps, normnorm.BatchNormalNorm2d(channels, device=device)),
+        "torch": partial(steps, nn.BatchNorm2d(channels, device=device)),
     }
 
 
 def token_steps(width: int, device: torch.device) -> dict[str, Step]:
-    fused = normnorm.AddLayerNormalNorm(width, device=device)
-    ours, torchs = (
-        normnorm.LayerNormalNorm(width, device=device),
-        nn.LayerNorm(width, device=device),
-    )
-
-    def after(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    def steps(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         stream = x + residual
         return norm(stream), stream
 
-    return {"fused": fused, "in steps": partial(after, ours), "torch": partial(after, torchs)}
+    return {
+        "fused": normnorm.AddLayerNormalNorm(width, device=device),
+        "in steps": partial(steps, normnorm.LayerNormalNorm(width, device=device)),
+        "torch": partial(steps, nn.LayerNorm(width, device=device)),
+    }
 
 
 def measure(
@@ -89,84 +59,70 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     budget_s: float,
-    rounds: int = 9,
-) -> list[Row]:
+) -> list[record.Row]:
     """Each way's row, by the backend that is chosen."""
-    steps = (
-        token_steps(shape[1], device)
-        if what == "residual stream"
-        else image_steps(shape[1], what.startswith("residual"), device)
-    )
-    if dtype != torch.float32 and what == "residual stream" and device.type == "cuda":
-        del steps["torch"]  # its layer norm wants the parameters in the input's dtype there
-    elements = torch.Size(shape).numel()
-    copies = copies_beyond_cache(3 * elements * dtype.itemsize, device)
-    dense = getattr(
-        torch, f"{memory_format}_format" if memory_format == "contiguous" else memory_format
-    )
+    if what == "residual stream":
+        steps = token_steps(shape[1], device)
+        if dtype != torch.float32 and device.type == "cuda":
+            del steps["torch"]  # its layer norm wants the parameters in the input's dtype there
+    else:
+        steps = image_steps(shape[1], what.startswith("residual"), device)
+    copies = copies_beyond_cache(3 * torch.Size(shape).numel() * dtype.itemsize, device)
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
 
-    def drawn() -> Tensor:
-        return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=dense)
+    def pairs() -> list[list[Tensor]]:
+        drawn = (torch.randn(shape, device=device).to(dtype) for _ in range(2 * copies))
+        tensors = [values.contiguous(memory_format=layout) for values in drawn]
+        return [tensors[i : i + 2] for i in range(0, 2 * copies, 2)]
 
-    inputs = [[drawn().requires_grad_() for _ in range(2)] for _ in range(copies)]
-    grads = [[drawn() for _ in range(2)] for _ in range(copies)]
+    inputs, grads = pairs(), pairs()
+    for pair in inputs:
+        for values in pair:
+            values.requires_grad_()
 
     def call(step: Step, copy: int) -> None:
-        x, residual = inputs[copy]
-        outputs = step(x, residual)
-        wanted = (x,) if what == "relu" else (x, residual)
+        outputs = step(*inputs[copy])
+        wanted = inputs[copy][: 1 if what == "relu" else 2]
         torch.autograd.grad(outputs, wanted, grads[copy][: len(outputs)])
 
-    timings = interleaved(
-        {way: partial(call, step) for way, step in steps.items()},
-        device, copies=copies, budget_s=budget_s, min_rounds=rounds,
+    rows = record.timed(
+        {way: partial(call, step) for way, step in steps.items()}, device, budget_s, copies,
+        what=what, shape=shape, dtype=str(dtype).removeprefix("torch."),
+        memory_format=memory_format,
     )  # fmt: skip
-    rows = []
-    for way, timing in timings.items():
-        if isinstance(timing, Exception):
-            raise timing
-        moved = {"in steps": MOVED[what][0], "fused": MOVED[what][1]}.get(way)
-        rows.append(
-            Row(
-                what=what, way=way, shape=shape, dtype=str(dtype).removeprefix("torch."),
-                memory_format=memory_format,
-                threads=torch.get_num_threads(), timing=timing, moved=moved,
-                kept_bytes=kept_bytes(partial(steps[way], *inputs[0])),
-            )
-        )  # fmt: skip
+    for row in rows:
+        row["kept_bytes"] = kept_bytes(partial(steps[row["way"]], *inputs[0]))
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[record.Row]) -> str:
     head = ("what", "input", "fused, ms", "in steps, ms", "ratio", "ratio of what is moved",
             "fused / torch in steps")  # fmt: skip
-    cases: dict[object, dict[str, Row]] = {}
+    cases: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
-        cases.setdefault((row.what, row.shape, row.memory_format), {})[row.way] = row
+        words = input_words(row["shape"], 0, row["dtype"], row["memory_format"])
+        cases.setdefault((row["what"], words), {})[row["way"]] = row["timing"].median_ms
     lines = []
-    for ways in cases.values():
-        fused, (moved_in_steps, moved) = ways["fused"], MOVED[ways["fused"].what]
-        ms, in_steps = fused.timing.median_ms, ways["in steps"].timing.median_ms
-        to_torch = f"{ms / ways['torch'].timing.median_ms:.2f}" if "torch" in ways else "-"
+    for (what, words), ms in cases.items():
+        (moved_in_steps, moved), fused = MOVED[what], ms["fused"]
+        to_torch = f"{fused / ms['torch']:.2f}" if "torch" in ms else "-"
         lines.append((
-            fused.what, input_words(fused.shape, 0, fused.dtype, fused.memory_format),
-            f"{ms:.3g}", f"{in_steps:.3g}", f"{ms / in_steps:.2f}",
+            what, words, f"{fused:.3g}", f"{ms['in steps']:.3g}", f"{fused / ms['in steps']:.2f}",
             f"{moved / moved_in_steps:.2f}", to_torch,
         ))  # fmt: skip
     return tables.table(head, lines, 2)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a case (default 3)")
-    record.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    def rows() -> list[Row]:
+    def rows() -> list[record.Row]:
         cases = [("residual stream", shape, "contiguous") for shape in TOKENS]
         for what in ("relu", "residual + relu"):
             cases += [(what, shape, f) for f in record.FORMATS for shape in IMAGES]

@@ -7,8 +7,6 @@ it is timed, and rows are on disk after each work. Works for which no time is le
 "problems". Status 1 where a provider of ours failed or was wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -19,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from speed.measure import Run, Settings
+from speed.measure import Run
 from speed.networks import Network, networks
 from speed.providers import PROVIDERS
 from speed.results import Row
+from speed.timing import Settings
 from speed.work import RESNET50, Work
 
 FORMATS = ("contiguous", "channels_last")

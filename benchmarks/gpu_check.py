@@ -8,8 +8,6 @@ what was not reached is "not run" and no failure. After each step the results' f
 is known by then. ``docs/measured/gpu.md`` says what each step does and how the results are read.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

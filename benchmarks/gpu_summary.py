@@ -1,8 +1,6 @@
 """What a run of ``gpu_check.py`` found, as a page of Markdown: steps, failures, targets, and every
 time beside what was predicted for it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

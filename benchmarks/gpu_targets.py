@@ -4,8 +4,6 @@ A target without rows is neither met nor missed; one with fewer rows than it wan
 those of the benchmark's files, as plain data.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -7,11 +7,12 @@ noise, constant, falling to 0 or rising from 0; some are also trained with their
 converted, and trained on. AdamW and one cycle of the learning rate throughout. What the file holds
 of networks that are not named stays. Needs scikit-learn, and torchvision for MobileNetV3 and
 EfficientNet.
+
+A row has the number of norm layers, the weight of the noise (null for plain norms), the mean
+training loss of the last epoch, noise included, and percent of the test images that are right
+after it; and before it, where a trained network was trained on.
 """
 
-from __future__ import annotations
-
-import argparse
 import copy
 import json
 import sys
@@ -36,32 +37,6 @@ from accuracy.trainer import Trainer, World
 
 TUNING_EPOCHS = 3  # with a tenth of the learning rate
 OF_BATCH, OF_LAYER = (0.4, 0.2, 0.1, 0.05, 0.0), (1.0, 0.5, 0.25, 0.1, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One training run.
-
-    Attributes:
-        norms: how many norm layers the network has.
-        start: "scratch", or "trained": converted after it was trained with its plain norms.
-        noise_train: of all norm layers; None for the plain ones.
-        schedule: "constant", "falling" (linearly to 0) or "rising" (linearly from 0).
-        loss: the mean training loss of the last epoch, noise included.
-        accuracy: of the test images after the last epoch, percent.
-        accuracy_before: of a trained network before it is trained on.
-    """
-
-    network: str
-    norms: int
-    start: str
-    noise_train: float | None
-    schedule: str
-    seed: int
-    epochs: int
-    loss: float
-    accuracy: float
-    accuracy_before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +144,7 @@ def train(trainer: Trainer, noise_train: float | None, schedule: str) -> tuple[f
     return last.train_loss[0], last.test_accuracy[0]
 
 
-def measure(name: str, seed: int) -> list[Row]:
+def measure(name: str, seed: int) -> list[record.Row]:
     kind, rows = NETWORKS[name], []
     data = load("digits", Path(), seed)
     if kind.pixels:
@@ -194,11 +169,11 @@ def measure(name: str, seed: int) -> list[Row]:
             normnorm.replace_norms(network, noise_train=noise)
         began = time.process_time()
         loss, accuracy = train(make(network=network), noise, schedule)
-        row = Row(
-            network=name, norms=norms, start="trained" if trained else "scratch",
-            noise_train=noise, schedule=schedule, seed=seed, epochs=experiment.epochs, loss=loss,
-            accuracy=accuracy, accuracy_before=before,
-        )  # fmt: skip
+        row = {
+            "network": name, "norms": norms, "start": "trained" if trained else "scratch",
+            "noise_train": noise, "schedule": schedule, "seed": seed, "epochs": experiment.epochs,
+            "loss": loss, "accuracy": accuracy, "accuracy_before": before,
+        }  # fmt: skip
         rows.append(row)
         print(f"{row}, {time.process_time() - began:.1f} s", file=sys.stderr, flush=True)
         return network
@@ -215,19 +190,17 @@ def measure(name: str, seed: int) -> list[Row]:
     return rows
 
 
-def kept(output: Path, networks: list[str]) -> list[Row]:
+def kept(output: Path, networks: list[str]) -> list[record.Row]:
     """What the file holds of other networks."""
-    if not output.exists():
-        return []
-    rows = [Row(**row) for row in json.loads(output.read_text())["rows"]]
-    return [row for row in rows if row.network not in networks]
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    return [row for row in rows if row["network"] not in networks]
 
 
-def table(rows: list[Row]) -> str:
-    runs: dict[tuple[str, str, str], dict[float | None, list[float]]] = {}
-    for r in rows:
-        of = runs.setdefault((r.network, r.start, r.schedule), {})
-        of.setdefault(r.noise_train, []).append(r.accuracy)
+def table(rows: list[record.Row]) -> str:
+    runs: dict[tuple[str, ...], dict[float | None, list[float]]] = {}
+    for row in rows:
+        of = runs.setdefault((row["network"], row["start"], row["schedule"]), {})
+        of.setdefault(row["noise_train"], []).append(row["accuracy"])
     lines = ["| network | start | noise | accuracy %, mean over seeds, by noise_train |"]
     lines.append("| --- | --- | --- | --- |")
     for names, levels in runs.items():
@@ -240,13 +213,12 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    record.add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    def rows() -> list[Row]:
+    def rows() -> list[record.Row]:
         runs = [(name, seed) for name in options.networks for seed in range(NETWORKS[name].seeds)]
         found = kept(options.output or record.RESULTS / "noise_levels_cpu.json", options.networks)
         return found + [row for run in runs for row in measure(*run)]

@@ -3,16 +3,13 @@
     python benchmarks/per.py [--threads 1 2] [--budget 10] [--output FILE]
 
 Forward and backward passes with fresh directions in each, on this machine's CPU, interleaved; and
-the most memory that one allocates. "products" are the two matrix products of every
-block alone, which none can do without.
+the most memory that one allocates beyond the activations. "definition" is autograd of the formula
+in full, "plain blocks" the reference backend, "compiled blocks" the CPU backend, and "products" the
+two matrix products of every block alone, which none can do without.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,30 +19,11 @@ import normnorm
 import record
 from normnorm import per
 from speed import tables
-from speed.timing import Timing, interleaved, peak_bytes
+from speed.timing import peak_bytes
 
 SHAPES = ((1024, 64), (8192, 256), (65536, 128))
 SLICES = 256
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way's time for one shape, in milliseconds of a forward and backward pass.
-
-    Attributes:
-        way: "definition" (autograd of the formula in full), "plain blocks" (the reference
-            backend), "compiled blocks" (the CPU backend) or "products".
-        peak_bytes: the most it has allocated at a time, beyond the activations.
-    """
-
-    way: str
-    vectors: int
-    features: int
-    slices: int
-    threads: int
-    timing: Timing
-    peak_bytes: int
 
 
 def directions(features: int) -> Tensor:
@@ -74,7 +52,7 @@ def products(h: Tensor, _: int = 0) -> None:
             gradient[start : start + rows] = h[start : start + rows] @ slices.T @ slices
 
 
-def measure(vectors: int, features: int, budget_s: float) -> list[Row]:
+def measure(vectors: int, features: int, budget_s: float) -> list[record.Row]:
     h = torch.randn(vectors, features, requires_grad=True)
     losses = {"definition": definition, "plain blocks": partial(per_loss, "reference")}
     if normnorm.available_backends()["cpu"] is None:
@@ -86,42 +64,36 @@ def measure(vectors: int, features: int, budget_s: float) -> list[Row]:
     assert max(found.values()) - min(found.values()) < 1e-5, found
     calls = {way: partial(step, loss, h) for way, loss in losses.items()}
     calls["products"] = partial(products, h)
-    rows = []
-    for way, timing in interleaved(calls, CPU, budget_s=budget_s, min_rounds=9).items():
-        if isinstance(timing, Exception):
-            raise timing
-        peak = peak_bytes(partial(calls[way], 0), CPU)
-        rows.append(
-            Row(
-                way=way, vectors=vectors, features=features, slices=SLICES,
-                threads=torch.get_num_threads(), timing=timing, peak_bytes=peak,
-            )
-        )  # fmt: skip
+    rows = record.timed(
+        calls, CPU, budget_s, vectors=vectors, features=features, slices=SLICES
+    )
+    for row in rows:
+        row["peak_bytes"] = peak_bytes(partial(calls[row["way"]], 0), CPU)
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    whole = {(r.vectors, r.features, r.threads): r for r in rows if r.way == "definition"}
+def table(rows: list[record.Row]) -> str:
     lines = []
-    for r in rows:
-        ratio = r.timing.median_ms / whole[r.vectors, r.features, r.threads].timing.median_ms
+    for row in rows:
+        if row["way"] == "definition":  # the first of each shape
+            whole = row["timing"].median_ms
+        ms = row["timing"].median_ms
         lines.append((
-            f"{r.vectors} x {r.features}", str(r.threads), r.way, f"{r.timing.median_ms:.3g}",
-            f"{ratio:.2f}", f"{r.peak_bytes / 1e6:.1f}",
+            f"{row['vectors']} x {row['features']}", str(row["threads"]), row["way"], f"{ms:.3g}",
+            f"{ms / whole:.2f}", f"{row['peak_bytes'] / 1e6:.1f}",
         ))  # fmt: skip
     head = ("vectors x features", "threads", "way", "ms", "of the definition", "peak, MB")
     return tables.table(head, lines, 3)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--budget", type=float, default=10.0, help="seconds a shape (default 10)")
-    record.add_output(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads[0])
+    torch.set_num_threads(options.threads[0])  # what the environment says
 
-    def rows() -> list[Row]:
+    def rows() -> list[record.Row]:
         found = []
         for threads in options.threads:
             torch.set_num_threads(threads)

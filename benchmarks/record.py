@@ -1,12 +1,10 @@
-"""Shared by the scripts that measure one thing: the output option, and a file of rows with their
+"""Shared by the scripts that measure one thing: options, and a file of rows with their
 environment."""
-
-from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +12,47 @@ import torch
 
 from speed import environment
 from speed.results import ResultsError, json_text, write_atomically
+from speed.timing import Call, interleaved
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = ("contiguous", "channels_last")
 SEED = 0
+Row = dict[str, Any]
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, metavar="FILE", help="in place of results/*.json")
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    made.add_argument("--output", type=Path, metavar="FILE", help="in place of results/*.json")
+    return made
+
+
+def timed(
+    calls: Mapping[str, Call], device: torch.device, budget_s: float, copies: int = 1, **about: Any
+) -> list[Row]:
+    """A row for each way to do the same: its name, torch's threads, its timing and ``about``.
+
+    Raises:
+        Exception: whatever one of the calls raised.
+    """
+    rows = []
+    for way, timing in interleaved(
+        calls, device, copies=copies, budget_s=budget_s, min_rounds=9
+    ).items():
+        if isinstance(timing, Exception):
+            raise timing
+        rows.append({**about, "way": way, "threads": torch.get_num_threads(), "timing": timing})
+    return rows
 
 
 def run(
     name: str,
     options: argparse.Namespace,
-    measure: Callable[[], list[Any]],
-    table: Callable[[list[Any]], str],
+    measure: Callable[[], list[Row]],
+    table: Callable[[list[Row]], str],
 ) -> int:
-    """Measures, writes the rows (dataclasses) and their environment, prints the table; the exit
-    status. The file's format is ``normnorm-<name>``, its default path ``<name>_<device type>.json``
-    in :data:`RESULTS`."""
+    """Measures, writes the rows and their environment, prints the table; the exit status. The
+    file's format is ``normnorm-<name>``, its default path ``<name>_<device type>.json`` in
+    :data:`RESULTS`."""
     device = torch.device(getattr(options, "device", "cpu"))
     torch.manual_seed(SEED)
     start, clock = environment.before(device, SEED), time.perf_counter()

@@ -3,8 +3,6 @@
     python benchmarks/report.py RESULT... [--png FOLDER] [--markdown FILE] [--readme FILE]
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Data sets by name: small ones that packages generate or bundle, and those that torchvision's
 classes read from disk."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import shlex

@@ -1,8 +1,6 @@
 """The demonstration: a convolutional net with BatchNorm and BatchNormalNorm, a transformer with
 LayerNorm and LayerNormalNorm, over several seeds; a table, a plot and what they show."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

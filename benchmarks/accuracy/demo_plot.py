@@ -1,7 +1,5 @@
 """The demonstration's figure: a row a network, with its learning curves and Q-Q plots."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean

@@ -1,8 +1,6 @@
 """Normalization layers for experiments alone: decorrelated batch normalization, and batch normality
 normalization with more than one Newton step, both in plain PyTorch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 """What the study measures of trained networks besides their accuracy; lists have one number for
 each copy of the network."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

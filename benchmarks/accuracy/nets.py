@@ -1,7 +1,5 @@
 """Networks by name, each built around a normalization layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple

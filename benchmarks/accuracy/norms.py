@@ -1,7 +1,5 @@
 """Normalization layers by name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Runs in folders of their own, and the script train.py: one experiment, or a sweep of them."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

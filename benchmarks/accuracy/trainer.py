@@ -1,7 +1,5 @@
 """Training one experiment, interruptible at any step."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """One work's tensors, and the float64 reference's results for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

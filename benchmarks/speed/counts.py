@@ -7,8 +7,6 @@ the calls of the kernels are counted. valgrind knows no AVX-512, so that the cou
 AVX2 path (eight lanes).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

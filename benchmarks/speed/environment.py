@@ -1,7 +1,5 @@
 """Where and how the numbers of a run come about."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from datetime import datetime, timezone

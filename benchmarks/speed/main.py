@@ -1,7 +1,5 @@
 """What the scripts do: measure under a progress bar, compare two runs, render stored results."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,9 +28,10 @@ def _threads(wanted: int | None) -> Iterator[None]:
 
 
 def _measure_all(plan: Plan, run: Run) -> None:
-    """Everything in the plan. The bar counts seconds as estimated, since works differ so."""
+    """Everything in the plan. The bar counts what has the same budget of time: an operation of a
+    layer, of all providers together; a network has twice that."""
     with tqdm(
-        total=plan.seconds(),
+        total=sum(len(work.operations) for work in plan.works) + 2 * len(plan.networks),
         bar_format="{percentage:3.0f} %|{bar}| {elapsed} passed, {remaining} left{postfix}",
         smoothing=0,
         dynamic_ncols=True,
@@ -41,11 +40,11 @@ def _measure_all(plan: Plan, run: Run) -> None:
         for work in plan.works:
             bar.set_postfix_str(str(work))
             run.layer(work, plan.providers_for(work))
-            bar.update(plan.work_seconds(work))
+            bar.update(len(work.operations))
         for network in plan.networks:
             bar.set_postfix_str(str(network))
             run.network(network, plan.network_providers)
-            bar.update(plan.network_seconds())
+            bar.update(2)
         if plan.callgrind:
             bar.set_postfix_str("callgrind")
             try:

@@ -1,12 +1,10 @@
 """Measures layers and networks: every provider is checked against the float64 reference, then
 timed, interleaved with the others; results are on disk after each work."""
 
-from __future__ import annotations
-
 import gc
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,6 @@ from speed.timing import (
     sentence,
 )
 from speed.work import Work
-
-__all__ = ["Run", "Settings", "measure", "sentence"]
 
 # The faster of these stands for torch's layer.
 _PEERS = ("torch", "cudnn")
@@ -114,6 +110,17 @@ class _Candidate:
     def fail(self, status: Status, message: str) -> None:
         self.status, self.message, self.runner = status, message, None
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """The provider's context; whatever it raises is its result."""
+        try:
+            with self.provider.within():
+                yield
+        except Unavailable as reason:
+            self.fail("unavailable", str(reason))
+        except Exception as failure:
+            self.fail("failed", sentence(failure))
+
 
 def measure(
     work: Work, providers: Sequence[str], device: torch.device, settings: Settings
@@ -130,7 +137,11 @@ def measure(
     if any(candidate.provider.compiled for candidate in candidates):
         torch.compiler.reset()  # or the ninth shape of a function would run in eager mode
     with stream, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        case = _case(work, device, settings.seed)
+        copies = 1
+        if work.method == "graph":
+            each = work.elements * work.torch_dtype.itemsize
+            copies = copies_beyond_cache(each * (1 if work.mode == "eval" else 2), device)
+        case = Case(work, device, copies, settings.seed)
         expected: dict[bool, dict[str, Tensor]] = {}
         for candidate in candidates:
             _check(candidate, case, expected)
@@ -149,14 +160,6 @@ def measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return [_with_ratio(row, rows) for row in rows]
-
-
-def _case(work: Work, device: torch.device, seed: int) -> Case:
-    copies = 1
-    if work.method == "graph":
-        tensors = 1 if work.mode == "eval" else 2
-        copies = copies_beyond_cache(tensors * work.elements * work.torch_dtype.itemsize, device)
-    return Case(work, device, copies, seed)
 
 
 def _compare(
@@ -189,19 +192,14 @@ def _compare(
 
 def _check(candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Tensor]]) -> None:
     """Makes a provider ready and compares what it gives with the reference."""
-    try:
-        with candidate.provider.within():
-            runner = candidate.provider.build(case)
-            wrong = _compare(candidate, runner, case, expected)
-            if wrong is not None:
-                candidate.fail("wrong", wrong)
-                return
-            candidate.runner = runner
-            _remember_memory(candidate, case)
-    except Unavailable as reason:
-        candidate.fail("unavailable", str(reason))
-    except Exception as failure:  # whatever a provider raises is its result
-        candidate.fail("failed", sentence(failure))
+    with candidate.attempt():
+        runner = candidate.provider.build(case)
+        wrong = _compare(candidate, runner, case, expected)
+        if wrong is not None:
+            candidate.fail("wrong", wrong)
+            return
+        candidate.runner = runner
+        _remember_memory(candidate, runner, case)
 
 
 def _check_again(
@@ -210,20 +208,15 @@ def _check_again(
     """After thousands of calls: a provider that is wrong by now has no times."""
     if candidate.runner is None:
         return
-    try:
-        with candidate.provider.within():
-            wrong = _compare(candidate, candidate.runner, case, expected)
-    except Exception as failure:
-        candidate.fail("failed", sentence(failure))
-        return
-    if wrong is not None:
-        candidate.fail("wrong", f"after it was timed, {wrong}")
-        candidate.timings.clear()
+    with candidate.attempt():
+        wrong = _compare(candidate, candidate.runner, case, expected)
+        if wrong is not None:
+            candidate.fail("wrong", f"after it was timed, {wrong}")
+            candidate.timings.clear()
 
 
-def _remember_memory(candidate: _Candidate, case: Case) -> None:
-    runner = candidate.runner
-    if runner is None or candidate.provider.name == "copy":
+def _remember_memory(candidate: _Candidate, runner: Runner, case: Case) -> None:
+    if candidate.provider.name == "copy":
         return
     x, grad = case.inputs[0], case.grads[0]
     if case.work.mode != "eval":
@@ -256,11 +249,8 @@ def _time(
             if candidate.runner is None or (name == "copy" and operation != "forward"):
                 continue
             within[name] = candidate.provider.within
-            try:
-                with candidate.provider.within():
-                    calls[name] = _call(candidate.runner, case, operation)
-            except Exception as failure:
-                candidate.fail("failed", sentence(failure))
+            with candidate.attempt():
+                calls[name] = _call(candidate.runner, case, operation)
         found = interleaved(
             calls, case.device, method=case.work.method, copies=case.copies, within=within,
             budget_s=settings.budget_s, min_rounds=settings.min_rounds,

@@ -1,7 +1,5 @@
 """Whole training steps: networks built once with torch's norm layers and once with ours."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

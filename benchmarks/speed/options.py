@@ -1,7 +1,5 @@
 """From the command line to what is going to be measured; refuses what makes no sense."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +10,11 @@ import torch
 
 from commands import check_output, usable_device
 from normnorm.cli import CommandError
-from speed.measure import Settings
 from speed.networks import NETWORK_PROVIDERS, Network, networks
 from speed.providers import PROVIDERS, runnable
 from speed.results import MODES, PASSES, MemoryFormat
+from speed.timing import Settings
 from speed.work import DTYPES, LAYERS, Preset, Work, WorkError, named_shapes, preset
-
-_COMPILATION_S = 4.0
 
 
 class UsageError(CommandError):
@@ -150,20 +146,6 @@ class Plan:
             for name in self.providers
             if self.compile_all or work.mode == "noise" or not PROVIDERS[name].compiled
         ]
-
-    def work_seconds(self, work: Work) -> float:
-        """Roughly how long a work takes: what a progress bar needs."""
-        compiled = sum(PROVIDERS[name].compiled for name in self.providers_for(work))
-        check = work.elements * (5e-7 if work.method == "wall" else 1e-8)
-        samples = self.settings.budget_s * len(work.operations)
-        return samples + compiled * _COMPILATION_S + check + 0.1
-
-    def network_seconds(self) -> float:
-        return 2 * self.settings.budget_s + 3 * len(self.network_providers)
-
-    def seconds(self) -> float:
-        layers = sum(map(self.work_seconds, self.works))
-        return layers + len(self.networks) * self.network_seconds() + 60 * self.callgrind
 
 
 def _chosen(given: Sequence[str] | None, known: Collection[str], what: str) -> list[str]:

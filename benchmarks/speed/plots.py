@@ -1,7 +1,5 @@
 """Plots of one run, as PNG: ratios to torch's layer, time and rate against size, networks."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -3,8 +3,6 @@
 A provider turns a :class:`~speed.case.Case` into a :class:`~speed.case.Runner`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass

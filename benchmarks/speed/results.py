@@ -9,8 +9,6 @@ What follows from other fields (GB/s, shares) is a property here and is not stor
 writing need torch alone; :func:`load` needs msgspec.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,8 +1,6 @@
 """Results as text: tables for the terminal and for Markdown, the comparison of two runs, the
 README's performance section, and CSV in Liger's columns."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -14,8 +14,6 @@ A call is a function of one argument, the index of the copy of the inputs to use
 values on the host, which a CUDA graph cannot capture.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -88,7 +86,7 @@ class Timing(NamedTuple):
     warm_up: int = 0
 
     @classmethod
-    def of(cls, samples: list[float], calls: int, warm_up: int = 0) -> Timing:
+    def of(cls, samples: list[float], calls: int, warm_up: int = 0) -> "Timing":
         """The summary of samples in milliseconds a call; at least one is needed."""
         several = len(samples) > 1
         cuts = statistics.quantiles(samples, n=5, method="inclusive") if several else samples * 4

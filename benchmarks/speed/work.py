@@ -1,9 +1,7 @@
 """What is measured: layers, shapes, dtypes and modes, and the presets that list them."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ import normnorm
 from speed.results import MemoryFormat, Method, Mode, Operation, input_words
 
 Preset = Literal["quick", "default", "full"]
+Shapes = Sequence[tuple[int, ...]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-5
@@ -175,58 +174,44 @@ ROW_LENGTHS = (192, 384, 768, 1024, 2048, 4096, 8192, 16384)
 _GROUPS = 32
 
 
-def _resnet(batches: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> Iterator[Work]:
-    for batch in batches:
-        for shape in shapes:
-            yield Work(layer="BatchNormalNorm2d", shape=(batch, *shape), suite="resnet")
-
-
-def _features(shapes: Sequence[tuple[int, int]]) -> Iterator[Work]:
-    for shape in shapes:
-        yield Work(layer="BatchNormalNorm1d", shape=shape, suite="features")
-
-
-def _tokens(shapes: Sequence[tuple[int, int]]) -> Iterator[Work]:
-    for shape in shapes:
-        yield Work(layer="LayerNormalNorm", shape=shape, suite="tokens")
-
-
 def _others(scale: int) -> Iterator[Work]:
     """Every layer kind that the other suites leave out."""
-    group: dict[str, Any] = {"layer": "GroupNormalNorm", "groups": _GROUPS, "suite": "group"}
-    yield Work(**group, shape=(scale, 256, 56, 56))
-    yield Work(**group, shape=(scale, 320, 64, 64))
-    instance: dict[str, Any] = {"suite": "instance"}
-    yield Work(layer="InstanceNormalNorm1d", shape=(scale, 64, 1024), **instance)
-    yield Work(layer="InstanceNormalNorm2d", shape=(scale, 64, 128, 128), **instance)
-    yield Work(layer="InstanceNormalNorm3d", shape=(max(1, scale // 4), 32, 32, 32, 32), **instance)
-    volume = (max(1, scale // 4), 32, 16, 56, 56)
-    yield Work(layer="BatchNormalNorm3d", shape=volume, suite="volumes")
+    volumes = max(1, scale // 4)
+    for image in ((256, 56, 56), (320, 64, 64)):
+        yield Work(layer="GroupNormalNorm", groups=_GROUPS, shape=(scale, *image), suite="group")
+    inputs: Shapes = (scale, 64, 1024), (scale, 64, 128, 128), (volumes, 32, 32, 32, 32)
+    for rank, shape in enumerate(inputs, start=1):
+        yield Work(layer=f"InstanceNormalNorm{rank}d", shape=shape, suite="instance")
+    yield Work(layer="BatchNormalNorm3d", shape=(volumes, 32, 16, 56, 56), suite="volumes")
 
 
 def _small() -> Iterator[Work]:
-    for method in ("wall", "stream"):
-        common: dict[str, Any] = {"suite": "small", "method": method}
-        yield Work(layer="BatchNormalNorm2d", shape=(2, 4, 2, 2), **common)
-        yield Work(layer="BatchNormalNorm2d", shape=(32, 16, 8, 8), **common)
-        yield Work(layer="BatchNormalNorm1d", shape=(32, 64), **common)
-        yield Work(layer="LayerNormalNorm", shape=(1, 768), **common)
-        yield Work(layer="LayerNormalNorm", shape=(32, 256), **common)
+    methods: tuple[Method, ...] = ("wall", "stream")
+    for method in methods:
+        for layer, shape in (
+            ("BatchNormalNorm2d", (2, 4, 2, 2)),
+            ("BatchNormalNorm2d", (32, 16, 8, 8)),
+            ("BatchNormalNorm1d", (32, 64)),
+            ("LayerNormalNorm", (1, 768)),
+            ("LayerNormalNorm", (32, 256)),
+        ):
+            yield Work(layer=layer, shape=shape, suite="small", method=method)
+
+
+def _growing(first: int, last: int, factor: int) -> Iterator[int]:
+    while first <= last:
+        yield first
+        first *= factor
 
 
 def _sweeps(largest_batch: int, most_channels: int, rows: int, longest: int) -> Iterator[Work]:
-    batch = 1
-    while batch <= largest_batch:
+    images: dict[str, Any] = {"layer": "BatchNormalNorm2d"}
+    for batch in _growing(1, largest_batch, 4 if largest_batch <= 32 else 2):
         shape = (batch, 64, 56, 56)
-        yield Work(layer="BatchNormalNorm2d", shape=shape, suite="batch sweep", x_name="batch size")
-        batch *= 4 if largest_batch <= 32 else 2
-    channels = 16
-    while channels <= most_channels:
-        yield Work(
-            layer="BatchNormalNorm2d", shape=(32, channels, 28, 28), suite="channel sweep",
-            x_name="channels",
-        )  # fmt: skip
-        channels *= 4 if most_channels <= 256 else 2
+        yield Work(**images, shape=shape, suite="batch sweep", x_name="batch size")
+    for channels in _growing(16, most_channels, 4 if most_channels <= 256 else 2):
+        shape = (32, channels, 28, 28)
+        yield Work(**images, shape=shape, suite="channel sweep", x_name="channels")
     for length in ROW_LENGTHS:
         if length <= longest:
             yield Work(
@@ -235,68 +220,61 @@ def _sweeps(largest_batch: int, most_channels: int, rows: int, longest: int) -> 
             )  # fmt: skip
 
 
-_QUICK = (
-    Work(layer="BatchNormalNorm2d", shape=(8, 64, 28, 28), suite="resnet"),
-    Work(layer="BatchNormalNorm1d", shape=(8192, 64), suite="features"),
-    Work(layer="LayerNormalNorm", shape=(1024, 384), suite="tokens"),
-)
-
-
-def _default(device: str) -> Iterator[Work]:
-    """On a CPU smaller batches and shorter sweeps: the same run is to end within half an hour."""
-    if device == "cpu":
-        yield from _resnet((32,), RESNET50[1:2] + RESNET18[2:])
-        yield from _features(((3136, 256), (65536, 64)))
-        yield from _tokens(((6304, 384), (2048, 768), (512, 4096)))
-        yield from _others(4)
+def _base(name: Preset, device: str) -> Iterator[Work]:
+    """The works of a preset, each once. On a CPU smaller batches and shorter sweeps: the default
+    preset is to end within half an hour."""
+    cpu = device == "cpu"
+    batches: Sequence[int] = (256,)
+    images: Shapes = RESNET50
+    features: Shapes = ((3136, 256), (65536, 64), (1_000_000, 64))
+    tokens: Shapes = ((6304, 384), (12608, 768), (8192, 4096), (4096, 16384))
+    others, sweeps = 32, (256, 2048, 8192, 16384)
+    if name == "quick":
+        batches, images = (8,), ((64, 28, 28),)
+        features, tokens = ((8192, 64),), ((1024, 384),)
+    elif name == "full":
+        batches = (32, 64) if cpu else (32, 64, 128, 256)
+        images = tuple(dict.fromkeys(RESNET50 + RESNET18))
+        tokens = [(6304, length) for length in ROW_LENGTHS[:4]]
+        tokens += [(8192, 4096), (4096, 8192), (4096, 16384)]
+        if cpu:
+            others, sweeps = 8, (64, 1024, 4096, 16384)
+    elif cpu:
+        batches, images = (32,), RESNET50[1:2] + RESNET18[2:]
+        features, tokens = features[:2], ((6304, 384), (2048, 768), (512, 4096))
+        others, sweeps = 4, (16, 256, 1024, 4096)
+    for layer, suite, shapes in (
+        ("BatchNormalNorm2d", "resnet", [(batch, *i) for batch in batches for i in images]),
+        ("BatchNormalNorm1d", "features", features),
+        ("LayerNormalNorm", "tokens", tokens),
+    ):
+        for shape in shapes:
+            yield Work(layer=layer, shape=shape, suite=suite)
+    if name != "quick":
+        yield from _others(others)
         yield from _small()
-        yield from _sweeps(16, 256, 1024, 4096)
-    else:
-        yield from _resnet((256,), RESNET50)
-        yield from _features(((3136, 256), (65536, 64), (1_000_000, 64)))
-        yield from _tokens(((6304, 384), (12608, 768), (8192, 4096), (4096, 16384)))
-        yield from _others(32)
-        yield from _small()
-        yield from _sweeps(256, 2048, 8192, 16384)
-
-
-def _full(device: str) -> Iterator[Work]:
-    batches = (32, 64) if device == "cpu" else (32, 64, 128, 256)
-    yield from _resnet(batches, tuple(dict.fromkeys(RESNET50 + RESNET18)))
-    yield from _features(((3136, 256), (65536, 64), (1_000_000, 64)))
-    yield from _tokens(tuple((6304, length) for length in ROW_LENGTHS[:4]))
-    yield from _tokens(((8192, 4096), (4096, 8192), (4096, 16384)))
-    yield from _others(8 if device == "cpu" else 32)
-    yield from _small()
-    yield from _sweeps(*((64, 1024, 4096, 16384) if device == "cpu" else (256, 2048, 8192, 16384)))
-
-
-def _dtypes(name: Preset, device: str) -> tuple[str, ...]:
-    if name == "full":
-        return tuple(DTYPES)
-    return ("float32",) if device == "cpu" else ("float32", "bfloat16")
+        yield from _sweeps(*sweeps)
 
 
 def _variants(work: Work, name: Preset, device: str) -> Iterator[Work]:
-    """The work in every dtype, memory format and mode of a preset."""
+    """The work in every dtype, memory format and mode of a preset, by the device's method."""
+    sweep, small = "sweep" in work.suite, work.suite == "small"
     formats: tuple[MemoryFormat, ...] = ("contiguous",)
     if len(work.shape) == 4 and work.kind in ("batch", "group") and name != "quick":
-        formats = ("contiguous", "channels_last")
-    if "sweep" in work.suite or work.suite == "small":
-        formats = ("contiguous",)
+        formats = ("contiguous",) if sweep or small else ("contiguous", "channels_last")
     modes: tuple[Mode, ...] = ("noise", "eval") if name == "quick" else ("noise", "quiet", "eval")
-    if "sweep" in work.suite and name != "full":
+    if sweep and name != "full":
         modes = ("noise",)
-    for dtype in _dtypes(name, device):
+    dtypes = ("float32",) if device == "cpu" else ("float32", "bfloat16")
+    method: Method = "wall" if device == "cpu" else "graph"
+    if device != "cpu" and work.method == "stream":
+        method = "stream"
+    for dtype in tuple(DTYPES) if name == "full" else dtypes:
         for memory_format in formats:
             for mode in modes:
-                yield replace(work, dtype=dtype, memory_format=memory_format, mode=mode)
-
-
-def _for_device(work: Work, device: str) -> Work:
-    if device == "cpu":
-        return replace(work, method="wall")
-    return replace(work, method="graph") if work.method == "wall" else work
+                yield replace(
+                    work, dtype=dtype, memory_format=memory_format, mode=mode, method=method
+                )
 
 
 def preset(name: Preset, device: str) -> list[Work]:
@@ -306,12 +284,7 @@ def preset(name: Preset, device: str) -> list[Work]:
         name: "quick" (three shapes), "default" or "full" (hours).
         device: "cpu" or "cuda".
     """
-    base: Iterable[Work] = _QUICK
-    if name == "default":
-        base = _default(device)
-    elif name == "full":
-        base = _full(device)
-    works = [_for_device(w, device) for one in base for w in _variants(one, name, device)]
+    works = [w for one in _base(name, device) for w in _variants(one, name, device)]
     # Shapes that several suites share are measured once for each question, but not twice for one.
     return list(dict.fromkeys(works))
 
@@ -328,7 +301,7 @@ def named_shapes(
     Raises:
         WorkError: a shape does not fit a layer that was named.
     """
-    works = []
+    works: list[Work] = []
     for shape in shapes:
         fitting = layers or [
             layer for layer, about in LAYERS.items()
@@ -344,5 +317,5 @@ def named_shapes(
             grouped = LAYERS[layer].kind == "group" and len(shape) > 1
             groups = math.gcd(_GROUPS, shape[1]) if grouped else 0
             work = Work(layer=layer, shape=shape, groups=groups, suite="named")
-            works += [_for_device(w, device) for w in _variants(work, name, device)]
+            works += _variants(work, name, device)
     return list(dict.fromkeys(works))

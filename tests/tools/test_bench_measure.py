@@ -167,12 +167,14 @@ def test_a_backend_provider_runs_that_backend(monkeypatch):
     from normnorm import backends
 
     served = []
+
+    def recorded(name, function):
+        return function and (lambda *a: (served.append(name), function(*a))[1])
+
     for name in ("cpu", "reference"):
-        right = backends.get(name)
-        recorded = replace(
-            right, forward=lambda *a, n=name, f=right.forward: (served.append(n), f(*a))[1]
-        )
-        monkeypatch.setitem(backends._backends, name, recorded)
+        it = backends.get(name)
+        spy = replace(it, forward=recorded(name, it.forward), step=recorded(name, it.step))
+        monkeypatch.setitem(backends._backends, name, spy)
     for name in ("cpu", "reference"):
         served.clear()
         measure.measure(TINY, [f"normnorm-{name}"], CPU, BRIEF)
