@@ -129,15 +129,6 @@ def test_any_part_of_the_arguments_may_require_gradients_or_be_absent(
 
 
 @each_kind
-def test_derivatives_are_right_whatever_the_strides(row, backend):
-    def function(x, weight, bias):
-        return function_of(row)(channels_last(x), weight, bias)
-
-    assert gradcheck(function, leaves(row), fast_mode=True, check_batched_grad=True)
-    assert gradgradcheck(function, leaves(row), fast_mode=True)
-
-
-@each_kind
 def test_with_noise_and_its_scale_held_constant_derivatives_are_right(row, backend):
     scale = torch.linspace(0.2, 1.1, row.groups, dtype=torch.float64)
     seed, config = torch.tensor([-(2**62)]), row.config(backend, noise_train=0.7)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import types
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -383,15 +382,6 @@ def test_tasks_have_blocks_of_their_own_and_start_with_their_makers():
     assert backends._selected == "auto"
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "Reference", "cpu ", "tpu"])
-def test_an_unknown_backend_is_refused_with_the_names_there_are(name):
-    before = backends._selected
-    with pytest.raises(ValueError, match="'auto' or one of reference, cpu, cuda, triton") as caught:
-        normnorm.use_backend(name)
-    assert f"'{name}'" in str(caught.value)
-    assert backends._selected == before
-
-
 def test_an_unavailable_backend_is_refused_with_its_reason(monkeypatch):
     for name in UNAVAILABLE:
         before = backends._selected
@@ -419,42 +409,25 @@ def test_a_backend_refuses_tensors_of_a_device_that_it_does_not_serve(devices):
                 normnorm.LayerNormalNorm(4, device=device)(torch.randn(2, 4, device=device))
 
 
-SCRIPT = """
+@pytest.mark.parametrize(
+    ("name", "said"), [("reference", "reference"), ("fastest", "NORMNORM_BACKEND must be 'auto'")]
+)
+def test_the_environment_names_the_backend(name, said):
+    program = """
 import torch, normnorm
-from normnorm import backends
-layer = normnorm.LayerNormalNorm(4)
 try:
-    layer(torch.randn(2, 4, requires_grad=True)).sum().backward()
-    print("served by", backends.resolve(torch.device("cpu")).name)
-except Exception as error:
-    print(type(error).__name__, error)
+    normnorm.LayerNormalNorm(4)(torch.randn(2, 4))
+    print(normnorm.backends.resolve(torch.device("cpu")).name)
+except ValueError as error:
+    print(error)
 with normnorm.use_backend("auto"):
-    layer(torch.randn(2, 4))
-print("auto serves")
+    normnorm.LayerNormalNorm(4)(torch.randn(2, 4))
 """
-
-
-@pytest.mark.parametrize("name", ["reference", "fastest"])
-def test_the_environment_names_the_backend(name, tmp_path):
-    paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
-    environment = {
-        **os.environ,
-        "NORMNORM_BACKEND": name,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    environment = {**os.environ, "NORMNORM_BACKEND": name}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first, last = done.stdout.strip().splitlines()
-    if name == "reference":
-        assert first == "served by reference"
-    else:
-        assert first.startswith("ValueError")
-        assert "'fastest'" in first
-    assert last == "auto serves"
+    assert done.stdout.startswith(said)
 
 
 # --- forward and backward belong together ---

@@ -275,9 +275,16 @@ FUNCTION_MISTAKES = [
         (lambda wrong=wrong: layer(activation=wrong), ("activation must be", f"{wrong}"))
         for wrong in (False, ["relu"])
     ),
-    (
-        lambda: F.add_layer_normal_norm(X, X.to_sparse(), (4,)),
-        ("residual must be a dense tensor", "sparse"),
+    *(
+        (lambda wrong=wrong: F.add_layer_normal_norm(X, wrong, (4,)), words)
+        for wrong, words in (
+            (X.to_sparse(), ("residual must be a dense tensor", "sparse")),
+            (1.0, ("residual must be a tensor; got float",)),
+            (X.long(), ("residual must be float64", "int64")),
+            (complex64(X), ("residual must be float64", "complex64")),
+            (X[:1], ("residual must have the input's shape",)),
+            (meta(X), ("residual must be on the input's device",)),
+        )
     ),
     (lambda: F.add_layer_normal_norm(X, X, (4,), [1.0] * 4), ("weight must be a tensor", "list")),
     (lambda: F.group_normal_norm(X, 2), ("divisible", "(3)", "(2)")),

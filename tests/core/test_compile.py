@@ -1,4 +1,4 @@
-"""Under torch.compile, make_fx and fake tensors the layers do what they do eagerly.
+"""Under torch.compile and make_fx the layers do what they do eagerly.
 
 Compiling the reference backend traces through its whole definition, which takes seconds a graph:
 the fast tests keep to a few such graphs and leave the rest of the table to the slow ones.
@@ -18,7 +18,6 @@ import raw_ops
 import torch
 from layer_table import KINDS, RUNNING, few
 from torch._inductor.utils import run_and_get_code
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
@@ -354,16 +353,6 @@ def test_every_layer_of_a_compiled_graph_draws_a_seed_of_its_own():
     assert_close(outputs[0], outputs[1], **CLOSE)
 
 
-def test_bad_input_raises_while_compiling_and_changes_no_buffer(backend):
-    layer = KINDS[0].make()
-    compiled = torch.compile(layer, backend="eager")
-    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    with pytest.raises((ValueError, TypeError, RuntimeError)):
-        compiled(KINDS[0].input(torch.float32).long())
-    for name, buffer in layer.named_buffers():
-        assert torch.equal(buffer, before[name])
-
-
 # Derivatives of compiled functions: right, or an error; never a wrong number without a word
 
 
@@ -439,21 +428,7 @@ def test_derivatives_of_compiled_functions_are_right_or_refused(name, backend):
         assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-# Fake tensors and symbolic traces
-
-
-@pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_fake_tensors_go_forward_and_backward(row, training, backend):
-    extra = {"track_running_stats": True} if row in RUNNING else {}
-    with FakeTensorMode():
-        layer = row.make(**extra).train(training)
-        input = torch.empty(row.shape, requires_grad=True)
-        output = layer(input)
-        output.sum().backward()
-    assert output.shape == input.grad.shape == row.shape
-    assert output.stride() == input.stride()
-    assert layer.weight.grad.shape == layer.bias.grad.shape == row.parameter_shape
+# Symbolic traces
 
 
 @pytest.mark.parametrize("row", few(KINDS[:2], KINDS[1:2]))

@@ -353,29 +353,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(row, name, value):
         layer.load_state_dict(state, strict=True)
 
 
-@each_running
-def test_checkpoint_of_untracked_layers_has_parameters_alone(row):
-    layer = row.make(track_running_stats=False)
-    assert set(layer.state_dict()) == {"weight", "bias"}
-    theirs = row.make_counterpart(track_running_stats=False)
-    layer.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(layer.state_dict(), strict=True)
-
-
-@each_running
-def test_checkpoint_of_authors_loads_strictly(row):
-    layer = trained(row)
-    state = layer.state_dict()
-    del state["num_batches_tracked"]
-    state["running_norm"] = torch.ones(row.shape[1])
-    del state._metadata
-    other = row.make(track_running_stats=True)
-    keys = other.load_state_dict(state, strict=True)
-    assert not keys.unexpected_keys
-    assert torch.equal(other.running_lmbda, layer.running_lmbda)
-    assert other.num_batches_tracked == 0
-
-
 @each_class
 @pytest.mark.parametrize("bias", [True, False])
 def test_meta_layer_becomes_real_by_to_empty_and_reset(row, bias, backend):
@@ -458,15 +435,6 @@ def test_no_step_reads_a_value_back_to_the_host(row, training, backend):
     assert "aten::_local_scalar_dense" not in recorder.names
 
 
-@each_running
-def test_untracked_layers_use_the_batch_in_evaluation_too(row, backend):
-    layer = row.make(track_running_stats=False, noise_train=0.0)
-    assert layer.running_mean is layer.running_var is layer.running_lmbda is None
-    assert layer.num_batches_tracked is None
-    input = row.input(torch.float32)
-    assert torch.equal(layer.train()(input), layer.eval()(input))
-
-
 def test_clearing_the_flag_keeps_the_buffers_still_as_in_torch(backend):
     row = KINDS[0]
     ours, theirs = row.make(**OFF), row.make_counterpart()
@@ -507,20 +475,6 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them(row, backend):
 # Shapes and dtypes
 
 
-@pytest.mark.parametrize("row", LAYERS[5:], ids=NAMES[5:])
-@each_mode
-def test_unbatched_instance_input_is_a_batch_of_one(row, training, backend):
-    input = row.input(torch.float32)[0]
-    for tracked in (False, True):
-        keywords = {"track_running_stats": tracked, "noise_train": 0.0}
-        layers = [row.make(**keywords).train(training) for _ in range(2)]
-        output = layers[0](input)
-        assert output.shape == input.shape
-        assert torch.equal(output, layers[1](input[None])[0])
-        for first, second in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
-            assert torch.equal(first, second)
-
-
 @pytest.mark.parametrize("method", ["double", "float", "bfloat16", "half"])
 @each_kind
 def test_conversion_of_the_layer_converts_results_and_state_as_in_torch(row, method, backend):
@@ -541,25 +495,6 @@ def test_conversion_of_the_layer_converts_results_and_state_as_in_torch(row, met
         assert_close(output, theirs.train(training)(input), **bound)
         output.sum().backward()
         assert input.grad.dtype == ours.weight.grad.dtype == ours.bias.grad.dtype == dtype
-
-
-@each_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_full_precision_parameters_take_half_precision_input(row, dtype, backend):
-    layer = row.make(noise_train=0.0, **tracking(row))
-    for training in (True, False):
-        layer.train(training).zero_grad()
-        exact = copy.deepcopy(layer).double()
-        input = row.input(dtype).requires_grad_()
-        output = layer(input)
-        output.float().square().sum().backward()
-        assert output.dtype == input.grad.dtype == dtype
-        assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
-        expected = exact(input.detach().double())
-        bound = 4 * torch.finfo(dtype).eps * expected.abs().max().item()
-        assert_close(output.double(), expected, rtol=0.0, atol=bound)
-    for name, buffer in layer.named_buffers():
-        assert buffer.dtype == (torch.int64 if name == "num_batches_tracked" else torch.float32)
 
 
 def test_half_precision_parameters_keep_full_precision_statistics(backend):

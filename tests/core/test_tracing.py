@@ -148,16 +148,3 @@ def test_fx_refuses_a_layer_alone_and_a_lazy_one():
     with pytest.raises(TypeError, match="input must be a tensor; got Proxy"):
         fx.symbolic_trace(model)
     assert model(torch.randn(2, 3, 4, 5)).shape == (2, 3, 4, 5)
-
-
-def test_timms_extractor_of_features_follows_replaced_norms():
-    timm = pytest.importorskip("timm")
-    extractor = pytest.importorskip("timm.models._features_fx").FeatureGraphNet
-    model = timm.create_model("resnetv2_50", num_classes=3)  # norms that hold their activation
-    normnorm.replace_norms(model)
-    x, found = torch.randn(1, 3, 64, 64), []
-    stage = model.eval().get_submodule(model.feature_info[2]["module"])
-    stage.register_forward_hook(lambda module, arguments, output: found.append(output))
-    model(x)
-    (features,) = extractor(model, out_indices=[2])(x)
-    assert torch.equal(features, found[0])

@@ -211,33 +211,6 @@ def test_the_fold_is_the_references_for_buffers_of_any_dtype_and_stride(
     )
 
 
-def test_the_fold_raises_version_counters_and_keeps_values_at_momentum_0():
-    stats = torch.rand(len(Row), 4).add_(0.5)
-    running = [torch.rand(4) for _ in range(3)]
-    tracked = torch.tensor(3)
-    before = [t.clone() for t in running]
-    versions = [t._version for t in (*running, tracked)]
-    OPS.fold_running_(stats, *running, tracked, 0.0, 40, 1e-5, "cuda")
-    assert all(map(torch.equal, running, before))
-    assert tracked.item() == 4
-    assert all(t._version > v for t, v in zip((*running, tracked), versions, strict=True))
-
-
-@pytest.mark.parametrize("name", ["reference", "cpu", "cuda"])
-def test_the_fold_refuses_buffers_that_share_their_memory_or_are_elsewhere(name):
-    stats, running = torch.rand(len(Row), 4).add_(0.5), torch.rand(4)
-    others = torch.rand(4), torch.rand(4)
-    one, elsewhere = torch.rand(1).expand(4), torch.ones(4, device="meta")
-    for buffers, said in (
-        ((running, running, others[0]), "must be three buffers"),
-        ((others[0], running, running), "must be three buffers"),
-        ((running, one, others[0]), "running_var must have memory for each channel"),
-        ((running, elsewhere, others[0]), "must be on the statistics' device"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            OPS.fold_running_(stats, *buffers, None, 0.1, 40, 1e-5, name)
-
-
 def test_a_graph_that_saved_a_buffer_refuses_to_go_backward():
     layer = normnorm.BatchNormalNorm1d(4)
     x = torch.randn(8, 4)
