@@ -8,8 +8,6 @@ from typing import Any
 
 import gpu_targets
 
-__all__ = ["closing", "markdown", "predicted_ms"]
-
 # GB/s of device memory by the vendors' datasheets; the longest name that a device's holds counts.
 MEMORY = {
     "H200": 4800, "H100 80GB HBM3": 3350, "H100 NVL": 3900, "H100 PCIe": 2000, "H20": 4000,

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["TARGETS", "Target", "judge", "share_of_copy"]
-
 Row = dict[str, Any]
 Value = Callable[[Row, Sequence[Row]], float | None]
 _WORK = ("suite", "layer", "shape", "dtype", "memory_format", "mode", "operation", "method")
@@ -37,26 +35,16 @@ def share_of_copy(row: Row, rows: Sequence[Row]) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach.
+    """A number to reach."""
 
-    Attributes:
-        text: what it is about.
-        goal: the number.
-        where: fields that a row has to have to count, each with its value or values.
-        of: how many rows it wants.
-        value: the number of a row; by default its time over that of torch's layer, the faster one
-            where there are two.
-        worst: the worst row decides, not the geometric mean of all.
-        at_most: whether less is better.
-    """
-
-    text: str
+    text: str  # what it is about
     goal: float
-    where: dict[str, Any]
-    of: int = 1
+    where: dict[str, Any]  # fields that a row has to have to count, each with its value or values
+    of: int = 1  # how many rows it wants
+    # The number of a row: its time over that of torch's layer, the faster one where there are two.
     value: Value = lambda row, rows: row["ratio"]
-    worst: bool = True
-    at_most: bool = True
+    worst: bool = True  # the worst row decides, not the geometric mean of all
+    at_most: bool = True  # less is better
 
 
 _RESNET = {"suite": "resnet", "mode": "noise", "operation": "full"}

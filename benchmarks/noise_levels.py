@@ -41,23 +41,17 @@ OF_BATCH, OF_LAYER = (0.4, 0.2, 0.1, 0.05, 0.0), (1.0, 0.5, 0.25, 0.1, 0.0)
 
 @dataclass(frozen=True)
 class Network:
-    """A network of the comparison and how it is trained.
-
-    Attributes:
-        pixels: height and width that the images are scaled to, in three channels; 0 for the
-            digits as they are, (1, 8, 8).
-        levels: weights of the noise, the layers' default first.
-        annealed, tuned: whether schedules and the conversion of a trained network are tried.
-    """
+    """A network of the comparison and how it is trained."""
 
     build: Callable[[], nn.Module]
     learning_rate: float
-    levels: tuple[float, ...] = OF_BATCH
+    levels: tuple[float, ...] = OF_BATCH  # weights of the noise, the layers' default first
     epochs: int = 15
     seeds: int = 3
+    # Height and width that the images are scaled to, in three channels; 0 for (1, 8, 8).
     pixels: int = 0
-    annealed: bool = False
-    tuned: bool = False
+    annealed: bool = False  # whether schedules are tried
+    tuned: bool = False  # whether the conversion of a trained network is tried
 
 
 def convolution(channels: int, width: int) -> list[nn.Module]:

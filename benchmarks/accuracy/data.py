@@ -19,27 +19,19 @@ from normnorm.cli import CommandError
 
 
 class Data(NamedTuple):
-    """A data set to train on.
-
-    Attributes:
-        train, test: map-style data sets of (standardized float32 image, label); ``test`` is the
-            validation set where that was asked for.
-        shape: of an image, (C, H, W).
-        classes: of the labels.
-    """
+    """A data set to train on: map-style data sets of (standardized float32 image, label)."""
 
     train: Any
-    test: Any
-    shape: tuple[int, int, int]
+    test: Any  # the validation set where that was asked for
+    shape: tuple[int, int, int]  # of an image, (C, H, W)
     classes: int
 
 
 class Splits(NamedTuple):
-    """All parts of a data set: see :class:`Data`; ``validation`` is None where there is none, or
-    where it was not asked for."""
+    """All parts of a data set: see :class:`Data`."""
 
     train: Any
-    validation: Any
+    validation: Any  # None where there is none, or where it was not asked for
     test: Any
     shape: tuple[int, int, int]
     classes: int
@@ -47,22 +39,14 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """A data set that torchvision reads.
+    """A data set that torchvision reads."""
 
-    Attributes:
-        open: (directory, train) to a map-style data set of (image, label).
-        source: how to get it: Python that downloads it into ``{root}``, or the address of a page.
-        size: height and width that every image is brought to.
-        channels, classes: of the images and the labels.
-        mean, std: of a channel's values in 0 to 1; those commonly used.
-    """
-
-    open: Callable[[Path, bool], Any]
-    source: str
-    size: int
+    open: Callable[[Path, bool], Any]  # (directory, train) to a map-style data set
+    source: str  # how to get it: Python that downloads it into ``{root}``, or a page's address
+    size: int  # height and width that every image is brought to
     channels: int
     classes: int
-    mean: Sequence[float]
+    mean: Sequence[float]  # of a channel's values in 0 to 1; those commonly used
     std: Sequence[float]
 
 

@@ -33,16 +33,11 @@ EVIDENCE = "docs/measured/results.md"
 
 class Comparison(NamedTuple):
     """A network and its layers, by label: a plain layer, the normality layer that is judged against
-    it, then others for comparison.
-
-    Attributes:
-        bar: percent that the plain layer must reach for the comparison to mean something.
-        gain: points that the normality layer must be ahead, less a standard error.
-    """
+    it, then others for comparison."""
 
     network: str
-    bar: float
-    gain: float
+    bar: float  # percent that the plain layer must reach for the comparison to mean something
+    gain: float  # points that the normality layer must be ahead, less a standard error
     layers: dict[str, Experiment]
 
 
@@ -95,22 +90,15 @@ DESCRIPTIONS = {
 
 @dataclass
 class Side:
-    """A network with one layer, and what its runs gave.
-
-    Attributes:
-        experiment: of all seeds, which are trained as one network (``copies``).
-        noise_train: of the layer; None for a plain one.
-        groups: for every seed the groups of the last norm layer (:func:`last_groups`).
-        qq_r2: their Q-Q R^2 for every seed.
-    """
+    """A network with one layer, and what its runs gave."""
 
     network: str
     layer: str
-    experiment: Experiment
-    noise_train: float | None
+    experiment: Experiment  # of all seeds, which are trained as one network (``copies``)
+    noise_train: float | None  # of the layer; None for a plain one
     epochs: list[Epoch] = field(default_factory=list)
-    groups: list[Tensor] = field(default_factory=list)
-    qq_r2: list[float] = field(default_factory=list)
+    groups: list[Tensor] = field(default_factory=list)  # for every seed: see last_groups
+    qq_r2: list[float] = field(default_factory=list)  # theirs, for every seed
 
     @property
     def accuracies(self) -> list[float]:

@@ -23,59 +23,43 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training run, or several that differ in nothing but the seed and are trained as one.
+    """One training run, or several that differ in nothing but the seed and are trained as one."""
 
-    Attributes:
-        dataset, model, norm: by name.
-        width, depth: of the small networks; None for the model's own.
-        seed: of the data (where they are drawn or split), the initialization, the order of the
-            data, the augmentation and the noise.
-        copies: runs that are trained as one network of so many copies, with the seeds from ``seed``
-            on. Copies share the generators of augmentation and noise, nothing else.
-        validation: whether the network is evaluated on the validation set in place of the test
-            set; where a data set has none, a tenth of the training set is held out for it.
-        epochs: passes over the training images; an incomplete last batch is left out.
-        evaluate_every: epochs between evaluations; the last epoch has one in any case.
-        batch_size: over all processes together.
-        optimizer: "sgd" (with ``momentum``) or "adamw".
-        learning_rate, momentum, weight_decay: of the optimizer.
-        schedule: of the learning rate: "step", times ``gamma`` after every ``step_epochs`` (0 for
-            never), "cosine" to zero over the whole run, or "cycle", torch's OneCycleLR.
-        augment: random shifts by an eighth of the image, and mirror images (except of digits).
-        alpha, noise_train: of the normality layers; None for the layers' own defaults.
-        per_weight, per_slices: of the projected error function loss on every normalization
-            layer's output; 0 for none.
-        amp: "none", "bfloat16" or "float16".
-        compile: whether the network is compiled.
-        limit: at most so many training images.
-    """
-
-    dataset: str = "digits"
+    dataset: str = "digits"  # this and the next two by name
     model: str = "convnet"
     norm: str = "batchnormal"
-    width: int | None = None
+    width: int | None = None  # of the small networks; None for the model's own
     depth: int | None = None
+    # Of the data (where they are drawn or split), the initialization, the order of the data, the
+    # augmentation and the noise.
     seed: int = 2
+    # Runs that are trained as one network of so many copies, with the seeds from ``seed`` on.
+    # Copies share the generators of augmentation and noise, nothing else.
     copies: int = 1
+    # Whether the network is evaluated on the validation set in place of the test set; where a data
+    # set has none, a tenth of the training set is held out for it.
     validation: bool = False
-    epochs: int = 20
-    evaluate_every: int = 1
-    batch_size: int = 64
-    optimizer: str = "sgd"
+    epochs: int = 20  # passes over the training images; an incomplete last batch is left out
+    evaluate_every: int = 1  # epochs between evaluations; the last epoch has one in any case
+    batch_size: int = 64  # over all processes together
+    optimizer: str = "sgd"  # with ``momentum``; or "adamw"
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    # Of the learning rate: "step", times ``gamma`` after every ``step_epochs`` (0 for never),
+    # "cosine" to zero over the whole run, or "cycle", torch's OneCycleLR.
     schedule: str = "step"
     step_epochs: int = 0
     gamma: float = 0.1
-    augment: bool = False
-    alpha: float | None = None
+    augment: bool = False  # random shifts by an eighth of the image; mirror images but of digits
+    alpha: float | None = None  # of the normality layers; None for the layers' own defaults
     noise_train: float | None = None
+    # Of the projected error function loss on every normalization layer's output; 0 for none.
     per_weight: float = 0.0
     per_slices: int = 256
-    amp: str = "none"
-    compile: bool = False
-    limit: int | None = None
+    amp: str = "none"  # or "bfloat16", "float16"
+    compile: bool = False  # the network
+    limit: int | None = None  # at most so many training images
 
     def check(self) -> None:
         """Raises CommandError with a sentence for the first choice that means nothing."""

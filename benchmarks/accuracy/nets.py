@@ -279,17 +279,11 @@ def _transformer(norm: Norm, image: Any, classes: int, width: int, depth: int, c
 
 
 class Net(NamedTuple):
-    """A network by name.
+    """A network by name."""
 
-    Attributes:
-        build: makes it from the norm, the images' shape (C, H, W) and the number of classes.
-        tokens: whether its norms see tokens (..., C) or images (N, C, H, W).
-        small: whether ``build`` takes the width, the depth (None: its own) and the copies, too.
-    """
-
-    build: Callable[..., Any]
-    tokens: bool = False
-    small: bool = False
+    build: Callable[..., Any]  # from the norm, the images' shape (C, H, W), the number of classes
+    tokens: bool = False  # whether its norms see tokens (..., C) or images (N, C, H, W)
+    small: bool = False  # whether ``build`` takes width, depth (None: its own) and copies, too
 
 
 MODELS: dict[str, Net] = {

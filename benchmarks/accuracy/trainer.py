@@ -89,25 +89,16 @@ class Evaluation(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """The numbers of one epoch. Lists have one number for each copy.
+    """The numbers of one epoch. Lists have one number for each copy."""
 
-    Attributes:
-        epoch: counted from 1.
-        train_loss: the mean over its steps, noise and regularization included.
-        train_accuracy: percent of the images right in its steps, noise included.
-        test_loss, test_accuracy: afterwards; None for an epoch without evaluation.
-        lmbda: the mean running lambda of the norm layers that have one, of all copies; None
-            without such layers.
-        step_ms: the median time of a training step: forward, backward, optimizer.
-    """
-
-    epoch: int
-    train_loss: list[float]
-    train_accuracy: list[float]
-    test_loss: list[float] | None
+    epoch: int  # counted from 1
+    train_loss: list[float]  # the mean over its steps, noise and regularization included
+    train_accuracy: list[float]  # percent of the images right in its steps, noise included
+    test_loss: list[float] | None  # afterwards; None for an epoch without evaluation
     test_accuracy: list[float] | None
+    # The mean running lambda of all copies' norm layers that have one; None without such layers.
     lmbda: float | None
-    step_ms: float
+    step_ms: float  # the median time of a training step: forward, backward, optimizer
 
 
 class Trainer:

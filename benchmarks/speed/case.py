@@ -18,14 +18,9 @@ _CHUNK = 1 << 22
 
 @dataclass
 class Runner:
-    """A provider made ready for one case.
+    """A provider made ready for one case."""
 
-    Attributes:
-        forward: the layer, from an input to an output; draws its own seed.
-        weight, bias: its parameters.
-    """
-
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor]  # the layer; draws its own seed
     weight: Tensor
     bias: Tensor
 
@@ -41,28 +36,17 @@ class Runner:
 
 @dataclass
 class Case:
-    """A work with its tensors: skewed random inputs, never zeros, the same for every provider.
-
-    Attributes:
-        work: what is measured.
-        device: where.
-        copies: how many copies of the inputs; each with values of its own.
-        seed: of the random values.
-        inputs: leaves that require gradients, one a copy.
-        grads: gradients of the output, one a copy.
-        weight, bias: values that every provider's parameters get.
-        running: mean, variance and lambda of evaluation as rows of (3, C); None for layers that
-            keep none.
-    """
+    """A work with its tensors: skewed random inputs, never zeros, the same for every provider."""
 
     work: Work
     device: torch.device
-    copies: int
-    seed: int
-    inputs: list[Tensor] = field(init=False)
-    grads: list[Tensor] = field(init=False)
-    weight: Tensor = field(init=False)
+    copies: int  # of the inputs; each with values of its own
+    seed: int  # of the random values
+    inputs: list[Tensor] = field(init=False)  # leaves that require gradients, one a copy
+    grads: list[Tensor] = field(init=False)  # gradients of the output, one a copy
+    weight: Tensor = field(init=False)  # this and the bias: values of every provider's parameters
     bias: Tensor = field(init=False)
+    # Mean, variance and lambda of evaluation, (3, C); None for layers that keep none.
     running: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

@@ -41,23 +41,16 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network to train for a few steps.
-
-    Attributes:
-        name, source, batch, sample_shape, unit, dtype, memory_format: as in
-            :class:`speed.results.NetworkMeasurement`.
-        layer: the normality layer that takes the place of its norm layers.
-        build: makes it around a norm layer.
-        classes: what its targets are drawn from.
-    """
+    """A network to train for a few steps; a :class:`speed.results.NetworkMeasurement` explains the
+    fields that it has too."""
 
     name: str
     source: Source
-    layer: str
+    layer: str  # the normality layer that takes the place of its norm layers
     build: Callable[[Norm], nn.Module]
     batch: int
     sample_shape: tuple[int, ...]
-    classes: int
+    classes: int  # what its targets are drawn from
     unit: Literal["images", "tokens"] = "images"
     dtype: str = "float32"
     memory_format: MemoryFormat = "contiguous"

@@ -116,27 +116,17 @@ def _run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is going to be measured.
-
-    Attributes:
-        device: where.
-        works, providers: layers, and the implementations to time.
-        compile_all: whether compiled providers do all of the work, or training with noise alone.
-        networks, network_providers: whole networks, and whose norm layers they get.
-        callgrind: whether to count instructions.
-        settings: how much.
-        outputs: files to write, by format.
-    """
+    """What is going to be measured."""
 
     device: torch.device
     works: list[Work]
-    providers: list[str]
-    compile_all: bool
+    providers: list[str]  # of the layers
+    compile_all: bool  # whether compiled ones do all of the work, or training with noise alone
     networks: list[Network]
-    network_providers: list[str]
-    callgrind: bool
+    network_providers: list[str]  # whose norm layers they get
+    callgrind: bool  # whether to count instructions
     settings: Settings
-    outputs: dict[str, Path]
+    outputs: dict[str, Path]  # files to write, by format
 
     def providers_for(self, work: Work) -> list[str]:
         """Compiling takes longer than measuring: unless it was asked for by name or the preset is

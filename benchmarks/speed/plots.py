@@ -3,8 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,10 @@ from speed.results import (
     MODES,
     PASSES,
     Measurement,
-    Mode,
     NetworkMeasurement,
-    Operation,
     Results,
     ResultsError,
+    grouped,
     write_atomically,
 )
 
@@ -45,18 +43,13 @@ _STYLE = {
 
 
 class Look(NamedTuple):
-    """A provider's appearance.
+    """A provider's appearance."""
 
-    Attributes:
-        label: its name for readers.
-        colour: told apart from the others by every common kind of colour vision (Okabe and Ito's
-            palette, the yellow darkened), and by its marker without any.
-        marker: matplotlib's letter.
-    """
-
-    label: str
+    label: str  # its name for readers
+    # Told apart from the others by every common kind of colour vision (Okabe and Ito's palette, the
+    # yellow darkened), and by its marker without any.
     colour: str
-    marker: str
+    marker: str  # matplotlib's letter
 
 
 _LOOKS = {
@@ -94,8 +87,7 @@ def _ours(provider: str) -> bool:
     return provider.startswith("normnorm-")
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A figure and the name of its file, without suffix; the title stands above the figure."""
 
     name: str
@@ -106,7 +98,7 @@ class Plot:
 def plots_of(results: Results) -> Iterator[Plot]:
     """Every figure that a run has the numbers for, in this module's style."""
     with matplotlib.rc_context(_STYLE):
-        for make in (_ratios, _sizes, _sweeps, _networks):
+        for make in (_ratios, _sizes, _networks):
             yield from make(results)
 
 
@@ -179,41 +171,34 @@ def _legend(figure: Figure, providers: Iterable[str]) -> None:
     )  # fmt: skip
 
 
-def _by_dtype(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
-    for dtype in dict.fromkeys(row.dtype for row in rows):
-        yield dtype, [row for row in rows if row.dtype == dtype]
-
-
 # Ratios
 
 
 def _ratios(results: Results) -> Iterator[Plot]:
-    wanted: tuple[tuple[Mode, Operation], ...] = (
-        ("noise", "full"), ("quiet", "full"), ("eval", "forward"),
-    )  # fmt: skip
-    for mode, operation in wanted:
-        rows = [
-            row
-            for row in results.select(mode=mode, operation=operation, status="ok")
-            if row.ratio is not None
-            and "sweep" not in row.suite
-            and row.provider not in ("copy", "torch", "cudnn")
+    shown = [
+        row
+        for row in results.measurements
+        if row.status == "ok"
+        and row.ratio is not None
+        and row.operation == ("forward" if row.mode == "eval" else "full")
+        and "sweep" not in row.suite
+        and row.provider not in ("copy", "torch", "cudnn")
+    ]
+    for (mode, dtype), rows in grouped(shown, lambda row: (row.mode, row.dtype)).items():
+        # A work that two suites measured counts once.
+        works = [
+            {row.provider: row for row in reversed(same)}
+            for same in grouped(rows, lambda row: row.work).values()
         ]
-        for dtype, mine in _by_dtype(rows):
-            # A work that two suites measured counts once.
-            works: dict[tuple[object, ...], dict[str, Measurement]] = {}
-            for row in mine:
-                works.setdefault(row.work, {}).setdefault(row.provider, row)
-            groups = list(works.values())
-            parts = [groups[i : i + _MOST_WORKS] for i in range(0, len(groups), _MOST_WORKS)]
-            for number, part in enumerate(parts, start=1):
-                which = f", {number} of {len(parts)}" if len(parts) > 1 else ""
-                what = f"{PASSES[operation]}, {MODES[mode]}, {dtype}{which}"
-                yield Plot(
-                    f"ratio_{mode}_{dtype}" + (f"_{number}" if number > 1 else ""),
-                    f"Time relative to torch's layer: {what}",
-                    _ratio_figure(part),
-                )
+        parts = math.ceil(len(works) / _MOST_WORKS)
+        for part in range(parts):
+            which = f", {part + 1} of {parts}" if parts > 1 else ""
+            what = f"{PASSES[rows[0].operation]}, {MODES[mode]}, {dtype}{which}"
+            yield Plot(
+                f"ratio_{mode}_{dtype}" + (f"_{part + 1}" if part else ""),
+                f"Time relative to torch's layer: {what}",
+                _ratio_figure(works[part * _MOST_WORKS : (part + 1) * _MOST_WORKS]),
+            )
 
 
 def _ratio_figure(works: Sequence[dict[str, Measurement]]) -> Figure:
@@ -267,47 +252,34 @@ def _ratio_figure(works: Sequence[dict[str, Measurement]]) -> Figure:
 # Time and rate against size
 
 
-def _drawn(results: Results, **fields: object) -> list[Measurement]:
-    rows = results.select(status="ok", mode="noise", operation="full", **fields)
-    return [row for row in rows if row.median_ms and row.provider != "copy"]
-
-
 def _sizes(results: Results) -> Iterator[Plot]:
-    """Everything outside the sweeps over its number of elements."""
-    rows = [row for row in _drawn(results) if "sweep" not in row.suite]
-    for dtype, mine in _by_dtype(rows):
-        if len({row.elements for row in mine}) > 1:
-            figure = _size_figure(results, mine, "elements", lambda row: row.elements, False)
-            yield Plot(f"size_{dtype}", f"Every layer by its size, {dtype}", figure)
+    """Each sweep over what it varies, and everything else over its number of elements."""
+    shown = [
+        row
+        for row in results.select(status="ok", mode="noise", operation="full")
+        if row.median_ms and row.provider != "copy"
+    ]
+    kinds = grouped(shown, lambda row: ("sweep" in row.suite and row.suite, row.dtype))
+    for (sweep, dtype), rows in kinds.items():
+        if len({row.x_value for row in rows}) < 2:
+            continue
+        name, title = "size", "Every layer by its size"
+        if sweep:
+            sizes = zip(*(row.shape for row in rows), strict=True)
+            shape = "x".join("·" if len(set(size)) > 1 else str(size[0]) for size in sizes)
+            name = sweep.replace(" ", "_")
+            title = f"{rows[0].layer} {shape} against {rows[0].x_name}"
+        figure = _size_figure(results, rows, lines=bool(sweep))
+        yield Plot(f"{name}_{dtype}", f"{title}, {dtype}", figure)
 
 
-def _sweeps(results: Results) -> Iterator[Plot]:
-    for suite in dict.fromkeys(r.suite for r in results.measurements if "sweep" in r.suite):
-        rows = _drawn(results, suite=suite, memory_format="contiguous")
-        for dtype, mine in _by_dtype(rows):
-            if len({row.x_value for row in mine}) < 2:
-                continue
-            first = mine[0]
-            sizes = ["·" if len(set(s)) > 1 else str(s[0]) for s in zip(*(r.shape for r in mine))]  # noqa: B905
-            yield Plot(
-                f"{suite.replace(' ', '_')}_{dtype}",
-                f"{first.layer} {'x'.join(sizes)} against {first.x_name}, {dtype}",
-                _size_figure(results, mine, first.x_name, lambda row: row.x_value, True),
-            )
-
-
-def _size_figure(
-    results: Results,
-    rows: Sequence[Measurement],
-    x_name: str,
-    x: Callable[[Measurement], float],
-    lines: bool,
-) -> Figure:
+def _size_figure(results: Results, rows: Sequence[Measurement], lines: bool) -> Figure:
     """Times above, rates below, by provider; ``lines`` connects the points of a sweep."""
     figure, (time, rate) = _figure(2, 7.2, sharex=True)
-    for provider in reversed(in_order(row.provider for row in rows)):
-        mine = sorted((row for row in rows if row.provider == provider), key=x)
-        xs, style = [x(row) for row in mine], look(provider)
+    by_provider = grouped(rows, lambda row: row.provider)
+    for provider in reversed(in_order(by_provider)):
+        mine = sorted(by_provider[provider], key=lambda row: row.x_value)
+        xs, style = [row.x_value for row in mine], look(provider)
         for axes in (time, rate):
             ys = [
                 [row.model_bytes / t * 1e-6 if axes is rate else t for t in row.times]
@@ -321,7 +293,7 @@ def _size_figure(
             )  # fmt: skip
             if lines:
                 axes.fill_between(xs, low, high, color=style.colour, alpha=0.16, linewidth=0)
-    copies = {x(row): copy.gb_per_s for row in rows if (copy := results.copy_of(row))}
+    copies = {row.x_value: copy.gb_per_s for row in rows if (copy := results.copy_of(row))}
     if copies:
         roof = zip(*sorted(copies.items()), strict=True)
         how = {"linestyle": (0, (5, 2))} if lines else {"linestyle": "", "marker": "_", "ms": 14}
@@ -332,11 +304,11 @@ def _size_figure(
         _log_ticks(axes.yaxis, *axes.get_ylim())
     _log_ticks(rate.xaxis, *rate.get_xlim())
     if lines:
-        rate.set_xticks(sorted({x(row) for row in rows}))
+        rate.set_xticks(sorted({row.x_value for row in rows}))
     time.set(title="Time", ylabel="ms a call (log scale)")
     rate.set(title="Rate, by the bytes of one read and one write a pass", ylabel="GB/s (log scale)")
-    rate.set_xlabel(f"{x_name} (log scale)")
-    _legend(figure, [*(row.provider for row in rows), *(["copy"] if copies else [])])
+    rate.set_xlabel(f"{rows[0].x_name} (log scale)")
+    _legend(figure, [*by_provider, *(["copy"] if copies else [])])
     return figure
 
 
@@ -344,13 +316,10 @@ def _size_figure(
 
 
 def _networks(results: Results) -> Iterator[Plot]:
-    works: dict[tuple[object, ...], list[NetworkMeasurement]] = {}
-    for row in results.networks:
-        if row.status == "ok":
-            works.setdefault(row.work, []).append(row)
+    timed = (row for row in results.networks if row.status == "ok")
+    works = list(grouped(timed, lambda row: row.work).values())
     if works:
-        figure = _network_figure(list(works.values()))
-        yield Plot("networks", "Training steps of whole networks", figure)
+        yield Plot("networks", "Training steps of whole networks", _network_figure(works))
 
 
 def _network_figure(works: Sequence[Sequence[NetworkMeasurement]]) -> Figure:

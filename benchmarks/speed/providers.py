@@ -26,24 +26,16 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation.
+    """One implementation."""
 
-    Attributes:
-        name: as in :class:`speed.results.Measurement`.
-        build: makes it ready for a case; raises :class:`Unavailable` for work it does not do.
-        missing: why it cannot run on a device at all, or None.
-        within: the context of every call.
-        normality: whether it computes normality normalization; else torch's normalization.
-        compiled: whether it compiles first, which takes seconds.
-        allowance: how much further than others it may be from the reference, for a known reason.
-    """
-
-    name: str
+    name: str  # as in :class:`speed.results.Row`
+    # Makes it ready for a case; raises Unavailable for work it does not do.
     build: Callable[[Case], Runner]
-    missing: Callable[[torch.device], str | None] = lambda device: None
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
-    normality: bool = True
-    compiled: bool = False
+    missing: Callable[[torch.device], str | None] = lambda device: None  # why it cannot run there
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext  # the context of every call
+    normality: bool = True  # whether it computes normality normalization; else torch's
+    compiled: bool = False  # whether it compiles first, which takes seconds
+    # How much further than others it may be from the reference, for a known reason.
     allowance: Callable[[Case], float] = lambda case: 0.0
 
 

@@ -13,9 +13,10 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from normnorm.cli import CommandError
 from normnorm.environment import Gpu
@@ -23,6 +24,8 @@ from normnorm.environment import Gpu
 FORMAT: Literal["normnorm-bench"] = "normnorm-bench"
 VERSION: Literal[1] = 1
 
+R = TypeVar("R")
+K = TypeVar("K")
 LANES = 128  # instructions of single elements that a multiprocessor issues in a clock
 
 Mode = Literal["noise", "quiet", "eval"]
@@ -45,52 +48,30 @@ class ResultsError(CommandError):
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where and how the numbers came about.
+    """Where and how the numbers came about."""
 
-    Attributes:
-        timestamp: when the run began, ISO 8601 in UTC.
-        command_line: the command as it was typed.
-        normnorm, torch, python: versions.
-        packages: versions of the other packages that take part ("triton", "liger-kernel",
-            "quack-kernels", "torchvision", "timm"), where installed.
-        cuda, cudnn: what torch was built with; None for a CPU build.
-        commit: the git commit of the sources; None outside a repository.
-        uncommitted: whether tracked files differed from it.
-        backends: every backend's name with None, or the reason why it cannot run.
-        platform: operating system and architecture.
-        cpu: the processor's name.
-        cores: processors that this process may run on.
-        threads: torch's threads.
-        isa: instruction set of the CPU kernels; None without them.
-        load_before, load_after: load average of the last minute; None where unknown.
-        seconds: how long the whole run took.
-        device: "cpu" or "cuda", where the tensors lay.
-        gpu: the accelerator, with its clocks right after the run; None on a CPU.
-        seed: of the random inputs.
-    """
-
-    timestamp: str
-    command_line: str
-    normnorm: str
+    timestamp: str  # when the run began, ISO 8601 in UTC
+    command_line: str  # as it was typed
+    normnorm: str  # this and the next two are versions
     torch: str
     python: str
-    packages: dict[str, str]
-    cuda: str | None
+    packages: dict[str, str]  # versions of other packages that take part, where installed
+    cuda: str | None  # what torch was built with; None for a CPU build
     cudnn: str | None
-    commit: str | None
-    uncommitted: bool | None
-    backends: dict[str, str | None]
-    platform: str
-    cpu: str
-    cores: int
-    threads: int
-    isa: str | None
-    load_before: float | None
-    device: Literal["cpu", "cuda"]
-    seed: int
+    commit: str | None  # of the sources in git; None outside a repository
+    uncommitted: bool | None  # whether tracked files differed from it
+    backends: dict[str, str | None]  # by name None, or the reason why it cannot run
+    platform: str  # operating system and architecture
+    cpu: str  # the processor's name
+    cores: int  # processors that this process may run on
+    threads: int  # torch's
+    isa: str | None  # instruction set of the CPU kernels; None without them
+    load_before: float | None  # load average of the last minute; None where unknown
+    device: Literal["cpu", "cuda"]  # where the tensors lay
+    seed: int  # of the random inputs
     load_after: float | None = None
-    seconds: float | None = None
-    gpu: Gpu | None = None
+    seconds: float | None = None  # of the whole run
+    gpu: Gpu | None = None  # with its clocks right after the run; None on a CPU
 
     @property
     def device_name(self) -> str:
@@ -106,41 +87,30 @@ def input_words(shape: tuple[int, ...], groups: int, dtype: str, memory_format: 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One provider's time for one piece of work.
+    """One provider's time for one piece of work."""
 
-    Attributes:
-        provider: "normnorm-cpu", "normnorm-cuda", "normnorm-triton", "normnorm-reference" (our
-            backends), "reference" (the definition in eager mode), "compiled-reference", "torch"
-            (torch's layer; on a GPU without cuDNN), "cudnn", "compiled-torch", "liger", "quack",
-            or "copy" (a device copy of the input: the roof).
-        dtype: "float32", "bfloat16" or "float16"; for a network of the autocast region.
-        memory_format: "contiguous" or "channels_last".
-        status: "ok"; "wrong" (it missed the bound against the float64 reference and was not
-            timed), "failed" (it raised) or "unavailable" (it does not do this work, or is not
-            installed). The measured fields below are None then, or what was known by then.
-        message: the sentence that belongs to a status other than "ok".
-        median_ms, p20_ms, p80_ms: of the samples, milliseconds a call or training step.
-        rounds: samples taken.
-        calls: calls within one sample.
-        warm_up: calls before the first sample, beside those of the check.
-        ratio: median over that of ``peer`` in the same run; None without a peer.
-        peer: the provider that stands for torch's layer: the faster of "torch" and "cudnn".
-        peak_bytes: the most that one call had allocated at a time, its inputs not counted.
-    """
-
+    # "normnorm-cpu", "normnorm-cuda", "normnorm-triton", "normnorm-reference" (our backends),
+    # "reference" (the definition in eager mode), "compiled-reference", "torch" (torch's layer; on a
+    # GPU without cuDNN), "cudnn", "compiled-torch", "liger", "quack", or "copy" (a device copy of
+    # the input: the roof).
     provider: str
-    dtype: str
+    dtype: str  # "float32", "bfloat16" or "float16"; for a network of the autocast region
     memory_format: MemoryFormat
+    # "ok"; "wrong" (it missed the bound against the float64 reference and was not timed), "failed"
+    # (it raised) or "unavailable" (it does not do this work, or is not installed). The measured
+    # fields below are None then, or what was known by then.
     status: Status
-    message: str | None = None
+    message: str | None = None  # the sentence that belongs to a status other than "ok"
+    # Of the samples, milliseconds a call or training step.
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
-    rounds: int | None = None
-    calls: int | None = None
-    warm_up: int | None = None
-    ratio: float | None = None
-    peer: str | None = None
+    rounds: int | None = None  # samples taken
+    calls: int | None = None  # within one sample
+    warm_up: int | None = None  # calls before the first sample, beside those of the check
+    ratio: float | None = None  # median over that of ``peer`` in the same run; None without a peer
+    peer: str | None = None  # stands for torch's layer: the faster of "torch" and "cudnn"
+    # The most that one call had allocated at a time, its inputs not counted.
     peak_bytes: int | None = None
 
     @property
@@ -152,40 +122,27 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Row):
-    """One pass of one layer.
+    """One pass of one layer."""
 
-    Attributes:
-        layer: the normality layer's class name; for other providers its counterpart stands in.
-        shape: the input's, logical, (N, C, ...) or (..., features).
-        groups: channel groups of a GroupNormalNorm; 0 for other layers.
-        mode: "noise" (training as published), "quiet" (training with ``noise_train=0``) or
-            "eval". Providers without noise do the same work in the first two.
-        operation: "forward", "backward" or "full" (forward and backward).
-        method: "wall" (CPU, wall clock), "graph" (device time of a replayed CUDA graph whose
-            inputs rotate) or "stream" (GPU, wall clock of calls from Python: what small tensors
-            cost, launches included).
-        suite: which question the work belongs to, such as "resnet", "features", "tokens",
-            "batch sweep", "channel sweep", "row sweep", "small".
-        x_name, x_value: the quantity a sweep varies and its value; "elements" otherwise.
-        model_bytes: bytes that a kernel of one read and one write a pass moves: twice the input
-            for a forward, three times for a backward, the sum for both.
-        kept_bytes: what autograd keeps between forward and backward, each storage once.
-        error: largest difference from the float64 reference over results, relative to the
-            largest value of each.
-        bound: what ``error`` had to stay under.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    groups: int = 0
+    layer: str  # the normality layer's class; for other providers its counterpart stands in
+    shape: tuple[int, ...]  # the input's, logical, (N, C, ...) or (..., features)
+    groups: int = 0  # channel groups of a GroupNormalNorm; 0 for other layers
+    # "noise" (training as published), "quiet" (training with ``noise_train=0``) or "eval".
+    # Providers without noise do the same work in the first two.
     mode: Mode
-    operation: Operation
+    operation: Operation  # "full" is forward and backward
+    # "wall" (CPU, wall clock), "graph" (device time of a replayed CUDA graph whose inputs rotate)
+    # or "stream" (GPU, wall clock of calls from Python, launches included, for small tensors).
     method: Method
-    suite: str
-    x_name: str
+    suite: str  # the question that the work belongs to, such as "resnet" or "row sweep"
+    x_name: str  # the quantity that a sweep varies; "elements" otherwise
     x_value: float
+    # What a kernel of one read and one write a pass moves: twice the input for a forward, three
+    # times for a backward, the sum for both.
     model_bytes: int
-    kept_bytes: int | None = None
+    kept_bytes: int | None = None  # by autograd between forward and backward, each storage once
+    # The largest difference from the float64 reference over results, relative to the largest value
+    # of each; and what it had to stay under.
     error: float | None = None
     bound: float | None = None
 
@@ -219,27 +176,16 @@ class Measurement(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkMeasurement(Row):
-    """One training step (forward, loss, backward, optimizer) of a whole network.
+    """One training step (forward, loss, backward, optimizer) of a whole network."""
 
-    Attributes:
-        network: its name, such as "resnet50" or "vit_small".
-        source: where it comes from: "torchvision", "timm" or "normnorm" (a small one of ours).
-        norm: class name of its normalization layers.
-        norm_layers: how many of them it has.
-        batch: samples a step.
-        sample_shape: the shape of one.
-        unit: what ``rate`` counts a second: "images" or "tokens".
-        units: of them a step.
-    """
-
-    network: str
-    source: Literal["torchvision", "timm", "normnorm"]
-    norm: str
-    norm_layers: int
-    batch: int
+    network: str  # its name, such as "resnet50" or "vit_small"
+    source: Literal["torchvision", "timm", "normnorm"]  # the last: a small one of ours
+    norm: str  # class name of its normalization layers
+    norm_layers: int  # how many of them it has
+    batch: int  # samples a step
     sample_shape: tuple[int, ...]
-    unit: Literal["images", "tokens"]
-    units: int
+    unit: Literal["images", "tokens"]  # what ``rate`` counts a second
+    units: int  # of them a step
 
     @property
     def work(self) -> tuple[object, ...]:
@@ -268,46 +214,41 @@ class Count:
 
     Those of the CPU kernels are counted by callgrind, those of the CUDA kernels in their machine
     code.
-
-    Attributes:
-        work: layer kind and shape, or the kind of kernel.
-        mode: as in :class:`Measurement`.
-        operation: "forward" or "backward".
-        isa: the instruction set that was counted: "avx2", "sm_90".
-        dtype: of the elements.
-        instructions: an element.
     """
 
-    work: str
+    work: str  # layer kind and shape, or the kind of kernel
     mode: Mode
-    operation: Operation
-    isa: str
+    operation: Operation  # "forward" or "backward"
+    isa: str  # the instruction set that was counted: "avx2", "sm_90"
     dtype: str = "float32"
-    instructions: float
+    instructions: float  # an element
+
+
+def grouped(rows: Iterable[R], key: Callable[[R], K]) -> dict[K, list[R]]:
+    """Rows by a key, in order."""
+    groups: dict[K, list[R]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 @dataclass(kw_only=True)
 class Results:
-    """Everything one run found.
-
-    Attributes:
-        environment: where and how.
-        measurements: layers, in the order of the run.
-        networks: whole training steps.
-        counts: instruction counts: of the CUDA kernels on a GPU, of the CPU kernels where
-            callgrind was asked.
-        problems: sentences about what failed or was wrong; empty when all went well.
-        complete: False while the run goes on, and for ever if it was interrupted.
-    """
+    """Everything one run found."""
 
     format: Literal["normnorm-bench"] = FORMAT
     version: Literal[1] = VERSION
     environment: Environment
-    measurements: list[Measurement] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)  # in the order of the run
     networks: list[NetworkMeasurement] = field(default_factory=list)
+    # Of the CUDA kernels on a GPU, of the CPU kernels where callgrind was asked.
     counts: list[Count] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    complete: bool = False
+    problems: list[str] = field(default_factory=list)  # sentences about what failed or was wrong
+    complete: bool = False  # False while the run goes on, and for ever if it was interrupted
+
+    @property
+    def rows(self) -> list[Measurement | NetworkMeasurement]:
+        return [*self.measurements, *self.networks]
 
     def select(self, **fields: object) -> list[Measurement]:
         """The measurements whose fields have these values, in order.
@@ -319,8 +260,8 @@ class Results:
     def copy_of(self, row: Measurement) -> Measurement | None:
         """The device's copy of the same input: of the same mode where there is one."""
         same = ("shape", "dtype", "memory_format", "method")
-        key = {name: getattr(row, name) for name in same}
-        copies = self.select(provider="copy", status="ok", **key)
+        fields = {name: getattr(row, name) for name in same}
+        copies = self.select(provider="copy", status="ok", **fields)
         return min(copies, key=lambda copy: copy.mode != row.mode, default=None)
 
     def share_of_copy(self, row: Measurement) -> float | None:

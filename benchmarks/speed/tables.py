@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from speed.results import (
     Results,
     ResultsError,
     Row,
+    grouped,
     load,
 )
 
@@ -168,13 +168,11 @@ _LEGEND = (
 
 def _sections(results: Results, markdown: bool) -> Iterator[tuple[str, str]]:
     """(heading, table) for every work and network, the counts and the means."""
-    layers: dict[tuple[str, str], list[Measurement]] = {}
-    for row in results.measurements:
-        layers.setdefault((row.suite, row.name), []).append(row)
+    layers = grouped(results.measurements, lambda row: (row.suite, row.name))
     for (_, name), rows in layers.items():
         yield name, _layer_table(results, rows, markdown)
-    for name, nets in groupby(results.networks, lambda row: row.name):
-        yield name, _network_table(list(nets), markdown)
+    for name, nets in grouped(results.networks, lambda row: row.name).items():
+        yield name, _network_table(nets, markdown)
     if results.counts:
         body = [
             [c.work, c.mode, c.operation, c.isa, f"{c.instructions:.2f}"] for c in results.counts
@@ -246,34 +244,20 @@ SMALLEST = 0.05  # a smaller relative change is not called one, however quiet th
 
 
 class Change(NamedTuple):
-    """One measurement in two runs.
+    """One measurement in two runs."""
 
-    Attributes:
-        name: work, operation and provider.
-        before_ms, after_ms: medians; ``ratio``: after over before.
-        noise: half the distance of the 20th and 80th percentiles over the median, the larger of
-            the two runs.
-        against_torch: how the ratio to torch's layer changed, after over before, which leaves out
-            what made the whole machine slower; None where it was not known.
-        significant: whether the time moved by more than 5 % and by more than the noise, and the
-            ranges between the 20th and 80th percentiles of the two runs do not touch.
-    """
-
-    name: str
-    before_ms: float
+    name: str  # work, operation and provider
+    before_ms: float  # medians
     after_ms: float
-    ratio: float
+    ratio: float  # after over before
+    # Half the distance of the 20th and 80th percentiles over the median; the larger of the runs'.
     noise: float
+    # How the ratio to torch's layer changed, after over before, which leaves out what made the
+    # whole machine slower; None where it was not known.
     against_torch: float | None
+    # Whether the time moved by more than 5 % and by more than the noise, and the ranges between the
+    # 20th and 80th percentiles of the two runs do not touch.
     significant: bool
-
-
-def _rows(results: Results) -> list[Measurement | NetworkMeasurement]:
-    return [*results.measurements, *results.networks]
-
-
-def _key(row: Measurement | NetworkMeasurement) -> tuple[object, ...]:
-    return (*row.work, row.provider)
 
 
 def _full_name(row: Measurement | NetworkMeasurement) -> str:
@@ -283,22 +267,22 @@ def _full_name(row: Measurement | NetworkMeasurement) -> str:
 
 def _timed(results: Results) -> dict[tuple[object, ...], Measurement | NetworkMeasurement]:
     """Rows with a time, by what they measure."""
-    return {_key(row): row for row in _rows(results) if row.median_ms is not None}
-
-
-def _change(old: Row, new: Row, name: str) -> Change:
-    (a, a20, a80), (b, b20, b80) = old.times, new.times
-    noise = max((a80 - a20) / (2 * a), (b80 - b20) / (2 * b))
-    apart = b20 > a80 or a20 > b80
-    against = new.ratio / old.ratio if new.ratio and old.ratio else None
-    moved = abs(math.log(b / a)) > math.log1p(max(SMALLEST, noise))
-    return Change(name, a, b, b / a, noise, against, apart and moved)
+    return {(*row.work, row.provider): row for row in results.rows if row.median_ms is not None}
 
 
 def changes(before: Results, after: Results) -> list[Change]:
     """Everything that both runs timed, the largest slowdown first."""
-    old, new = _timed(before), _timed(after)
-    found = [_change(old[key], new[key], _full_name(new[key])) for key in old if key in new]
+    found, now = [], _timed(after)
+    for key, old in _timed(before).items():
+        if key not in now:
+            continue
+        new = now[key]
+        (a, a20, a80), (b, b20, b80) = old.times, new.times
+        noise = max((a80 - a20) / (2 * a), (b80 - b20) / (2 * b))
+        moved = abs(math.log(b / a)) > math.log1p(max(SMALLEST, noise))
+        against = new.ratio / old.ratio if new.ratio and old.ratio else None
+        significant = moved and (b20 > a80 or a20 > b80)
+        found.append(Change(_full_name(new), a, b, b / a, noise, against, significant))
     return sorted(found, key=lambda change: -change.ratio)
 
 
@@ -334,8 +318,8 @@ def comparison(before: Results, after: Results) -> tuple[str, bool]:
     found, old = changes(before, after), _timed(before)
     failures = [
         f"{_full_name(row)}: {row.status}: {row.message}"
-        for row in _rows(after)
-        if _key(row) in old and row.status in ("failed", "wrong")
+        for row in after.rows
+        if (*row.work, row.provider) in old and row.status in ("failed", "wrong")
     ]
     worse = [change for change in found if change.significant and change.ratio > 1]
     better = [change for change in reversed(found) if change.significant and change.ratio < 1]
@@ -355,6 +339,10 @@ def comparison(before: Results, after: Results) -> tuple[str, bool]:
 
 # The README's performance section
 
+_OURS = {
+    "normnorm-cpu": "normnorm (CPU)", "normnorm-cuda": "normnorm (CUDA)",
+    "normnorm-triton": "normnorm (Triton)", "normnorm-reference": "normnorm (reference)",
+}  # fmt: skip
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 _FROM = re.compile(r"<!-- rendered by `report.py` from (.+) -->")
 
@@ -387,47 +375,36 @@ def readme_section(paths: Sequence[Path], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _ours(provider: str) -> str | None:
-    """For readers, the name of a backend of this project's; None for another provider."""
-    names = {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton", "reference": "reference"}
-    name = names.get(provider.removeprefix("normnorm-"))
-    return f"normnorm ({name})" if provider.startswith("normnorm-") else None
+def _against_torch(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """For each backend's row of one work its name, torch's median, its own, and their ratio."""
+    by_provider, found = {row.provider: row for row in rows}, []
+    for provider, row in by_provider.items():
+        peer = by_provider.get(row.peer or "")
+        if provider in _OURS and row.ratio and peer is not None:
+            medians = (f"{ms:#.3g}".removesuffix(".") for ms in (peer.times[0], row.times[0]))
+            found.append((_OURS[provider], *medians, f"{row.ratio:.2f}"))
+    return found
 
 
 def _network_ratios(results: Results) -> Iterator[tuple[str, ...]]:
-    peers = {row.work: row for row in results.networks if row.provider == "torch"}
-    for row in results.networks:
-        ours, peer = _ours(row.provider), peers.get(row.work)
-        if ours and peer is not None and row.ratio:
-            yield row.name, ours, *_pair(peer, row)
+    for rows in grouped(results.networks, lambda row: row.work).values():
+        for cells in _against_torch(rows):
+            yield rows[0].name, *cells
 
 
 def _layer_ratios(results: Results) -> Iterator[tuple[str, ...]]:
     """Training with noise of each layer, dtype and memory format: its largest input, no sweep."""
-    works: dict[tuple[object, ...], list[Measurement]] = {}
-    for row in results.select(mode="noise", operation="full", status="ok"):
-        if "sweep" not in row.suite:
-            works.setdefault(row.work, []).append(row)
-    largest: dict[tuple[object, ...], list[Measurement]] = {}
-    for rows in works.values():
-        first = rows[0]
-        line = (first.layer, first.dtype, first.memory_format)
-        bigger = line not in largest or first.elements > largest[line][0].elements
-        if bigger and any(_ours(row.provider) and row.ratio for row in rows):
-            largest[line] = rows
-    for rows in largest.values():
-        by_provider = {row.provider: row for row in rows}
-        for provider, row in by_provider.items():
-            ours = _ours(provider)
-            if ours and row.peer in by_provider:
-                what = f"{PASSES[row.operation]}, {MODES[row.mode]}"
-                yield row.layer, row.input, what, ours, *_pair(by_provider[row.peer], row)
-
-
-def _pair(peer: Row, row: Row) -> tuple[str, str, str]:
-    """Torch's median, ours, and their ratio."""
-    digits = [f"{ms:#.3g}".removesuffix(".") for ms in (peer.median_ms or 0, row.median_ms or 0)]
-    return digits[0], digits[1], f"{row.ratio:.2f}"
+    wanted = results.select(mode="noise", operation="full", status="ok")
+    outside = (row for row in wanted if "sweep" not in row.suite)
+    works = grouped(outside, lambda row: row.work).values()
+    compared = [rows for rows in works if _against_torch(rows)]
+    for same in grouped(
+        compared, lambda rows: (rows[0].layer, rows[0].dtype, rows[0].memory_format)
+    ).values():
+        largest = max(same, key=lambda rows: rows[0].elements)
+        for ratio in _against_torch(largest):
+            what = f"{PASSES['full']}, {MODES['noise']}"
+            yield largest[0].layer, largest[0].input, what, *ratio
 
 
 def with_section(text: str, section: str, name: str = "README.md") -> str:

@@ -48,18 +48,12 @@ _BACKLOG_CYCLES = 200_000
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        budget_s: seconds for the samples of one operation, all providers together.
-        min_rounds, max_rounds: fewest and most samples of a provider.
-        seed: of inputs and noise.
-    """
-
-    budget_s: float = 1.5
-    min_rounds: int = 5
+    budget_s: float = 1.5  # for the samples of one operation, all providers together
+    min_rounds: int = 5  # fewest and most samples of a provider
     max_rounds: int = 100
-    seed: int = 20250505
+    seed: int = 20250505  # of inputs and noise
 
 
 def sentence(error: Exception) -> str:
@@ -69,21 +63,14 @@ def sentence(error: Exception) -> str:
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call, over samples.
-
-    Attributes:
-        median_ms, p20_ms, p80_ms: the median and the 20th and 80th percentiles of the samples.
-        rounds: samples taken.
-        calls: calls in one sample, whose mean the sample is.
-        warm_up: calls before the first sample.
-    """
+    """Milliseconds a call, over samples."""
 
     median_ms: float
-    p20_ms: float
+    p20_ms: float  # percentiles of the samples
     p80_ms: float
-    rounds: int
-    calls: int
-    warm_up: int = 0
+    rounds: int  # samples taken
+    calls: int  # in one sample, whose mean the sample is
+    warm_up: int = 0  # calls before the first sample
 
     @classmethod
     def of(cls, samples: list[float], calls: int, warm_up: int = 0) -> "Timing":
@@ -137,19 +124,12 @@ def cuda_graph(call: Call, copies: int, device: torch.device) -> torch.cuda.CUDA
 
 
 class _Sampler(NamedTuple):
-    """A way to take a sample.
+    """A way to take a sample."""
 
-    Attributes:
-        sample: takes one; milliseconds a call.
-        calls: calls in it.
-        estimate_s: seconds that taking one costs.
-        warm_up: calls that were made to find this out.
-    """
-
-    sample: Sample
-    calls: int
-    estimate_s: float
-    warm_up: int
+    sample: Sample  # takes one; milliseconds a call
+    calls: int  # in it
+    estimate_s: float  # seconds that taking one costs
+    warm_up: int  # calls that were made to find this out
 
 
 def _wall(call: Call, device: torch.device, copies: int) -> _Sampler:

@@ -24,20 +24,13 @@ class WorkError(ValueError):
 
 @dataclass(frozen=True)
 class Layer:
-    """A normality layer and what stands beside it.
-
-    Attributes:
-        ours, torchs: the class, and its counterpart in torch.nn.
-        kind: the definition's word for what a group of elements is.
-        ranks: how many dimensions an input may have.
-        keywords: what both constructors get beside the sizes.
-    """
+    """A normality layer and what stands beside it."""
 
     ours: type[nn.Module]
-    torchs: type[nn.Module]
-    kind: Literal["batch", "layer", "group", "instance"]
-    ranks: tuple[int, ...]
-    keywords: tuple[tuple[str, Any], ...] = ()
+    torchs: type[nn.Module]  # its counterpart in torch.nn
+    kind: Literal["batch", "layer", "group", "instance"]  # what a group of elements is
+    ranks: tuple[int, ...]  # how many dimensions an input may have
+    keywords: tuple[tuple[str, Any], ...] = ()  # that both constructors get beside the sizes
 
 
 _AFFINE = (("affine", True),)
