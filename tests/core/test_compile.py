@@ -373,10 +373,6 @@ def second_derivative(function):
     return derive
 
 
-def compile_eager(function):
-    return torch.compile(function, backend="eager", fullgraph=True)
-
-
 def dual_tangent(function):
     def derive(x):
         with torch.autograd.forward_ad.dual_level():
@@ -386,43 +382,39 @@ def dual_tangent(function):
     return derive
 
 
-def stacked(x):
-    return torch.stack([x, x.cos()])
+def jvp(function):
+    return lambda x: torch.func.jvp(function, (x,), (x.cos(),))[1]
 
 
-DERIVATIVES = {
-    "grad": (lambda: torch.func.grad(loss), lambda: compile_eager(torch.func.grad(loss))),
-    "grad of compiled": (
-        lambda: torch.func.grad(loss), lambda: torch.func.grad(compile_eager(loss))
-    ),
-    "jvp": (
-        lambda: lambda x: torch.func.jvp(norm, (x,), (x.cos(),))[1],
-        lambda: compile_eager(lambda x: torch.func.jvp(norm, (x,), (x.cos(),))[1]),
-    ),
-    "dual numbers": (lambda: dual_tangent(norm), lambda: dual_tangent(compile_eager(norm))),
-    "vmap": (
-        lambda: lambda x: torch.vmap(norm)(stacked(x)),
-        lambda: compile_eager(lambda x: torch.vmap(norm)(stacked(x))),
-    ),
-    "vmap of grad": (
-        lambda: lambda x: torch.vmap(torch.func.grad(loss))(stacked(x)),
-        lambda: compile_eager(lambda x: torch.vmap(torch.func.grad(loss))(stacked(x))),
-    ),
-    "second derivative": (
-        lambda: second_derivative(loss), lambda: second_derivative(compile_eager(loss))
-    ),
-}  # fmt: skip
+def batched(function):
+    return lambda x: torch.vmap(function)(torch.stack([x, x.cos()]))
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-@pytest.mark.parametrize("name", DERIVATIVES)
-def test_derivatives_of_compiled_functions_are_right_or_refused(name, backend):
-    eager, compiled = DERIVATIVES[name]
+@pytest.mark.parametrize(
+    ("derive", "function", "inside"),
+    [
+        pytest.param(torch.func.grad, loss, True, id="grad"),
+        pytest.param(torch.func.grad, loss, False, id="grad of compiled"),
+        pytest.param(jvp, norm, True, id="jvp"),
+        pytest.param(dual_tangent, norm, False, id="dual numbers"),
+        pytest.param(batched, norm, True, id="vmap"),
+        pytest.param(batched, torch.func.grad(loss), True, id="vmap of grad"),
+        pytest.param(second_derivative, loss, False, id="second derivative"),
+    ],
+)
+def test_derivatives_of_compiled_functions_are_right_or_refused(derive, function, inside, backend):
+    """The derivative is taken ``inside`` the compiled function, or of it."""
+
+    def compiled(function):
+        return torch.compile(function, backend="eager", fullgraph=True)
+
     input = KINDS[0].input()
-    expected = eager()(input)
+    expected = derive(function)(input)
     found = None
     with contextlib.suppress(RuntimeError, torch._dynamo.exc.Unsupported):
-        found = compiled()(input)
+        derivative = compiled(derive(function)) if inside else derive(compiled(function))
+        found = derivative(input)
         assert found is not None, "the derivative vanished"
     if found is not None:
         assert_close(found, expected, rtol=1e-9, atol=1e-9)

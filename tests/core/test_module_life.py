@@ -1,4 +1,4 @@
-"""Operations on existing modules: averaging, checkpointing, parametrization, losses scaled for half
+"""Operations on existing modules: checkpointing, parametrization, losses scaled for half
 precision; layers over moved channels; lazy initialization. Copies, checkpoints and the meta device
 are in ``test_modules.py``."""
 
@@ -12,7 +12,6 @@ import torch
 from layer_table import KINDS, set_parameters
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -25,28 +24,6 @@ each_kind = pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
 
 def input_of(row, seed=0):
     return row.input(torch.float32, seed)
-
-
-@pytest.mark.parametrize("use_buffers", [True, False])
-def test_exponential_averages_follow_parameters_and_buffers(use_buffers, cpu_backend):
-    layer = BATCH.make()
-    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    expected = {name: t.detach().clone() for name, t in layer.state_dict().items()}
-    for step in range(3):
-        optimizer.zero_grad()
-        layer(input_of(BATCH, step)).pow(4).mean().backward()
-        optimizer.step()
-        average.update_parameters(layer)
-        for name, tensor in layer.state_dict().items():
-            parameter = name in dict(layer.named_parameters())
-            if step == 0 or (not parameter and not use_buffers):
-                expected[name] = tensor.clone()
-            elif tensor.is_floating_point():
-                expected[name].lerp_(tensor, 0.5)
-    for name in ("weight", "bias", "running_mean", "running_var", "running_lmbda"):
-        assert_close(average.module.state_dict()[name], expected[name])
-    assert (average.module.running_lmbda != 1).any()
 
 
 def test_checkpointing_counts_a_batch_twice_as_in_torch(cpu_backend):

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import raw_ops
+import test_numerics
 import torch
 from layer_table import KINDS
 from torch._subclasses import FakeTensorMode
@@ -25,29 +26,15 @@ each_kind = pytest.mark.parametrize("row", KINDS, ids=lambda row: row.kind)
 OPS = torch.ops.normnorm
 
 
-def moved(input, source, target):
-    """The same values with a dimension moved in memory."""
-    return input.movedim(source, target).contiguous().movedim(target, source)
-
-
 LAYOUTS = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: moved(x, 1, -1),
-    "permuted": lambda x: moved(x, 0, -1),
-    "reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(
-        *reversed(range(x.dim()))),
-    "sliced": lambda x: torch.stack([x, 2 * x], -1)[..., 1],
-    "sliced channels": lambda x: torch.cat([x, x], 1)[:, x.size(1):],
-    "sliced channels_last": lambda x: moved(torch.cat([x, x], 1), 1, -1)[:, :x.size(1)],
-    "offset": lambda x: torch.cat([x, x])[1:1 + x.size(0)],
-    "expanded": lambda x: x[..., :1].expand(x.shape),
-    "expanded samples": lambda x: x[:1].expand(x.shape),
+    **test_numerics.LAYOUTS,
+    "expanded positions": lambda x: x[..., :1].expand(x.shape),
     "one sample": lambda x: x[:1],
-}  # fmt: skip
+}
 
 
 def forward_arguments(
-    row, backend, *, dtype=torch.float32, layout=LAYOUTS["contiguous"], noise=0.0, alpha=1.0,
+    row, backend, *, dtype=torch.float32, layout=lambda x: x, noise=0.0, alpha=1.0,
     frozen=False, affine=True, requires_grad=False, keep_stats=True,
 ):  # fmt: skip
     input = layout(row.input(dtype)).requires_grad_(requires_grad)

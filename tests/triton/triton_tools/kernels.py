@@ -5,7 +5,6 @@ import triton.language as tl
 
 from normnorm.triton_kernels.math import (
     lambda_gradient,
-    lambda_weight,
     make_exponents,
     needs_series,
 )
@@ -56,16 +55,3 @@ def slopes(at, lmbdas, out, groups, N: tl.constexpr):
         tl.store(out + (3 * group) * N + i, x)
         tl.store(out + (3 * group + 1) * N + i, psi_h)
         tl.store(out + (3 * group + 2) * N + i, psi_lmbda)
-
-
-@triton.jit
-def weights(at, lmbda, mean_hd, mean_d, q, alpha, out, N: tl.constexpr, ORDER: tl.constexpr):
-    """n dlmbda/dh of one group."""
-    h = tl.load(at + tl.arange(0, N))
-    t = tl.abs(h)
-    numbers = Numbers(0.0, 0.0, 0.0, tl.load(alpha), 0.0, 0.0)
-    gradient = lambda_gradient(
-        tl.load(lmbda), tl.load(mean_hd), tl.load(mean_d), tl.load(q), numbers, ORDER
-    )
-    w = lambda_weight(h, t, tl.log(1.0 + t), 1.0 / (1.0 + t), gradient)
-    tl.store(out + tl.arange(0, N), w)
