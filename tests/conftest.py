@@ -11,8 +11,11 @@ kernels run on the CPU (``host_cuda/torch_library.py``).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -141,3 +144,34 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads, undone after the test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A function that puts "cuda" and "triton", as given, in the place of those two: each with the
+    reason why it cannot run on the device, or None, and with the functions of the reference. It
+    returns a list to which each backend is added when it is looked for."""
+    monkeypatch.setattr(backends, "_automatic", {})
+    for registry in ("_backends", "_UNAVAILABLE"):
+        known = getattr(backends, registry).items()
+        without = {name: value for name, value in known if name not in ("cuda", "triton")}
+        monkeypatch.setattr(backends, registry, without)
+
+    def put(device: str, **reasons: str | None) -> list[str]:
+        asked: list[str] = []
+        monkeypatch.setattr(backends, "_late", dict.fromkeys(reasons, device))
+        for name, reason in reasons.items():
+
+            def unavailable_reason(name: str = name, reason: str | None = reason) -> str | None:
+                asked.append(name)
+                return reason
+
+            def register(name: str = name) -> None:
+                reference = backends.get("reference")
+                backends.register(dataclasses.replace(reference, name=name, device_type=device))
+
+            module = types.SimpleNamespace(unavailable_reason=unavailable_reason, register=register)
+            monkeypatch.setitem(sys.modules, f"normnorm.backends.{name}", module)
+        return asked
+
+    return put

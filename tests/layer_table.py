@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import Case
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import normnorm
 
@@ -89,6 +90,18 @@ def few(rows, fast):
         pytest.param(row, id=row.name, marks=() if row in fast else pytest.mark.slow)
         for row in rows
     ]
+
+
+class Recorder(TorchDispatchMode):
+    """Records the names of the operations that reach the kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket._qualified_op_name)
+        return function(*args, **(kwargs or {}))
 
 
 NAMES = tuple(layer.name for layer in LAYERS)

@@ -95,72 +95,40 @@ def test_auto_serves_every_device_here(devices):
 # --- backends that are looked for late ---
 
 
-@pytest.fixture
-def late(monkeypatch):
-    """A function that replaces the modules of the GPU's backends, by name: with the reason why the
-    backend cannot run, or None. The attribute ``asked`` lists the backends that were looked for."""
-    for registry in ("_backends", "_automatic", "_UNAVAILABLE"):
-        monkeypatch.setattr(backends, registry, dict(getattr(backends, registry)))
-    for name in ("cuda", "triton"):
-        backends._backends.pop(name, None)
-        backends._UNAVAILABLE.pop(name, None)
-    backends._automatic.pop("cuda", None)
-    asked = []
-
-    def put(**reasons):
-        monkeypatch.setattr(backends, "_late", dict.fromkeys(reasons, "cuda"))
-        for name, reason in reasons.items():
-            module = types.ModuleType(f"normnorm.backends.{name}")
-
-            def unavailable_reason(name=name, reason=reason):
-                asked.append(name)
-                return reason
-
-            def register(name=name):
-                right = backends.get("reference")
-                backends.register(dataclasses.replace(right, name=name, device_type="cuda"))
-
-            module.unavailable_reason, module.register = unavailable_reason, register
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-
-    put.asked = asked
-    return put
-
-
 @pytest.mark.parametrize("use_first", [None, "triton", "cuda"])
 def test_auto_prefers_the_cuda_kernels_to_triton_in_whatever_order_they_are_asked_for(
     use_first, late
 ):
-    late(cuda=None, triton=None)
+    asked = late("cuda", cuda=None, triton=None)
     if use_first is not None:
         assert backends.get(use_first).name == use_first
     assert backends.resolve(torch.device("cuda"), "auto").name == "cuda"
     if use_first is None:
-        assert late.asked == ["cuda"]  # Triton is not imported where the CUDA kernels serve
+        assert asked == ["cuda"]  # Triton is not imported where the CUDA kernels serve
     assert backends.get("triton").name == "triton"
     assert backends.resolve(torch.device("cuda"), "auto").name == "cuda"
 
 
 def test_auto_takes_what_there_is_and_looks_once(late):
-    late(cuda="no such GPU", triton=None)
+    asked = late("cuda", cuda="no such GPU", triton=None)
     for _ in range(2):
         assert backends.resolve(torch.device("cuda"), "auto").name == "triton"
     with pytest.raises(RuntimeError, match="'cuda' is unavailable: no such GPU"):
         backends.get("cuda")
-    assert late.asked == ["cuda", "triton"]
-    late(cuda=None, triton=None)
+    assert asked == ["cuda", "triton"]
+    late("cuda", cuda=None, triton=None)
     assert backends.resolve(torch.device("cuda"), "auto").name == "triton"
 
 
 def test_auto_falls_back_on_the_reference_where_nothing_else_runs(late):
-    late(cuda="not built", triton="not installed")
+    late("cuda", cuda="not built", triton="not installed")
     assert backends.resolve(torch.device("cuda"), "auto").name == "reference"
     found = normnorm.available_backends()
     assert (found["cuda"], found["triton"]) == ("not built", "not installed")
 
 
 def test_a_backend_whose_module_does_not_import_says_so(late, monkeypatch):
-    late(cuda="not built", triton=None)
+    late("cuda", cuda="not built", triton=None)
     monkeypatch.setitem(sys.modules, "normnorm.backends.triton", None)
     assert "does not import" in normnorm.available_backends()["triton"]
     with pytest.raises(RuntimeError, match="'triton' is unavailable: its module does not import"):

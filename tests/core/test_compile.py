@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import itertools
-import sys
-import types
 
 import pytest
 import raw_ops
@@ -261,50 +258,16 @@ def test_choosing_another_backend_reaches_compiled_layers(name):
     assert not any("normal_norm_" in target for target in counter.targets(1))
 
 
-def test_without_compiled_kernels_the_automatic_choice_traces(monkeypatch):
-    monkeypatch.setattr(backends, "_automatic", {})
-    with normnorm.use_backend("auto"):
-        assert backends.resolve(torch.device("cpu")).name == "reference"
-        assert_compiles_to_the_same(KINDS[0], "eager", True, 0.0)
-
-
-@pytest.fixture
-def late(monkeypatch):
-    """A function of the reason why a backend cannot run, which adds that backend for the CPU, not
-    yet imported, and selects it."""
-    name = "late"
-
-    def register():
-        backends.register(
-            dataclasses.replace(backends.get("reference"), name=name, device_type="cpu")
-        )
-
-    def add(reason):
-        module = types.ModuleType(f"normnorm.backends.{name}")
-        module.unavailable_reason, module.register = lambda: reason, register
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, name))
-        monkeypatch.setattr(backends, "_late", {name: "cpu"})
-        monkeypatch.setattr(backends, "_automatic", {})
-        monkeypatch.setattr(backends, "_backends", dict(backends._backends))
-        monkeypatch.setattr(backends, "_UNAVAILABLE", dict(backends._UNAVAILABLE))
-        monkeypatch.setattr(backends, "_selected", name)
-        return name
-
-    return add
-
-
 @pytest.mark.parametrize("choice", ["by name", "auto", "within the graph"])
 def test_a_compiled_layer_is_the_first_to_look_for_a_backend(choice, late, monkeypatch):
-    name = late(None)
-    if choice != "by name":
-        monkeypatch.setattr(backends, "_selected", "auto")
+    late("cpu", triton=None)
+    monkeypatch.setattr(backends, "_selected", "triton" if choice == "by name" else "auto")
     layer = KINDS[0].make(noise_train=0.0)
 
     def forward(input):
         if choice != "within the graph":
             return layer(input)
-        with normnorm.use_backend(name):
+        with normnorm.use_backend("triton"):
             return layer(input)
 
     counter = Counter()
@@ -317,14 +280,15 @@ def test_a_compiled_layer_is_the_first_to_look_for_a_backend(choice, late, monke
     (forward_call,) = [
         node for node in counter.graphs[0].graph.nodes if "normal_norm_forward" in str(node.target)
     ]
-    assert forward_call.args[-1] == name
+    assert forward_call.args[-1] == "triton"
     assert len(counter.graphs) == 1
 
 
-def test_a_compiled_layer_says_why_its_backend_cannot_run(late):
-    late("no such device")
+def test_a_compiled_layer_says_why_its_backend_cannot_run(late, monkeypatch):
+    late("cpu", triton="no such device")
+    monkeypatch.setattr(backends, "_selected", "triton")
     compiled = torch.compile(KINDS[0].make(), backend="eager")
-    with pytest.raises(RuntimeError, match="backend 'late' is unavailable: no such device"):
+    with pytest.raises(RuntimeError, match="backend 'triton' is unavailable: no such device"):
         compiled(KINDS[0].input(torch.float32))
 
 

@@ -173,24 +173,6 @@ def test_onnxruntime_gives_the_same(row, tmp_path):
         assert_close(output, layer(input).detach(), rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_onnx_takes_a_network_and_the_layer_options(tmp_path):
-    torch.manual_seed(2)
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(2, 4, 3),
-        normnorm.SyncBatchNormalNorm(4, transform_eps=1e-5**0.5, order=1),
-        torch.nn.ReLU(),
-        normnorm.BatchNormalNorm2d(4, alpha=0.5, affine=False, track_running_stats=False),
-        normnorm.InstanceNormalNorm2d(4),
-    )
-    input = torch.randn(3, 2, 9, 9)
-    model(input)
-    model.eval()
-    program = torch.onnx.export(model, (input,), dynamo=True, verbose=False)
-    (found,) = run_onnx(program, str(tmp_path / "model.onnx"), [input])
-    assert_close(found, model(input).detach(), rtol=1e-4, atol=1e-5)
-
-
 # AOTInductor
 
 

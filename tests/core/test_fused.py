@@ -20,7 +20,6 @@ from torch.testing import assert_close
 import normnorm
 from normnorm import functional as F
 
-OPS = torch.ops.normnorm
 BATCH, ROWS = Case("batch", (3, 4, 5, 6)), Case("layer", (9, 40), normalized_ndim=1)
 IMAGES = (
     BATCH, Case("layer", (2, 3, 4, 5), normalized_ndim=3),
@@ -224,28 +223,6 @@ def test_transforms_of_torch_func_go_through(backend, device):
 
 
 # Compilers
-
-
-@pytest.mark.parametrize("activation", ["", "relu"])
-def test_the_ops_pass_opcheck(backend, device, activation):
-    case = Case("layer", (3, 8), normalized_ndim=1)
-    x, residual, g = draw(case, torch.float32, device, 3)
-    weight, bias = draw_parameters(case, 0, torch.float32, device)
-    seed = torch.tensor([5], device=device)
-    config = case.config(backend, noise_train=0.4, activation=activation)
-    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
-    x, residual, *affine = leaves
-    for prenorm in (False, True):
-        given = {"residual": residual, "seed": seed, "prenorm": prenorm}
-        arguments = raw_ops.forward(config, x, *affine, **given)
-        torch.library.opcheck(OPS.normal_norm_forward.default, arguments)
-    with torch.no_grad():
-        output, stats, total = OPS.normal_norm_forward(*arguments)
-    saved = (total, stats, weight.detach(), bias.detach())
-    kept = {"output": output if activation else None, "seed": seed}
-    for grad_sum in (None, residual.detach()):
-        arguments = raw_ops.backward(config, g, *saved, grad_sum=grad_sum, **kept)
-        torch.library.opcheck(OPS.normal_norm_backward.default, arguments)
 
 
 class Block(nn.Module):

@@ -16,10 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layer_table import KINDS, LAYERS, NAMES, RUNNING, Layer, set_parameters
+from layer_table import KINDS, LAYERS, NAMES, RUNNING, Layer, Recorder, set_parameters
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import normnorm
 
@@ -409,18 +408,6 @@ def test_running_statistics_are_an_average_of_the_batches(row, momentum, order, 
     assert layer.running_var is buffers[1]
     assert layer.running_lmbda is buffers[2]
     assert layer.num_batches_tracked is counter
-
-
-class Recorder(TorchDispatchMode):
-    """Records every operation that reaches the kernels."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket._qualified_op_name)
-        return function(*args, **(kwargs or {}))
 
 
 @each_kind

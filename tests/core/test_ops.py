@@ -35,7 +35,8 @@ LAYOUTS = {
 
 def forward_arguments(
     row, backend, *, dtype=torch.float32, layout=lambda x: x, noise=0.0, alpha=1.0,
-    frozen=False, affine=True, requires_grad=False, keep_stats=True,
+    frozen=False, affine=True, requires_grad=False, keep_stats=True, residual=False,
+    prenorm=False, activation="",
 ):  # fmt: skip
     input = layout(row.input(dtype)).requires_grad_(requires_grad)
     weight = bias = None
@@ -48,22 +49,28 @@ def forward_arguments(
         ramp = torch.linspace(0.5, 1.4, row.shape[1], dtype=statistics_dtype(dtype))
         running = (ramp - 0.8, ramp, 2.0 - ramp)
     seed = torch.tensor([12345]) if noise else None
-    config = row.config(backend, noise_train=noise, alpha=alpha, stream=3)
-    return raw_ops.forward(
-        config, input, weight, bias, running=running, seed=seed, keep_stats=keep_stats
+    added = input.detach().cos().requires_grad_(requires_grad) if residual or prenorm else None
+    config = row.config(
+        backend, noise_train=noise, alpha=alpha, stream=3, activation=activation
     )
+    return raw_ops.forward(
+        config, input, weight, bias, running=running, seed=seed, keep_stats=keep_stats,
+        residual=added, prenorm=prenorm,
+    )  # fmt: skip
 
 
 def backward_arguments(row, backend, **keywords):
     arguments = forward_arguments(row, backend, **keywords)
-    input, running_mean, _, _, weight, bias, _, seed, _, _, _, *config = arguments
-    stats = OPS.normal_norm_forward(*arguments)[1]
+    input, running_mean, _, _, weight, bias, _, seed, _, prenorm, _, *config = arguments
+    output, stats, total = OPS.normal_norm_forward(*arguments)
     upstream = torch.linspace(-1.0, 2.0, input.numel()).reshape(input.shape).to(input.dtype)
     needs = (True, weight is not None, bias is not None)
     frozen = running_mean is not None
     return raw_ops.backward(
-        config, upstream, input, stats, weight, bias, seed=seed, needs=needs, frozen=frozen
-    )
+        config, upstream, total.detach() if prenorm else input, stats, weight, bias, seed=seed,
+        needs=needs, frozen=frozen, output=output.detach() if keywords.get("activation") else None,
+        grad_sum=upstream.cos() if prenorm else None,
+    )  # fmt: skip
 
 
 def fold_arguments(backend, momentum=0.1, dtype=torch.float32, counter=True):
@@ -91,6 +98,10 @@ PLAIN = {"noise": 0.4, "affine": False, "requires_grad": True}
 HALF = {"dtype": torch.bfloat16, "requires_grad": True}
 WITHOUT_STATISTICS = {"dtype": torch.float16, "noise": 0.4, "keep_stats": False}
 FROZEN = {"frozen": True, "requires_grad": True}
+FUSED = (
+    {"residual": True, "activation": "relu", "requires_grad": True},
+    {"prenorm": True, "activation": "relu", "noise": 0.4, "requires_grad": True},
+)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +109,7 @@ FROZEN = {"frozen": True, "requires_grad": True}
     [
         *itertools.product(KINDS, (NOISY, WITHOUT_STATISTICS)),
         *((KINDS[0], options) for options in (PLAIN, HALF, FROZEN, HALF | PLAIN | FROZEN)),
+        *((KINDS[1], options) for options in FUSED),
     ],
 )
 def test_forward_op_passes_opcheck(row, options, backend):
@@ -105,7 +117,12 @@ def test_forward_op_passes_opcheck(row, options, backend):
 
 
 @pytest.mark.parametrize(
-    ("row", "options"), [*((row, NOISY) for row in KINDS), (KINDS[0], PLAIN), (KINDS[0], HALF)]
+    ("row", "options"),
+    [
+        *((row, NOISY) for row in KINDS),
+        *((KINDS[0], options) for options in (PLAIN, HALF)),
+        *((KINDS[1], options) for options in FUSED),
+    ],
 )
 def test_backward_op_passes_opcheck_and_is_differentiable(row, options, backend):
     op = OPS.normal_norm_backward.default

@@ -8,10 +8,10 @@ import math
 import pytest
 import scipy.stats
 import torch
+from layer_table import Recorder
 from model_zoo import ours_in
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import normnorm
@@ -127,16 +127,6 @@ def test_the_dictionary_is_flat_floats_of_every_layer_of_the_last_step():
     assert watch.scalars() == {}
 
 
-class HostReads(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.overloadpacket._qualified_op_name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_hook_neither_synchronizes_nor_draws_random_numbers(training):
     outputs = []
@@ -145,9 +135,9 @@ def test_the_hook_neither_synchronizes_nor_draws_random_numbers(training):
         torch.manual_seed(4)
         input = images().requires_grad_()
         if watched:
-            with normnorm.monitor(model), HostReads() as reads:
+            with normnorm.monitor(model), Recorder() as recorder:
                 output = model(input)
-            assert "aten::_local_scalar_dense" not in reads.names
+            assert "aten::_local_scalar_dense" not in recorder.names
         else:
             output = model(input)
         (gradient,) = torch.autograd.grad(output.square().sum(), input)
