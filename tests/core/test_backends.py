@@ -10,8 +10,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import oracle
@@ -274,35 +274,24 @@ def test_one_context_object_serves_each_time_it_is_entered():
         normnorm.use_backend("auto")
 
 
+def _chosen() -> str:
+    """What the switch says in this thread and task."""
+    return backends._chosen(backends._selected, "")
+
+
 @pytest.mark.usefixtures("auto")
-@pytest.mark.parametrize("order", [1, -1])
-def test_overlapping_blocks_of_two_threads_do_not_see_each_other(order):
+@pytest.mark.parametrize(("first", "second"), [("reference", "auto"), ("auto", "reference")])
+def test_overlapping_blocks_of_two_threads_do_not_see_each_other(first, second):
     """Each thread is in its block while the other begins and ends its own."""
-    automatic, names = _serving(), ("reference", "auto")[::order]
-    seen, steps = [], [threading.Event() for _ in range(3)]
-
-    def first():
-        with normnorm.use_backend(names[0]):
-            steps[0].set()
-            steps[1].wait(10)
-            seen.append(backends._chosen(backends._selected, ""))
-        steps[2].set()
-
-    def second():
-        steps[0].wait(10)
-        seen.append(backends._chosen(backends._selected, ""))  # a block of another thread
-        with normnorm.use_backend(names[1]):
-            steps[1].set()
-            steps[2].wait(10)
-            seen.append(backends._chosen(backends._selected, ""))
-
-    threads = [threading.Thread(target=target) for target in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == ["auto", *names]
-    assert _serving() == automatic
+    with ThreadPoolExecutor(1) as other:
+        with normnorm.use_backend(first):
+            assert other.submit(_chosen).result() == "auto"
+            block = other.submit(lambda: normnorm.use_backend(second).__enter__()).result()
+            assert _chosen() == first
+        assert _chosen() == "auto"
+        assert other.submit(_chosen).result() == second
+        other.submit(block.__exit__, None, None, None).result()
+        assert other.submit(_chosen).result() == "auto"
 
 
 @pytest.mark.usefixtures("auto")
@@ -317,10 +306,10 @@ def test_a_block_that_was_begun_between_anothers_call_and_its_entry_takes_nothin
 @pytest.mark.usefixtures("auto")
 def test_tasks_have_blocks_of_their_own_and_start_with_their_makers():
     async def within(name):
-        before = backends._chosen(backends._selected, "")
+        before = _chosen()
         with normnorm.use_backend(name):
             await asyncio.sleep(0)
-            return before, backends._chosen(backends._selected, "")
+            return before, _chosen()
 
     async def tasks():
         with normnorm.use_backend("reference"):
