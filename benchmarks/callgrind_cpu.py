@@ -1,53 +1,38 @@
 """Instructions an element of the main CPU kernels, counted by callgrind: a measure without noise.
 
-    python benchmarks/callgrind_cpu.py [--no-save]
+    python benchmarks/callgrind_cpu.py [--output FILE]
 
-Prints a table, with what was stored before beside it, and writes
-``benchmarks/results/callgrind_cpu.json``. :mod:`speed.counts` does the counting;
+The table has what was stored before beside each count. :mod:`speed.counts` does the counting;
 ``bench.py --callgrind`` puts the same counts into a result file.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
 
-import msgspec
-
+import record
 from speed import tables
-from speed.counts import CallgrindError, count_cpu
-from speed.results import Count, json_text, write_atomically
+from speed.counts import count_cpu
 
-STORED = Path(__file__).resolve().parent / "results" / "callgrind_cpu.json"
+KEY = ("work", "mode", "operation")
 
 
-def stored() -> dict[tuple[str, str, str], float]:
-    """The counts of the last time, by work, mode and operation."""
-    if not STORED.exists():
-        return {}
-    counts = msgspec.json.decode(STORED.read_bytes(), type=list[Count])
-    return {(c.work, c.mode, c.operation): c.instructions for c in counts}
+def table(before: list[record.Row], rows: list[record.Row]) -> str:
+    head = ("kernel (AVX2, float32)", "mode", "operation", "instructions an element", "before")
+    old = {tuple(row[k] for k in KEY): f"{row['instructions']:.2f}" for row in before}
+    lines = []
+    for row in rows:
+        key = tuple(row[k] for k in KEY)
+        lines.append((*key, f"{row['instructions']:.2f}", old.get(key, "")))
+    return tables.table(head, lines, 3)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-save", action="store_true", help="print the table alone")
-    arguments = parser.parse_args()
-    try:
-        counts = count_cpu()
-    except CallgrindError as error:
-        print(f"callgrind_cpu: {error}", file=sys.stderr)
-        return 1
-    before = stored()
-    head = ("kernel (AVX2, float32)", "mode", "operation", "instructions an element", "before")
-    lines = []
-    for c in counts:
-        old = before.get((c.work, c.mode, c.operation))
-        was = "" if old is None else f"{old:.2f}"
-        lines.append((c.work, c.mode, c.operation, f"{c.instructions:.2f}", was))
-    print(tables.table(head, lines, 3))
-    if not arguments.no_save:
-        write_atomically(STORED, json_text(counts))
-    return 0
+    before = record.stored(record.RESULTS / "callgrind_cpu.json")
+    return record.main(
+        "callgrind", record.parser(__doc__), lambda _: list(map(asdict, count_cpu())),
+        partial(table, before),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

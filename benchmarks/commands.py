@@ -1,12 +1,30 @@
-"""Checks of devices and output files before any work, for all scripts."""
+"""Checks of options, devices and output files before any work, for all scripts."""
 
+import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from normnorm import backends
 from normnorm.cli import CommandError
+
+
+def positive(kind: type[int] | type[float], words: str) -> Callable[[str], Any]:
+    """For argparse: a finite number above 0; ``words`` say so in the message."""
+
+    def parse(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {words}; got {text!r}")
+        return number
+
+    return parse
 
 
 def usable_device(text: str | None, backend: bool = True) -> torch.device:

@@ -6,9 +6,11 @@ Forward and backward passes in training, interleaved: ours fused, ours in steps,
 steps. A row also has the bytes that autograd keeps of the forward pass.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 import normnorm
 import record
 from speed import tables
-from speed.results import input_words
+from speed.results import MemoryFormat, input_words
 from speed.timing import copies_beyond_cache, kept_bytes
 
 IMAGES = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 512, 14, 14))
@@ -113,23 +115,22 @@ def table(rows: list[record.Row]) -> str:
     return tables.table(head, lines, 2)
 
 
+def rows(options: argparse.Namespace) -> list[record.Row]:
+    torch.set_num_threads(options.threads)
+    cases = [("residual stream", shape, "contiguous") for shape in TOKENS]
+    for what in ("relu", "residual + relu"):
+        cases += [(what, shape, f) for f in get_args(MemoryFormat) for shape in IMAGES]
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    return [row for case in cases for row in measure(*case, dtype, device, options.budget)]
+
+
 def main() -> int:
     parser = record.parser(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a case (default 3)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
-    def rows() -> list[record.Row]:
-        cases = [("residual stream", shape, "contiguous") for shape in TOKENS]
-        for what in ("relu", "residual + relu"):
-            cases += [(what, shape, f) for f in record.FORMATS for shape in IMAGES]
-        device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-        return [row for case in cases for row in measure(*case, dtype, device, options.budget)]
-
-    return record.run("fused", options, rows, table)
+    return record.main("fused", parser, rows, table)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from speed.measure import Run
 from speed.networks import Network, networks
 from speed.providers import PROVIDERS
-from speed.results import Row
+from speed.results import MemoryFormat, Row
 from speed.timing import Settings
 from speed.work import RESNET50, Work
 
-FORMATS = ("contiguous", "channels_last")
 DTYPES = ("bfloat16", "float32")
 ALL = ("forward", "backward", "full")
 # One early, one middle and one late layer of the network come before the other shapes.
@@ -95,7 +95,7 @@ def works(part: str) -> Iterator[tuple[Work, tuple[str, ...]]]:
     done = set(headline())
     for shape in dict.fromkeys((*KEY_SHAPES, *RESNET50)):
         for dtype in DTYPES:
-            for layout in FORMATS:
+            for layout in get_args(MemoryFormat):
                 work = images(shape, dtype, layout, "full")
                 if work not in done and replace(work, operations=ALL) not in done:
                     yield work, (ours, "torch", "cudnn", "copy")
@@ -164,8 +164,7 @@ def main() -> int:
         if left(25.0 if not options.dry else 0.0, network):
             show(run.network(network, names), network)
     run.finish(complete=True)
-    rows = [*run.results.measurements, *run.results.networks]
-    bad = [row for row in rows if row.status in ("wrong", "failed")]
+    bad = [row for row in run.results.rows if row.status in ("wrong", "failed")]
     return int(any(row.provider.startswith("normnorm-") for row in bad))
 
 

@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
-from xml.etree import ElementTree
 
 import gpu_summary
 
@@ -164,7 +163,9 @@ class Check:
         self.record["tests"] = dict(Counter(t["outcome"] for t in self.tests.values()))
         self.record["failed"] = [s["step"] for s in self.record["steps"] if s["status"] == "failed"]
         write(self.folder / "gpu_check.json", json.dumps(self.record, indent=1) + "\n")
-        write(self.folder / "gpu_check_tests.xml", junit(self.tests))
+        most = LARGEST_BYTES // (1 + len(self.tests))
+        tests = [{**test, "said": test["said"][:most]} for test in self.tests.values()]
+        write(self.folder / "gpu_check_tests.json", json.dumps(tests, indent=1) + "\n")
         write(self.folder / "gpu_check.md", gpu_summary.markdown(self.record, self.folder))
 
     def step(
@@ -201,23 +202,6 @@ def last_line(ended: Ended) -> str:
     lines = [line for line in ended.said.splitlines() if line.strip()]
     said = (lines or ["it said nothing"])[-1]
     return f"exit status {ended.code}: {said}" if ended.code else said
-
-
-def junit(tests: dict[str, dict[str, Any]]) -> str:
-    """All processes' tests as one JUnit file; tracebacks are whole unless they are too many."""
-    most = LARGEST_BYTES // (1 + sum(bool(test["said"]) for test in tests.values()))
-    suite = ElementTree.Element("testsuite", name="tests/cuda/gpu", tests=str(len(tests)))
-    for name, test in tests.items():
-        file, _, rest = name.partition("::")
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=file, name=rest, time=str(test.get("seconds", 0))
-        )
-        tag = {"failed": "failure", "skipped": "skipped", "not run": "skipped"}.get(test["outcome"])
-        if tag:
-            text = "".join(c for c in test["said"] or test["outcome"] if c >= " " or c in "\n\t")
-            said = ElementTree.SubElement(case, tag, message=text.strip().rpartition("\n")[2][:500])
-            said.text = text[:most]
-    return ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
 def stop(sentence: str) -> NoReturn:

@@ -115,17 +115,18 @@ def markdown(record: dict[str, Any], folder: Path) -> str:
     for file in files:
         gpu = file["environment"]["gpu"]
         for row in file["measurements"]:
-            if row["provider"] in OURS or row["status"] in ("wrong", "failed"):
-                last = " channels_last" if row["memory_format"] == "channels_last" else ""
-                work = f"{row['layer']} {'x'.join(map(str, row['shape']))} {row['dtype']}{last}"
-                expected = predicted_ms(row, gpu, file["counts"]) if gpu else None
-                share = gpu_targets.share_of_copy(row, file["measurements"])
-                rows.append([
-                    f"{work}, {row['operation']}, {row['mode']}", row["provider"],
-                    _number(row["median_ms"]) if row["status"] == "ok" else row["status"],
-                    _number(expected if row["method"] == "graph" else None),
-                    _number(row["ratio"]), row["peer"] or "", _number(share),
-                ])  # fmt: skip
+            if row["provider"] not in OURS and row["status"] not in ("wrong", "failed"):
+                continue
+            words = [row["layer"], "x".join(map(str, row["shape"])), row["dtype"]]
+            words += ["channels_last"] if row["memory_format"] == "channels_last" else []
+            graph = gpu and row["method"] == "graph"
+            rows.append([
+                f"{' '.join(words)}, {row['operation']}, {row['mode']}", row["provider"],
+                _number(row["median_ms"]) if row["status"] == "ok" else row["status"],
+                _number(predicted_ms(row, gpu, file["counts"]) if graph else None),
+                _number(row["ratio"]), row["peer"] or "",
+                _number(gpu_targets.share_of_copy(row, file["measurements"])),
+            ])  # fmt: skip
     if rows:
         head = ("work", "provider", "ms", "predicted", "ratio", "to", "of copy")
         parts += ["## Layers", _table(head, rows)]

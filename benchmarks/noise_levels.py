@@ -13,8 +13,8 @@ training loss of the last epoch, noise included, and percent of the test images 
 after it; and before it, where a trained network was trained on.
 """
 
+import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -184,12 +184,6 @@ def measure(name: str, seed: int) -> list[record.Row]:
     return rows
 
 
-def kept(output: Path, networks: list[str]) -> list[record.Row]:
-    """What the file holds of other networks."""
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    return [row for row in rows if row["network"] not in networks]
-
-
 def table(rows: list[record.Row]) -> str:
     runs: dict[tuple[str, ...], dict[float | None, list[float]]] = {}
     for row in rows:
@@ -206,18 +200,18 @@ def table(rows: list[record.Row]) -> str:
     return "\n".join(lines)
 
 
+def rows(options: argparse.Namespace) -> list[record.Row]:
+    torch.set_num_threads(1)
+    runs = [(name, seed) for name in options.networks for seed in range(NETWORKS[name].seeds)]
+    stored = record.stored(record.path("noise_levels", options))
+    kept = [row for row in stored if row["network"] not in options.networks]
+    return kept + [row for run in runs for row in measure(*run)]
+
+
 def main() -> int:
     parser = record.parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-
-    def rows() -> list[record.Row]:
-        runs = [(name, seed) for name in options.networks for seed in range(NETWORKS[name].seeds)]
-        found = kept(options.output or record.RESULTS / "noise_levels_cpu.json", options.networks)
-        return found + [row for run in runs for row in measure(*run)]
-
-    return record.run("noise_levels", options, rows, table)
+    return record.main("noise_levels", parser, rows, table)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ in full, "plain blocks" the reference backend, "compiled blocks" the CPU backend
 two matrix products of every block alone, which none can do without.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -64,9 +65,7 @@ def measure(vectors: int, features: int, budget_s: float) -> list[record.Row]:
     assert max(found.values()) - min(found.values()) < 1e-5, found
     calls = {way: partial(step, loss, h) for way, loss in losses.items()}
     calls["products"] = partial(products, h)
-    rows = record.timed(
-        calls, CPU, budget_s, vectors=vectors, features=features, slices=SLICES
-    )
+    rows = record.timed(calls, CPU, budget_s, vectors=vectors, features=features, slices=SLICES)
     for row in rows:
         row["peak_bytes"] = peak_bytes(partial(calls[row["way"]], 0), CPU)
     return rows
@@ -86,22 +85,20 @@ def table(rows: list[record.Row]) -> str:
     return tables.table(head, lines, 3)
 
 
+def rows(options: argparse.Namespace) -> list[record.Row]:
+    found = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for shape in SHAPES:
+            found += measure(*shape, options.budget)
+    return found
+
+
 def main() -> int:
     parser = record.parser(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--budget", type=float, default=10.0, help="seconds a shape (default 10)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads[0])  # what the environment says
-
-    def rows() -> list[record.Row]:
-        found = []
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            for shape in SHAPES:
-                found += measure(*shape, options.budget)
-        return found
-
-    return record.run("per", options, rows, table)
+    return record.main("per", parser, rows, table)
 
 
 if __name__ == "__main__":

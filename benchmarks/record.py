@@ -2,7 +2,7 @@
 environment."""
 
 import argparse
-import sys
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from normnorm.cli import execute
 from speed import environment
-from speed.results import ResultsError, json_text, write_atomically
+from speed.results import json_text, write_atomically
 from speed.timing import Call, interleaved
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FORMATS = ("contiguous", "channels_last")
 SEED = 0
 Row = dict[str, Any]
 
@@ -24,6 +24,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     made.add_argument("--output", type=Path, metavar="FILE", help="in place of results/*.json")
     return made
+
+
+def path(name: str, options: argparse.Namespace) -> Path:
+    device = torch.device(getattr(options, "device", "cpu"))
+    return options.output or RESULTS / f"{name}_{device.type}.json"
 
 
 def timed(
@@ -44,31 +49,35 @@ def timed(
     return rows
 
 
-def run(
+def stored(file: Path) -> list[Row]:
+    """The rows of a file; none where there is no file."""
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+
+
+def main(
     name: str,
-    options: argparse.Namespace,
-    measure: Callable[[], list[Row]],
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], list[Row]],
     table: Callable[[list[Row]], str],
 ) -> int:
     """Measures, writes the rows and their environment, prints the table; the exit status. The
-    file's format is ``normnorm-<name>``, its default path ``<name>_<device type>.json`` in
-    :data:`RESULTS`."""
-    device = torch.device(getattr(options, "device", "cpu"))
-    torch.manual_seed(SEED)
-    start, clock = environment.before(device, SEED), time.perf_counter()
-    rows = measure()
-    data = {
-        "format": f"normnorm-{name}",
-        "version": 1,
-        "environment": environment.after(start, device, time.perf_counter() - clock),
-        "rows": rows,
-    }
-    output = options.output or RESULTS / f"{name}_{device.type}.json"
-    try:
-        write_atomically(output, json_text(data, indent=2))
-    except ResultsError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    print(table(rows))
-    print(f"wrote {output}")
-    return 0
+    file's format is ``normnorm-<name>``."""
+
+    def run(options: argparse.Namespace) -> int:
+        device = torch.device(getattr(options, "device", "cpu"))
+        torch.manual_seed(SEED)
+        start, clock = environment.before(device, SEED), time.perf_counter()
+        rows = measure(options)
+        data = {
+            "format": f"normnorm-{name}",
+            "version": 1,
+            "environment": environment.after(start, device, time.perf_counter() - clock),
+            "rows": rows,
+        }
+        write_atomically(path(name, options), json_text(data, indent=2))
+        print(table(rows))
+        print(f"wrote {path(name, options)}")
+        return 0
+
+    parser.set_defaults(run=run, extra="bench")
+    return execute(parser)

@@ -27,14 +27,8 @@ class Data(NamedTuple):
     classes: int
 
 
-class Splits(NamedTuple):
-    """All parts of a data set: see :class:`Data`."""
-
-    train: Any
-    validation: Any  # None where there is none, or where it was not asked for
-    test: Any
-    shape: tuple[int, int, int]
-    classes: int
+# A data set, and its validation set where it has one.
+Splits = tuple[Data, Any]
 
 
 @dataclass(frozen=True)
@@ -188,7 +182,7 @@ def _mnist1d(directory: Path, seed: int, validation: bool) -> Splits:
     if validation:
         # From a seed that no other data set has.
         (held_out,) = _drawn(directory, seed + 2**31, [MNIST1D["validation"]])
-    return Splits(train, held_out, test, (1, 1, 40), 10)
+    return Data(train, test, (1, 1, 40), 10), held_out
 
 
 def _drawn(directory: Path, seed: int, sizes: list[int]) -> list[TensorDataset]:
@@ -227,7 +221,7 @@ def _digits(directory: Path, seed: int, validation: bool) -> Splits:
     return _stratified(images.astype("float32").reshape(-1, 1, 8, 8), labels, seed, 0.25, None)
 
 
-def _stratified(images: Any, labels: Any, seed: int, test: float, validation: float | None) -> Any:
+def _stratified(images: Any, labels: Any, seed: int, test: float, validate: float | None) -> Splits:
     """Splits with a fixed number or share of images to test and to validate, standardized by the
     training images' mean and standard deviation."""
     from sklearn.model_selection import train_test_split
@@ -236,9 +230,9 @@ def _stratified(images: Any, labels: Any, seed: int, test: float, validation: fl
     x, held, y, held_labels = train_test_split(
         images, labels, test_size=test, stratify=labels, random_state=seed
     )
-    if validation is not None:
+    if validate is not None:
         x, kept_images, y, kept_labels = train_test_split(
-            x, y, test_size=validation, stratify=y, random_state=seed
+            x, y, test_size=validate, stratify=y, random_state=seed
         )
         kept = kept_images, kept_labels
     mean, std = x.mean(), torch.from_numpy(x).std().item()
@@ -246,14 +240,13 @@ def _stratified(images: Any, labels: Any, seed: int, test: float, validation: fl
     def dataset(part: Any, of: Any) -> TensorDataset:
         return TensorDataset(torch.from_numpy((part - mean) / std), torch.from_numpy(of))
 
-    return Splits(
-        dataset(x, y), kept and dataset(*kept), dataset(held, held_labels), images.shape[1:], 10
-    )
+    found = Data(dataset(x, y), dataset(held, held_labels), images.shape[1:], 10)
+    return found, kept and dataset(*kept)
 
 
 def _images(name: str, spec: Spec, directory: Path, seed: int, validation: bool) -> Splits:
     train, test = (Images(_open(name, spec, directory, part), spec) for part in (True, False))
-    return Splits(train, None, test, (spec.channels, spec.size, spec.size), spec.classes)
+    return Data(train, test, (spec.channels, spec.size, spec.size), spec.classes), None
 
 
 # By name: (directory, seed, whether the validation set is wanted) to a data set's parts.
@@ -280,7 +273,7 @@ def load(
     Raises:
         CommandError: the data are not there; the sentence says how to get them.
     """
-    train, held_out, test, shape, classes = DATASETS[name](directory, seed, validation)
+    (train, test, shape, classes), held_out = DATASETS[name](directory, seed, validation)
     if validation:
         if held_out is None:
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1))

@@ -22,7 +22,7 @@ from accuracy.measures import norm_layers, normalization_groups
 from accuracy.nets import MODELS
 from accuracy.norms import make_norm
 from accuracy.trainer import Epoch, Trainer, World, load_data
-from commands import check_folder, check_output, usable_device
+from commands import check_folder, check_output, positive, usable_device
 from normnorm import backends, environment
 from normnorm.cli import execute
 from normnorm.diagnostics import normal_r_squared, qq_r_squared
@@ -41,7 +41,8 @@ class Comparison(NamedTuple):
     layers: dict[str, Experiment]
 
 
-def _mnist1d() -> tuple[Comparison, ...]:
+def comparisons() -> tuple[Comparison, ...]:
+    """On MNIST-1D, generated signals of length 40."""
     convnet, transformer = (
         Experiment(**{**recipe("mnist1d", model), "limit": 1000})
         for model in ("convnet", "transformer")
@@ -63,29 +64,6 @@ def _mnist1d() -> tuple[Comparison, ...]:
             "LayerNormalNorm": normal,
         }),
     )  # fmt: skip
-
-
-def _digits() -> tuple[Comparison, ...]:
-    cycle = Experiment(optimizer="adamw", weight_decay=0.01, schedule="cycle")
-    convnet = replace(cycle, epochs=15, learning_rate=0.01)
-    transformer = replace(cycle, model="transformer", epochs=20, learning_rate=0.003)
-    return (
-        Comparison("convolutional net", 97.0, -1.0, {
-            "BatchNorm2d": replace(convnet, norm="batch"),
-            "BatchNormalNorm2d": replace(convnet, norm="batchnormal"),
-        }),
-        Comparison("transformer", 90.0, -1.0, {
-            "LayerNorm": replace(transformer, norm="layer"),
-            "LayerNormalNorm": replace(transformer, norm="layernormal"),
-        }),
-    )  # fmt: skip
-
-
-PRESETS = {"mnist1d": _mnist1d, "digits": _digits}
-DESCRIPTIONS = {
-    "mnist1d": "MNIST-1D (generated signals of length 40)",
-    "digits": "Handwritten digits (scikit-learn, 8 x 8)",
-}
 
 
 @dataclass
@@ -222,10 +200,10 @@ def _run(args: argparse.Namespace) -> int:
     check_output("--out", plot)
     torch.set_num_threads(args.threads)
 
-    comparisons = PRESETS[args.dataset]()
+    chosen = comparisons()
     seeds = args.seeds or (1 if args.quick else SEEDS)
     epochs = args.epochs or (1 if args.quick else None)
-    rows = [sides(comparison, epochs, seeds) for comparison in comparisons]
+    rows = [sides(comparison, epochs, seeds) for comparison in chosen]
     found = [side for row in rows for side in row]
     began = time.perf_counter()
     data = _train(found)[0].data[0]
@@ -235,7 +213,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.quick:
         failures = [
             sentence
-            for comparison, row in zip(comparisons, rows, strict=True)
+            for comparison, row in zip(chosen, rows, strict=True)
             for sentence in judge(comparison, row)
         ]
     around = environment.facts() | {
@@ -250,7 +228,8 @@ def _run(args: argparse.Namespace) -> int:
                "judged": not args.quick, "failures": failures}  # fmt: skip
     numbers.write_text(json.dumps(content, indent=1) + "\n")
     summary = (
-        f"{DESCRIPTIONS[args.dataset]}: {len(data.train)} to train, {len(data.test)} to test, "
+        "MNIST-1D (generated signals of length 40): "
+        f"{len(data.train)} to train, {len(data.test)} to test, "
         f"seeds: {seeds}, backend: {around['backend']}, threads: {args.threads}"
     )
     draw(rows, summary, plot)
@@ -268,12 +247,6 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains every network over every seed and reports; 1 where an accuracy falls short
     (:func:`judge`)."""
@@ -281,13 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="demo.py",
         description="Trains small networks with and without normality normalization side by side.",
     )
-    parser.add_argument("--dataset", choices=PRESETS, default="mnist1d", help="(mnist1d)")
     for name, default, text in (
         ("--epochs", None, "passes over the training data (default: each network's own)"),
         ("--seeds", None, f"seeds to average over, 0 to N - 1 (default: {SEEDS})"),
         ("--threads", 1, "torch's threads (default: 1: networks this small gain nothing from 2)"),
     ):
-        parser.add_argument(name, type=_positive, metavar="N", default=default, help=text)
+        kind = positive(int, "a whole number of at least 1")
+        parser.add_argument(name, type=kind, metavar="N", default=default, help=text)
     parser.add_argument(
         "--quick", action="store_true",
         help="one epoch and one seed unless said otherwise, and no judgement of the accuracies",

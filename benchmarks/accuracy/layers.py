@@ -71,9 +71,7 @@ class DecorrelatedBatchNorm2d(nn.Module):
     ) -> None:
         super().__init__()
         if num_features % group_size:
-            raise ValueError(
-                f"group_size {group_size} does not divide the {num_features} channels"
-            )
+            raise ValueError(f"group_size {group_size} does not divide the {num_features} channels")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.group_size = group_size
         self.running_mean: Tensor

@@ -62,12 +62,7 @@ class ConvNet(nn.Module):
     """
 
     def __init__(
-        self,
-        norm: Norm,
-        image: Sequence[int],
-        classes: int,
-        widths: Sequence[int],
-        copies: int = 1,
+        self, norm: Norm, image: Sequence[int], classes: int, widths: Sequence[int], copies: int = 1
     ) -> None:
         super().__init__()
         channels, height, width = image

@@ -13,12 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    LambdaLR,
-    LRScheduler,
-    OneCycleLR,
-)
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from accuracy.data import Data, load, shift_and_mirror
@@ -115,11 +110,6 @@ class Trainer:
         workers: processes that load images.
         network: trained in place of the experiment's model and norm.
 
-    Attributes:
-        steps: of an epoch.
-        step: how many have been done, of ``steps * experiment.epochs``.
-        epochs: the numbers of those that have been done.
-
     Raises:
         CommandError: the experiment means nothing, its batch does not divide among the processes
             or is larger than the training set, or torchvision is missing.
@@ -138,7 +128,7 @@ class Trainer:
         if size % world.size:
             raise CommandError(f"batch_size {size} does not divide among {world.size} processes")
         self.experiment, self.data, self.world, self._workers = experiment, data, world, workers
-        self.steps = len(data[0].train) // size
+        self.steps = len(data[0].train) // size  # of an epoch
         if self.steps == 0:
             raise CommandError(
                 f"batch_size {size} is more than the {len(data[0].train)} training images"
@@ -149,8 +139,7 @@ class Trainer:
         self._optimizer = self._make_optimizer()
         self._schedule = self._make_schedule()
         self._scaler = GradScaler(
-            world.device.type,
-            enabled=experiment.amp == "float16" and world.device.type == "cuda",
+            world.device.type, enabled=experiment.amp == "float16" and world.device.type == "cuda"
         )
         self._per = None
         if experiment.per_weight:
@@ -163,8 +152,8 @@ class Trainer:
             self._forward = nn.parallel.DistributedDataParallel(self._forward)
         if experiment.compile:
             self._forward = torch.compile(self._forward)
-        self.step = 0
-        self.epochs: list[Epoch] = []
+        self.step = 0  # how many have been done, of ``steps * experiment.epochs``
+        self.epochs: list[Epoch] = []  # those that have been done
         # Of the epoch's steps so far: each copy's loss, and its images that were right.
         self._sums = torch.zeros(2, experiment.copies, dtype=torch.float64)
 

@@ -128,70 +128,49 @@ class Case:
             torch.manual_seed(seed)
             drawn = draw_seed(self.device)
             z = standard_normals(work.shape, drawn, 0, work.memory_format == "channels_last")
-        return _Reference(self, 1.0 if transform else 0.0, noise, z).result()
+        return _reference(self, 1.0 if transform else 0.0, noise, z)
 
 
-@dataclass
-class _Reference:
+def _reference(case: Case, alpha: float, noise: float, z: Tensor | None) -> dict[str, Tensor]:
     """The definition over one case in float64, a few groups at a time."""
+    work, batch = case.work, case.work.kind == "batch"
+    dim = 1 if batch else 0  # along which groups lie apart
+    each = max(1, _CHUNK * work.shape[dim] // work.elements)
+    found: dict[str, list[Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for start in range(0, work.shape[dim], each):
 
-    case: Case
-    alpha: float
-    noise: float
-    z: Tensor | None
+        def part(values: Tensor, start: int = start) -> Tensor:
+            return values.narrow(dim, start, min(each, values.size(dim) - start)).double()
 
-    def result(self) -> dict[str, Tensor]:
-        work = self.case.work
-        dim = 1 if work.kind == "batch" else 0  # along which groups lie apart
-        each = max(1, _CHUNK * work.shape[dim] // work.elements)
-        outputs, gradients = [], []
-        for start in range(0, work.shape[dim], each):
+        def row(values: Tensor, start: int = start) -> Tensor:
+            return (values[start : start + each] if batch else values).double()
 
-            def part(t: Tensor, start: int = start) -> Tensor:
-                return t.narrow(dim, start, min(each, t.size(dim) - start))
-
-            output, leaves = self._output(part, slice(start, start + each))
-            outputs.append(output.detach())
-            if work.mode != "eval":
-                grad = part(self.case.grads[0]).double()
-                gradients.append(torch.autograd.grad(output, leaves, grad))
-        if work.mode == "eval":
-            return {"output": torch.cat(outputs, dim)}
-        to_input, to_weight, to_bias = zip(*gradients, strict=True)
-
-        def over_all(parts: tuple[Tensor, ...]) -> Tensor:
-            """A channel's parameters belong to its chunk; other layers share theirs among all."""
-            return torch.cat(parts) if work.kind == "batch" else torch.stack(parts).sum(0)
-
-        return {
-            "output": torch.cat(outputs, dim),
-            "grad_input": torch.cat(to_input, dim),
-            "grad_weight": over_all(to_weight),
-            "grad_bias": over_all(to_bias),
-        }
-
-    def _output(
-        self, part: Callable[[Tensor], Tensor], channels: slice
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output of a chunk, and the leaves to differentiate it in."""
-        case, work = self.case, self.case.work
-        input = part(case.inputs[0].detach()).double().requires_grad_()
-
-        def row(values: Tensor) -> Tensor:
-            return (values[channels] if work.kind == "batch" else values).double()
-
+        input = part(case.inputs[0].detach()).requires_grad_()
         weight, bias = row(case.weight).requires_grad_(), row(case.bias).requires_grad_()
         frozen = None
         if work.mode == "eval" and case.running is not None:
             mean, var, lmbda = (row(values) for values in case.running)
-            lmbda = lmbda if self.alpha else torch.ones_like(lmbda)
+            lmbda = lmbda if alpha else torch.ones_like(lmbda)
             frozen = reference.pack_running(mean, var, lmbda, EPS, torch.float64)
         output, _ = reference.normal_norm(
             input, weight, bias, kind=work.kind, num_groups=work.groups,
-            normalized_ndim=1 if work.kind == "layer" else 0, eps=EPS, noise_train=self.noise,
-            alpha=self.alpha, z=None if self.z is None else part(self.z), frozen=frozen,
+            normalized_ndim=1 if work.kind == "layer" else 0, eps=EPS, noise_train=noise,
+            alpha=alpha, z=None if z is None else part(z), frozen=frozen,
         )  # fmt: skip
-        return output, (input, weight, bias)
+        chunk = {"output": output.detach()}
+        if work.mode != "eval":
+            leaves = {"grad_input": input, "grad_weight": weight, "grad_bias": bias}
+            gradients = torch.autograd.grad(output, leaves.values(), part(case.grads[0]))
+            chunk |= dict(zip(leaves, gradients, strict=True))
+        for name, values in chunk.items():
+            found.setdefault(name, []).append(values)
+    for name, parts in found.items():
+        if name in ("output", "grad_input"):
+            whole[name] = torch.cat(parts, dim)
+        else:  # a channel's parameters belong to its chunk; other layers share theirs among all
+            whole[name] = torch.cat(parts) if batch else torch.stack(parts).sum(0)
+    return whole
 
 
 def bound(work: Work) -> float:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
+from normnorm.cli import CommandError
 from speed.results import Count, Mode, Operation
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ _FLAGS = ["-std=c++20", "-O3", "-g1", "-fno-math-errno", "-fno-trapping-math", "
 _AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
 
 
-class CallgrindError(RuntimeError):
+class CallgrindError(CommandError):
     """The instructions cannot be counted here; its text says why."""
 
 

@@ -36,11 +36,7 @@ _PEERS = ("torch", "cudnn")
 
 
 class Run:
-    """A run in progress: its results so far, kept in a file too.
-
-    Attributes:
-        results: what is known by now.
-    """
+    """A run in progress: its results so far, kept in a file too."""
 
     def __init__(
         self, device: torch.device, settings: Settings, file: Path | None,

@@ -59,14 +59,6 @@ class Network:
     def units(self) -> int:
         return self.batch * (self.sample_shape[0] if self.unit == "tokens" else 1)
 
-    def missing(self) -> str | None:
-        """Why the library that it comes from cannot be used; None where it can."""
-        try:
-            import_module(self.source)
-        except (ImportError, RuntimeError, OSError) as error:  # built for another torch, say
-            return f"{self.source} does not import: {sentence(error)}"
-        return None
-
     def __str__(self) -> str:
         words = [self.name, f"batch {self.batch}", self.dtype]
         if self.memory_format != "contiguous":
@@ -199,9 +191,11 @@ def measure_network(
     Args:
         providers: names among :data:`NETWORK_PROVIDERS`.
     """
-    missing = network.missing()
-    if missing is not None:
-        return [_row(network, name, None, None, ("unavailable", missing)) for name in providers]
+    try:
+        import_module(network.source)
+    except (ImportError, RuntimeError, OSError) as error:  # built for another torch, say
+        why = f"{network.source} does not import: {sentence(error)}"
+        return [_row(network, name, None, None, ("unavailable", why)) for name in providers]
     trainings: dict[str, _Training] = {}
     failures: dict[str, tuple[Status, str]] = {}
     # torch chooses cuDNN itself here, as for a user.
@@ -245,11 +239,10 @@ def _row(
     failure: tuple[Status, str] | None,
 ) -> NetworkMeasurement:
     status, message = failure or ("ok", None)
+    same = ("source", "batch", "sample_shape", "unit", "units", "dtype", "memory_format")
     return NetworkMeasurement(
-        network=network.name, source=network.source, norm=_layer(network, provider).__name__,
-        provider=provider, norm_layers=training.norm_layers if training else 0,
-        batch=network.batch, sample_shape=network.sample_shape, unit=network.unit,
-        units=network.units, dtype=network.dtype, memory_format=network.memory_format,
+        network=network.name, norm=_layer(network, provider).__name__, provider=provider,
+        norm_layers=training.norm_layers if training else 0,
         status=status, message=message, peak_bytes=training.peak_bytes if training else None,
-        **(timing._asdict() if timing else {}),
+        **(timing._asdict() if timing else {}), **{name: getattr(network, name) for name in same},
     )  # fmt: skip

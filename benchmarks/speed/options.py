@@ -1,14 +1,14 @@
 """From the command line to what is going to be measured; refuses what makes no sense."""
 
 import argparse
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from commands import check_output, usable_device
+from commands import check_output, positive, usable_device
 from normnorm.cli import CommandError
 from speed.networks import NETWORK_PROVIDERS, Network, networks
 from speed.providers import PROVIDERS, runnable
@@ -19,19 +19,6 @@ from speed.work import DTYPES, LAYERS, Preset, Work, WorkError, named_shapes, pr
 
 class UsageError(CommandError):
     """Something that cannot be measured, as a sentence for the user."""
-
-
-def _positive(kind: type[int] | type[float], words: str) -> Callable[[str], Any]:
-    def parse(text: str) -> int | float:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = 0
-        if not 0 < number < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be {words}; got {text!r}")
-        return number
-
-    return parse
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -82,11 +69,11 @@ def parser() -> argparse.ArgumentParser:
     method = parser.add_argument_group("how")
     method.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     method.add_argument(
-        "--threads", metavar="N", type=_positive(int, "a whole number of at least 1"),
+        "--threads", metavar="N", type=positive(int, "a whole number of at least 1"),
         help="torch's threads",
     )  # fmt: skip
     method.add_argument(
-        "--budget", metavar="SECONDS", type=_positive(float, "a number of seconds above 0"),
+        "--budget", metavar="SECONDS", type=positive(float, "a number of seconds above 0"),
         help="time for the samples of one operation, all providers together (default: 1.5; "
         "0.4 with --quick, 3 with --full; 0.4 times that on a GPU)",
     )  # fmt: skip

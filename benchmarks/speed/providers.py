@@ -127,9 +127,9 @@ def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _functional(case: Case) -> tuple[Callable[[Tensor, Tensor | None], Tensor], Runner]:
-    """Our layer as a function of input and seed: compiled code draws other random numbers than
-    eager code does."""
+def _compiled_reference(case: Case) -> Runner:
+    """Our layer compiled as a function of input and seed: compiled code draws other random numbers
+    than eager code does."""
     work, module = case.work, case.module(ours=True)
     training, noise = work.mode != "eval", module.noise_train
     common: dict[str, Any] = {"eps": EPS, "noise_train": noise}
@@ -154,17 +154,12 @@ def _functional(case: Case) -> tuple[Callable[[Tensor, Tensor | None], Tensor], 
             x, None, None, None, module.weight, module.bias, training=training, seed=seed, **common
         )
 
-    return call, Runner(module, module.weight, module.bias)
+    compiled = _compile(call)
 
+    def forward(x: Tensor) -> Tensor:
+        return compiled(x, draw_seed(x.device) if work.mode == "noise" else None)
 
-def _compiled_reference(case: Case) -> Runner:
-    function, runner = _functional(case)
-    compiled = _compile(function)
-    if case.work.mode != "noise":
-        runner.forward = lambda x: compiled(x, None)
-    else:
-        runner.forward = lambda x: compiled(x, draw_seed(x.device))
-    return runner
+    return Runner(forward, module.weight, module.bias)
 
 
 # torch's

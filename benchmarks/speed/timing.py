@@ -81,11 +81,8 @@ class Timing(NamedTuple):
 
 
 def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
-    """How many copies of inputs of that size a measurement rotates over.
-
-    Enough to exceed three times the L2 cache of a CUDA device together, at most 256 (smaller
-    inputs than that reaches are bound by launches anyway); 1 on a CPU.
-    """
+    """How many copies of inputs of that size exceed three times the L2 cache of a CUDA device
+    together, at most 256 (smaller inputs are bound by launches anyway); 1 on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -233,14 +230,13 @@ def interleaved(
     min_rounds: int = 5,
     max_rounds: int = 100,
 ) -> dict[str, Timing | Exception]:
-    """Times calls against each other.
+    """Times calls against each other; of each its timing, or the exception that it raised.
 
     Each has the same share of the time; one that is slow is sampled less often, spread evenly
     over the whole measurement. The order within a round is shuffled anew for each.
 
     Args:
         calls: by name; each takes the index of the copy of the inputs to use.
-        device: where the calls' tensors are.
         method: how a sample is taken (see the module); None for "wall" on a CPU and "graph" on a
             GPU.
         copies: how many copies of the inputs there are: :func:`copies_beyond_cache`.
@@ -249,10 +245,6 @@ def interleaved(
         budget_s: seconds for all samples together, beyond warm-up and ``min_rounds`` samples each.
         min_rounds, max_rounds: fewest and most samples of one call; three are enough where
             one sample takes longer than the call's share of the time.
-
-    Returns:
-        For each name its timing, or the exception that it raised: the others are timed all the
-        same.
     """
     device = torch.device(device)
     method = method or ("wall" if device.type == "cpu" else "graph")

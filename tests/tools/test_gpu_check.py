@@ -14,7 +14,6 @@ import textwrap
 import threading
 import time
 from pathlib import Path
-from xml.etree import ElementTree
 
 import gpu_bench
 import gpu_check
@@ -62,8 +61,8 @@ def test_the_dry_run_does_what_a_run_on_a_gpu_does(tmp_path):
     contact = next(step["paths"] for step in record["steps"] if "paths" in step)
     assert set(contact.values()) == {None}
     assert {"one block", "cluster", "cooperative grid", "streaming"} <= set(contact)
-    cases = ElementTree.parse(folder / "gpu_check_tests.xml").getroot().findall("testcase")
-    assert len(cases) == sum(record["tests"].values())
+    tests = json.loads((folder / "gpu_check_tests.json").read_text())
+    assert len(tests) == sum(record["tests"].values())
     if "Triton's kernels compiled" in states:
         assert list(cache.rglob("*.cubin")), "no kernel was compiled ahead of the Triton tests"
 
@@ -140,8 +139,8 @@ def test_a_hang_a_crash_and_a_failure_are_named_and_the_others_run(check, tmp_pa
         "test_e": "skipped",
     }  # fmt: skip
     assert check.record["failed"] == ["test_mine.py (not triton)"]
-    suite = ElementTree.parse(check.folder / "gpu_check_tests.xml").getroot()
-    failures = {case.get("name"): case.findtext("failure") for case in suite}
+    tests = json.loads((check.folder / "gpu_check_tests.json").read_text())
+    failures = {test["test"].rpartition("::")[2]: test["said"] for test in tests}
     assert "nothing had happened for 8 s" in failures["test_b"]
     assert 'def test_c(): assert 1 == 2, "both lines of' in failures["test_c"]
     assert "in the middle of it: exit status -11" in failures["test_d"]
