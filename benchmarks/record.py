@@ -35,10 +35,7 @@ def timed(
     calls: Mapping[str, Call], device: torch.device, budget_s: float, copies: int = 1, **about: Any
 ) -> list[Row]:
     """A row for each way to do the same: its name, torch's threads, its timing and ``about``.
-
-    Raises:
-        Exception: whatever one of the calls raised.
-    """
+    Raises whatever one of the calls raised."""
     rows = []
     for way, timing in interleaved(
         calls, device, copies=copies, budget_s=budget_s, min_rounds=9

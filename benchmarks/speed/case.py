@@ -161,7 +161,7 @@ def _reference(case: Case, alpha: float, noise: float, z: Tensor | None) -> dict
         chunk = {"output": output.detach()}
         if work.mode != "eval":
             leaves = {"grad_input": input, "grad_weight": weight, "grad_bias": bias}
-            gradients = torch.autograd.grad(output, leaves.values(), part(case.grads[0]))
+            gradients = torch.autograd.grad(output, tuple(leaves.values()), part(case.grads[0]))
             chunk |= dict(zip(leaves, gradients, strict=True))
         for name, values in chunk.items():
             found.setdefault(name, []).append(values)

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from normnorm.cli import CommandError
 from speed import tables
 from speed.counts import CallgrindError, count_cpu
 from speed.measure import Run
-from speed.options import Plan, UsageError, make_plan
+from speed.options import Plan, make_plan
 from speed.results import Results, ResultsError, load, save, write_atomically
 
 
@@ -58,7 +59,7 @@ def bench(args: argparse.Namespace) -> int:
     numbers. A sentence on stderr says which.
 
     Raises:
-        UsageError: the options make no sense; nothing was measured.
+        CommandError: the options make no sense; nothing was measured.
         ResultsError: a file could not be written.
         KeyboardInterrupt: with the file that holds what was measured, if one was asked for.
     """
@@ -124,11 +125,11 @@ def compare(args: argparse.Namespace) -> int:
 
     Raises:
         ResultsError: a file cannot be read.
-        UsageError: they have nothing in common.
+        CommandError: they have nothing in common.
     """
     before, after = load(args.before), load(args.after)
     if not tables.changes(before, after):
-        raise UsageError(f"{args.before} and {args.after} have no measurement in common")
+        raise CommandError(f"{args.before} and {args.after} have no measurement in common")
     words, worse = tables.comparison(before, after)
     print(words, end="")
     return 1 if worse else 0

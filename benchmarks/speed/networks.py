@@ -66,14 +66,6 @@ class Network:
         return " ".join(words)
 
 
-def _torchvision(name: str) -> Callable[[Norm], nn.Module]:
-    return lambda norm: getattr(import_module("torchvision.models"), name)(norm_layer=norm)
-
-
-def _timm(name: str) -> Callable[[Norm], nn.Module]:
-    return lambda norm: import_module("timm").create_model(name, norm_layer=norm)
-
-
 _CONV = Network(
     name="conv_net", source="normnorm", layer="BatchNormalNorm2d", batch=64,
     build=lambda norm: ConvNet(norm, (3, 32, 32), 10, (32, 64, 128)),
@@ -92,15 +84,17 @@ _ENCODER = Network(
 
 def _resnet(name: str, batch: int, size: int) -> Network:
     return Network(
-        name=name, source="torchvision", layer="BatchNormalNorm2d", build=_torchvision(name),
-        batch=batch, sample_shape=(3, size, size), classes=1000,
+        name=name, source="torchvision", layer="BatchNormalNorm2d", batch=batch,
+        build=lambda norm: getattr(import_module("torchvision.models"), name)(norm_layer=norm),
+        sample_shape=(3, size, size), classes=1000,
     )  # fmt: skip
 
 
 def _vit_small(batch: int) -> Network:
     name = "vit_small_patch16_224"
     return Network(
-        name=name, source="timm", layer="LayerNormalNorm", build=_timm(name), batch=batch,
+        name=name, source="timm", layer="LayerNormalNorm", batch=batch,
+        build=lambda norm: import_module("timm").create_model(name, norm_layer=norm),
         sample_shape=(3, 224, 224), classes=1000,
     )  # fmt: skip
 

@@ -14,11 +14,7 @@ from speed.networks import NETWORK_PROVIDERS, Network, networks
 from speed.providers import PROVIDERS, runnable
 from speed.results import MODES, PASSES, MemoryFormat
 from speed.timing import Settings
-from speed.work import DTYPES, LAYERS, Preset, Work, WorkError, named_shapes, preset
-
-
-class UsageError(CommandError):
-    """Something that cannot be measured, as a sentence for the user."""
+from speed.work import DTYPES, LAYERS, Preset, Work, named_shapes, preset
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -129,12 +125,12 @@ def _chosen(given: Sequence[str] | None, known: Collection[str], what: str) -> l
     """The names that were given, separated by spaces or commas, each once.
 
     Raises:
-        UsageError: one of them is not known.
+        CommandError: one of them is not known.
     """
     names = [name for part in given or () for name in part.split(",") if name]
     for name in names:
         if name not in known:
-            raise UsageError(f"unknown {what} {name!r}; there are {', '.join(known)}")
+            raise CommandError(f"unknown {what} {name!r}; there are {', '.join(known)}")
     return list(dict.fromkeys(names))
 
 
@@ -143,7 +139,7 @@ def _providers(args: argparse.Namespace, device: torch.device, size: Preset) -> 
     chosen = _chosen(args.providers, PROVIDERS, "provider")
     for name in chosen:
         if can[name] is not None:
-            raise UsageError(f"provider {name!r} cannot run here: {can[name]}")
+            raise CommandError(f"provider {name!r} cannot run here: {can[name]}")
     return chosen or [
         name
         for name, reason in can.items()
@@ -163,9 +159,9 @@ def _works(args: argparse.Namespace, device: torch.device, size: Preset) -> list
     operations = _chosen(args.operations, PASSES, "operation") or list(PASSES)
     dtypes = _chosen(args.dtype, DTYPES, "dtype")
     layers = chosen["layer"]
+    if args.shape and args.suites:
+        raise CommandError("--suites are parts of a preset; --shape replaces the preset's shapes")
     if args.shape:
-        if args.suites:
-            raise UsageError("--suites are parts of a preset; --shape replaces the preset's shapes")
         works = named_shapes(layers, args.shape, size, device.type)
     else:
         works = preset(size, device.type)
@@ -182,13 +178,13 @@ def _works(args: argparse.Namespace, device: torch.device, size: Preset) -> list
         works = list(dict.fromkeys(replace(w, dtype=dtype) for w in works for dtype in dtypes))
     works = [work for work in works if work.operations]
     if not works:
-        raise UsageError("nothing is left to measure: no work of the preset fits every option")
+        raise CommandError("nothing is left to measure: no work of the preset fits every option")
     return works
 
 
 def _networks(args: argparse.Namespace, device: torch.device, size: Preset) -> list[Network]:
     if args.networks is not None and args.no_networks:
-        raise UsageError("--networks and --no-networks contradict each other")
+        raise CommandError("--networks and --no-networks contradict each other")
     narrowed = args.layers or args.shape or args.suites or args.modes or args.operations
     if args.no_networks or (args.networks is None and narrowed):
         return []
@@ -197,7 +193,7 @@ def _networks(args: argparse.Namespace, device: torch.device, size: Preset) -> l
     found = [net for net in there if not chosen or net.name in chosen]
     dtypes = _chosen(args.dtype, DTYPES, "dtype")
     if dtypes == ["float16"]:
-        raise UsageError("networks train in float32 or bfloat16; add --no-networks for layers")
+        raise CommandError("networks train in float32 or bfloat16; add --no-networks for layers")
     if dtypes:
         wanted = [dtype for dtype in dtypes if dtype != "float16"]
         found = list(dict.fromkeys(replace(n, dtype=dtype) for n in found for dtype in wanted))
@@ -212,13 +208,13 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
     for name, path in outputs.items():
         other = seen.setdefault(path.resolve(), name)
         if other != name:
-            raise UsageError(f"--{other} and --{name} name the same file: {path}")
+            raise CommandError(f"--{other} and --{name} name the same file: {path}")
         if name != "png":
             check_output(f"--{name}", path)
         elif path.exists() and not path.is_dir():
-            raise UsageError(f"--png {path} is a file; a folder's name is wanted")
+            raise CommandError(f"--png {path} is a file; a folder's name is wanted")
         elif not path.resolve().parent.is_dir():
-            raise UsageError(f"--png {path}: there is no folder {path.resolve().parent}")
+            raise CommandError(f"--png {path}: there is no folder {path.resolve().parent}")
     return outputs
 
 
@@ -226,26 +222,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """What the options ask for.
 
     Raises:
-        UsageError: something unknown, something that cannot run or be written here, a shape that
+        CommandError: something unknown, something that cannot run or be written here, a shape that
             does not fit its layer, or nothing at all.
     """
     size: Preset = "quick" if args.quick else "full" if args.full else "default"
     if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be cpu or cuda; got {args.device!r}")
+        raise CommandError(f"--device must be cpu or cuda; got {args.device!r}")
     device = usable_device(args.device, backend=False)  # every provider chooses its own
     budget, rounds = {"quick": (0.4, 3), "default": (1.5, 5), "full": (3.0, 7)}[size]
     if device.type == "cuda":
         budget *= 0.4  # device times scatter less
-    try:
-        providers = _providers(args, device, size)
-        nets = _networks(args, device, size)
-        layers_too = args.networks is None or args.layers or args.shape or args.suites
-        works = _works(args, device, size) if layers_too else []
-    except WorkError as error:
-        raise UsageError(str(error)) from None
+    providers = _providers(args, device, size)
+    nets = _networks(args, device, size)
+    layers_too = args.networks is None or args.layers or args.shape or args.suites
+    works = _works(args, device, size) if layers_too else []
     network_providers = [name for name in NETWORK_PROVIDERS if name in providers]
     if nets and not network_providers:
-        raise UsageError(f"networks need a provider among {', '.join(NETWORK_PROVIDERS)}")
+        raise CommandError(f"networks need a provider among {', '.join(NETWORK_PROVIDERS)}")
     return Plan(
         device=device, works=works, providers=providers,
         compile_all=size == "full" or args.providers is not None, networks=nets,

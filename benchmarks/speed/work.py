@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normnorm
+from normnorm.cli import CommandError
 from speed.results import MemoryFormat, Method, Mode, Operation, input_words
 
 Preset = Literal["quick", "default", "full"]
@@ -16,10 +17,6 @@ Shapes = Sequence[tuple[int, ...]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-5
-
-
-class WorkError(ValueError):
-    """Work that does not exist, as a sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Work:
     Of the operations evaluation has the forward pass alone.
 
     Raises:
-        WorkError: the shape does not fit the layer, or the memory format the shape.
+        CommandError: the shape does not fit the layer, or the memory format the shape.
     """
 
     layer: str
@@ -77,21 +74,23 @@ class Work:
         layer, text = LAYERS[self.layer], self.shape_text
         if len(self.shape) not in layer.ranks:
             wanted = " or ".join(map(str, layer.ranks))
-            raise WorkError(
+            raise CommandError(
                 f"{self.layer} takes inputs of {wanted} dimensions; got shape {text} "
                 f"of {len(self.shape)}"
             )
         if any(size < 1 for size in self.shape):
-            raise WorkError(f"every size must be at least 1; got shape {text}")
+            raise CommandError(f"every size must be at least 1; got shape {text}")
         if layer.kind == "group" and (self.groups < 1 or self.shape[1] % self.groups):
-            raise WorkError(
+            raise CommandError(
                 f"{self.layer}: {self.groups} groups do not divide {self.shape[1]} channels "
                 f"(shape {text})"
             )
         if self.group_size < 2:
-            raise WorkError(f"{self.layer} needs more than one value in a group; got shape {text}")
+            raise CommandError(
+                f"{self.layer} needs more than one value in a group; got shape {text}"
+            )
         if self.memory_format == "channels_last" and len(self.shape) not in (4, 5):
-            raise WorkError(f"channels_last needs 4 or 5 dimensions; got shape {text}")
+            raise CommandError(f"channels_last needs 4 or 5 dimensions; got shape {text}")
 
     @property
     def kind(self) -> str:
@@ -292,7 +291,7 @@ def named_shapes(
             where it has two dimensions.
 
     Raises:
-        WorkError: a shape does not fit a layer that was named.
+        CommandError: a shape does not fit a layer that was named.
     """
     works: list[Work] = []
     for shape in shapes:
@@ -302,7 +301,7 @@ def named_shapes(
             or (about.kind == "layer" and len(shape) == 2)
         ]  # fmt: skip
         if not fitting:
-            raise WorkError(
+            raise CommandError(
                 f"no layer takes an input of {len(shape)} dimensions; got shape "
                 f"{'x'.join(map(str, shape))}"
             )

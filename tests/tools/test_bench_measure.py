@@ -11,11 +11,12 @@ from bench_samples import BRIEF, CPU, DTYPES, EAGER, TINY, row
 from layer_table import LAYERS as LAYER_ROWS
 from torch import nn
 
+from normnorm.cli import CommandError
 from speed import case as case_module
 from speed import measure
 from speed.case import Case, bound, sums_in_storage, worst_error
 from speed.networks import _Training, measure_network, networks
-from speed.work import LAYERS, RESNET18, RESNET50, Work, WorkError, named_shapes, preset
+from speed.work import LAYERS, RESNET18, RESNET50, Work, named_shapes, preset
 
 # One small work a layer class.
 SMALL = tuple(
@@ -79,7 +80,7 @@ def test_shapes_choose_their_layers():
     ],
 )  # fmt: skip
 def test_impossible_work_is_refused(fields, sentence):
-    with pytest.raises(WorkError, match=sentence):
+    with pytest.raises(CommandError, match=sentence):
         Work(suite="test", **fields)
 
 
