@@ -238,7 +238,7 @@ def test_a_block_is_added_up_and_replaced_by_its_slopes(
     exact = t.double().numpy()
     slopes = scipy.special.erf(exact * math.sqrt(0.5))
     total = (exact * slopes + math.sqrt(2 / math.pi) * np.exp(-(exact**2) / 2)).sum()
-    sums = torch.tensor([5.0, 7.0], dtype=torch.float64)
+    sums = torch.tensor([5.0, 7.0, 0.0], dtype=torch.float64)
     projected_error_(t.clone(), sums, False)
     projected_error_(t, sums, True)
     assert sums.sum().item() == pytest.approx(12 + 2 * total, rel=bound)

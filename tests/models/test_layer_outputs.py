@@ -17,13 +17,6 @@ import normnorm
 from normnorm import layer_outputs
 
 
-class MyNorm2d(nn.LayerNorm):
-    """A user-defined channels-first layer normalization."""
-
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
 class EitherLayout(nn.LayerNorm):
     """As in transformers: the layout is an attribute."""
 
@@ -43,18 +36,15 @@ class TwoDense(nn.Module):
 # A layer, the shape of its output, and the channels' dimension.
 LAYERS = {
     "BatchNormalNorm1d": (normnorm.BatchNormalNorm1d(4), (3, 4, 5), 1),
-    "SyncBatchNormalNorm": (normnorm.SyncBatchNormalNorm(4), (3, 4, 5), 1),
     "GroupNormalNorm": (normnorm.GroupNormalNorm(2, 4), (3, 4, 5), 1),
     "Conv1d": (nn.Conv1d(4, 4, 1), (3, 4, 5), 1),
     "Conv2d": (nn.Conv2d(4, 4, 1), (3, 4, 5, 6), 1),
     "LayerNormalNorm": (normnorm.LayerNormalNorm(4), (3, 5, 4), -1),
     "RMSNorm": (nn.RMSNorm(4), (3, 5, 6, 4), -1),
-    "timm's RmsNorm": (timm.layers.RmsNorm(4), (3, 5, 6, 4), -1),
     "Linear": (nn.Linear(4, 4), (3, 5, 6, 4), -1),
     "LayerNormalNorm2d": (normnorm.LayerNormalNorm2d(4), (3, 4, 5, 6), 1),
     "torchvision's LayerNorm2d": (convnext.LayerNorm2d(4), (3, 4, 5, 6), 1),
     "timm's LayerNormAct2dFp32": (timm.layers.LayerNormAct2dFp32(4), (3, 4, 5, 6), 1),
-    "a user's": (MyNorm2d(4), (3, 4, 5, 6), 1),
     "channels_first": (EitherLayout(4, "channels_first"), (3, 4, 5, 6), 1),
     "channels_last": (EitherLayout(4, "channels_last"), (3, 5, 6, 4), -1),
     "ReLU of a sequence": (nn.ReLU(), (3, 5, 4), -1),

@@ -26,8 +26,6 @@ import normnorm
 from normnorm import backends
 from normnorm.backends import cpu
 
-__all__ = ["BACKENDS", "VARIABLE", "Hang", "NoGpu", "Rig", "mode", "wait", "work_in"]
-
 T = TypeVar("T")
 
 VARIABLE = "NORMNORM_GPU_CHECK"
