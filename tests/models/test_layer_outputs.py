@@ -138,16 +138,6 @@ def test_a_copy_of_a_watched_model_is_not_watched(kind):
     watch.require_ran()
 
 
-def test_require_ran_can_start_afresh():
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    watch, _ = _watching(model)
-    model(torch.randn(2, 3))
-    watch.require_ran()
-    watch.require_ran(afresh=True)
-    with pytest.raises(RuntimeError, match="no layer was seen"):
-        watch.require_ran()
-
-
 def test_a_part_compiled_before_is_named():
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(3, 3), torch.compile(nn.ReLU(), backend="eager"))
