@@ -41,8 +41,7 @@ class Comparison(NamedTuple):
     layers: dict[str, Experiment]
 
 
-def comparisons() -> tuple[Comparison, ...]:
-    """On MNIST-1D, generated signals of length 40."""
+def mnist1d() -> tuple[Comparison, ...]:
     convnet, transformer = (
         Experiment(**{**recipe("mnist1d", model), "limit": 1000})
         for model in ("convnet", "transformer")
@@ -64,6 +63,29 @@ def comparisons() -> tuple[Comparison, ...]:
             "LayerNormalNorm": normal,
         }),
     )  # fmt: skip
+
+
+def digits() -> tuple[Comparison, ...]:
+    cycle = Experiment(optimizer="adamw", weight_decay=0.01, schedule="cycle")
+    convnet = replace(cycle, epochs=15, learning_rate=0.01)
+    transformer = replace(cycle, model="transformer", epochs=20, learning_rate=0.003)
+    return (
+        Comparison("convolutional net", 97.0, -1.0, {
+            "BatchNorm2d": replace(convnet, norm="batch"),
+            "BatchNormalNorm2d": replace(convnet, norm="batchnormal"),
+        }),
+        Comparison("transformer", 90.0, -1.0, {
+            "LayerNorm": replace(transformer, norm="layer"),
+            "LayerNormalNorm": replace(transformer, norm="layernormal"),
+        }),
+    )  # fmt: skip
+
+
+# By data set, the comparisons and its description.
+PRESETS = {
+    "mnist1d": (mnist1d, "MNIST-1D (generated signals of length 40)"),
+    "digits": (digits, "Handwritten digits (scikit-learn, 8 x 8)"),
+}
 
 
 @dataclass
@@ -200,7 +222,7 @@ def _run(args: argparse.Namespace) -> int:
     check_output("--out", plot)
     torch.set_num_threads(args.threads)
 
-    chosen = comparisons()
+    chosen, description = PRESETS[args.dataset][0](), PRESETS[args.dataset][1]
     seeds = args.seeds or (1 if args.quick else SEEDS)
     epochs = args.epochs or (1 if args.quick else None)
     rows = [sides(comparison, epochs, seeds) for comparison in chosen]
@@ -228,8 +250,7 @@ def _run(args: argparse.Namespace) -> int:
                "judged": not args.quick, "failures": failures}  # fmt: skip
     numbers.write_text(json.dumps(content, indent=1) + "\n")
     summary = (
-        "MNIST-1D (generated signals of length 40): "
-        f"{len(data.train)} to train, {len(data.test)} to test, "
+        f"{description}: {len(data.train)} to train, {len(data.test)} to test, "
         f"seeds: {seeds}, backend: {around['backend']}, threads: {args.threads}"
     )
     draw(rows, summary, plot)
@@ -254,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="demo.py",
         description="Trains small networks with and without normality normalization side by side.",
     )
+    parser.add_argument("--dataset", choices=PRESETS, default="mnist1d", help="(mnist1d)")
     for name, default, text in (
         ("--epochs", None, "passes over the training data (default: each network's own)"),
         ("--seeds", None, f"seeds to average over, 0 to N - 1 (default: {SEEDS})"),

@@ -65,11 +65,7 @@ def test_the_quick_demo_prints_stores_and_draws(tmp_path, monkeypatch, capsys):
             assert 0.01 < panel.float().mean() < 0.6
 
 
-# Which need no package that draws them.
-CONVNET = Experiment(norm="batch", epochs=15, learning_rate=0.01, optimizer="adamw")
-LAYERS = {"BatchNorm2d": CONVNET, "BatchNormalNorm2d": replace(CONVNET, norm="batchnormal")}
-DIGITS = demo.Comparison("convolutional net", 97.0, -1.0, LAYERS)
-TOKENS = replace(CONVNET, model="transformer", norm="layer")
+DIGITS, DIGITS_OF_TOKENS = demo.digits()
 
 
 def sides(*accuracies):
@@ -122,8 +118,9 @@ def test_diverged_runs_are_reported_all_the_same(tmp_path):
 
 def test_a_miss_exits_1_and_is_written_down(tmp_path, monkeypatch, capsys):
     few = {label: replace(e, limit=100) for label, e in DIGITS.layers.items()}
-    monkeypatch.setattr(demo, "comparisons", lambda: (DIGITS._replace(layers=few),))
-    words = ["--epochs", "1", "--seeds", "2", "--out", str(tmp_path)]
+    preset = lambda: (DIGITS._replace(layers=few),), "digits"
+    monkeypatch.setitem(demo.PRESETS, "digits", preset)
+    words = ["--dataset", "digits", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path)]
     assert demo.main(words) == 1
     assert "at least 97 % was expected" in capsys.readouterr().err  # after a single step
     written = json.loads((tmp_path / "results.json").read_text())
@@ -133,8 +130,7 @@ def test_a_miss_exits_1_and_is_written_down(tmp_path, monkeypatch, capsys):
 
 
 def test_layers_that_are_compared_start_out_equal():
-    tokens = {"LayerNorm": TOKENS, "LayerNormalNorm": replace(TOKENS, norm="layernormal")}
-    for comparison in (DIGITS, DIGITS._replace(layers=tokens)):
+    for comparison in (DIGITS, DIGITS_OF_TOKENS):
         first, second = (
             Trainer(side.experiment, load_data(side.experiment), ALONE).network.state_dict()
             for side in demo.sides(comparison, 1, 2)
