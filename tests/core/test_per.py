@@ -51,7 +51,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "a vector": lambda h: h[0],
     "sequences": lambda h: h.reshape(30, 100, 8),
     "transposed": lambda h: h[:40].T,
-    "slice": lambda h: h[1::3, 2:],
     "expanded": lambda h: h[:1].expand(50, -1),
     "movedim": lambda h: h.reshape(4, -1, 8).movedim(1, -1),
 }
@@ -160,7 +159,6 @@ def _seeded(activations: Tensor) -> Tensor:
 
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "grad": torch.func.grad(_seeded),
-    "vjp": lambda x: torch.func.vjp(_seeded, x)[1](torch.ones((), dtype=x.dtype))[0],
     "vmap of grad": lambda x: torch.vmap(torch.func.grad(_seeded), randomness="same")(x[None])[0],
     "jacfwd": torch.func.jacfwd(_seeded, randomness="same"),
     "jacrev": torch.func.jacrev(_seeded),
@@ -273,8 +271,7 @@ def test_slopes_are_written_only_on_request(kernel: per.ProjectedError) -> None:
 
 _SUM = torch.zeros(1, dtype=torch.float64)
 REFUSED: dict[str, tuple[Tensor, Tensor, str]] = {
-    "integers": (torch.ones(3, dtype=torch.int64), _SUM, "float32 or float64; got torch.int64"),
-    "half": (torch.ones(3).half(), _SUM, "must be float32 or float64; got torch.float16"),
+    "integers": (torch.ones(3, dtype=torch.int64), _SUM, "must be float32 or float64; got torch.int64"),
     "strides": (torch.ones(3, 2).T, _SUM, r"must be contiguous, .* got strides \(1, 2\)"),
     "sums of float32": (
         torch.ones(3), _SUM.float(),

@@ -84,18 +84,6 @@ def test_takes_inputs_of_any_rank_from_two_on():
         layer(torch.randn(5, 4))
 
 
-def test_copies_pickles_and_loads():
-    layer = normnorm.SyncBatchNormalNorm(3)
-    layer(torch.randn(4, 3))
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(other) is normnorm.SyncBatchNormalNorm
-        assert torch.equal(other.running_lmbda, layer.running_lmbda)
-    alone = normnorm.BatchNormalNorm1d(3)
-    alone.load_state_dict(layer.state_dict())
-    layer.load_state_dict(nn.BatchNorm1d(3).state_dict())
-    assert torch.equal(layer.running_lmbda, torch.ones(3))
-
-
 # Conversion
 
 
