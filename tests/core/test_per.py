@@ -271,7 +271,7 @@ def test_slopes_are_written_only_on_request(kernel: per.ProjectedError) -> None:
 
 _SUM = torch.zeros(1, dtype=torch.float64)
 REFUSED: dict[str, tuple[Tensor, Tensor, str]] = {
-    "integers": (torch.ones(3, dtype=torch.int64), _SUM, "must be float32 or float64; got torch.int64"),
+    "integers": (torch.ones(3, dtype=torch.int64), _SUM, "float32 or float64; got torch.int64"),
     "strides": (torch.ones(3, 2).T, _SUM, r"must be contiguous, .* got strides \(1, 2\)"),
     "sums of float32": (
         torch.ones(3), _SUM.float(),
