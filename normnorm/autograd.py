@@ -1,8 +1,8 @@
 """Gradients: one rule for each pass, in the form with the least overhead for each mode.
 
-* plain eager: :class:`_Eager`, an old-style ``autograd.Function`` around the backend's own ops, of
-  which one draws the seed, computes and updates the running statistics; it takes a third less host
-  time than a new-style one;
+* plain eager: :class:`_Eager`, an old-style ``autograd.Function``, which takes a third less host
+  time than a new-style one. It calls the backend's own ops; the forward op also draws the seed and
+  updates the running statistics;
 * torch.func transforms: :class:`_Functional` and :class:`_Gradient`, new-style with ``vmap``;
 * compiling and torch.jit.trace: the registered op, one node of the graph, whose gradient is
   registered here. Once ``noise_train`` has changed, compiled graphs use the overload in
@@ -97,7 +97,7 @@ def _other_mode(arguments: tuple[Any, ...], config: Config) -> Results:
 
 
 def _fold(arguments: tuple[Any, ...], config: Config) -> None:
-    """Updates the running statistics in those modes."""
+    """Updates the running statistics in the modes of :func:`_other_mode`."""
     compiling, transformed = torch.compiler.is_compiling(), transforms_active()
     if compiling and not transformed and decomposes(config):
         reference.fold_running_(*arguments)
@@ -114,8 +114,8 @@ def _save(ctx: Any, arguments: tuple[Any, ...], results: Results, config: Config
     """Saves the tensors and settings of a forward pass for :func:`_gradients`."""
     input, running_mean, _, _, weight, bias, _, seed, _, prenorm, keep_stats = arguments[:11]
     output, stats, sum = results
-    # With an activation the output is saved, for its sign. With noise the sign could only be
-    # recomputed with the whole output, and the next layer usually saves the same tensor.
+    # With an activation the output is saved, for its sign: with noise, recomputing the sign means
+    # recomputing the output. The next layer usually saves the same tensor.
     activated = output if config.activation else None
     normalized, kept = sum if prenorm else input, stats if keep_stats else None
     ctx.save_for_backward(normalized, kept, weight, bias, activated, seed)
@@ -140,8 +140,7 @@ def _gradients(
         saved: the saved tensors of ``ctx``.
         grads: gradients of the results (output, statistics, sum).
         needs: whether each of the four gradients is needed.
-        backward: called with the tensors, the switches and the configuration of
-            ``normal_norm_backward``.
+        backward: runs ``normal_norm_backward``, given its tensors, switches and configuration.
     """
     grad_output, _, grad_sum = grads
     if grad_output is None:
@@ -215,7 +214,7 @@ def _backward(
 
 
 class _Eager(torch.autograd.Function):
-    """The backend's forward and backward, one Python frame each."""
+    """The forward and backward pass in plain eager mode, by the backend's own ops."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -251,8 +250,8 @@ class _Eager(torch.autograd.Function):
         return *_gradients(ctx, saved, grads, ctx.needs_input_grad[:4], _backward), None
 
 
-# ``apply`` of the base class: it leaves out the checks for torch.func transforms, which eager mode
-# has made before, and takes half of the host time. Its place in torch is private.
+# The C++ base class's ``apply`` takes half the host time: it skips the checks for torch.func
+# transforms, which normal_norm() has already made. It is private to torch, hence the default.
 _apply_eager = getattr(super(torch.autograd.Function, _Eager), "apply", _Eager.apply)
 
 
@@ -294,13 +293,13 @@ class _Gradient(torch.autograd.Function):
 def _vmap_definition(
     definition: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The vmap rule: vmaps the definition, whichever arguments are batched."""
+    """The vmap rule of both passes: vmaps the definition in PyTorch."""
     results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*arguments)
     return results, (0,) * len(results)
 
 
 def _register(library: torch.library.Library, overload: str) -> None:
-    """Registers the gradients of an overload of both ops, for compiled graphs."""
+    """Registers the gradients of one overload of the forward and the backward op."""
     suffix = "" if overload == "default" else f".{overload}"
     op = getattr(torch.ops.normnorm.normal_norm_backward, overload)
 

@@ -13,7 +13,7 @@ KINDS = ("batch", "layer", "group", "instance")
 ACTIVATIONS = ("", "relu")
 
 
-# The schema of the fields of Config but the backend, and that of what packed() returns.
+# Schemas: the fields of Config without the backend; the results of packed().
 CONFIG_SCHEMA = (
     "str kind, SymInt num_groups, int normalized_ndim, float eps, float noise_train, float alpha, "
     "int order, float transform_eps, int stream, bool channels_last, str activation"
@@ -24,21 +24,21 @@ PACKED_SCHEMA = (
 
 
 class Config(NamedTuple):
-    """The arguments that are not tensors, the same in the forward and the backward pass.
+    """The settings of an op, the same in the forward and the backward pass.
 
     Attributes:
         kind: "batch", "layer", "group" or "instance": what a group of elements is.
-        num_groups: channel groups a sample for kind "group", else 0.
-        normalized_ndim: trailing dimensions for kind "layer", else 0.
+        num_groups: number of channel groups of a sample for kind "group", else 0.
+        normalized_ndim: number of trailing dimensions for kind "layer", else 0.
         eps: added to the variance, and its root to the Newton step's denominator.
-        noise_train: weight of the noise; 0 for none (always, outside training).
+        noise_train: weight of the noise; 0 for none, as in evaluation.
         alpha: length of the Newton step; 0 turns the transform off.
-        order: 2 for Newton's step, 1 for a gradient step.
+        order: 2 for a Newton step, 1 for a gradient step.
         transform_eps: distance that the transform's exponent keeps from zero.
-        stream: which noise of a seed: the rank in synchronised layers, else 0.
+        stream: of the noise: the rank in synchronised layers, a DTensor shard's index, else 0.
         channels_last: the noise index follows (N, spatial..., C) instead of row-major order.
         activation: "relu", applied to the output, or "" for none.
-        backend: the backend's name, which the public ops take and a backend does not.
+        backend: the backend's name, an argument of the public ops only.
     """
 
     # groups of elements
@@ -59,7 +59,7 @@ class Config(NamedTuple):
     backend: str = ""
 
 
-# (kind, order, channels_last, activation) -> the bits of them in a compiled op's argument ``flags``
+# (kind, order, channels_last, activation) -> their bits in a compiled op's argument ``flags``
 _BITS = {
     (KINDS[kind], order, last, ACTIVATIONS[activation]): (
         kind | (order == 1) << 2 | last << 3 | activation << 4
@@ -72,15 +72,15 @@ _BITS = {
 
 @functools.lru_cache(maxsize=1024)
 def packed(config: Config, switches: int) -> tuple[float, float, float, float, int, int]:
-    """The last arguments of a compiled backend's ops: a configuration in fewer arguments, since
-    each one costs host time. ``Flags`` in csrc/binding/ops.h has the bits of the last.
+    """The configuration and switches as the last six arguments of a compiled backend's ops, since
+    each argument costs host time. ``Flags`` in csrc/binding/ops.h reads the bits of ``flags``.
 
     Args:
         config: the configuration.
         switches: the op's booleans, the first in bit 0.
 
     Raises:
-        ValueError: a setting that has no bits; the checks of the op's arguments say which.
+        ValueError: a setting that cannot be packed; the op's checks then name it.
     """
     kind, num_groups, ndim, eps, noise_train, alpha, order, transform_eps, stream, last, act, *_ = (
         config
@@ -104,12 +104,12 @@ class ForwardArguments(NamedTuple):
     # affine map
     weight: Tensor | None
     bias: Tensor | None
-    # added to the output, or to the input where `prenorm`
+    # added to the output, or to the input if `prenorm`
     residual: Tensor | None
     # noise
     seed: Tensor | None
     noise_scale: Tensor | None
-    # which results there are beside the output
+    # whether the results sum and stats are wanted
     prenorm: bool
     keep_stats: bool
     config: Config
@@ -128,7 +128,7 @@ class BackwardArguments(NamedTuple):
     """The arguments of ``normal_norm_backward``; ``docs/internals/backends.md`` describes each."""
 
     grad_output: Tensor
-    # what the forward pass saved; `input` is its sum where it was prenorm
+    # saved by the forward pass; `input` is its sum if `prenorm`
     input: Tensor
     stats: Tensor
     weight: Tensor | None
@@ -141,7 +141,7 @@ class BackwardArguments(NamedTuple):
     needs_input: bool
     needs_weight: bool
     needs_bias: bool
-    # no gradient passes through running statistics
+    # running statistics were used, through which no gradient passes
     frozen: bool
     config: Config
 

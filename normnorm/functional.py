@@ -1,10 +1,10 @@
 """Normality normalization as functions, in torch.nn.functional's argument order.
 
-Each standardizes groups of elements, estimates a Yeo-Johnson exponent lambda by one Newton step,
-transforms the elements towards a Gaussian, adds scaled Gaussian noise in training, and applies an
-affine map (Eftekhari and Papyan, ICML 2025; formulae in ``docs/internals/mathematics.md``).
+Each function standardizes groups of elements, estimates a Yeo-Johnson exponent lambda by one Newton
+step, transforms the elements towards a Gaussian, adds scaled Gaussian noise in training, and
+applies an affine map (Eftekhari and Papyan, ICML 2025; ``docs/internals/mathematics.md``).
 
-What the functions share:
+Arguments and errors that the functions share:
 
 * dtypes float64, float32, bfloat16 and float16 (half types compute in float32); the output has
   the input's dtype (except with a ``residual`` of another dtype), shape and memory format;
@@ -15,7 +15,7 @@ What the functions share:
 * ``noise_train``: weight of the noise, in units of the group's mean absolute deviation;
 * ``alpha``: length of the Newton step; with ``alpha=0`` and no noise each function equals its
   counterpart in torch.nn.functional;
-* ``order``: 2 for Newton's step, 1 for a plain gradient step;
+* ``order``: 2 for a Newton step, 1 for a plain gradient step;
 * ``transform_eps``: 0 for the exact Yeo-Johnson transform; ``math.sqrt(eps)`` shifts its exponent
   as the authors' code does;
 * ``residual``: added to the output, of the input's shape; ``activation``: None or "relu", applied
@@ -59,8 +59,8 @@ _NO_RUNNING: Running = (None, None, None)
 
 
 def _is_channels_last(input: Tensor) -> bool:
-    """Whether the input is dense in (N, spatial..., C) order and not in row-major order, from its
-    strides: torch.vmap does not support queries of memory formats."""
+    """Whether the input is dense in (N, spatial..., C) order and not in row-major order. Compares
+    strides, because torch.vmap does not support queries of memory formats."""
     if input.dim() not in (4, 5) or input.is_contiguous():
         return False
     expected = 1
@@ -94,7 +94,7 @@ def _configure(
     if activation is None:
         activation = ""
     else:
-        checks.check_activation(activation)  # no op gets it under torch.func transforms
+        checks.check_activation(activation)  # under torch.func no op would check it
     channels_last = False
     if training and noise_train > 0.0:
         channels_last = _is_channels_last(input)
@@ -155,7 +155,7 @@ def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None)
 def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:
     """A parameter for an input of dtype ``narrow``, cast for the promoted input."""
     if parameter is None or parameter.dtype not in (narrow, statistics_dtype(narrow)):
-        return parameter  # of a wrong dtype, for which the op raises an error
+        return parameter  # None, or of a wrong dtype, for which the op raises an error
     return parameter.to(statistics_dtype(input.dtype))
 
 
@@ -430,7 +430,7 @@ def instance_normal_norm(
             "Expected running_mean, running_var and running_lmbda to be given when "
             "use_input_stats=False"
         )
-    # Running statistics are the same for all samples: a batch layer's evaluation, without noise.
+    # With running statistics, the same for all samples, it equals a batch norm in evaluation.
     kind = "instance" if use_input_stats else "batch"
     config = _configure(
         input, kind, 0, 0, eps, noise_train, training and use_input_stats, alpha, order,

@@ -1,15 +1,15 @@
 """The ops: their schemas, shape inference and implementations.
 
-``torch.ops.normnorm.*`` are the public ops. Their last argument names the backend that they call;
-before it they have, in this order: tensors, switches, the fields of
-:class:`normnorm.config.Config`. Gradients are registered by :mod:`normnorm.autograd`.
+``torch.ops.normnorm.*`` are the public ops; their last argument names the backend to call. The two
+passes take, in this order, tensors, switches and the fields of :class:`normnorm.config.Config`;
+:mod:`normnorm.autograd` registers their gradients.
 
-Each compiled backend has a namespace (``normnorm_cpu``, ...) whose ops its library implements. Only
-eager code calls them, and directly: dispatching the public op as well would cost as much as a small
-kernel, and so would a public op's number of arguments. Theirs have the switches and the settings
-packed (:func:`normnorm.config.packed`); the forward op can also draw the seed and update the
-running statistics. They return None for a result that was not requested; the public ops return an
-empty tensor instead, because torch.jit.trace does not support optional results.
+Each compiled backend has a namespace (``normnorm_cpu``, ...) of ops that its library implements.
+Eager code calls these directly: dispatching the public op too, or passing its many arguments, would
+take as long as a small kernel. Their switches and settings are packed
+(:func:`normnorm.config.packed`); the forward op can also draw the seed and update the running
+statistics. They return None for a result that was not requested; the public ops return an empty
+tensor instead, because torch.jit.trace does not support optional results.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _filled(results: Results) -> tuple[Tensor, ...]:
-    """The results of the public forward op: a backend's, with empty tensors in place of None."""
+    """A backend's forward results as the public op returns them: empty tensors instead of None."""
     return tuple(results[0].new_empty(0) if result is None else result for result in results)
 
 
@@ -160,7 +160,7 @@ def run_fold(arguments: tuple[Any, ...]) -> None:
     raise refusal
 
 
-# What a compiled backend's op raises: the second for a tensor on a device of another backend.
+# Errors of a compiled backend's op; NotImplementedError for a tensor on another backend's device.
 _REFUSALS = (ValueError, NotImplementedError)
 
 
@@ -175,8 +175,8 @@ class Update(NamedTuple):
 
 
 def direct(tensor: Tensor) -> bool:
-    """Whether an eager call may bypass the public ops, which tensor subclasses and dispatch modes
-    (fake tensors, tracers) have to see and which alone know the meta device."""
+    """Whether an eager call may bypass the public ops: not for tensor subclasses or under dispatch
+    modes (fake tensors, tracers), which intercept those, nor on meta, which only those support."""
     return (
         type(tensor) is Tensor
         and torch._C._len_torch_dispatch_stack() == 0
@@ -187,7 +187,7 @@ def direct(tensor: Tensor) -> bool:
 def run_step(
     tensors: tuple[Any, ...], update: Update | None, prenorm: bool, keep_stats: bool, config: Config
 ) -> tuple[Any, ...]:
-    """The forward pass in eager mode, by one op of a compiled backend.
+    """The forward pass in eager mode, where possible by one op of a compiled backend.
 
     Args:
         tensors: fields ``input`` to ``noise_scale`` of :class:`normnorm.config.ForwardArguments`,
@@ -197,7 +197,7 @@ def run_step(
         prenorm, keep_stats, config: as in the op.
 
     Returns:
-        (output, statistics, sum, seed); None, or an empty tensor, for what is absent.
+        (output, statistics, sum, seed); an absent one is None or an empty tensor.
     """
     backend = backends._backends.get(config.backend) or backends.get(config.backend)
     input, mean, var, lmbda, weight, bias, residual, seed, noise_scale = tensors
@@ -238,7 +238,7 @@ def run_step(
 def run_gradient(
     tensors: tuple[Any, ...], switches: tuple[bool, ...], config: Config
 ) -> tuple[Tensor, ...]:
-    """The backward pass in eager mode, by a compiled backend's own op.
+    """The backward pass in eager mode, where possible by a compiled backend's own op.
 
     Args:
         tensors: fields ``grad_output`` to ``grad_sum`` of
@@ -270,7 +270,7 @@ def fold_arguments(stats: Any, update: Update, input: Tensor, config: Config) ->
 def _resolved(arguments: tuple[Any, ...], device_of: int, tensors: str) -> tuple[Any, ...]:
     """The arguments with the backend's name resolved by the device of argument ``device_of``.
 
-    ``tensors``: names of the leading arguments, which must not be None.
+    ``tensors``: the names of the leading arguments, all required.
     """
     # The dispatcher accepts None for a tensor that is not optional in the schema.
     for name, tensor in zip(tensors.split(), arguments, strict=False):

@@ -78,7 +78,7 @@ def _forward(model: nn.Module, batch: Any, device: torch.device | str | int | No
 
 
 def _put_back(layers: Iterable[list[tuple[Tensor, Tensor]]]) -> None:
-    """Restores buffers, by layer, to the paired values."""
+    """Copies each saved value back to its buffer, for every layer."""
     for buffers in layers:
         for buffer, value in buffers:
             buffer.copy_(value)
@@ -94,18 +94,18 @@ def update_stats(
 ) -> int:
     """Re-estimates the running statistics, lambda included, as the average over a loader.
 
-    For weights without matching statistics: averaged or loaded ones, or a model whose norms were
-    just replaced. ``torch.optim.swa_utils.update_bn`` supports torch's batch layers only; this
+    For weights without matching statistics, such as averaged or loaded ones, or a model whose norms
+    were just replaced. ``torch.optim.swa_utils.update_bn`` supports torch's batch layers only; this
     function updates torch's and normnorm's in one pass.
 
-    Every layer with running statistics that are not frozen starts afresh and averages over all
-    batches with equal weight; a layer that processes no batch keeps its statistics. The model runs
-    in training mode without gradients, with dropout active, as under ``update_bn``. Training flags
-    and momenta are restored, also after an exception, which restores the statistics too.
+    The statistics of every layer that is not frozen are reset and averaged over all batches with
+    equal weight; a layer that processes no batch keeps its statistics. The model runs in training
+    mode without gradients, with dropout active, as under ``update_bn``. Training flags, momenta and
+    noise weights are restored; after an exception the statistics are too.
 
     Args:
-        loader: yields batches: a tensor, a list or tuple whose first element is the model's input,
-            or a mapping, passed as keyword arguments.
+        loader: yields batches, each a tensor, a list or tuple whose first element is the model's
+            input, or a mapping, passed as keyword arguments.
         model: with layers that keep running statistics; otherwise it is not run.
         device: where to move the input; None leaves it.
         noise: whether normnorm layers add their noise, as in training; without it the statistics

@@ -21,7 +21,7 @@ from normnorm.fused import BatchNormalNormAct2d
 from normnorm.modules import _BatchNormalNorm
 from normnorm.noise import as_seed
 
-# Whether torch.compile differentiates the collectives: under 2.11 the input's gradient is wrong.
+# Whether torch.compile differentiates the collectives; under 2.11 the input's gradient is wrong.
 COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
@@ -45,14 +45,14 @@ def sync_batch_normal_norm(
 ) -> Tensor:
     """Batch normality normalization in training over the shards of all ranks.
 
-    Every rank of the group must call it, with the same arguments except for the input's elements
-    and its batch size, which may be 0; all must run the backward pass if any does.
+    Every rank of the group must call it with the same arguments; only the input's elements and its
+    batch size, which may be 0, may differ. All must run the backward pass if any does.
 
     Args:
         input: (N, C) or (N, C, *), this rank's shard of the batch.
         running_mean, running_var, running_lmbda: (C,), all three or none; updated from the
             statistics of the whole batch, equal on all ranks afterwards if they were before.
-        seed: may be the same on all ranks: the global rank is the noise's stream.
+        seed: may be equal on all ranks, since the global rank is the noise's stream.
         process_group: of the ranks that hold the batch; None for all.
 
     The other arguments are those of :func:`normnorm.functional.batch_normal_norm`.
@@ -114,8 +114,8 @@ def sync_batch_normal_norm(
     return output if shards is None else shards.whole(output)
 
 
-# For revert_sync(): the layer's class before the conversion, and its "original_class" attribute
-# from replace_norms(), or None; a synchronised layer must not keep that attribute.
+# For revert_sync(): the layer's class before the conversion, and the attribute "original_class"
+# that replace_norms() set, or None. A synchronised layer must not keep that attribute.
 _Alone = tuple[type[_BatchNormalNorm], type[nn.Module] | None]
 
 
@@ -232,7 +232,7 @@ def _world_size(process_group: Any) -> int:
     return dist.get_world_size(process_group)
 
 
-# Classes and their synchronised ones; for exactly these classes, since a subclass may add state.
+# Classes and their synchronised counterparts. Subclasses, which may add state, are not converted.
 # normnorm.integrations adds its own.
 SYNCHRONISED: dict[type[_BatchNormalNorm], type[SyncBatchNormalNorm]] = {
     modules.BatchNormalNorm1d: SyncBatchNormalNorm,
@@ -260,8 +260,8 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
 
     Raises:
         TypeError: a layer's class is derived from one of normnorm (a lazy layer before its first
-            input, a parametrized one, a user's class), whose additions a conversion would lose. No
-            layer has been converted then.
+            input, a parametrized one, a user's class); conversion would lose what it adds. The
+            model is unchanged then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")

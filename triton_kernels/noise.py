@@ -1,7 +1,7 @@
-"""The noise: Philox4x32-7 and Box-Muller, bit for bit the words of ``normnorm/noise.py``.
+"""The noise: Philox4x32-7 and Box-Muller; the words equal those of ``normnorm/noise.py`` exactly.
 
-Eight elements share a counter. ``tl.randn`` takes one normal of a counter's four words, and its
-cosine has a slow path for large angles that costs a stack frame.
+A counter's four words give eight normals. ``tl.randn`` would take one normal from each counter, and
+its cosine has a slow path for large angles that needs a stack frame.
 """
 
 import triton
@@ -14,8 +14,8 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def philox_rounds(c0, c1, c2, c3, k0, k1):
-    """Rounds on uint32 words; the same words as ``tl.philox``. One 64-bit multiplication gives
-    both halves of a product, where ``tl.philox`` multiplies twice."""
+    """The rounds on uint32 words, with the result of ``tl.philox``. One 64-bit multiplication gives
+    both halves of a product; ``tl.philox`` multiplies twice."""
     for _ in tl.static_range(PHILOX_ROUNDS):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -43,14 +43,14 @@ def noise_words(seed, stream, octet):
 
 @triton.jit
 def turn_word(word, following):
-    """The angle in turns, times 2^32, of the pair of normals of a word and the next one."""
+    """The angle, in units of 2^-32 turns, of the pair of normals of a word and the next word."""
     product = tl.mul(word, 0x9E3779B9, sanitize_overflow=False).to(tl.uint32)
     return tl.add(product, following, sanitize_overflow=False)
 
 
 @triton.jit
 def on_circle(radius, turn):
-    """radius (cos, sin) of 2^-32 ``turn`` turns, less the nearest half turn in integers."""
+    """radius (cos, sin) of an angle of 2^-32 ``turn`` turns, reduced by the nearest half turn."""
     half_turn = tl.add(turn, 0x40000000, sanitize_overflow=False) & 0x80000000
     rest = tl.sub(turn, half_turn, sanitize_overflow=False).to(tl.int32, bitcast=True)
     x = rest.to(tl.float32) * 4.6566128730773926e-10
@@ -70,8 +70,8 @@ def fast_normal_pair(word, turn, FAST: tl.constexpr):
     # abs(): near 1 the logarithm instruction has an error of 2^-22 and may be positive.
     radius = fast_sqrt(tl.abs(fast_log2(uniform, FAST)) * 1.3862943611198906, FAST)
     if FAST:
-        # The turns as a signed number are the same angle within half a turn of zero, where the
-        # special-function sine is most accurate.
+        # Read as a signed integer, the angle lies within half a turn of zero, where the GPU's sine
+        # instruction is most accurate.
         angle = turn.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
         cos = special(angle, "cos.approx.ftz.f32 $0, $1;")
         sin = special(angle, "sin.approx.ftz.f32 $0, $1;")
@@ -115,10 +115,10 @@ def octet_normals(
 def quad_normals(
     seed, stream, quad, R: tl.constexpr, L: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr
 ):
-    """The same where rows are whole quads, halves of an octet: a counter each, twice the work, but
-    no exchange between threads that hold four neighbours. ``quad`` is (R, L/4)."""
+    """The same for rows of whole quads, the halves of octets; ``quad`` is (R, L/4). Each quad takes
+    a counter, twice the work, but threads with four neighbouring elements exchange no data."""
     w0, w1, w2, w3 = noise_words(seed, stream, quad >> 1)
-    # all bits or none: selections by a condition spilled two registers on sm_80
+    # a mask of all bits or none, because selecting with tl.where spilled two registers on sm_80
     late = tl.sub(0, (quad & 1).to(tl.uint32), sanitize_overflow=False)
     exchanged = (w0 ^ w2) & late
     a, b, c = w0 ^ exchanged, w1 ^ ((w1 ^ w3) & late), w2 ^ exchanged
@@ -129,7 +129,7 @@ def quad_normals(
 
 @triton.jit
 def scattered_normals(seed, stream, position, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """The normals of elements at any positions: a counter each, eight times the work."""
+    """The normals of elements at any positions. Each takes a counter, eight times the work."""
     w0, w1, w2, w3 = noise_words(seed, stream, position >> 3)
     late = (position & 4) != 0
     a, b, c = tl.where(late, w2, w0), tl.where(late, w3, w1), tl.where(late, w0, w2)

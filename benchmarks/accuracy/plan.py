@@ -7,14 +7,14 @@ number of seeds. None of its numbers is used.
 drawn anew for every seed; 500 images of MNIST to train, another 500 for every seed.
 
 **Seeds.** Settings are tuned on validation sets with the seeds from 1,000 on; nothing else is done
-with these. Every number of the page is of test sets with the seeds from 10,000 on, and the
-replication's from 20,000 on. All arms share a seed's data, initialization and order.
+with these. Every number of the page is from test sets with the seeds from 10,000 on, the
+replication's with those from 20,000 on. All arms share a seed's data, initialization and order.
 
 **Settings.** "The paper's": SGD 0.1 with momentum 0.9 and weight decay 5e-4 for convolutional nets
 and perceptrons, AdamW 1e-3 with weight decay 0.05 for transformers (Eftekhari and Papyan, ICML
 2025), on small networks with a cosine schedule over 40 epochs. "Tuned": every arm with the weight
-decay and learning rate of its best mean accuracy on the validation sets; the smaller decay of equal
-ones.
+decay and learning rate of its best mean accuracy on the validation sets; of equal ones, that with
+the smaller decay.
 
 **Arms.** The plain layer; the normality layer without its transform (alpha 0: "noise"), without its
 noise (noise_train 0: "transform"), and as it comes ("both").
@@ -26,7 +26,7 @@ replication's seeds; the page gives both and the interval of all seeds together.
 **Analysis.** Differences are paired by seed: mean, 95 % interval of Student's t, p-value of the
 two-sided t-test. In the grids (batch size, width and depth, degree) the mean over all settings of
 a weight decay is tested; single settings get intervals alone. All p-values of the page, the primary
-one's too, are adjusted together by Holm's method. A difference is called one if its adjusted
+one's too, are adjusted together by Holm's method. A difference is significant if its adjusted
 p-value is below 0.05. With every comparison the page gives the smallest difference that its seeds
 find with 80 % power at the level of 0.05 divided by the number of all comparisons, from the
 standard deviation that was seen.
@@ -47,7 +47,7 @@ DECAYS = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 
 
 def arms(plain: str) -> dict[str, dict[str, Any]]:
-    """The four arms of a plain norm, by what they have of the normality layer."""
+    """The four arms of a plain norm: what each changes in an experiment, by name."""
     normal = f"{plain}normal"
     return {
         "plain": {"norm": plain},
@@ -62,17 +62,17 @@ class Question:
     """Arms that are compared in several settings.
 
     Attributes:
-        title: of its section.
+        title: of the question's section of the page.
         base: the paper's settings.
         arms: what every arm changes in ``base``, by name.
         tuning: values of the settings that are chosen on validation sets; such a question has the
             settings "paper" and "tuned".
         grid: values of the settings of a question without tuning, all of whose combinations are
             run on the test sets.
-        seeds: of a setting on the test sets, in blocks of ``copies``.
-        copies, tuning_copies: seeds that are trained as one network.
+        seeds: number for a setting on the test sets, in blocks of ``copies``.
+        copies, tuning_copies: number of seeds that are trained as one network.
         measures: compared besides the accuracy: "robustness" and "layers"
-            (:mod:`accuracy.measures`); the latter of the first block alone.
+            (:mod:`accuracy.measures`); "layers" for the first block of seeds alone.
     """
 
     title: str
@@ -172,7 +172,7 @@ FULL: dict[str, Question] = {
         grid=_TWO_DECAYS,
     ),
 }  # fmt: skip
-# A little of everything, in minutes, to try the machinery.
+# Every question with few seeds and one epoch: tests the code in minutes.
 QUICK = {
     name: replace(
         question, base=replace(question.base, epochs=1, limit=128), seeds=2, copies=2,
@@ -195,7 +195,7 @@ class Cell(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """The mean of a measure over cells less that over others, seed by seed."""
+    """The mean of a measure over ``cells`` less that over ``against``, paired by seed."""
 
     question: str
     title: str

@@ -1,4 +1,4 @@
-"""Training one experiment, interruptible at any step."""
+"""Training of one experiment, which can be interrupted and resumed at any step."""
 
 import os
 import time
@@ -31,7 +31,7 @@ _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class World(NamedTuple):
-    """This process among those that train together."""
+    """This process's rank and device, and the number of processes that train together."""
 
     rank: int
     size: int
@@ -52,11 +52,11 @@ class World(NamedTuple):
 
 @contextmanager
 def process_group(device: str | None) -> Iterator[World]:
-    """The process group that torchrun's environment describes, or this process alone.
+    """Initializes torch.distributed under torchrun; otherwise gives a world of one process.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", ...; None for a GPU where there is one. Under torchrun a
-            process takes the GPU of its local rank.
+        device: "cpu", "cuda", "cuda:1", ...; None for a GPU if there is one. Under torchrun each
+            process uses the GPU of its local rank.
 
     Raises:
         CommandError: the device cannot be used.
@@ -77,19 +77,19 @@ def process_group(device: str | None) -> Iterator[World]:
 
 
 class Evaluation(NamedTuple):
-    """Of the test images, for each copy: the mean cross entropy, and percent classified rightly."""
+    """On the test images, for each copy: mean cross entropy, and percent classified correctly."""
 
     loss: list[float]
     accuracy: list[float]
 
 
 class Epoch(NamedTuple):
-    """The numbers of one epoch. Lists have one number for each copy."""
+    """The results of one epoch. Lists have one number for each copy."""
 
     epoch: int  # counted from 1
-    train_loss: list[float]  # the mean over its steps, noise and regularization included
-    train_accuracy: list[float]  # percent of the images right in its steps, noise included
-    test_loss: list[float] | None  # afterwards; None for an epoch without evaluation
+    train_loss: list[float]  # mean over its steps, noise and regularization included
+    train_accuracy: list[float]  # percent correct in its steps, noise included
+    test_loss: list[float] | None  # after the epoch; None if not evaluated
     test_accuracy: list[float] | None
     # The mean running lambda of all copies' norm layers that have one; None without such layers.
     lmbda: float | None
@@ -97,11 +97,11 @@ class Epoch(NamedTuple):
 
 
 class Trainer:
-    """A network with its data, optimizer and place in the run.
+    """A network with its data, its optimizer and the number of steps done.
 
-    Augmentation, noise and directions of a step are drawn from a seed made of the experiment's
-    seed, the step and the rank; the order of the data from the seed and the epoch. A resumed run
-    therefore equals an uninterrupted one bit for bit, and no generator's state is saved.
+    The random numbers of a step (augmentation, noise, PER's directions) depend only on the
+    experiment's seed, the step and the rank; the order of the data on the seed and the epoch. A
+    resumed run therefore equals an uninterrupted one bit for bit without saved generator states.
 
     Args:
         experiment: what to train.
@@ -111,8 +111,8 @@ class Trainer:
         network: trained in place of the experiment's model and norm.
 
     Raises:
-        CommandError: the experiment means nothing, its batch does not divide among the processes
-            or is larger than the training set, or torchvision is missing.
+        CommandError: the experiment is invalid, its batch does not divide among the processes or
+            is larger than the training set, or torchvision is missing.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Trainer:
         if size % world.size:
             raise CommandError(f"batch_size {size} does not divide among {world.size} processes")
         self.experiment, self.data, self.world, self._workers = experiment, data, world, workers
-        self.steps = len(data[0].train) // size  # of an epoch
+        self.steps = len(data[0].train) // size  # in an epoch
         if self.steps == 0:
             raise CommandError(
                 f"batch_size {size} is more than the {len(data[0].train)} training images"
@@ -152,9 +152,9 @@ class Trainer:
             self._forward = nn.parallel.DistributedDataParallel(self._forward)
         if experiment.compile:
             self._forward = torch.compile(self._forward)
-        self.step = 0  # how many have been done, of ``steps * experiment.epochs``
-        self.epochs: list[Epoch] = []  # those that have been done
-        # Of the epoch's steps so far: each copy's loss, and its images that were right.
+        self.step = 0  # number of steps done, of ``steps * experiment.epochs``
+        self.epochs: list[Epoch] = []  # the epochs done
+        # Sums over the epoch's steps so far: each copy's loss and number of correct images.
         self._sums = torch.zeros(2, experiment.copies, dtype=torch.float64)
 
     def _build(self) -> nn.Module:
@@ -200,11 +200,11 @@ class Trainer:
         return LambdaLR(self._optimizer, lambda n: choice.gamma ** (n // every) if every else 1.0)
 
     def train(self, on_step: Callable[[], object] = lambda: None) -> list[Epoch]:
-        """Trains from the current step to the end; all epochs.
+        """Trains from the current step to the end; returns all epochs.
 
         Args:
-            on_step: called after every step, and after the evaluation behind an epoch's last one;
-                :meth:`save` may be called in it.
+            on_step: called after every step, in an epoch's last one after the evaluation; may call
+                :meth:`save`.
         """
         while self.step < self.experiment.epochs * self.steps:
             self.network.train()
@@ -242,7 +242,7 @@ class Trainer:
         )
 
     def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        # Not torch.manual_seed, which formats a traceback for each device type: 0.2 ms.
+        # torch.manual_seed would take 0.2 ms: it formats a traceback for each device type.
         seed = self._seed(self.experiment.seed, self.step, self.world.rank)
         torch.default_generator.manual_seed(seed)
         if self.world.device.type == "cuda":
@@ -270,7 +270,7 @@ class Trainer:
         return sums
 
     def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """For each copy the mean cross entropy and the number of images classified rightly, from
+        """For each copy the mean cross entropy and the number of correctly classified images, from
         logits (N, copies * classes) and labels (N, copies)."""
         logits, labels = logits.view(labels.numel(), -1), labels.flatten()
         losses = cross_entropy(logits, labels, reduction="none")
@@ -280,7 +280,7 @@ class Trainer:
 
     @staticmethod
     def _seed(seed: int, *place: int) -> int:
-        """A seed of 63 bits for a place in the run of that seed."""
+        """A seed of 63 bits from the experiment's seed and a place: step and rank, or epoch."""
         for part in place:
             seed = (seed * 6364136223846793005 + part + 1442695040888963407) % (1 << 63)
         return seed
@@ -305,8 +305,8 @@ class Trainer:
         return self._load([data.train for data in self.data], mine)
 
     def _load(self, data: Sequence[Any], batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (N, copies * C, H, W) and labels (N, copies) of every batch, from the data set of
-        each copy and its batches' numbers, (copies, batches, N)."""
+        """Images (N, copies * C, H, W) and labels (N, copies) of every batch, from each copy's data
+        set and the indices of its batches, (copies, batches, N)."""
         if isinstance(data[0], TensorDataset):
             for numbers in zip(*batches, strict=True):
                 parts = [one.tensors for one in data]
@@ -331,7 +331,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, change: Callable[[Tensor], Tensor] = lambda images: images) -> Evaluation:
-        """The network in evaluation mode, in which it is left, on the (changed) test images."""
+        """Evaluates on the test images, after ``change``; leaves the network in evaluation mode."""
         self.network.eval()
         sums = torch.zeros(2, self.experiment.copies, dtype=torch.float64)
         count = 0
@@ -352,7 +352,7 @@ class Trainer:
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint and renames it: a kill leaves the one before it."""
+        """Writes a checkpoint to a temporary file, then renames it: a killed run keeps the last."""
         half = path.with_name(path.name + ".part")
         torch.save(
             {
@@ -368,7 +368,7 @@ class Trainer:
         half.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Goes on from a checkpoint.
+        """Restores the state of a checkpoint.
 
         Raises:
             CommandError: it cannot be read, or is of another experiment.
@@ -389,7 +389,7 @@ def load_data(experiment: Experiment, directory: Path = Path("data")) -> list[Da
 
 
 def read_checkpoint(path: Path, wanted: Experiment, world: World) -> dict[str, Any]:
-    """What :meth:`Trainer.save` wrote.
+    """The checkpoint that :meth:`Trainer.save` wrote.
 
     Raises:
         CommandError: it cannot be read, or is of another experiment.

@@ -1,5 +1,5 @@
-// The ops' signatures, once for all devices: from the arguments of a compiled backend's schemas (normnorm/ops.py) to
-// what a device's passes take. Each op checks its arguments first, so that an error leaves every tensor unchanged.
+// The ops of all compiled backends: each unpacks the arguments of its schema (normnorm/ops.py), checks them, so that an
+// error leaves every tensor unchanged, and calls the device's pass.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 
 namespace normnorm {
 
-// The integer argument `flags`, as normnorm/config.py packs it: the kind, the settings that have few values, switches
+// The integer argument `flags`, packed by normnorm/config.py: kind, order, channels_last, activation, the op's switches
 // and, in 32 bits, the stream.
 class Flags {
  public:
@@ -39,7 +39,7 @@ inline Config unpack(double eps, double noise_train, double alpha, double transf
   return c;
 }
 
-// A public op's results, at the front of the arguments' own array.
+// Calls a public op. Its results replace the first elements of the array of arguments, which is returned.
 template <class... A>
 std::array<StableIValue, sizeof...(A)> call_op(const char* op, const A&... arguments) {
   std::array<StableIValue, sizeof...(A)> stack{torch::stable::detail::from(arguments)...};
@@ -47,8 +47,8 @@ std::array<StableIValue, sizeof...(A)> call_op(const char* op, const A&... argum
   return stack;
 }
 
-// A public op by the definition in Python (normnorm/reference.py) on the tensors' own device, for calls that a device's
-// kernels do not cover. `before`: its tensors and switches.
+// Calls a public op with the reference backend, the definition in Python, on the tensors' device: for calls that the
+// device's kernels do not support. `before`: the op's tensors and switches.
 template <class... A>
 auto call_definition(const char* op, const Config& c, const A&... before) {
   const Settings<double>& s = c.settings;
@@ -61,7 +61,7 @@ inline ForwardResult forward_by_definition(const ForwardTensors& t, const Config
   using torch::stable::detail::to;
   const auto results = call_definition("normnorm::normal_norm_forward", c, t.input, t.mean, t.var, t.lmbda, t.weight,
                                        t.bias, t.residual, t.seed, t.noise_scale, t.prenorm, t.keep_stats);
-  // The public op returns an empty tensor for a result that was not asked for.
+  // The public op returns an empty tensor for a result that was not requested.
   const Tensor stats = to<Tensor>(results[1]), sum = to<Tensor>(results[2]);
   return {to<Tensor>(results[0]), t.keep_stats ? OptionalTensor(stats) : std::nullopt,
           t.prenorm ? OptionalTensor(sum) : std::nullopt};
@@ -90,8 +90,8 @@ class Ops {
  private:
   using Result = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 
-  // (output, statistics, sum, seed). With the switch `step` the op draws a seed that is not given and moves the running
-  // statistics towards the input's; otherwise it uses them.
+  // (output, statistics, sum, seed). With the switch `step` the op draws a missing seed and moves the running
+  // statistics towards the input's; without it, the running statistics replace the input's.
   static Result forward(const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                         const OptionalTensor& running_lmbda, const OptionalTensor& num_batches_tracked,
                         const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,

@@ -40,8 +40,8 @@ struct Strip {
   int64_t step;
 };
 
-// Prefetches the vector a tile after step i, for writing where T is not const. The hardware does not predict the stride
-// of columns, and each vector takes so long to compute that every miss would be waited for.
+// Prefetches the vector one tile after step i, for writing unless T is const. The hardware does not predict the stride
+// of columns, and the computation of a vector is too long for the processor to overlap a cache miss with other vectors.
 constexpr int kTile = 32;
 template <class T>
 NN_HD void prefetch(const Strip<const T>& s, int64_t i) {
@@ -52,6 +52,7 @@ NN_HD void prefetch(const Strip<T>& s, int64_t i) {
   __builtin_prefetch(s.data + (i + kTile) * s.step, 1);
 }
 
+// The sum of u - pilot.
 template <bool kPartial, class V>
 NN_HD V sum_pass(Strip<const ScalarOf<V>> u, int64_t steps, int lanes, V pilot) {
   const Active<kPartial, V> active(lanes);
@@ -69,6 +70,7 @@ NN_HD V sum_pass(Strip<const ScalarOf<V>> u, int64_t steps, int lanes, V pilot) 
   return (a + b) + (c + d);
 }
 
+// The sums of u - centre and of its square.
 template <class V>
 struct CentredSums {
   V sum, squares;
@@ -96,8 +98,8 @@ NN_HD CentredSums<V> centred_pass(Strip<const ScalarOf<V>> u, int64_t steps, int
 // The number of steps of the tile that begins at step i.
 NN_HD int tile_steps(int64_t i, int64_t steps) { return int(steps - i < kTile ? steps - i : kTile); }
 
-// Sums for the lambda estimate, tile by tile, so that few terms are added one by one in float; kCache writes
-// sign(h) log(1+|h|) to `cache` for the later rounds.
+// Sums for the lambda estimate. Each tile is summed separately, to reduce rounding errors. kCache writes
+// sign(h) log(1+|h|) to `cache` for the later passes.
 template <bool kPartial, bool kCache, class V>
 NN_HD void lambda_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t steps, int lanes,
                        const Standardizer<V>& standardize, LambdaSums<V>& sums) {
@@ -117,7 +119,7 @@ NN_HD void lambda_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int
   }
 }
 
-// What a round starts from: the input, the cached sign(h) log(1+|h|), or the cached x.
+// What a pass reads: the input, the cached sign(h) log(1+|h|), or the cached x.
 enum class From { kInput, kLog, kX };
 
 template <class V>
@@ -126,8 +128,8 @@ struct TransformConstants {
   Exponents<V> exponents;
 };
 
-// Long loops are split into tiles of kTile steps, over which each stage of the computation is a loop of its own: the
-// chain of a logarithm, a power and their sums is too long for the processor to overlap vectors.
+// Long loops are split into tiles of kTile steps, and each stage of the computation is a separate loop over a tile: the
+// dependency chain of a logarithm, a power and their sums is too long for the processor to overlap vectors.
 
 // h and log(1+|h|) of a tile's vectors.
 template <bool kPartial, class V>
@@ -140,7 +142,7 @@ NN_HD void log_stage(Strip<const ScalarOf<V>> u, int steps, int lanes, const Sta
   }
 }
 
-// consume(step, x) for the x = psi(h) of every vector.
+// Calls consume(step, x) with x = psi(h) for every vector.
 template <bool kPartial, From kFrom, class V, class F>
 NN_HD void for_transformed(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t steps, int lanes,
                            const TransformConstants<V>& c, F consume) {
@@ -169,7 +171,7 @@ NN_HD void for_transformed(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache,
   }
 }
 
-// Sums x, and writes it to the cache where there is one.
+// Adds all x to `sum`, and writes x to the cache unless kFrom is kInput.
 template <bool kPartial, From kFrom, class V>
 NN_HD V sum_x_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t steps, int lanes,
                    const TransformConstants<V>& c, V sum) {
@@ -181,7 +183,7 @@ NN_HD V sum_x_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t
   return sum;
 }
 
-// Sums |x - centre|.
+// Adds all |x - centre| to `sum`.
 template <bool kPartial, From kFrom, class V>
 NN_HD V deviation_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int64_t steps, int lanes,
                        const TransformConstants<V>& c, V centre, V sum) {
@@ -191,7 +193,7 @@ NN_HD V deviation_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, int
   return sum;
 }
 
-// Parameters of the last forward round, y = (x + noise z) weight + bias.
+// Parameters of the last forward pass, y = (x + noise z) weight + bias.
 template <class V>
 struct OutputParams {
   V weight, bias, noise;                     // noise = noise_train * s
@@ -216,14 +218,14 @@ NN_HD void output_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, Str
 
 // --- The backward pass ------------------------------------------------------------------------------------------
 
-// The sums of the backward pass, per lane. g is the output's gradient, G the same times the weight where that varies by
-// element.
+// The sums of the backward pass, per lane. g is the output's gradient; G is g times the weight if the weight varies by
+// element, else g.
 template <class V>
 struct GradientSums {
   V psi_h;    // G psi_h
   V psi_h_h;  // G psi_h h
   V lmbda;    // G psi_lambda
-  V w, w_h;   // w and w h, the gradient of lambda
+  V w, w_h;   // w and w h; w is lambda's gradient (math/lmbda.h)
   V bias;     // g
   V weight;   // g x
   V noise;    // g z
@@ -241,7 +243,7 @@ struct GradientConstants {
   LambdaGradient<V> lmbda;
 };
 
-// Weights that vary by element, and the sums of their gradients over the groups so far.
+// Weights that vary by element, and the gradients of weights and biases, summed over the groups so far.
 template <class V>
 struct ElementGradients {
   Strip<const ScalarOf<V>> weights;
@@ -257,8 +259,8 @@ NN_HD ElementGradients<V> no_element_gradients() {
 template <class V>
 struct GradientStrips {
   Strip<const ScalarOf<V>> input, grad;
-  Strip<ScalarOf<V>> cache;    // G psi_h; null where it is not cached
-  Strip<ScalarOf<V>> w_cache;  // w; null where it is not cached
+  Strip<ScalarOf<V>> cache;    // G psi_h; null if not cached
+  Strip<ScalarOf<V>> w_cache;  // w; null if not cached
   Strip<const ScalarOf<V>> normals;
 };
 
@@ -352,7 +354,7 @@ struct InputGradient {
   V direct, lmbda, offset, slope;
 };
 
-// What the reduction has cached for the elementwise pass: nothing, G psi_h, or both G psi_h and w.
+// What gradient_sums_pass has cached for input_gradient_pass: nothing, G psi_h, or both G psi_h and w.
 enum class Cached { kNothing, kThroughH, kBoth };
 
 template <bool kPartial, Cached kCached, bool kPerElement, class V>

@@ -9,8 +9,8 @@
 namespace normnorm {
 namespace {
 
-// The index in the canonical order of element `position` of a transposed order: from (a, i, j) in an array of shape
-// (A, rows, cols) to (a, j, i).
+// The canonical index of an element of a transposed order: `position` is the index of (a, i, j) in shape (A, rows, cols),
+// the result that of (a, j, i) in shape (A, cols, rows).
 NN_HD uint64_t transposed_index(const NoiseOrder& order, int64_t position) {
   const int64_t slab = order.rows * order.cols, rest = position % slab;
   return uint64_t(position - rest + rest % order.cols * order.rows + rest / order.cols);
@@ -22,7 +22,7 @@ struct NoiseSource {
   NoiseOrder order;
 };
 
-// Products of 32-bit words, in 64-bit lanes; the upper halves of `a` are ignored.
+// Products of the 32-bit words in the lower halves of 64-bit lanes with b.
 NN_HD VUInt64 multiply_words(VUInt64 a, uint32_t b) {
 #if defined(__AVX512F__)
   return (VUInt64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -35,7 +35,7 @@ NN_HD VUInt64 multiply_words(VUInt64 a, uint32_t b) {
 #endif
 }
 
-// The four words of counters, in 64-bit lanes; the upper halves have no meaning.
+// The four words of each counter, in the lower halves of 64-bit lanes; the upper halves are not used.
 struct PhiloxLanes {
   VUInt64 c0, c1, c2, c3;
 };
@@ -52,7 +52,7 @@ struct LaneKeys {
   }
 };
 
-// The counters of normals to compute: first, first + 1, ... or those of a list, which ends on a whole batch.
+// The counters of normals to compute: first, first + 1, ... or those of a list, readable up to the end of a batch.
 struct Counters {
   uint64_t first = 0;
   const uint64_t* list = nullptr;
@@ -69,9 +69,9 @@ struct Counters {
   }
 };
 
-constexpr int kBatchCounters = kLanes<VDouble>;     // counters in the lanes of a vector
-constexpr int kNoiseBatch = 8 * kBatchCounters;     // their normals
-constexpr int kWordBatches = 4;                     // batches whose words are computed together, to overlap their chains
+constexpr int kBatchCounters = kLanes<VDouble>;  // counters of a batch, one in each lane of a vector
+constexpr int kNoiseBatch = 8 * kBatchCounters;  // normals of a batch
+constexpr int kWordBatches = 4;  // batches whose words are computed together, to overlap their dependency chains
 
 // The words of kBatches batches from counter number i on.
 template <int kBatches>
@@ -81,7 +81,7 @@ NN_HD void philox_lanes(PhiloxLanes (&state)[kBatches], const Counters& counters
     const VUInt64 counter = counters.lanes(i + k * kBatchCounters);
     state[k] = {counter, counter >> 32, VUInt64{} + uint64_t(stream), VUInt64{}};
   }
-#pragma GCC unroll 7  // otherwise a fifth of the instructions would be moves between registers
+#pragma GCC unroll 7  // without it a fifth of the instructions are moves between registers
   for (int round = 0; round < kPhiloxRounds; ++round) {
     for (PhiloxLanes& s : state) {
       const VUInt64 p0 = multiply_words(s.c0, kPhiloxM0), p1 = multiply_words(s.c2, kPhiloxM1);
@@ -90,12 +90,12 @@ NN_HD void philox_lanes(PhiloxLanes (&state)[kBatches], const Counters& counters
   }
 }
 
-// A batch's vectors of 32-bit lanes have a lane for each half of a counter, four normals. Half 2c is the first one of the
-// batch's counter c. This order of the halves becomes the natural one by transposing 4 x 4 blocks within 128 bits, which
-// is cheap.
+// The half of a counter that a 32-bit lane of a batch's vectors holds. A half gives four normals; halves 2c and 2c + 1
+// belong to the batch's counter c. With this order of the lanes, normal_batch() gets the normals in the order of the
+// elements by transposing 4 x 4 blocks within 128 bits, which is cheap.
 NN_HD constexpr int half_of_lane(int lane) { return lane % 4 * (kLanes<VFloat> / 4) + lane / 4; }
 
-// Words a for the first halves and b for the second ones.
+// A vector of 32-bit lanes, in that order, of words `a` for the first halves and `b` for the second halves.
 NN_HD VUInt32 words_of_halves(VUInt64 a, VUInt64 b) {
   const VUInt32 x = (VUInt32)a, y = (VUInt32)b;
 #if defined(__AVX512F__)
@@ -127,14 +127,14 @@ NN_HD VFloat zip_high(VFloat a, VFloat b) {
 #endif
 }
 
-// A buffer is filled in three loops over the same memory: words, radii, normals. The dependent chain of each is short
-// enough for the processor to overlap iterations; one loop over all of it would take twice the time.
+// A buffer is filled by three loops over the same memory: words, radii, normals. The dependency chain of each is short
+// enough for the processor to overlap iterations; a single loop would take twice the time.
 
 NN_HD void store_words(float* z, VUInt32 words) { store_dense<VFloat>(z, bit_cast<VFloat>(words)); }
 NN_HD VUInt32 load_words(const float* z) { return bit_cast<VUInt32>(load_dense<VFloat>(z)); }
 
-// For each of kBatches batches, vectors of the words for the radius and for the angle of each half's first pair of normals,
-// and the same of its second pair.
+// Writes four vectors for each of kBatches batches: the words for the radius and for the angle of each half's first
+// pair of normals, then those of its second pair.
 template <int kBatches>
 NN_HD void word_batches(float* z, const Counters& counters, int64_t i, const LaneKeys& keys, uint32_t stream) {
   constexpr int w = kLanes<VFloat>;
@@ -151,13 +151,14 @@ NN_HD void word_batches(float* z, const Counters& counters, int64_t i, const Lan
   }
 }
 
+// Replaces the words for the radius by the radii.
 NN_HD void radius_batch(float* z) {
   constexpr int w = kLanes<VFloat>;
   store_dense<VFloat>(z, normal_radius<VFloat>(load_words(z)));
   store_dense<VFloat>(z + 2 * w, normal_radius<VFloat>(load_words(z + 2 * w)));
 }
 
-// Normals from radii and angles; the four of a half become neighbours.
+// Replaces radii and angles by normals, in the order of the elements.
 NN_HD void normal_batch(float* z) {
   constexpr int w = kLanes<VFloat>;
   const NormalPair<VFloat> even = on_circle(load_dense<VFloat>(z), load_words(z + w)),
@@ -170,7 +171,7 @@ NN_HD void normal_batch(float* z) {
   store_dense<VFloat>(z + 3 * w, zip_high(first_high, second_high));
 }
 
-// What a buffer needs beyond its normals: up to 7 before the first one, and the rest of the last batch.
+// Elements that a buffer needs in addition: up to 7 before the first normal, and the rest of the last batch.
 constexpr int kNoiseSlack = kNoiseBatch + 8;
 
 // The normals of `count` counters, and of those that complete the last batch.
@@ -194,7 +195,8 @@ inline void counter_normals(double* z, const Counters& counters, int64_t count, 
   }
 }
 
-// One normal by a counter of its own, which is slow: the input's memory format changed between forward and backward.
+// The normal of one position. Each takes a whole counter, which is slow; used only if the input's memory format changed
+// between forward and backward.
 template <class T>
 NN_HD T transposed_normal(int64_t position, const NoiseSource& source) {
   const uint64_t index = transposed_index(source.order, position);
@@ -209,8 +211,8 @@ NN_HD T transposed_normal(int64_t position, const NoiseSource& source) {
   }
 }
 
-// The normals of `count` positions from `position` on, in the order of the layout; returns the address of the first, in
-// `buffer` of count + kNoiseSlack elements.
+// The normals of `count` positions from `position` on, in the order of the layout. Returns the address of the first in
+// `buffer`, which has count + kNoiseSlack elements.
 template <class T>
 inline const T* normals(T* buffer, int64_t position, int64_t count, const NoiseSource& source) {
   if (source.order.transposed) {
@@ -222,8 +224,8 @@ inline const T* normals(T* buffer, int64_t position, int64_t count, const NoiseS
   return buffer + skip;
 }
 
-// The same of `runs` runs of `length` positions, `step` apart, one after the other in `buffer`; only the counters that they
-// need are computed. The buffer has runs x length + kNoiseSlack elements.
+// The normals of `runs` runs of `length` positions, whose starts are `step` apart, one run after the other in `buffer`
+// of runs x length + kNoiseSlack elements. Computes only the counters needed.
 template <class T>
 inline void normals_of_runs(T* buffer, int64_t position, int64_t step, int64_t length, int64_t runs,
                             const NoiseSource& source) {
@@ -233,10 +235,10 @@ inline void normals_of_runs(T* buffer, int64_t position, int64_t step, int64_t l
       for (int64_t i = 0; i < length; ++i) *buffer++ = transposed_normal<T>(position + r * step + i, source);
     return;
   }
-  constexpr int64_t most = 256;  // counters at a time
+  constexpr int64_t most = 256;  // counters computed at a time
   uint64_t list[most + kBatchCounters] = {};
   T z[8 * most + kNoiseSlack];
-  const int64_t together = most / ((length + 14) / 8);  // a run has at most as many counters as the divisor
+  const int64_t together = most / ((length + 14) / 8);  // runs at a time; the divisor bounds a run's counters
   for (int64_t first = 0; first < runs; first += together) {
     const int64_t end = first + together < runs ? first + together : runs;
     int64_t count = 0;
@@ -248,7 +250,7 @@ inline void normals_of_runs(T* buffer, int64_t position, int64_t step, int64_t l
     const T* from = z;
     for (int64_t r = first; r < end; ++r) {
       const int64_t begin = position + r * step, skip = begin % 8;
-      // the excess of the last vector is overwritten by the next run
+      // the next run overwrites what the last vector writes beyond `length`
       for (int64_t i = 0; i < length; i += kLanes<V>) store_dense<V>(buffer + i, load_dense<V>(from + skip + i));
       buffer += length;
       from += (skip + length + 7) / 8 * 8;

@@ -1,8 +1,8 @@
-// Two standard normals from a 32-bit word of a counter and the next one, after the last the first (Box-Muller): the
-// radius from the word's uniform number U = (w + 1/2) 2^-32, the angle from both words.
+// Two standard normals by Box-Muller from a 32-bit word w of a counter and the next word (after the last, the first):
+// the radius from U = (w + 1/2) 2^-32, the angle from both words.
 //
-// The angle in turns is (c w + next) 2^-32 modulo 1 with c = 2^32 divided by the golden ratio. As `next` is independent of
-// w, so is the angle of U; c spreads the angles of neighbouring U where two words happen to be close.
+// The angle in turns is (c w + next) 2^-32 modulo 1 with c = 2^32 divided by the golden ratio. It is independent of U,
+// since `next` is independent of w; c separates the angles of close w whose next words are close too.
 #pragma once
 
 #include "lanes.h"
@@ -15,8 +15,8 @@ NN_HD UInt turn_word(UInt word, UInt next) {
   return word * 0x9e3779b9u + next;
 }
 
-// -2 log U of float lanes, relative error 3e-7 at both ends: above 1/2, log(1 - (1 - U)) from the complement of the word.
-// -2 log(1+f) = f p(f) for f in [sqrt(1/2)-1, sqrt(2)-1], relative error 1.7e-7.
+// -2 log U of float lanes, relative error 3e-7 near 0 and near 1: above 1/2, U = 1 - smaller, and `smaller` comes from
+// the word's complement. p(f) f = -2 log(1+f) for f in [sqrt(1/2)-1, sqrt(2)-1], relative error 1.7e-7.
 template <class V>
 NN_HD V minus_two_log_uniform(typename Lanes<V>::UInt w) {
   using UInt = typename Lanes<V>::UInt;
@@ -47,8 +47,8 @@ struct NormalPair {
   V first, second;
 };
 
-// radius cos and radius sin of the angle of 2^-32 t turns. The nearest half turn is subtracted in integers; sine and cosine
-// of the rest, within a quarter turn of 0, have errors of 6e-8.
+// radius cos and radius sin of an angle of 2^-32 t turns. Integer arithmetic subtracts the nearest half turn; sine and
+// cosine of the rest, within a quarter turn of 0, have errors of 6e-8.
 template <class V>
 NN_HD NormalPair<V> on_circle(V radius, typename Lanes<V>::UInt t) {
   using UInt = typename Lanes<V>::UInt;

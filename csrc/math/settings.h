@@ -1,4 +1,4 @@
-// The settings of the standardization, the estimate of lmbda and the transform, as every kernel takes them.
+// The settings of the standardization, the estimate of lmbda and the transform, for all kernels.
 #pragma once
 
 #include <cfloat>
@@ -13,7 +13,7 @@ struct Settings {
   S transform_eps = S(0);
   int order = 2;
 
-  // Whether they lie in the range that the kernels compute with; normnorm/checks.py has a sentence for each rule.
+  // Whether the kernels can compute with these values; normnorm/checks.py has the error message for each rule.
   bool valid() const {
     return eps >= FLT_MIN && eps <= FLT_MAX && std::isfinite(alpha) && std::isfinite(transform_eps) &&
            transform_eps >= 0 && (order == 1 || order == 2);
