@@ -35,7 +35,7 @@ class Config(NamedTuple):
         alpha: length of the Newton step; 0 turns the transform off.
         order: 2 for a Newton step, 1 for a gradient step.
         transform_eps: distance that the transform's exponent keeps from zero.
-        stream: of the noise: the rank in synchronised layers, a DTensor shard's index, else 0.
+        stream: the noise's; the rank in synchronised layers, a DTensor shard's index, else 0.
         channels_last: the noise index follows (N, spatial..., C) instead of row-major order.
         activation: "relu", applied to the output, or "" for none.
         backend: the backend's name, an argument of the public ops only.

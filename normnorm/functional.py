@@ -94,7 +94,7 @@ def _configure(
     if activation is None:
         activation = ""
     else:
-        checks.check_activation(activation)  # under torch.func no op would check it
+        checks.check_activation(activation)  # the definition does not check it
     channels_last = False
     if training and noise_train > 0.0:
         channels_last = _is_channels_last(input)
@@ -162,7 +162,7 @@ def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> T
 def _check_running(
     input: Tensor, running: Running, momentum: float | None, tracked: Tensor | None, update: bool
 ) -> bool:
-    """Whether running statistics were given; checks them before a seed is drawn."""
+    """Whether running statistics were given. Checks them here, before a seed is drawn."""
     mean, var, lmbda = running
     if mean is None or var is None or lmbda is None:
         checks.check_together(mean, var, lmbda)

@@ -165,7 +165,7 @@ _REFUSALS = (ValueError, NotImplementedError)
 
 
 class Update(NamedTuple):
-    """The running statistics that a training step moves towards its batch's."""
+    """The running statistics that a step updates from its batch's, and the momentum."""
 
     running_mean: Tensor
     running_var: Tensor

@@ -71,7 +71,7 @@ def _forward(model: nn.Module, batch: Any, device: torch.device | str | int | No
     if isinstance(batch, (list, tuple)):
         if not batch:
             raise ValueError(
-                "a batch that is a list must hold the model's input first; it is empty"
+                "a batch that is a list must hold the model's input first; got an empty one"
             )
         batch = batch[0]
     model(_to(batch, device))
@@ -151,12 +151,12 @@ def update_stats(
             _forward(model, batch, device)
             count += 1
         if count == 0:
-            raise ValueError("the loader gave no batches: there is nothing to average")
+            raise ValueError("the loader gave no batches to average")
         unseen = [before[layer] for layer in layers if layer.num_batches_tracked == 0]
         if len(unseen) == len(layers):
             raise ValueError(
-                f"none of the {len(layers)} layers with running statistics saw a batch: they are "
-                "in evaluation mode whatever the model's is, or in parts that did not run"
+                f"none of the {len(layers)} layers with running statistics saw a batch: they "
+                "stay in evaluation mode when the model trains, or are in parts that did not run"
             )
         _put_back(unseen)
     except BaseException:

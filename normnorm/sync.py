@@ -73,8 +73,8 @@ def sync_batch_normal_norm(
         )
     if not compiling and (transforms_active() or forward_mode()):
         raise RuntimeError(
-            "synchronised layers exchange messages, which torch.func transforms and forward-mode "
-            "derivatives cannot follow; use BatchNormalNorm there"
+            "synchronised layers communicate, which torch.func transforms and forward-mode "
+            "derivatives do not support; use BatchNormalNorm there"
         )
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = F._check_running(input, running, momentum, num_batches_tracked, True)
@@ -271,7 +271,7 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
             if type(layer) not in SYNCHRONISED:
                 raise TypeError(
                     f"'{name}' is a {type(layer).__name__}, derived from a layer of normnorm; "
-                    "converted, it would lose what it adds. Wanted: BatchNormalNorm1d, 2d or 3d, "
+                    "conversion would lose what it adds. Expected BatchNormalNorm1d, 2d or 3d, "
                     "or BatchNormalNormAct2d"
                 )
             layers.append(layer)

@@ -50,7 +50,7 @@ def turn_word(word, following):
 
 @triton.jit
 def on_circle(radius, turn):
-    """radius (cos, sin) of an angle of 2^-32 ``turn`` turns, reduced by the nearest half turn."""
+    """radius (cos, sin) of 2^-32 ``turn`` turns; integers subtract the nearest half turn first."""
     half_turn = tl.add(turn, 0x40000000, sanitize_overflow=False) & 0x80000000
     rest = tl.sub(turn, half_turn, sanitize_overflow=False).to(tl.int32, bitcast=True)
     x = rest.to(tl.float32) * 4.6566128730773926e-10

@@ -29,7 +29,7 @@ a weight decay is tested; single settings get intervals alone. All p-values of t
 one's too, are adjusted together by Holm's method. A difference is significant if its adjusted
 p-value is below 0.05. With every comparison the page gives the smallest difference that its seeds
 find with 80 % power at the level of 0.05 divided by the number of all comparisons, from the
-standard deviation that was seen.
+observed standard deviation.
 """
 
 from __future__ import annotations

@@ -203,8 +203,8 @@ class Trainer:
         """Trains from the current step to the end; returns all epochs.
 
         Args:
-            on_step: called after every step, in an epoch's last one after the evaluation; may call
-                :meth:`save`.
+            on_step: called after every step, for an epoch's last step after the evaluation; may
+                call :meth:`save`.
         """
         while self.step < self.experiment.epochs * self.steps:
             self.network.train()
@@ -352,7 +352,7 @@ class Trainer:
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint to a temporary file, then renames it: a killed run keeps the last."""
+        """Writes a checkpoint and renames it, so that a killed run keeps the previous one."""
         half = path.with_name(path.name + ".part")
         torch.save(
             {

@@ -9,8 +9,8 @@
 namespace normnorm {
 namespace {
 
-// The canonical index of an element of a transposed order: `position` is the index of (a, i, j) in shape (A, rows, cols),
-// the result that of (a, j, i) in shape (A, cols, rows).
+// The canonical index of an element of a transposed order: `position` is the index of (a, i, j) in shape
+// (A, rows, cols), the result that of (a, j, i) in shape (A, cols, rows).
 NN_HD uint64_t transposed_index(const NoiseOrder& order, int64_t position) {
   const int64_t slab = order.rows * order.cols, rest = position % slab;
   return uint64_t(position - rest + rest % order.cols * order.rows + rest / order.cols);
@@ -52,7 +52,7 @@ struct LaneKeys {
   }
 };
 
-// The counters of normals to compute: first, first + 1, ... or those of a list, readable up to the end of a batch.
+// The counters to compute: first, first + 1, ... or those of a list, which must be readable to the end of a batch.
 struct Counters {
   uint64_t first = 0;
   const uint64_t* list = nullptr;
