@@ -49,7 +49,7 @@ class Failed(Exception):
 
 
 def run(*command: str, echo: bool = False) -> str:
-    """The program's output, printed as it comes with ``echo``; Failed with its first error."""
+    """Its output, printed as it comes with ``echo``; Failed with the first failed job's error."""
     lines, pipe = [], subprocess.PIPE
     with subprocess.Popen(command, text=True, stdout=pipe, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
@@ -57,7 +57,8 @@ def run(*command: str, echo: bool = False) -> str:
             if echo:
                 print(line, end="", flush=True)
     if process.returncode:
-        said = [line for line in lines if line and not line.startswith("ninja: build stopped")]
+        start = next((i + 2 for i, line in enumerate(lines) if line.startswith("FAILED:")), 0)
+        said = [line for line in lines[start:] if line and not line.startswith(("ninja: ", "["))]
         last = (said or [f"{command[0]} exited with {process.returncode}"])[-1]
         raise Failed(f"the compiler failed: {next(filter(ERROR.search, said), last)}")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ struct Estimate {
 // From the totals of LambdaSums, which lack t^2: its mean is v r^2 = 1 - eps r^2.
 template <class Real>
 __device__ inline Estimate<Real> finish_lambda(const Real* sums, Real rstd, Real inverse_count,
-                                               const Settings<Real>& s) {
+                                               Settings<Real> s) {
   const LambdaTerms<Real> mean{sums[0] * inverse_count, sums[1] * inverse_count, sums[2] * inverse_count,
                                sums[3] * inverse_count + (Real(1) - s.eps * rstd * rstd)};
   const LambdaEstimate<Real> step = newton_step<Real>(mean, s);
@@ -90,7 +90,7 @@ struct GroupConstants {
 
 template <class Real>
 __device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t group, int64_t groups,
-                                                      const Settings<Real>& s, bool frozen) {
+                                                      Settings<Real> s, bool frozen) {
   const auto row = [&](StatRow r) { return stats[r * groups + group]; };
   GroupConstants<Real> c;
   c.mean = row(kMean);

@@ -126,7 +126,7 @@ enum class PrecisionPath {
 };
 
 template <class S>
-NN_HD PrecisionPath precision_path(const Exponents<S>& e, const Settings<S>& s, bool frozen) {
+NN_HD PrecisionPath precision_path(const Exponents<S>& e, Settings<S> s, bool frozen) {
   if (s.transform_eps > S(0) || has_small_exponent(e)) return PrecisionPath::kSeries;
   return frozen ? PrecisionPath::kBounded : PrecisionPath::kPlain;
 }

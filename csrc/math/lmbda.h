@@ -50,7 +50,7 @@ struct LambdaEstimate {
 };
 
 template <class S>
-NN_HD LambdaEstimate<S> newton_step(const LambdaTerms<S>& mean, const Settings<S>& s) {
+NN_HD LambdaEstimate<S> newton_step(const LambdaTerms<S>& mean, Settings<S> s) {
   const S variance = mean.e - mean.d * mean.d - S(2) * mean.hd * mean.hd;
   // not a maximum, which would drop a NaN
   const S q = (variance < S(0) ? S(0) : variance) + s.root_eps;
@@ -67,7 +67,7 @@ struct LambdaGradient {
 };
 
 template <class S>
-NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S mean_hd, S mean_d, S curvature, const Settings<S>& s) {
+NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S mean_hd, S mean_d, S curvature, Settings<S> s) {
   const S two_d = S(2) + S(2) * mean_d;
   if (s.alpha == S(0)) return {S(0), S(0), S(0), two_d};
   if (s.order == 1) return {-s.alpha, s.alpha, S(0), two_d};

@@ -49,7 +49,7 @@ NN_HD Side<S> make_side(S eta, S transform_eps) {
 }
 
 template <class S>
-NN_HD Exponents<S> make_exponents(S lmbda, const Settings<S>& s) {
+NN_HD Exponents<S> make_exponents(S lmbda, Settings<S> s) {
   const Side<S> pos = make_side<S>(lmbda, s.transform_eps);
   const Side<S> neg = make_side<S>(S(2) - lmbda, s.transform_eps);
   return {pos.eta, neg.eta, pos.inverse, neg.inverse, pos.active, neg.active};
