@@ -169,11 +169,16 @@ def normal_norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
     if not call.needs_weight:  # the noise reaches no other gradient
         call = call._replace(config=call.config._replace(noise_train=0.0))
     input, grad_sum = call.input, call.grad_sum
+    if grad_sum is not None:  # the sum of the gradients is rounded, not each of them
+        dtype = statistics_dtype(input.dtype)
+        wide = {"input": input.to(dtype), "grad_output": call.grad_output.to(dtype)}
+        if call.output is not None:
+            wide["output"] = call.output.to(dtype)
+        call = call._replace(**wide)
     grad_input, grad_weight, grad_bias = _gradients(call)
     if call.needs_input:
         if grad_sum is not None:
-            dtype = statistics_dtype(input.dtype)
-            grad_input = (grad_input.to(dtype) + grad_sum.to(dtype)).to(input.dtype)
+            grad_input = (grad_input + grad_sum).to(input.dtype)
         grad_input = _like_input(grad_input, input)
     return (
         grad_input if call.needs_input else input.new_empty(0),
