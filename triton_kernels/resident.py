@@ -112,12 +112,11 @@ def deviation(x, tiles, inverse_count, S: tl.constexpr):
 
 @triton.jit
 def store_statistics(stats, values, place, geometry):
-    mean, low, rstd, lmbda, scale, mean_hd, mean_d, q = values
+    mean, low, rstd, lmbda, mean_hd, mean_d, q = values
     tl.store(stat(stats, MEAN, place, geometry), mean, mask=place.present)
     tl.store(stat(stats, MEAN_LOW, place, geometry), low, mask=place.present)
     tl.store(stat(stats, RSTD, place, geometry), rstd, mask=place.present)
     tl.store(stat(stats, LMBDA, place, geometry), lmbda, mask=place.present)
-    tl.store(stat(stats, NOISE_SCALE, place, geometry), scale, mask=place.present)
     tl.store(stat(stats, MEAN_HD, place, geometry), mean_hd, mask=place.present)
     tl.store(stat(stats, MEAN_D, place, geometry), mean_d, mask=place.present)
     tl.store(stat(stats, CURVATURE, place, geometry), q, mask=place.present)
@@ -147,6 +146,12 @@ def forward(
         x = x + (u,)
     x, mean, low, rstd = moments(x, tiles, n, S)
     signed, lmbda, mean_hd, mean_d, q = estimate(x, tiles, low, rstd, n, S)
+    values = (mean, low, rstd, lmbda, mean_hd, mean_d, q)
+    # Stored early, the statistics leave their registers to the output. A short row has only one
+    # tile: there a later store spills less.
+    early: tl.constexpr = S.LAYOUT != ROWS or (tensors.sum.data is not None and K > 1)
+    if stats is not None and early:
+        store_statistics(stats, values, place, geometry)
     exponents = make_exponents(lmbda, n.transform_eps)
     series = any_group(needs_series(exponents), S)
     x = ()
@@ -161,9 +166,8 @@ def forward(
         key = tl.load(noise.seed)
     else:
         scale = 0.0 * rstd
-    values = (mean, low, rstd, lmbda, scale, mean_hd, mean_d, q)
-    if stats is not None and S.LAYOUT != ROWS:  # the output then has their registers
-        store_statistics(stats, values, place, geometry)
+    if stats is not None and early:
+        tl.store(stat(stats, NOISE_SCALE, place, geometry), scale, mask=place.present)
     for i in tl.static_range(K):
         y = x[i]
         tile = tile_at(tiles, i)
@@ -175,8 +179,9 @@ def forward(
         if tensors.sum.data is None:
             y = with_residual(y, tensors.residual, place, tile, S)
         write(tensors.output, place, tile, activated(y, S), S)
-    if stats is not None and S.LAYOUT == ROWS:  # scalars of one group
+    if stats is not None and not early:
         store_statistics(stats, values, place, geometry)
+        tl.store(stat(stats, NOISE_SCALE, place, geometry), scale, mask=place.present)
 
 
 @triton.jit
