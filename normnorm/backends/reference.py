@@ -171,10 +171,10 @@ def normal_norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
     input, grad_sum = call.input, call.grad_sum
     if grad_sum is not None:  # the sum of the gradients is rounded, not each of them
         dtype = statistics_dtype(input.dtype)
-        wide = {"input": input.to(dtype), "grad_output": call.grad_output.to(dtype)}
-        if call.output is not None:
-            wide["output"] = call.output.to(dtype)
-        call = call._replace(**wide)
+        call = call._replace(
+            input=input.to(dtype), grad_output=call.grad_output.to(dtype),
+            output=None if call.output is None else call.output.to(dtype),
+        )  # fmt: skip
     grad_input, grad_weight, grad_bias = _gradients(call)
     if call.needs_input:
         if grad_sum is not None:
