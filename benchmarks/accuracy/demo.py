@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accuracy.experiment import Experiment, recipe
-from accuracy.measures import norm_layers, normalization_groups
+from accuracy.measures import layer_runs, normalization_groups
 from accuracy.nets import MODELS
 from accuracy.norms import make_norm
 from accuracy.trainer import Epoch, Trainer, World, load_data
@@ -28,7 +28,7 @@ from normnorm.cli import execute
 from normnorm.diagnostics import normal_r_squared, qq_r_squared
 
 SEEDS = 5
-EVIDENCE = "docs/measured/results.md"
+STUDY = "docs/measured/results.md"
 
 
 class Comparison(NamedTuple):
@@ -97,7 +97,7 @@ class Side:
     experiment: Experiment  # of all seeds, which are trained as one network (``copies``)
     noise_train: float | None  # of the layer; None for a plain one
     epochs: list[Epoch] = field(default_factory=list)
-    groups: list[Tensor] = field(default_factory=list)  # for every seed: see last_groups
+    groups: list[Tensor] = field(default_factory=list)  # of the last norm layer, for every seed
     qq_r2: list[float] = field(default_factory=list)  # theirs, for every seed
 
     @property
@@ -176,19 +176,6 @@ def table(found: Sequence[Side]) -> str:
     return tabulate(rows, "keys", "simple", digits, missingval="-", numalign="right")
 
 
-@torch.no_grad()
-def last_groups(trainer: Trainer) -> Tensor:
-    """The normalization groups of the network's last norm layer on test images, before its affine
-    map, (copies, groups, values); in evaluation mode: no noise, and a batch layer's running
-    statistics."""
-    layer = norm_layers(trainer.network)[-1]
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    trainer.network.eval()(next(trainer.test_batches())[0])
-    hook.remove()
-    return normalization_groups(layer, seen[0], trainer.experiment.copies)
-
-
 def _train(found: list[Side]) -> list[Trainer]:
     """Every side's runs."""
     world = World(0, 1, torch.device("cpu"))
@@ -205,7 +192,8 @@ def _train(found: list[Side]) -> list[Trainer]:
             words = f"run {number + 1}/{len(trainers)}: {side.layer}"
             bar.set_postfix_str(words, refresh=False)
             side.epochs = trainer.train(bar.update)
-            side.groups = list(last_groups(trainer))
+            (*_, (layer, input, _)), _ = layer_runs(trainer)
+            side.groups = list(normalization_groups(layer, input, side.experiment.copies))
             side.qq_r2 = [float(qq_r_squared(groups).nanmean()) for groups in side.groups]
     return trainers
 
@@ -262,7 +250,7 @@ def _run(args: argparse.Namespace) -> int:
     print(f"Plot and numbers: {plot}, {numbers}\n")
     for row in rows:
         print(finding(row))
-    print(f"Evidence over more seeds, settings and layers: {EVIDENCE}")
+    print(f"More seeds, settings and layers: {STUDY}")
     for failure in failures:
         print(f"demo.py: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -64,9 +64,7 @@ def robustness(trainer: Trainer) -> dict[str, list[float]]:
         parts = parts + noise(parts) * scale.view(-1, *(1,) * (parts.dim() - 1))
         return parts if tokens else parts.transpose(0, 1).reshape(output.shape)
 
-    found = {
-        "input_noise": trainer.evaluate(lambda x: x + INPUT_NOISE * noise(x)).accuracy
-    }  # fmt: skip
+    found = {"input_noise": trainer.evaluate(lambda x: x + INPUT_NOISE * noise(x)).accuracy}
     with _outputs(norm_layers(network), disturbed):
         found["layer_noise"] = trainer.evaluate().accuracy
     before = copy.deepcopy(network.state_dict())
@@ -80,6 +78,7 @@ def robustness(trainer: Trainer) -> dict[str, list[float]]:
     return found
 
 
+@torch.no_grad()
 def normalization_groups(layer: nn.Module, input: Tensor, copies: int) -> Tensor:
     """For each copy the layer's normalization groups before its affine map, in the layer's mode:
     (copies, groups, values). A group is a channel over all images and positions for a batch layer
@@ -103,6 +102,18 @@ def normalization_groups(layer: nn.Module, input: Tensor, copies: int) -> Tensor
 
 
 @torch.no_grad()
+def layer_runs(trainer: Trainer) -> tuple[list[tuple[nn.Module, Tensor, Tensor]], Tensor]:
+    """Every norm layer with its input and output for the first batch of test images, and that
+    batch's labels; in evaluation mode: no noise, and a batch layer's running statistics."""
+    network = trainer.network.eval()
+    seen: list[tuple[Tensor, Tensor]] = []
+    layers = norm_layers(network)
+    images, labels = next(trainer.test_batches())
+    with _outputs(layers, lambda input, output: seen.append((input, output))):
+        network(images)
+    return [(layer, *tensors) for layer, tensors in zip(layers, seen, strict=True)], labels
+
+
 def of_layers(trainer: Trainer) -> dict[str, list[float]]:
     """Means over the norm layers on the first batch of test images, in evaluation mode:
 
@@ -114,22 +125,16 @@ def of_layers(trainer: Trainer) -> dict[str, list[float]]:
     * ``within_between``, ``silhouette``: clustering by class of the outputs' means over positions,
       of the last layer (:func:`normnorm.diagnostics.statistics.clustering`).
     """
-    network, copies = trainer.network, trainer.experiment.copies
-    tokens = MODELS[trainer.experiment.model].tokens
-    seen: list[tuple[Tensor, Tensor]] = []
-    layers = norm_layers(network)
-    images, labels = next(trainer.test_batches())
-    network.eval()
-    with _outputs(layers, lambda input, output: seen.append((input, output))):
-        network(images)
+    copies, tokens = trainer.experiment.copies, MODELS[trainer.experiment.model].tokens
+    runs, labels = layer_runs(trainer)
     sums: dict[str, Any] = {}
-    vectors = images
-    for layer, (input, output) in zip(layers, seen, strict=True):
+    vectors = labels
+    for layer, input, output in runs:
         # (copies, N, ..., C)
         rows = output if tokens else output.unflatten(1, (copies, -1)).movedim((1, 2), (0, -1))
         groups = normalization_groups(layer, input, copies)
         for name, values in (_of_groups(groups) | _of_rows(rows)).items():
-            sums[name] = sums.get(name, 0.0) + values / len(layers)
+            sums[name] = sums.get(name, 0.0) + values / len(runs)
         positions = tuple(range(2, rows.dim() - 1))
         vectors = rows.mean(positions) if positions else rows
     found = {name: values.tolist() for name, values in sums.items()}

@@ -165,11 +165,18 @@ def train(
     directory: Path,
     processes: int,
 ) -> None:
-    """Runs the experiments that the study lacks, several at a time, and saves after each."""
+    """Runs the experiments that the study lacks, or lacks measures of, several at a time, and saves
+    after each."""
+    # Questions share runs, and may want different measures of them.
+    wanted: dict[str, tuple[Experiment, tuple[str, ...]]] = {}
+    for experiment, kinds in jobs:
+        _, before = wanted.get(folder_name(experiment), (experiment, ()))
+        wanted[folder_name(experiment)] = experiment, tuple(sorted({*before, *kinds}))
     missing = {
-        folder_name(experiment): (experiment, kinds)
-        for experiment, kinds in jobs
-        if folder_name(experiment) not in study.runs
+        name: (experiment, kinds)
+        for name, (experiment, kinds) in wanted.items()
+        if not {"accuracy", *(m for kind in kinds for m in plan.MEASURES[kind])}
+        <= study.runs.get(name, {}).keys()
     }
     context = multiprocessing.get_context("spawn")
     with (

@@ -300,11 +300,12 @@ def _section(
     for kind in question.measures:
         tables.append(_measured(study, question, kind))
     rows = []
-    for contrast, difference, adjusted, smallest in mine:
-        digits = _DIGITS.get(contrast.measure, 2)
-        shown = "< 0.001" if adjusted < 1e-3 else f"{adjusted:.3f}"
-        cells = [contrast.title, NAMES[contrast.measure], _signed(difference, digits), shown]
-        rows.append([*cells, f"{smallest:.{digits}f}"])
+    for finding in mine:
+        contrast, digits = finding.contrast, _DIGITS.get(finding.contrast.measure, 2)
+        rows.append([
+            contrast.title, NAMES[contrast.measure], _signed(finding.difference, digits),
+            _p(finding), f"{finding.detectable:.{digits}f}",
+        ])  # fmt: skip
     head = ["less plain" if question.tuning else "comparison", "measure"]
     head += ["difference (95 % interval)", "adjusted p", "found with 80 % power"]
     return f"## {question.title}\n\n" + "\n\n".join([*tables, _markdown(rows, head)])

@@ -17,7 +17,7 @@ from torch import nn
 import normnorm
 from accuracy import data, demo, demo_plot
 from accuracy.experiment import Experiment
-from accuracy.measures import norm_layers
+from accuracy.measures import layer_runs, norm_layers, normalization_groups
 from accuracy.trainer import Epoch, Trainer, World, load_data
 from normnorm.quantiles import normal_r_squared
 
@@ -153,7 +153,8 @@ def test_groups_are_normalized_without_the_affine_map(model, norm, groups):
     trainer = Trainer(experiment, load_data(experiment), ALONE)
     layer = norm_layers(trainer.network)[-1]
     before = nn.init.uniform_(layer.get_parameter("weight"), 2, 3).clone()
-    found = demo.last_groups(trainer)
+    (*_, (layer, input, _)), _ = layer_runs(trainer)
+    found = normalization_groups(layer, input, 2)
     assert found.shape == groups
     assert not found.requires_grad
     assert torch.equal(layer.get_parameter("weight"), before)  # the layer itself keeps its map

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib.image
@@ -149,6 +150,26 @@ def test_a_study_grows_block_by_block_and_goes_on(
     for run in second["runs"].values():
         assert len(run["accuracy"]) == 2
         assert all(0 < value <= 100 for value in run["accuracy"] + run["train_accuracy"])
+
+
+def test_a_run_that_questions_share_has_the_measures_of_all(tmp_path, monkeypatch):
+    def measure(experiment, _, kinds):
+        names = [name for kind in kinds for name in plan.MEASURES[kind]]
+        numbers = dict.fromkeys(["accuracy", *names], [1.0] * experiment.copies)
+        return {"experiment": experiment.to_dict(), **numbers}
+
+    monkeypatch.setattr(study, "measure", measure)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    found = Study(environment={})
+    for names in (["size"], ["conv-1000", "batch-size"]):
+        questions = {name: plan.QUICK[name] for name in names}
+        for jobs in (tuning_jobs(questions.values()), confirmation_jobs(found, questions)):
+            study.train(found, tmp_path / "study.json", "all", list(jobs), tmp_path, 1)
+    question = plan.QUICK["conv-1000"]
+    for arm in question.arms:
+        for measure_name in (*plan.MEASURES["robustness"], *plan.MEASURES["layers"]):
+            (run,) = found.test_runs(question, arm, "paper")
+            assert found.measured([run], measure_name) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": "normnorm study 2"}', "[1]"])
