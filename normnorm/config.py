@@ -71,13 +71,13 @@ _BITS = {
 
 
 @functools.lru_cache(maxsize=1024)
-def packed(config: Config, switches: int) -> tuple[float, float, float, float, int, int]:
+def packed(config: Config, *switches: bool) -> tuple[float, float, float, float, int, int]:
     """The configuration and switches as the last six arguments of a compiled backend's ops, since
     each argument costs host time. ``Flags`` in csrc/binding/ops.h reads the bits of ``flags``.
 
     Args:
         config: the configuration.
-        switches: the op's booleans, the first in bit 0.
+        switches: the op's booleans.
 
     Raises:
         ValueError: a setting that cannot be packed; the op's checks then name it.
@@ -89,7 +89,9 @@ def packed(config: Config, switches: int) -> tuple[float, float, float, float, i
     size, other = (ndim, num_groups) if kind == "layer" else (num_groups, ndim)
     if bits is None or other != 0:
         raise ValueError("the configuration does not fit the op")
-    flags = bits | switches << 8 | (stream & 0xFFFFFFFF) << 16
+    for number, switch in enumerate(switches, start=8):
+        bits |= switch << number
+    flags = bits | (stream & 0xFFFFFFFF) << 16
     return eps, noise_train, alpha, transform_eps, size, flags
 
 

@@ -126,7 +126,7 @@ FAKES: dict[str, Callable[..., Any]] = {
 def run_forward(arguments: tuple[Any, ...]) -> Results:
     """The forward pass by the backend that the last of the op's arguments names."""
     name = arguments[-1]
-    backend = backends._backends.get(name) or backends.get(name)
+    backend = backends.get(name)
     try:
         return backend.forward(*arguments[:-1])  # type: ignore[no-any-return]
     except ValueError as error:
@@ -138,7 +138,7 @@ def run_forward(arguments: tuple[Any, ...]) -> Results:
 def run_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The backward pass by the backend that the last of the op's arguments names."""
     name = arguments[-1]
-    backend = backends._backends.get(name) or backends.get(name)
+    backend = backends.get(name)
     try:
         return backend.backward(*arguments[:-1])  # type: ignore[no-any-return]
     except ValueError as error:
@@ -199,19 +199,17 @@ def run_step(
     Returns:
         (output, statistics, sum, seed); an absent one is None or an empty tensor.
     """
-    backend = backends._backends.get(config.backend) or backends.get(config.backend)
+    backend = backends.get(config.backend)
     input, mean, var, lmbda, weight, bias, residual, seed, noise_scale = tensors
     if backend.step is not None and direct(input):
         tracked = momentum = None
-        switches = 1 * prenorm + 2 * keep_stats
-        if mean is None:
-            switches += 4
-            if update is not None:
-                mean, var, lmbda, tracked, momentum = update
+        step = mean is None
+        if update is not None:
+            mean, var, lmbda, tracked, momentum = update
         try:
             return backend.step(  # type: ignore[no-any-return]
                 input, mean, var, lmbda, tracked, weight, bias, residual, seed, noise_scale,
-                momentum, *packed(config, switches),
+                momentum, *packed(config, prenorm, keep_stats, step),
             )  # fmt: skip
         except _REFUSALS as error:
             refusal = error
@@ -245,15 +243,13 @@ def run_gradient(
             :class:`normnorm.config.BackwardArguments`.
         switches, config: its other fields.
     """
-    backend = backends._backends.get(config.backend) or backends.get(config.backend)
+    backend = backends.get(config.backend)
     if backend.gradient is None:
         return run_backward((*tensors, *switches, *config))
     if not direct(tensors[0]):
         return normal_norm_backward(*tensors, *switches, *config)  # type: ignore[no-any-return]
-    needs_input, needs_weight, needs_bias, frozen = switches
-    bits = needs_input + 2 * needs_weight + 4 * needs_bias + 8 * frozen
     try:
-        return backend.gradient(*tensors, *packed(config, bits))  # type: ignore[no-any-return]
+        return backend.gradient(*tensors, *packed(config, *switches))  # type: ignore[no-any-return]
     except _REFUSALS as error:
         refusal = error
     check_backward(BackwardArguments.of(*tensors, *switches, *config))

@@ -106,17 +106,12 @@ def register_compiled(name: str, device_type: str) -> None:
 
     def forward(*arguments: Any) -> tuple[Any, ...]:
         call = ForwardArguments.of(*arguments)
-        switches = call.prenorm + 2 * call.keep_stats
-        return step(  # type: ignore[no-any-return]
-            *call[:4], None, *call[4:9], None, *packed(call.config, switches)
-        )[:3]
+        settings = packed(call.config, call.prenorm, call.keep_stats)
+        return step(*call[:4], None, *call[4:9], None, *settings)[:3]  # type: ignore[no-any-return]
 
     def backward(*arguments: Any) -> tuple[Any, ...]:
-        needs_input, needs_weight, needs_bias, frozen = arguments[8:12]
-        switches = needs_input + 2 * needs_weight + 4 * needs_bias + 8 * frozen
-        return gradient(  # type: ignore[no-any-return]
-            *arguments[:8], *packed(Config(*arguments[12:]), switches)
-        )
+        settings = packed(Config(*arguments[12:]), *arguments[8:12])
+        return gradient(*arguments[:8], *settings)  # type: ignore[no-any-return]
 
     fold = ops.fold_running_.default
     register(Backend(name, device_type, forward, backward, fold, step, gradient))
