@@ -76,7 +76,8 @@ class ClusterThreads {
     partial_ = partial;
     cluster_sync();  // no block's shared memory may be written before that block runs
   }
-  __device__ unsigned rank() const { return cluster_rank() * blockDim.x + threadIdx.x; }
+  // opaque: recomputed by each caller; kept between rounds it would take a register
+  __device__ unsigned rank() const { return cluster_rank() * blockDim.x + opaque(threadIdx.x); }
   __device__ unsigned size() const { return cluster_size() * blockDim.x; }
   __device__ unsigned index() const { return blockIdx.x / cluster_size(); }
   __device__ unsigned count() const { return gridDim.x / cluster_size(); }

@@ -353,8 +353,9 @@ class BackwardGroup {
   __device__ __forceinline__ void write_element_sums() {
     if constexpr (kElementwise) {
       const GroupPlace origin = {};
-      cache_.template each<false, false>([&](Chunk, uint32_t chunk, uint32_t slot) {
-        const ChunkPlace c = locate_chunk<kRagged, N>(a_, origin, chunk);
+      const uint32_t rank = threads_.rank();
+      cache_.template each<false, false>([&](Chunk, uint32_t, uint32_t slot) {
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, origin, rank + slot * threads_.size());
         const int64_t at = threads_.index() * a_.length + c.first;
 #pragma unroll
         for (int j = 0; j < N; ++j) {
