@@ -8,6 +8,7 @@ Representations", ICML 2025 (arXiv 2505.00685).
 from normnorm import functional
 from normnorm.backends import available_backends, use_backend
 from normnorm.conversion import Replacement, replace_norms, restore_norms
+from normnorm.doctor import show_config
 from normnorm.export import decompositions
 from normnorm.functional import estimate_lmbda, yeo_johnson
 from normnorm.fused import AddLayerNormalNorm, BatchNormalNormAct2d
@@ -72,6 +73,7 @@ __all__ = [
     "register_norm",
     "replace_norms",
     "restore_norms",
+    "show_config",
     "unfreeze_statistics",
     "update_stats",
     "use_backend",

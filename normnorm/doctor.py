@@ -95,11 +95,27 @@ def _wrong_choice() -> str | None:
     return None
 
 
-def report(check: bool = True) -> dict[str, Any]:
-    """The whole report as plain data, without running a layer if ``check`` is False. ``ok`` is true
-    if every check passed, the compiled kernels were built or left out on purpose (else
-    ``build_failure`` is the error), and NORMNORM_BACKEND can run (else ``wrong_choice`` is the
-    error)."""
+def show_config(check: bool = True) -> dict[str, Any]:
+    """What ``normnorm doctor --json`` prints: versions, machine, backends and a check of their
+    results, for bug reports and logs.
+
+    Args:
+        check: whether to run every layer on every available backend, which takes seconds.
+
+    Returns:
+        A dictionary of plain data:
+
+        * ``environment``: versions of normnorm, Python, torch, CUDA and Triton, commit, platform,
+          processor, cores, threads, ``NORMNORM_BACKEND``, and a list of the GPUs.
+        * ``backends``: each backend's name with None, or with the reason why it cannot run.
+        * ``details``: how the available ``cpu`` and ``cuda`` kernels were built.
+        * ``checks``: for each layer, mode, backend and dtype the ``errors`` of output, gradients
+          and running statistics, relative to the largest value of each; their ``bound``; and
+          whether they ``passed``. Empty if ``check`` is False.
+        * ``build_failure``: the error if the last build of the compiled kernels failed, else None.
+        * ``wrong_choice``: the error if ``NORMNORM_BACKEND`` cannot run, else None.
+        * ``ok``: whether every check passed and neither error was found.
+    """
     available = backends.available_backends()
     wrong_choice = _wrong_choice()
     build_failure = backends.cpu.build_failure()
@@ -271,7 +287,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         print(f"options of --plan SHAPE, which was not given: {options}", file=sys.stderr)
         return 2
-    found = report(check=not arguments.no_checks)
+    found = show_config(check=not arguments.no_checks)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
         print()

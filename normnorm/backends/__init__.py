@@ -13,6 +13,7 @@ GPU's driver nor imports Triton. Each is a module of this package, with
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import threading
 import weakref
@@ -53,6 +54,7 @@ NAMES = ("reference", "cpu", "cuda", "triton")
 # Backends whose modules have not been imported yet, and the device type that each serves.
 _late: dict[str, str] = {"cuda": "cuda", "triton": "cuda"}
 _UNAVAILABLE: dict[str, str] = {}
+_log = logging.getLogger(__name__)
 _backends: dict[str, Backend] = {
     "reference": Backend(
         "reference",
@@ -123,7 +125,12 @@ def register_compiled_backends() -> None:
     if reason is None:
         register_compiled(cpu.NAME, cpu.DEVICE_TYPE)
     else:
-        _UNAVAILABLE[cpu.NAME] = reason
+        _without(cpu.NAME, reason)
+
+
+def _without(name: str, reason: str) -> None:
+    _UNAVAILABLE[name] = reason
+    _log.info("backend '%s' is unavailable: %s", name, reason)
 
 
 def _look_for(name: str) -> None:
@@ -133,13 +140,13 @@ def _look_for(name: str) -> None:
         try:
             module = importlib.import_module(f"normnorm.backends.{each}")
         except ImportError as error:
-            _UNAVAILABLE[each] = f"its module does not import: {error}"
+            _without(each, f"its module does not import: {error}")
         else:
             reason = module.unavailable_reason()
             if reason is None:
                 module.register()
             else:
-                _UNAVAILABLE[each] = reason
+                _without(each, reason)
         _late.pop(each, None)
         if each == name:
             return

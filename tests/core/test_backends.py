@@ -120,11 +120,15 @@ def test_auto_takes_what_there_is_and_looks_once(late):
     assert backends.resolve(torch.device("cuda"), "auto").name == "triton"
 
 
-def test_auto_falls_back_on_the_reference_where_nothing_else_runs(late):
+def test_auto_falls_back_on_the_reference_where_nothing_else_runs(late, caplog):
+    caplog.set_level("INFO", "normnorm")
     late("cuda", cuda="not built", triton="not installed")
     assert backends.resolve(torch.device("cuda"), "auto").name == "reference"
     found = normnorm.available_backends()
     assert (found["cuda"], found["triton"]) == ("not built", "not installed")
+    assert caplog.messages == [
+        "backend 'cuda' is unavailable: not built", "backend 'triton' is unavailable: not installed"
+    ]  # fmt: skip
 
 
 def test_a_backend_whose_module_does_not_import_says_so(late, monkeypatch):

@@ -68,6 +68,16 @@ def test_doctor_without_checks_runs_no_layer(wrong, capsys):
     assert "missed" not in capsys.readouterr().out
 
 
+def test_show_config_returns_what_doctor_prints_as_json(wrong, capsys):
+    wrong(backward=one_per_mille_off)
+    printed, returned = report(capsys, status=1), normnorm.show_config()
+    assert capsys.readouterr().out == ""
+    for found in (printed, returned):  # clocks change between the calls
+        for gpu in found["environment"]["gpu"]:
+            del gpu["clock_mhz"], gpu["memory_clock_mhz"]
+    assert json.loads(json.dumps(returned)) == printed
+
+
 def test_doctor_and_gradcheck_exit_1_on_a_wrong_kernel(wrong, monkeypatch, capsys):
     wrong(backward=one_per_mille_off)
     for words in (["doctor"], ["gradcheck", "--backend", "cpu"]):
@@ -308,6 +318,6 @@ def test_a_full_disk_gets_a_sentence(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("no_checks")
 def test_ctrl_c_gets_a_sentence(monkeypatch, capsys):
-    monkeypatch.setattr("normnorm.doctor.report", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("normnorm.doctor.show_config", mock.Mock(side_effect=KeyboardInterrupt))
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "normnorm doctor: interrupted\n"
