@@ -16,7 +16,7 @@ from normnorm.modules import _InstanceNormalNorm
 
 # Conv1d, LayerNorm2d, LayerNormAct2dFp32: the number of dimensions after (batch, channels).
 _POSITIONS = re.compile(r"([123])d(?![a-z])")
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, _InstanceNormalNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, _InstanceNormalNorm)
 
 
 Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -203,7 +203,7 @@ def channels_last(module: nn.Module, output: Tensor) -> Tensor:
     positions = next((int(found[1]) for found in names if found), None)
     # These layers also take an unbatched sample, whose dimension 1 is a position.
     unbatched = output.dim() - 1 == positions and (
-        hasattr(module, "out_channels") or isinstance(module, _INSTANCE_NORMS)
+        hasattr(module, "out_channels") or isinstance(module, INSTANCE_NORMS)
     )
     if output.dim() < 2 or unbatched:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The quantile-quantile plot against the normal, and its R^2."""
+"""How normal a group of values is: the quantile-quantile plot, skewness and kurtosis."""
 
 import torch
 from torch import Tensor
@@ -43,3 +43,26 @@ def normal_r_squared(count: int) -> float:
     rows = min(max(100_000 // count, 16), 2000)
     samples = torch.randn(rows, count, generator=torch.Generator().manual_seed(0))
     return float(qq_r_squared(samples).mean())
+
+
+def normality(groups: Tensor) -> dict[str, Tensor]:
+    """Measures of each row's shape, invariant to location and scale.
+
+    Args:
+        groups: (rows, n).
+
+    Returns:
+        (rows,) each, float64, NaN for a row of equal values or with NaN or infinity: ``qq_r2``
+        (:func:`qq_r_squared`); ``skewness``, the absolute value of the third standardized moment, 0
+        for the normal; ``kurtosis``, the fourth, 3 for the normal.
+    """
+    groups = groups.double()
+    centred = groups - groups.mean(1, keepdim=True)
+    h = centred / centred.square().mean(1, keepdim=True).sqrt()
+    qq_r2 = qq_r_squared(groups)
+    nothing = qq_r2.isnan()
+    return {
+        "qq_r2": qq_r2,
+        "skewness": h.pow(3).mean(1).abs().masked_fill(nothing, torch.nan),
+        "kurtosis": h.pow(4).mean(1).masked_fill(nothing, torch.nan),
+    }

@@ -13,10 +13,10 @@ from accuracy.layers import DecorrelatedBatchNorm2d
 from accuracy.nets import MODELS
 from accuracy.norms import AffineOfCopies
 from accuracy.trainer import Trainer
-from normnorm.diagnostics import qq_r_squared
 from normnorm.diagnostics.capture import NORM_LAYERS
 from normnorm.diagnostics.statistics import clustering
-from normnorm.modules import InstanceNormalNorm2d
+from normnorm.groups import each_sample, groups_of
+from normnorm.quantiles import normality
 
 # Standard deviations of Gaussian noise: on images, in their own unit; on a norm layer's output and
 # on a weight tensor, in standard deviations of these.
@@ -80,25 +80,21 @@ def robustness(trainer: Trainer) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def normalization_groups(layer: nn.Module, input: Tensor, copies: int) -> Tensor:
-    """For each copy the layer's normalization groups before its affine map, in the layer's mode:
-    (copies, groups, values). A group is a channel over all images and positions for a batch layer
-    and a decorrelating one, the features of one token for layer normalization, one image's channel
-    or group of channels for instance and group normalization."""
+    """For each copy the layer's normalization groups (:func:`normnorm.groups.groups_of`) before its
+    affine map, in the layer's mode: (copies, groups, values). A decorrelating layer counts as a
+    batch layer."""
     bare = copy.deepcopy(layer)
     for module in bare.modules():
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             parameter = getattr(module, name, None)
             if parameter is not None:
                 parameter.fill_(value)
-    output = bare(input)
-    if isinstance(layer, (nn.LayerNorm, AffineOfCopies)):
-        return output.reshape(copies, -1, output.size(-1))
-    parts = output.unflatten(1, (copies, -1)).transpose(0, 1)  # (copies, N, C, H, W)
-    if isinstance(layer, nn.GroupNorm):
-        return parts.reshape(copies, parts.size(1) * layer.num_groups // copies, -1)
-    if isinstance(layer, (nn.modules.instancenorm._InstanceNorm, InstanceNormalNorm2d)):
-        return parts.flatten(3).flatten(1, 2)
-    return parts.transpose(1, 2).flatten(2)
+    norm = layer.norm if isinstance(layer, AffineOfCopies) else layer
+    groups = groups_of(norm, bare(input))
+    # By sample where each has its own, then copy: the copies are side by side in the channels, or
+    # the first dimension of tokens.
+    samples = input.size(0) if each_sample(norm) else 1
+    return groups.unflatten(0, (samples, copies, -1)).transpose(0, 1).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -145,14 +141,8 @@ def of_layers(trainer: Trainer) -> dict[str, list[float]]:
 
 
 def _of_groups(groups: Tensor) -> dict[str, Tensor]:
-    groups = groups.double()
-    centred = groups - groups.mean(2, keepdim=True)
-    h = centred / centred.square().mean(2, keepdim=True).sqrt()
-    return {
-        "qq_r2": torch.stack([qq_r_squared(part).nanmean() for part in groups]),
-        "skewness": h.pow(3).mean(2).abs().nanmean(1),
-        "kurtosis": h.pow(4).mean(2).nanmean(1),
-    }
+    found = normality(groups.flatten(0, 1))
+    return {name: values.view(len(groups), -1).nanmean(1) for name, values in found.items()}
 
 
 def _of_rows(rows: Tensor) -> dict[str, Tensor]:

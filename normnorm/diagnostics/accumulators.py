@@ -1,7 +1,12 @@
-"""What is kept of a stream of rows, in bounded memory: moments of the columns, and a sample."""
+"""What is kept of a stream of rows, in bounded memory: moments of the columns, a sample, and means
+of the rows' normality."""
+
+from collections import Counter
 
 import torch
 from torch import Tensor
+
+from normnorm.quantiles import normal_r_squared, normality
 
 
 class ColumnMoments:
@@ -130,3 +135,41 @@ class RowSample:
             if kept_labels is not None and self.labels is not None:
                 kept_labels = torch.cat([self.labels, kept_labels])[order]
         self._keys, self.rows, self.labels = keys, kept, kept_labels
+
+
+class GroupMeans:
+    """Means of the normality of normalization groups (:func:`normnorm.quantiles.normality`)."""
+
+    def __init__(self) -> None:
+        self._sums = {"skewness": 0.0, "kurtosis": 0.0, "qq_r2": 0.0}
+        self._sizes: Counter[int] = Counter()  # number of groups that vary, by their size
+        self._constant = self._nonfinite = self._groups = 0
+
+    def add(self, groups: Tensor) -> None:
+        """Adds groups: (groups, values)."""
+        if groups.size(1) == 0:
+            return
+        constant = groups.amin(1) == groups.amax(1)
+        varying = groups[~constant]
+        self._constant += int(constant.sum())
+        self._nonfinite += int((~varying.isfinite().all(1)).sum())
+        self._groups += groups.size(0)
+        self._sizes[groups.size(1)] += varying.size(0)
+        for name, values in normality(varying).items():
+            self._sums[name] += float(values.sum())
+
+    def result(self) -> dict[str, float] | None:
+        """What :class:`normnorm.diagnostics.LayerDiagnosis` has as ``own_groups``; None without
+        groups."""
+        if not self._groups:
+            return None
+        number = self._sizes.total()
+        found = {name: total / number if number else torch.nan
+                 for name, total in self._sums.items()}  # fmt: skip
+        found["kurtosis"] -= 3.0
+        normal = sum(count * normal_r_squared(size) for size, count in self._sizes.items() if count)
+        found["normal_qq_r2"] = normal / number if number else torch.nan
+        counts = {
+            "groups": self._groups, "constant": self._constant, "nonfinite": self._nonfinite
+        }  # fmt: skip
+        return found | counts

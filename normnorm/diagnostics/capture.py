@@ -4,12 +4,14 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normnorm import layer_outputs
+from normnorm.groups import input_of
 
 # The default layers: torch's norm layers and normnorm's, which derive from the same bases.
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -63,12 +65,13 @@ def batches(
 def watching(
     model: nn.Module,
     layers: dict[str, nn.Module],
-    see: Callable[[str, Tensor], Tensor | None],
+    see: Callable[[str, Tensor, Callable[[], Tensor]], Tensor | None],
     owner: str,
 ) -> Iterator[None]:
     """Runs the block in evaluation mode without gradients, with compiled code uncompiled. ``see``
-    is called with the name and output of each of ``layers`` and may return a replacement output.
-    Afterwards the model's state is restored.
+    is called with the name and output of each of ``layers`` and a function that returns a norm
+    layer's input (:func:`normnorm.groups.input_of`); it may return a replacement output. Afterwards
+    the model's state is restored.
 
     Raises:
         ValueError: at the end, a layer never ran or had an empty output.
@@ -76,11 +79,11 @@ def watching(
     training = {module: module.training for module in model.modules()}
     silent = set(layers)
 
-    def seen(name: str, module: nn.Module, _: Any, __: Any, output: Any) -> Any:
+    def seen(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = layer_outputs.tensor_of(name, module, output)
         if given.numel() > 0:
             silent.discard(name)
-        other = see(name, given)
+        other = see(name, given, partial(input_of, module, args, kwargs, output))
         if other is None or isinstance(output, Tensor):
             return other
         return (other, *output[1:])

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from normnorm import layer_outputs
 from normnorm.checks import check_integer, check_number
 from normnorm.diagnostics import capture, statistics
-from normnorm.diagnostics.accumulators import ColumnMoments, RowSample
-from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
+from normnorm.diagnostics.accumulators import ColumnMoments, GroupMeans, RowSample
+from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis, listed
+from normnorm.groups import Part, part_of, running_of, uses_running
 from normnorm.quantiles import normal_r_squared, qq_r_squared
 
 
 class _Watched:
-    """A layer's outputs so far: moments of all of them, and a sample."""
+    """A layer's outputs so far: moments of all of them, and a sample; a norm layer's groups."""
 
     def __init__(self, module: nn.Module, sample_size: int, channels: int, seed: int) -> None:
         self.module = module
@@ -26,8 +27,13 @@ class _Watched:
         self.moments = ColumnMoments(0)
         self.sample = RowSample(sample_size, seed)
         self.vectors = RowSample(sample_size, seed + 1)
+        # Of a norm layer; where groups are channels over all batches, observations of the input
+        # until the end.
+        self._own_groups = GroupMeans()
+        self._inputs = RowSample(sample_size, seed)
+        self._running: list[Tensor] | None = None
 
-    def add(self, output: Tensor, labels: Tensor | None) -> None:
+    def add(self, output: Tensor, labels: Tensor | None, given: Callable[[], Tensor]) -> None:
         moved = layer_outputs.channels_last(self.module, output)
         rows = moved.flatten(0, -2)
         if not self.channels:
@@ -40,6 +46,8 @@ class _Watched:
         rows = rows.index_select(1, chosen)
         self.moments.add(rows)
         self.sample.add(rows)
+        if isinstance(self.module, capture.NORM_LAYERS):
+            self._add_groups(given())
         if labels is not None:
             # One vector per sample, the mean over its positions.
             means = moved.flatten(1, -2).mean(1) if moved.dim() > 2 else moved
@@ -48,12 +56,34 @@ class _Watched:
             if vectors.size(0) == labels.size(0):
                 self.vectors.add(vectors, labels)
 
+    def _add_groups(self, input: Tensor) -> None:
+        if uses_running(self.module):
+            rows = layer_outputs.channels_last(self.module, input).flatten(0, -2)
+            chosen = self._chosen.to(rows.device)
+            self._inputs.add(rows.index_select(1, chosen))
+            if (running := running_of(self.module)) is not None:
+                self._running = [tensor[chosen] for tensor in running]
+            return
+        size, groups = self._sizes
+        part = part_of(self.module, input, groups, size)
+        self._own_groups.add(part.transformed(self.module)[0])
+
     def _begin(self, channels: int) -> None:
         self.channels = channels
         watched = min(channels, self._sizes[1])
         generator = torch.Generator().manual_seed(self._seed)
         self._chosen = torch.randperm(channels, generator=generator)[:watched].sort().values
         self.moments = ColumnMoments(watched)
+
+    @property
+    def nonfinite_channels(self) -> list[int]:
+        return self._chosen[~self.moments.mean.isfinite()].tolist()
+
+    def _means_of_groups(self) -> dict[str, float] | None:
+        if self._inputs.rows.numel():
+            part = Part(self._inputs.rows.T, self._running, noisy=False)
+            self._own_groups.add(part.transformed(self.module)[0])
+        return self._own_groups.result()
 
     def result(self, projections: int) -> LayerDiagnosis:
         moments, rows = self.moments, self.sample.rows
@@ -69,6 +99,9 @@ class _Watched:
             channels=self.channels,
             watched_channels=rows.size(1),
             observations=moments.count,
+            constant_channels=self._chosen[moments.constant].tolist(),
+            nonfinite_channels=self.nonfinite_channels,
+            own_groups=self._means_of_groups(),
             skewness=_mean(moments.skewness.abs(), ~moments.constant),
             kurtosis=_mean(moments.kurtosis, ~moments.constant),
             qq_r2=_mean(r2, torch.from_numpy(statistics.varying(sample))),
@@ -85,6 +118,7 @@ class _Watched:
             if labels is None
             else statistics.clustering(self.vectors.rows.numpy(), labels.numpy()),
             by_channel={
+                "channel": self._chosen.tolist(),
                 "skewness": moments.skewness.tolist(),
                 "kurtosis": moments.kurtosis.tolist(),
                 "qq_r2": r2.tolist(),
@@ -110,7 +144,8 @@ def diagnose(
     projections: int = 64,
     seed: int = 0,
 ) -> Diagnosis:
-    """Measures how normal, independent, sparse and clustered the outputs of a model's layers are.
+    """Measures how normal, independent, sparse and clustered the outputs of a model's layers are,
+    and how normal the norm layers' normalization groups are before the affine map.
 
     Makes one pass in evaluation mode, in memory that does not grow with the data: moments,
     correlations and zeros are over all observations, the other statistics (SciPy's and
@@ -118,7 +153,9 @@ def diagnose(
 
     An observation is one position of a sample, (batch, height, width) or (batch, token); its
     variables are the channels: the last dimension after a layer normalization or a linear layer,
-    dimension 1 after every other norm, a convolution, and a ``LayerNorm2d``.
+    dimension 1 after every other norm, a convolution, and a ``LayerNorm2d``. A normalization group
+    is what a norm layer normalizes together (:func:`normnorm.groups.groups_of`): in evaluation a
+    channel over the whole loader for a layer with running statistics.
 
     Args:
         model: any module whose input is one tensor.
@@ -127,8 +164,9 @@ def diagnose(
         layers: names in ``model.named_modules()``, or one, or a predicate of (name, module); by
             default every normalization layer, torch's and normnorm's.
         batches: the number of batches used; None for all.
-        sample_size: observations kept per layer.
-        channels: the most channels measured per layer, drawn at random.
+        sample_size: observations kept per layer, and the most values of a normalization group.
+        channels: the most channels measured per layer, drawn at random, and the most normalization
+            groups per batch of layers without running statistics, evenly spaced.
         projections: directions of the joint statistic, and pairs of channels of the mutual
             information.
         seed: of the choice of sample, channels, directions and pairs.
@@ -152,18 +190,17 @@ def diagnose(
     }
     labels: Tensor | None = None
 
-    def see(name: str, output: Tensor) -> None:
-        watched[name].add(output, labels)
+    def see(name: str, output: Tensor, given: Callable[[], Tensor]) -> None:
+        watched[name].add(output, labels, given)
 
     with capture.watching(model, chosen, see, "normnorm.diagnostics.diagnose"):
         for inputs, labels in capture.batches(loader, model, batches):  # noqa: B007
             model(inputs)
     for name, layer in watched.items():
-        finite = layer.moments.mean.isfinite()
-        if not finite.all():
+        if layer.nonfinite_channels:
             warnings.warn(
-                f"layer '{name}': {int((~finite).sum())} of {len(finite)} watched channels hold "
-                "NaN or infinity; statistics that they enter are NaN",
+                f"layer '{name}': {listed(layer.nonfinite_channels)} of {layer.channels} hold NaN "
+                "or infinity; statistics that they enter are NaN",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -214,7 +251,7 @@ def noise_robustness(
     scale = 0.0
     generator = torch.Generator()
 
-    def disturb(name: str, output: Tensor) -> Tensor | None:
+    def disturb(name: str, output: Tensor, _: Any) -> Tensor | None:
         if name != noisy:
             return None
         noise = torch.randn(output.shape, generator=generator, dtype=torch.float32)

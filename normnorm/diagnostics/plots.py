@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from normnorm.diagnostics import statistics
-from normnorm.diagnostics.result import Diagnosis
+from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
 from normnorm.quantiles import normal_quantiles
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#777777"  # distinguishable with any colour vision
@@ -34,8 +34,8 @@ def draw(diagnosis: Diagnosis, folder: Path) -> list[Path]:
             continue
         stem = re.sub(r"[^\w.-]", "_", name) or "model"
         title = f"{name or 'model'} ({layer.layer})"
-        files.append(_save(_grid(title, layer.sample, _qq), folder / f"qq_{stem}.png"))
-        files.append(_save(_grid(title, layer.sample, _histogram), folder / f"hist_{stem}.png"))
+        files.append(_save(_grid(title, layer, _qq), folder / f"qq_{stem}.png"))
+        files.append(_save(_grid(title, layer, _histogram), folder / f"hist_{stem}.png"))
     return files
 
 
@@ -50,14 +50,20 @@ def _bare(axes: Axes) -> None:
 
 
 def _profile(diagnosis: Diagnosis) -> Figure:
-    """Each statistic over the layers, with its value for normal samples."""
+    """Each statistic over the layers, of channels and of own groups, with its value for normal
+    samples."""
     layers = list(diagnosis.layers.values())
     depth = np.arange(1, len(layers) + 1)
     figure = Figure(figsize=(9, 5), layout="constrained")
     panels = figure.subplots(2, 3)
     for axes, (title, key, normal) in zip(panels.flat, _PROFILE, strict=True):
         _bare(axes)
-        axes.plot(depth, [getattr(layer, key) for layer in layers], "o-", color=_BLUE, ms=4)
+        axes.plot(depth, [getattr(layer, key) for layer in layers], "o-", color=_BLUE, ms=4,
+                  label="channels")  # fmt: skip
+        own = [(layer.own_groups or {}).get(key, math.nan) for layer in layers]
+        if not np.isnan(own).all():
+            axes.plot(depth, own, "s-", color=_ORANGE, ms=4, label="own groups")
+            axes.legend(fontsize=7, frameon=False)
         if normal is not None:
             expected = [getattr(layer, normal) for layer in layers]
             axes.plot(depth, expected, "--", color=_GREY, lw=1)
@@ -70,15 +76,17 @@ def _profile(diagnosis: Diagnosis) -> Figure:
     return figure
 
 
-def _columns(sample: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _columns(layer: LayerDiagnosis) -> Iterator[tuple[int, np.ndarray]]:
+    sample = layer.sample
+    assert sample is not None
     drawn = statistics.varying(sample) & np.isfinite(sample).all(0)
     for column in np.flatnonzero(drawn)[:_PANELS]:
         values = np.sort(sample[:, column].astype(np.float64))
-        yield int(column), (values - values.mean()) / values.std()
+        yield int(layer.by_channel["channel"][column]), (values - values.mean()) / values.std()
 
 
-def _grid(title: str, sample: np.ndarray, panel: Callable[[Axes, np.ndarray], None]) -> Figure:
-    columns = list(_columns(sample))
+def _grid(title: str, layer: LayerDiagnosis, panel: Callable[[Axes, np.ndarray], None]) -> Figure:
+    columns = list(_columns(layer))
     across = min(4, max(1, len(columns)))
     down = max(1, math.ceil(len(columns) / across))
     figure = Figure(figsize=(2.2 * across + 0.4, 2.0 * down + 0.6), layout="constrained")

@@ -2,26 +2,32 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT = "normnorm diagnosis 1"
+FORMAT = "normnorm diagnosis 2"
 
 
 @dataclass
 class LayerDiagnosis:
-    """One layer's statistics. Means over channels unless noted; constant channels are left out. NaN
-    if nothing varies or a channel has NaN or infinity.
+    """One layer's statistics. Means over the channels of its output unless noted; constant channels
+    are left out. NaN if nothing varies or a channel has NaN or infinity.
 
     Attributes:
         layer: the module's class.
         channels: of the layer.
         watched_channels: the number of channels measured, drawn at random.
         observations: values per channel.
+        constant_channels: indices of the measured channels whose values are all equal.
+        nonfinite_channels: indices of the measured channels with NaN or infinity.
+        own_groups: of a norm layer's normalization groups before noise and affine map, and so of
+            what the layer itself makes normal; None for other layers. Means ``skewness``,
+            ``kurtosis``, ``qq_r2`` and ``normal_qq_r2`` as below, over groups that are not
+            constant; numbers of ``groups``, of ``constant`` ones and of ``nonfinite`` ones.
         skewness: mean absolute skewness; 0 for the normal. Over all observations.
         kurtosis: mean excess kurtosis; 0 for the normal. Over all observations.
         qq_r2: R^2 of the normal quantile-quantile plot; 1 for a perfectly normal shape.
@@ -37,13 +43,17 @@ class LayerDiagnosis:
         dead_channels: share of the channels that are always zero.
         clustering: ``within_between``, ``silhouette`` and ``nearest_centroid`` of the samples'
             vectors (means over positions) by class; None without labels.
-        by_channel: ``skewness``, ``kurtosis``, ``qq_r2``, ``sparsity`` of every measured channel.
+        by_channel: ``skewness``, ``kurtosis``, ``qq_r2``, ``sparsity`` of every measured channel,
+            and its index ``channel``.
     """
 
     layer: str
     channels: int
     watched_channels: int
     observations: int
+    constant_channels: list[int]
+    nonfinite_channels: list[int]
+    own_groups: dict[str, float] | None
     skewness: float
     kurtosis: float
     qq_r2: float
@@ -62,24 +72,38 @@ class LayerDiagnosis:
     sample: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
-_COLUMNS = {
-    "layer": "name",
-    "skew": "skewness",
-    "kurtosis": "kurtosis",
-    "Q-Q R^2": "qq_r2",
-    "(normal)": "normal_qq_r2",
-    "W": "shapiro_w",
-    "joint": "joint_distance",
-    "(normal) ": "normal_joint_distance",
-    "|corr|": "correlation",
-    "AMI": "mutual_information",
-    "zeros": "sparsity",
-}
-_CLUSTERING = {
-    "within/between": "within_between",
-    "silhouette": "silhouette",
-    "centroid acc.": "nearest_centroid",
-}
+# Columns of the table: the head, and the name of the number.
+_OWN_GROUPS = (
+    ("group skew", "skewness"),
+    ("kurtosis", "kurtosis"),
+    ("Q-Q R^2", "qq_r2"),
+    ("(normal)", "normal_qq_r2"),
+)
+_CHANNELS = (
+    ("channel skew", "skewness"),
+    ("kurtosis", "kurtosis"),
+    ("Q-Q R^2", "qq_r2"),
+    ("(normal)", "normal_qq_r2"),
+    ("W", "shapiro_w"),
+    ("joint", "joint_distance"),
+    ("(normal)", "normal_joint_distance"),
+    ("|corr|", "correlation"),
+    ("AMI", "mutual_information"),
+    ("zeros", "sparsity"),
+)
+_CLUSTERING = (
+    ("within/between", "within_between"),
+    ("silhouette", "silhouette"),
+    ("centroid acc.", "nearest_centroid"),
+)
+_LISTED = 8
+
+
+def listed(channels: list[int]) -> str:
+    """Channels by their indices, the first of many."""
+    more = f", ... ({len(channels)})" if len(channels) > _LISTED else ""
+    words = ", ".join(map(str, channels[:_LISTED])) + more
+    return f"channel{'s' if len(channels) > 1 else ''} {words}"
 
 
 @dataclass
@@ -89,16 +113,19 @@ class Diagnosis:
     layers: dict[str, LayerDiagnosis]
 
     def table(self) -> str:
-        """One line per layer, in plain text."""
-        clustered = any(layer.clustering for layer in self.layers.values())
-        head = [*_COLUMNS, *(_CLUSTERING if clustered else ())]
-        rows = []
-        for name, layer in self.layers.items():
-            numbers = [getattr(layer, key) for key in list(_COLUMNS.values())[1:]]
-            if clustered:
-                found = layer.clustering or {}
-                numbers += [found.get(key, math.nan) for key in _CLUSTERING.values()]
-            rows.append([name, *(_cell(n) for n in numbers)])
+        """One line per layer, in plain text: a norm layer's own groups, then the channels of its
+        output. Below it, what is constant or not finite."""
+        layers = self.layers.values()
+        head, rows = ["layer"], [[name] for name in self.layers]
+        for columns, numbers in (
+            (_OWN_GROUPS, [layer.own_groups for layer in layers]),
+            (_CHANNELS, [vars(layer) for layer in layers]),
+            (_CLUSTERING, [layer.clustering for layer in layers]),
+        ):
+            if any(numbers):
+                head += [title for title, _ in columns]
+                for row, found in zip(rows, numbers, strict=True):
+                    row += [_cell((found or {}).get(key, math.nan)) for _, key in columns]
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
             "  ".join(
@@ -108,7 +135,18 @@ class Diagnosis:
             for row in (head, *rows)
         ]
         lines.insert(1, "-" * len(lines[0]))
-        return "\n".join(lines)
+        return "\n".join(lines + [f"{name}: {words}" for name, words in self._exceptions()])
+
+    def _exceptions(self) -> Iterator[tuple[str, str]]:
+        """What of which layer is constant or not finite."""
+        for name, layer in self.layers.items():
+            own = layer.own_groups or {}
+            for key, words in (("constant", "constant"), ("nonfinite", "not finite")):
+                channels = getattr(layer, f"{key}_channels")
+                if channels:
+                    yield name, f"{listed(channels)} of {layer.channels} {words}"
+                if own.get(key):
+                    yield name, f"{own[key]} of {own['groups']} groups {words}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types: NaN becomes None; the samples are left out."""
@@ -140,8 +178,9 @@ class Diagnosis:
             layers = {}
             for name, numbers in content["layers"].items():
                 layers[name] = LayerDiagnosis(**_mapped(numbers, _from_json))
-                if numbers["clustering"] is None:
-                    layers[name].clustering = None
+                for key in ("clustering", "own_groups"):
+                    if numbers[key] is None:
+                        setattr(layers[name], key, None)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a saved diagnosis ({FORMAT}): {error}") from None
         return cls(layers)

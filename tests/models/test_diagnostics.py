@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import nn
+from torchvision.models import convnext
 
 import normnorm
 from normnorm import diagnostics, quantiles
@@ -88,7 +89,7 @@ def test_a_channel_that_is_not_finite_makes_the_layer_nan_and_is_named():
     x[:, 3] = 0.1
     model = nn.Sequential(nn.Identity(), nn.Identity())
     model[1].register_forward_hook(spoil)
-    sentence = "layer '1': 2 of 4 watched channels hold NaN"
+    sentence = "layer '1': channels 0, 1 of 4 hold NaN"
     with pytest.warns(RuntimeWarning, match=sentence) as caught:
         found = diagnostics.diagnose(model, [(x, labels)], ["0", "1"])
     assert len(caught) == 1
@@ -100,6 +101,12 @@ def test_a_channel_that_is_not_finite_makes_the_layer_nan_and_is_named():
         assert np.isnan(getattr(spoilt, name)), name
     assert all(np.isnan(number) for number in spoilt.clustering.values())
     assert np.isnan(spoilt.by_channel["skewness"]).tolist() == [True, True, False, True]
+    assert (clean.constant_channels, clean.nonfinite_channels) == ([3], [])
+    assert (spoilt.constant_channels, spoilt.nonfinite_channels) == ([3], [0, 1])
+    assert found.table().splitlines()[-3:] == [
+        "0: channel 3 of 4 constant", "1: channel 3 of 4 constant",
+        "1: channels 0, 1 of 4 not finite",
+    ]  # fmt: skip
 
 
 def test_every_row_is_kept_with_equal_probability():
@@ -196,6 +203,67 @@ def test_diagnose_equals_statistics_of_captured_outputs():
     assert found.layers["5"].observations == 80
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "groups"),
+    [
+        (nn.BatchNorm2d(6), (4, 6, 5, 5), lambda x: x.transpose(0, 1).flatten(1)),
+        (normnorm.BatchNormalNormAct2d(6), (4, 6, 5, 5), lambda x: x.transpose(0, 1).flatten(1)),
+        (nn.LayerNorm(6), (4, 9, 6), lambda x: x.flatten(0, 1)),
+        (normnorm.LayerNormalNorm((9, 6)), (4, 9, 6), lambda x: x.flatten(1)),
+        (convnext.LayerNorm2d(6), (4, 6, 5, 5), lambda x: x.movedim(1, -1).flatten(0, 2)),
+        (nn.GroupNorm(2, 6), (4, 6, 5, 5), lambda x: x.reshape(8, 75)),
+        (normnorm.GroupNormalNorm(2, 6), (4, 6, 5, 5), lambda x: x.reshape(8, 75)),
+        (nn.InstanceNorm2d(6, affine=True), (4, 6, 5, 5), lambda x: x.reshape(24, 25)),
+        (normnorm.InstanceNormalNorm2d(6, affine=True), (4, 6, 5, 5), lambda x: x.reshape(24, 25)),
+        (nn.BatchNorm1d(6, track_running_stats=False), (9, 6), lambda x: x.T),
+        (normnorm.InstanceNormalNorm2d(6, track_running_stats=True), (4, 6, 5, 5),
+         lambda x: x.transpose(0, 1).flatten(1)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)  # fmt: skip
+def test_own_groups_are_measured_before_the_affine_map(layer, shape, groups):
+    torch.manual_seed(0)
+    inputs = [torch.empty(shape).exponential_() for _ in range(3)]
+    layer = copy.deepcopy(layer)
+    layer(inputs[0])  # for running statistics other than 0 and 1
+    bare = copy.deepcopy(layer).eval()
+    if isinstance(bare, normnorm.BatchNormalNormAct2d):
+        bare.act = nn.Identity()
+    with torch.no_grad():
+        expected = [groups(bare(x)) for x in inputs]
+    # In evaluation running statistics normalize a channel of all batches alike.
+    by_channel = getattr(layer, "running_mean", None) is not None
+    expected = torch.cat(expected, dim=1 if by_channel else 0).double().numpy()
+    for name, parameter in layer.named_parameters():
+        # One channel is constant behind the affine map.
+        nn.init.uniform_(parameter, -2, 2).data.flatten()[2] = 0.0 if name == "weight" else 1.0
+    found = diagnostics.diagnose(layer, inputs, channels=1000).layers[""].own_groups
+    assert found["skewness"] == pytest.approx(np.abs(scipy.stats.skew(expected, 1)).mean(), 1e-4)
+    assert found["kurtosis"] == pytest.approx(scipy.stats.kurtosis(expected, 1).mean(), 1e-4, 1e-4)
+    r2 = np.mean([scipy.stats.probplot(row)[1][2] ** 2 for row in expected])
+    assert found["qq_r2"] == pytest.approx(r2, abs=1e-5)
+    assert found["normal_qq_r2"] == pytest.approx(quantiles.normal_r_squared(expected.shape[1]))
+    assert (found["groups"], found["constant"], found["nonfinite"]) == (len(expected), 0, 0)
+
+
+def test_constant_and_nonfinite_groups_are_counted():
+    batches = [torch.randn(5, 4), torch.randn(3, 4)]
+    batches[0][1] = 7.3
+    layer = nn.LayerNorm(4)
+    found = diagnostics.diagnose(layer, batches)
+    own = found.layers[""].own_groups
+    assert (own["groups"], own["constant"], own["nonfinite"]) == (8, 1, 0)
+    assert np.isfinite(own["qq_r2"])
+    assert found.table().splitlines()[-1] == ": 1 of 8 groups constant"
+    batches[1][2, 0] = np.nan
+    with pytest.warns(RuntimeWarning, match="channels 0, 1, 2, 3 of 4 hold NaN"):
+        own = diagnostics.diagnose(layer, batches).layers[""].own_groups
+    assert (own["constant"], own["nonfinite"]) == (1, 1)
+    assert np.isnan(own["qq_r2"])
+    (other,) = diagnostics.diagnose(nn.Sequential(nn.ReLU()), batches[:1], "0").layers.values()
+    assert other.own_groups is None
+
+
 def test_the_normalized_output_of_a_residual_stream_is_watched_and_disturbed():
     class Stream(nn.ModuleDict):
         def forward(self, x):
@@ -205,6 +273,7 @@ def test_the_normalized_output_of_a_residual_stream_is_watched_and_disturbed():
     model, inputs = Stream({"norm": normnorm.AddLayerNormalNorm(4)}), torch.randn(9, 5, 4)
     found = diagnostics.diagnose(model, [inputs]).layers["norm"]
     assert (found.channels, found.observations) == (4, 45)
+    assert found.own_groups["groups"] == 45
     change = diagnostics.noise_robustness(model, [inputs], scales=(0.5,))
     assert change["norm"][0.5] == pytest.approx(0.5, rel=0.2)
 
@@ -223,12 +292,13 @@ def test_normalization_layers_are_watched_by_default_and_the_model_is_left_alone
 
 def test_memory_is_bounded_by_the_sample_and_the_channels():
     network = nn.Sequential(nn.Identity())
-    found = diagnostics.diagnose(
-        network, [torch.randn(64, 30, 9, 9) for _ in range(5)], ["0"], sample_size=100, channels=7
-    )
+    numbers = 100.0 * torch.arange(30).view(30, 1, 1)
+    batches = [torch.randn(64, 30, 9, 9) + numbers for _ in range(5)]
+    found = diagnostics.diagnose(network, batches, ["0"], sample_size=100, channels=7)
     layer = found.layers["0"]
     assert layer.sample.shape == (100, 7)
     assert (layer.channels, layer.watched_channels, layer.observations) == (30, 7, 64 * 81 * 5)
+    assert layer.by_channel["channel"] == (layer.sample / 100).mean(0).round().tolist()
 
 
 def test_a_layer_of_zeros_is_dead_with_nan_statistics():
@@ -256,7 +326,7 @@ def test_a_diagnosis_is_saved_read_shown_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     "content",
     ["", "[]", '{"format": "other", "layers": {}}',
-     '{"format": "normnorm diagnosis 1", "layers": {"a": {}}}'],
+     '{"format": "normnorm diagnosis 2", "layers": {"a": {}}}'],
 )  # fmt: skip
 def test_a_foreign_file_is_refused(tmp_path, content):
     path = tmp_path / "other.json"
