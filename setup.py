@@ -107,8 +107,9 @@ class Cuda:
                               f"10.0+PTX, or {', '.join(CUDA_NAMES)}; got '{name}'")  # fmt: skip
             virtual, kinds = number[1] + number[2], ("sm", "compute") if number[3] else ("sm",)
             words += [f"-gencode=arch=compute_{virtual},code={kind}_{virtual}" for kind in kinds]
-        if tuple(map(int, self.version.split("."))) >= (12, 8):  # threads within a file; 0: all
-            words += ["--compress-mode=size", f"--split-compile={environ.get('MAX_JOBS') or 0}"]
+        # Not --split-compile: two compilations of one file differed in their spills.
+        if tuple(map(int, self.version.split("."))) >= (12, 8):
+            words.append("--compress-mode=size")
         host = [word for word in environ.get("CXX", "").split() if not word.startswith("-")]
         return [*words, *(f"-ccbin={name}" for name in host[-1:])]  # without ccache and options
 

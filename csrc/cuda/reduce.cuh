@@ -2,7 +2,8 @@
 //
 // A thread group is a block, a cluster of blocks, or several co-operating blocks anywhere on the device. All have the same
 // interface, so that a kernel is written once: rank() and size() divide a group's chunks, index() and count() the groups,
-// and sum() replaces each thread's addends by the totals, the same bits in every thread and run.
+// and sum() replaces each thread's addends by the totals, the same bits in every thread and run. Registers are scarce: what
+// these functions derive from opaque() and grid_blocks() is computed by each call; kept between calls it was spilled.
 #pragma once
 
 #include "io.cuh"
@@ -39,7 +40,7 @@ class BlockThreads {
   __device__ unsigned rank() const { return threadIdx.x; }
   __device__ unsigned size() const { return blockDim.x; }
   __device__ unsigned index() const { return blockIdx.x; }
-  __device__ unsigned count() const { return gridDim.x; }
+  __device__ unsigned count() const { return grid_blocks(); }
 
   // Two buffers in turn: a warp that runs ahead into the next sum writes to the other buffer, and reaches this one again
   // only after the next barrier, which every warp passes after having read it.
@@ -76,25 +77,24 @@ class ClusterThreads {
     partial_ = partial;
     cluster_sync();  // no block's shared memory may be written before that block runs
   }
-  // opaque: recomputed by each caller; kept between rounds it would take a register
   __device__ unsigned rank() const { return cluster_rank() * blockDim.x + opaque(threadIdx.x); }
   __device__ unsigned size() const { return cluster_size() * blockDim.x; }
   __device__ unsigned index() const { return blockIdx.x / cluster_size(); }
-  __device__ unsigned count() const { return gridDim.x / cluster_size(); }
+  __device__ unsigned count() const { return grid_blocks() / cluster_size(); }
 
   // Each warp writes its total to every block of the cluster, so that one barrier is enough. Two buffers in turn, as in
   // BlockThreads.
   template <class V, int K>
   __device__ void sum(V (&v)[K]) {
     static_assert(K * sizeof(V) <= kMaxSums * sizeof(Real), "the shared buffer is too small");
-    const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned warps = blockDim.x / 32, warp = opaque(threadIdx.x) / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < K; ++k) v[k] = warp_sum(v[k]);
     V* buffer = reinterpret_cast<V*>(partial_ + turn_ * kMaxSums * kMaxCluster * kMaxWarps);
     turn_ ^= 1;
     const unsigned entries = cluster_size() * warps;
     if (lane < cluster_size()) {
-      V* remote = in_block_of_cluster(buffer, lane) + opaque(cluster_rank() * warps + warp);
+      V* remote = in_block_of_cluster(buffer, lane) + (cluster_rank() * warps + warp);
 #pragma unroll
       for (int k = 0; k < K; ++k) remote[k * kMaxCluster * kMaxWarps] = v[k];
     }
@@ -129,7 +129,7 @@ class GridThreads {
   __device__ unsigned rank() const { return block() * blockDim.x + threadIdx.x; }
   __device__ unsigned size() const { return sync_.blocks * blockDim.x; }
   __device__ unsigned index() const { return blockIdx.x / sync_.blocks; }
-  __device__ unsigned count() const { return gridDim.x / sync_.blocks; }
+  __device__ unsigned count() const { return grid_blocks() / sync_.blocks; }
 
   // Two buffers in turn, as in BlockThreads. Blocks exchange data through L2: the loads bypass L1 (__ldcg).
   template <class V, int K>
@@ -154,7 +154,7 @@ class GridThreads {
   }
 
  private:
-  __device__ unsigned block() const { return blockIdx.x % sync_.blocks; }
+  __device__ unsigned block() const { return opaque(blockIdx.x) % sync_.blocks; }
 
   // The counter only grows: barrier number e opens when it reaches e times the number of blocks.
   __device__ void barrier(unsigned* counter) {

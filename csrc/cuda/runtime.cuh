@@ -33,7 +33,13 @@ __device__ inline uint32_t opaque(uint32_t v) {
   asm volatile("" : "+r"(v));
   return v;
 }
-// The same of an address, so that an offset is added to it as a whole.
+// The blocks of the grid, read by each call.
+__device__ inline uint32_t grid_blocks() {
+  uint32_t blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+  return blocks;
+}
+// opaque() of an address, so that an offset is added to it as a whole.
 template <class T>
 __device__ __forceinline__ const T* opaque_address(const T* p) {
   asm("" : "+l"(p));

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PROBES = Path(__file__).with_name("probes.cu")
 BUDGETS = ROOT / "tests/data/sass_budgets.json"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-FLAGS = ("-std=c++20", "-O3", "--split-compile=0")  # as setup.py: registers depend on the last
+FLAGS = ("-std=c++20", "-O3")
 # Compiled with host code, which is the same for all architectures.
 HOST = "sm_90"
 # elements of a thread in the probe "many" minus those in "few"

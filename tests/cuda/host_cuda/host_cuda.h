@@ -124,6 +124,7 @@ using host_cuda::in_block_of_cluster;
 using host_cuda::wait_for_arrivals;
 
 inline uint32_t opaque(uint32_t v) { return v; }
+inline uint32_t grid_blocks() { return gridDim.x; }
 template <class T>
 const T* opaque_address(const T* p) {
   return p;
