@@ -112,17 +112,18 @@ def _search(h: Tensor, dim: tuple[int, ...]) -> Tensor:
     for _ in range(_MOST_STEPS):
         slope, curvature = _slope_and_curvature(h, lmbda, dim)
         step = torch.where(curvature > 0, slope / curvature, slope)
-        moved = torch.zeros_like(lmbda, dtype=torch.bool)
+        # Of a group whose loss would fall by less than its rounding nothing is tried.
+        moved = done = slope * step < 1e-15
         for halving in range(_MOST_HALVINGS):
             trial = lmbda - step * 0.5**halving
             trial_loss = negative_log_likelihood(h, trial, dim)
             better = (trial_loss < loss) & ~moved
             lmbda = torch.where(better, trial, lmbda)
             loss = torch.where(better, trial_loss, loss)
-            moved |= better
+            moved = moved | better
             if moved.all():
                 break
-        if not moved.any():
+        if not (moved & ~done).any():
             break
     # The loss is flat at its minimum and determines lambda to half the digits; two Newton steps on
     # the slope give the rest.
