@@ -179,7 +179,7 @@ FULL: dict[str, Question] = {
 # Every question with few seeds and one epoch: tests the code in minutes.
 QUICK = {
     name: replace(
-        question, base=replace(question.base, epochs=1, limit=128), seeds=2, copies=2,
+        question, base=replace(question.base, epochs=1, limit=256), seeds=2, copies=2,
         tuning_copies=2,
     )
     for name, question in FULL.items()

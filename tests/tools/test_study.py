@@ -23,7 +23,7 @@ from accuracy.study_page import detectable, difference, findings, write
 
 
 def test_every_run_of_the_plan_can_be_carried_out() -> None:
-    for question in plan.FULL.values():
+    for question in (*plan.FULL.values(), *plan.QUICK.values()):
         assert bool(question.tuning) != bool(question.grid)
         for arm in question.arms:
             assert sum(run.copies for run in question.test_runs(arm, {})) == question.seeds
@@ -33,6 +33,7 @@ def test_every_run_of_the_plan_can_be_carried_out() -> None:
                     runs.append(question.tuning_run(arm, setting))
                 for run in runs:
                     run.check()
+                    assert run.batch_size <= (run.limit or 500)
 
 
 def test_a_seed_serves_tuning_testing_or_replication() -> None:
