@@ -28,7 +28,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo study bench report test test-all test-floor lint wheel install gpu-build gpu-check clean distclean FORCE
+.PHONY: help demo study bench report test test-all test-floor lint wheel hub install gpu-build gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (2.5 minutes)'
@@ -42,6 +42,7 @@ help:
 	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
 	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
 	@echo 'make wheel     a wheel and a source archive in dist/'
+	@echo 'make hub       the folder build/hub, for the package kernels of Hugging Face'
 	@echo 'make install   the environment alone, with the extension built in place'
 	@echo 'make clean     remove what was built (distclean: the environment too)'
 	@echo
@@ -124,6 +125,20 @@ wheel: $(VENV)/.torch
 	@$(call build_words,dist/build.log)
 	@rm dist/build.log
 	@ls -l dist
+
+# The variants of a kernel without compiled code: a copy of the package for each of the devices.
+hub:
+	rm -rf build/hub
+	@for device in cpu cuda; do \
+	    folder=build/hub/build/torch-$$device; \
+	    mkdir -p $$folder && cp -RL normnorm/. LICENSE $$folder || exit 1; \
+	    rm -f $$folder/_C.*; \
+	    find $$folder -name __pycache__ -type d -prune -exec rm -rf {} +; \
+	    sum=$$(find $$folder -name '*.py' | LC_ALL=C sort | xargs cat | cksum | cut -d ' ' -f 1); \
+	    printf '{"id": "normnorm_%s_%s", "name": "normnorm", "version": 1, "license": "MIT",\n "python-depends": [], "backend": {"type": "%s"}}\n' \
+	        $$device $$sum $$device >$$folder/metadata.json; \
+	done
+	@ls -d build/hub/build/*
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,14 +5,14 @@ add scaled noise in training: Eftekhari and Papyan, "On the Importance of Gaussi
 Representations", ICML 2025 (arXiv 2505.00685).
 """
 
-from normnorm import functional
-from normnorm.backends import available_backends, use_backend
-from normnorm.conversion import Replacement, replace_norms, restore_norms
-from normnorm.doctor import show_config
-from normnorm.export import decompositions
-from normnorm.functional import estimate_lmbda, yeo_johnson
-from normnorm.fused import AddLayerNormalNorm, BatchNormalNormAct2d
-from normnorm.lazy import (
+from . import functional
+from .backends import available_backends, use_backend
+from .conversion import Replacement, replace_norms, restore_norms
+from .doctor import show_config
+from .export import decompositions
+from .functional import estimate_lmbda, yeo_johnson
+from .fused import AddLayerNormalNorm, BatchNormalNormAct2d
+from .lazy import (
     LazyBatchNormalNorm1d,
     LazyBatchNormalNorm2d,
     LazyBatchNormalNorm3d,
@@ -20,7 +20,7 @@ from normnorm.lazy import (
     LazyInstanceNormalNorm2d,
     LazyInstanceNormalNorm3d,
 )
-from normnorm.modules import (
+from .modules import (
     BatchNormalNorm1d,
     BatchNormalNorm2d,
     BatchNormalNorm3d,
@@ -31,11 +31,11 @@ from normnorm.modules import (
     LayerNormalNorm,
     LayerNormalNorm2d,
 )
-from normnorm.monitoring import Monitor, monitor
-from normnorm.norm_map import register_norm
-from normnorm.per import PER, per_loss
-from normnorm.running import freeze_statistics, unfreeze_statistics, update_stats
-from normnorm.sync import SyncBatchNormalNorm, convert_sync
+from .monitoring import Monitor, monitor
+from .norm_map import register_norm
+from .per import PER, per_loss
+from .running import freeze_statistics, unfreeze_statistics, update_stats
+from .sync import SyncBatchNormalNorm, convert_sync
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from normnorm import ops
-from normnorm.config import Config
+from . import ops
+from .config import Config
+from .namespace import NAMESPACE, OPS
 
 # Index of noise_train from the end of every argument list.
 _NOISE_TRAIN = Config._fields.index("noise_train") - len(Config._fields)
@@ -46,7 +47,7 @@ def _with_number(op: Callable[..., Any], number: Callable[[Any], float]) -> Call
     return lambda *arguments: op(*_replaced(arguments, number(arguments[_NOISE_TRAIN])))
 
 
-library = torch.library.Library("normnorm", "FRAGMENT")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _name in ("normal_norm_forward", "normal_norm_backward"):
     _annealed = f"{_name}.annealed"
     _schema = ops.SCHEMAS[_name].replace("float noise_train", "Tensor noise_train")
@@ -56,6 +57,6 @@ for _name in ("normal_norm_forward", "normal_norm_backward"):
     )
     # A fake tensor has no number; any weight of noise gives the same shapes.
     _fake = _with_number(ops.FAKES[_name], lambda _: 1.0)
-    torch.library.register_fake(f"normnorm::{_annealed}", _fake, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{_annealed}", _fake, lib=library)
 
-normal_norm_forward = torch.ops.normnorm.normal_norm_forward.annealed
+normal_norm_forward = OPS.normal_norm_forward.annealed

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normnorm import annealing, ops
-from normnorm.backends import reference
-from normnorm.backends.reference import transforms_active
-from normnorm.config import BackwardArguments, Config
-from normnorm.noise import draw_seed
-from normnorm.ops import Results, Update
+from . import annealing, ops
+from .backends import reference
+from .backends.reference import transforms_active
+from .config import BackwardArguments, Config
+from .namespace import NAMESPACE, OPS
+from .noise import draw_seed
+from .ops import Results, Update
 
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -301,7 +302,7 @@ def _vmap_definition(
 def _register(library: torch.library.Library, overload: str) -> None:
     """Registers the gradients of one overload of the forward and the backward op."""
     suffix = "" if overload == "default" else f".{overload}"
-    op = getattr(torch.ops.normnorm.normal_norm_backward, overload)
+    op = getattr(OPS.normal_norm_backward, overload)
 
     def backward(tensors: tuple[Any, ...], switches: tuple[bool, ...], config: Config) -> Any:
         return op(*tensors, *switches, *config)
@@ -317,7 +318,7 @@ def _register(library: torch.library.Library, overload: str) -> None:
         ("normal_norm_backward", _differentiate_backward, _save_backward),
     ):
         torch.library.register_autograd(
-            f"normnorm::{name}{suffix}", gradient, setup_context=setup_context, lib=library
+            f"{NAMESPACE}::{name}{suffix}", gradient, setup_context=setup_context, lib=library
         )
 
 

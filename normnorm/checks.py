@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm.config import ACTIVATIONS, KINDS, BackwardArguments, Config, ForwardArguments
-from normnorm.statistics import Row, statistics_dtype
+from .config import ACTIVATIONS, KINDS, BackwardArguments, Config, ForwardArguments
+from .statistics import Row, statistics_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _STRIDED = torch.strided

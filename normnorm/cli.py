@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-import normnorm
-from normnorm import doctor, selfcheck
+from . import __version__, doctor, selfcheck
 
 _COMMANDS = {
     "doctor": (doctor, "versions, backends, and a check of each against the reference"),
@@ -53,7 +52,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
         sentence, status = str(error), 2
     except ModuleNotFoundError as error:
         extra = getattr(parsed, "extra", None)
-        if extra is None or str(error.name).startswith("normnorm"):
+        if extra is None or str(error.name).startswith(str(__package__)):
             raise
         sentence, status = f"{error.name} is not installed: pip install 'normnorm[{extra}]'", 2
     except OSError as error:
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="normnorm", description="Normality normalization for PyTorch."
     )
-    parser.add_argument("--version", action="version", version=normnorm.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)

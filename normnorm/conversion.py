@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from normnorm import norm_map
-from normnorm.checks import check_is_module, check_noise_train, check_transform
-from normnorm.modules import _Transform
-from normnorm.norm_map import Target
+from . import norm_map
+from .checks import check_is_module, check_noise_train, check_transform
+from .modules import _Transform
+from .norm_map import Target
 
 # By name, because importing these classes takes longer than the rest of this module.
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -210,9 +210,9 @@ def _plan_settings(
 def _wrap_freezing() -> None:
     """Makes loaded libraries freeze normnorm's batch layers where they freeze torch's."""
     if "timm.utils" in sys.modules:
-        importlib.import_module("normnorm.integrations.timm").wrap()
+        importlib.import_module(".integrations.timm", __package__).wrap()
     if "lightning.pytorch" in sys.modules or "pytorch_lightning" in sys.modules:
-        importlib.import_module("normnorm.integrations.lightning")
+        importlib.import_module(".integrations.lightning", __package__)
 
 
 def replace_norms(

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from normnorm import backends, environment, selfcheck
-from normnorm.backends import cuda
-from normnorm.checks import check_forward
-from normnorm.config import KINDS, Config, ForwardArguments
+from . import backends, environment, selfcheck
+from .backends import cuda
+from .checks import check_forward
+from .config import KINDS, Config, ForwardArguments
 
 # One dtype that is stored as computed and one that is rounded.
 _CHECKED = (torch.float32, torch.bfloat16)

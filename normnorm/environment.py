@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-import normnorm
-
-_PACKAGE = Path(normnorm.__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +103,10 @@ def command_line() -> str:
 
 def facts() -> dict[str, Any]:
     """Versions, processor, threads and the backend that the environment chooses, as plain data."""
+    from . import __version__  # the package is still being imported above
+
     return {
-        "normnorm": normnorm.__version__,
+        "normnorm": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,

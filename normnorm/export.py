@@ -9,8 +9,8 @@ from typing import Any
 
 from torch._ops import OpOverload
 
-from normnorm import ops
-from normnorm.backends import reference
+from . import ops
+from .backends import reference
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:

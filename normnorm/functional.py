@@ -37,13 +37,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from normnorm import backends, checks, likelihood, reference
-from normnorm.autograd import Running, normal_norm
-from normnorm.config import Config
-from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of, to_local
-from normnorm.noise import as_seed, draw_seed
-from normnorm.ops import Update
-from normnorm.statistics import statistics_dtype
+from . import backends, checks, likelihood, reference
+from .autograd import Running, normal_norm
+from .config import Config
+from .distributed.sharding import check_plain, is_dtensor, shards_of, to_local
+from .noise import as_seed, draw_seed
+from .ops import Update
+from .statistics import statistics_dtype
 
 __all__ = [
     "add_layer_normal_norm",

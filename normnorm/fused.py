@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm import functional as F
-from normnorm.modules import BatchNormalNorm2d, LayerNormalNorm
+from . import functional as F
+from .modules import BatchNormalNorm2d, LayerNormalNorm
 
 
 class BatchNormalNormAct2d(BatchNormalNorm2d):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normnorm import annealing, layer_outputs, reference
-from normnorm.fused import AddLayerNormalNorm
-from normnorm.modules import _InstanceNormalNorm, _RunningNorm, _Transform
+from . import annealing, layer_outputs, reference
+from .fused import AddLayerNormalNorm
+from .modules import _InstanceNormalNorm, _RunningNorm, _Transform
 
 
 def input_of(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:

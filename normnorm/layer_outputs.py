@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normnorm.fused import AddLayerNormalNorm
-from normnorm.modules import _InstanceNormalNorm
+from .fused import AddLayerNormalNorm
+from .modules import _InstanceNormalNorm
 
 # Conv1d, LayerNorm2d, LayerNormAct2dFp32: the number of dimensions after (batch, channels).
 _POSITIONS = re.compile(r"([123])d(?![a-z])")

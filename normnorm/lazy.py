@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-from normnorm import modules
-from normnorm.checkpoints import INITIAL
-from normnorm.checks import check_is_tensor, check_noise_train
-from normnorm.modules import _InstanceNormalNorm, _RunningNorm
+from . import modules
+from .checkpoints import INITIAL
+from .checks import check_is_tensor, check_noise_train
+from .modules import _InstanceNormalNorm, _RunningNorm
 
 __all__ = [
     "LazyBatchNormalNorm1d",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from normnorm.reference import yeo_johnson
+from .reference import yeo_johnson
 
 # The likelihood is convex in lambda: Newton's method with step halving reaches float64 rounding
 # long before these limits.

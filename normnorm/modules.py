@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from normnorm import checks
-from normnorm import functional as F
-from normnorm.checkpoints import Loading
+from . import checks
+from . import functional as F
+from .checkpoints import Loading
 
 CANNOT_FOLD = "a {} cannot be folded into the layer before it: its power transform is not linear"
 _ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")

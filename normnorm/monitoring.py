@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from normnorm import layer_outputs
-from normnorm.backends.reference import transforms_active
-from normnorm.checks import check_integer, check_is_module
-from normnorm.groups import Part, input_of, part_of
-from normnorm.modules import _Transform
-from normnorm.quantiles import normality
-from normnorm.statistics import Row
+from . import layer_outputs
+from .backends.reference import transforms_active
+from .checks import check_integer, check_is_module
+from .groups import Part, input_of, part_of
+from .modules import _Transform
+from .quantiles import normality
+from .statistics import Row
 
 
 def _measures(layer: Any, seen: Part) -> dict[str, float]:

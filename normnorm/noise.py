@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._functorch import config
 
+from .namespace import NAMESPACE, OPS
+
 # Changes with the numbers that a seed gives. A compiled library has its own (csrc/math/philox.h).
 STREAM_VERSION = 2
 
@@ -38,7 +40,7 @@ def draw_seed(device: torch.device) -> Tensor:
     # function is_exporting() is true under any torch.compile of torch 2.10 to 2.12.)
     if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
         if not torch._C._are_functorch_transforms_active():
-            return torch.ops.normnorm.draw_seed.default(device=device)
+            return _draw_seed(device=device)
         _check_budget(config.activation_memory_budget, 1.0)  # torch.vmap supports only randint
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
@@ -49,12 +51,13 @@ def draw_seed(device: torch.device) -> Tensor:
 # ``fresh_seed`` is marked as one that must be saved. Its ``index`` counts the layers of a graph:
 # AOTAutograd merges equal calls of an op as common subexpressions, also of one that is tagged as
 # random, so that without it all layers would have the seed of the first.
-_library = torch.library.Library("normnorm", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _schema in ("draw_seed(*, Device device)", "fresh_seed(*, Device device, int index)"):
     _library.define(
         f"{_schema} -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
     )
+_draw_seed, _fresh_seed = OPS.draw_seed.default, OPS.fresh_seed.default
 
 
 def _draw_and_save(*, device: torch.device) -> Tensor:
@@ -63,11 +66,10 @@ def _draw_and_save(*, device: torch.device) -> Tensor:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
     from torch.utils.checkpoint import CheckpointPolicy
 
-    fresh_seed = torch.ops.normnorm.fresh_seed.default
     mode = get_proxy_mode()
     before = () if mode is None else mode.tracer.graph.nodes
-    index = sum(node.target is fresh_seed for node in before)
-    seed: Tensor = fresh_seed(device=device, index=index)
+    index = sum(node.target is _fresh_seed for node in before)
+    seed: Tensor = _fresh_seed(device=device, index=index)
     if mode is not None:
         node = next(iter(reversed(mode.tracer.graph.nodes)))
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -96,7 +98,7 @@ def _check_budget(budget: float | None, least: float = 0.0) -> None:
 
 _library.impl("draw_seed", _draw_and_save, "CompositeImplicitAutograd")
 _library.impl("fresh_seed", lambda *, device, index: draw_seed(device), "BackendSelect")
-torch.library.register_fake("normnorm::fresh_seed", _fake_seed, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::fresh_seed", _fake_seed, lib=_library)
 
 
 def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:

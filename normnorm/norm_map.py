@@ -20,10 +20,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from normnorm import lazy, modules
-from normnorm.checks import FLOATING, check_transform
-from normnorm.modules import _RunningNorm, _Transform, plain
-from normnorm.sync import SyncBatchNormalNorm
+from . import lazy, modules
+from .checks import FLOATING, check_transform
+from .modules import _RunningNorm, _Transform, plain
+from .sync import SyncBatchNormalNorm
 
 Convert = Callable[[Any], nn.Module]
 
@@ -175,7 +175,7 @@ def _counterpart(module: nn.Module) -> Target | None:
         return modules.LayerNormalNorm2d
     library = cls.__module__.partition(".")[0]
     if library in _LIBRARIES:
-        return importlib.import_module(f"normnorm.integrations.{library}").counterpart(module)
+        return importlib.import_module(f".integrations.{library}", __package__).counterpart(module)
     return _TORCH.get(cls)
 
 
@@ -199,7 +199,7 @@ def _original(module: nn.Module) -> Target | None:
 def _integration(module: nn.Module) -> Any:
     """The module of :mod:`normnorm.integrations` that defines a layer's class, or None."""
     name = type(module).__module__
-    return sys.modules[name] if name.startswith("normnorm.integrations.") else None
+    return sys.modules[name] if name.startswith(f"{__package__}.integrations.") else None
 
 
 def _why_unknown(module: nn.Module) -> str | None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normnorm import backends
-from normnorm.checks import check_backward, check_fold, check_forward, group_count, group_size
-from normnorm.config import (
+from . import backends
+from .checks import check_backward, check_fold, check_forward, group_count, group_size
+from .config import (
     CONFIG_SCHEMA,
     PACKED_SCHEMA,
     BackwardArguments,
@@ -29,8 +29,9 @@ from normnorm.config import (
     ForwardArguments,
     packed,
 )
-from normnorm.noise import draw_seed
-from normnorm.statistics import Row, statistics_dtype
+from .namespace import NAMESPACE, OPS, compiled_namespace
+from .noise import draw_seed
+from .statistics import Row, statistics_dtype
 
 # Schemas of the public ops.
 SCHEMAS = {
@@ -300,17 +301,17 @@ def _fold(*arguments: Any) -> None:
     run_fold(_resolved(arguments, 0, "stats running_mean running_var running_lmbda"))
 
 
-library = torch.library.Library("normnorm", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _function in (
     ("normal_norm_forward", _forward),
     ("normal_norm_backward", _backward),
     ("fold_running_", _fold),
 ):
     library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"normnorm::{_name}", FAKES[_name], lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name], lib=library)
     library.impl(_name, _function, "CompositeExplicitAutograd")
 
-_compiled = [torch.library.Library(f"normnorm_{name}", "DEF") for name in ("cpu", "cuda")]
+_compiled = [torch.library.Library(compiled_namespace(name), "DEF") for name in ("cpu", "cuda")]
 for _library in _compiled:
     for _name, _schema in _COMPILED.items():
         _library.define(_name + _schema)
@@ -324,8 +325,8 @@ def _refuse_vmap(*_: Any) -> None:
     )
 
 
-torch.library.register_vmap("normnorm::fold_running_", _refuse_vmap, lib=library)
+torch.library.register_vmap(f"{NAMESPACE}::fold_running_", _refuse_vmap, lib=library)
 
-normal_norm_forward = torch.ops.normnorm.normal_norm_forward.default
-normal_norm_backward = torch.ops.normnorm.normal_norm_backward.default
-fold_running_ = torch.ops.normnorm.fold_running_.default
+normal_norm_forward = OPS.normal_norm_forward.default
+normal_norm_backward = OPS.normal_norm_backward.default
+fold_running_ = OPS.fold_running_.default

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normnorm import backends, layer_outputs
-from normnorm.autograd import forward_mode
-from normnorm.backends.reference import transforms_active
-from normnorm.checks import check_integer, check_number
-from normnorm.statistics import statistics_dtype
+from . import backends, layer_outputs
+from .autograd import forward_mode
+from .backends.reference import transforms_active
+from .checks import check_integer, check_number
+from .namespace import compiled_namespace
+from .statistics import statistics_dtype
 
 # Projections per block: 2^17 float32 fit a CPU's second-level cache.
 _BLOCK = 1 << 17
@@ -38,12 +39,14 @@ _ROOT_TWO_OVER_PI = math.sqrt(2 / math.pi)
 #                pi) exp(-t^2 / 2) is added, distributed over the elements in any way
 ProjectedError = Callable[[Tensor, Tensor, bool], None]
 
-_library = torch.library.Library("normnorm_cpu", "FRAGMENT")
+_NAMESPACE = compiled_namespace("cpu")
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _library.define(
     "projected_error_(Tensor(a!) projections, Tensor(b!) sums, bool slopes) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.register_fake("normnorm_cpu::projected_error_", lambda *_: None, lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::projected_error_", lambda *_: None, lib=_library)
+_compiled = getattr(torch.ops, _NAMESPACE).projected_error_.default
 
 
 def projected_error_of(device: torch.device) -> ProjectedError:
@@ -57,9 +60,9 @@ def projected_error_of(device: torch.device) -> ProjectedError:
     """
     name = backends.resolve(device).name
     if name == "cpu":
-        return torch.ops.normnorm_cpu.projected_error_.default
+        return _compiled
     if name in ("cuda", "triton") and backends.available_backends()["triton"] is None:
-        return importlib.import_module("normnorm.triton_kernels.projected").projected_error_
+        return importlib.import_module(".triton_kernels.projected", __package__).projected_error_
     return _plain
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from normnorm.noise import standard_normals
-from normnorm.statistics import ROWS, Row, statistics_dtype
+from .noise import standard_normals
+from .statistics import ROWS, Row, statistics_dtype
 
 # The exponent of the power transform saturates here, so that a frozen lambda and an input far
 # outside what it was estimated on still give finite outputs. A group normalized by its own

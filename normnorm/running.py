@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normnorm.checks import check_is_module
-from normnorm.modules import _RunningNorm, _Transform
+from .checks import check_is_module
+from .modules import _RunningNorm, _Transform
 
 
 def freeze_statistics(model: nn.Module) -> int:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normnorm import backends, functional
-from normnorm.statistics import statistics_dtype
+from . import backends, functional
+from .statistics import statistics_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SEED = 20250505

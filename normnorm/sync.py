@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from normnorm import checks, modules
-from normnorm import functional as F
-from normnorm.autograd import Running, forward_mode
-from normnorm.backends.reference import move_running, transforms_active
-from normnorm.config import ForwardArguments
-from normnorm.distributed.sharding import check_plain, is_dtensor, shards_of_batch, to_local
-from normnorm.distributed.statistics import Synchronised
-from normnorm.fused import BatchNormalNormAct2d
-from normnorm.modules import _BatchNormalNorm
-from normnorm.noise import as_seed
+from . import checks, modules
+from . import functional as F
+from .autograd import Running, forward_mode
+from .backends.reference import move_running, transforms_active
+from .config import ForwardArguments
+from .distributed.sharding import check_plain, is_dtensor, shards_of_batch, to_local
+from .distributed.statistics import Synchronised
+from .fused import BatchNormalNormAct2d
+from .modules import _BatchNormalNorm
+from .noise import as_seed
 
 # Whether torch.compile differentiates the collectives; under 2.11 the input's gradient is wrong.
 COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normnorm.backends import reference
-from normnorm.checks import check_backward, check_fold, check_forward
-from normnorm.config import BackwardArguments, Config, ForwardArguments
-from normnorm.statistics import Row, statistics_dtype
-
+from ..backends import reference
+from ..checks import check_backward, check_fold, check_forward
+from ..config import BackwardArguments, Config, ForwardArguments
+from ..statistics import Row, statistics_dtype
 from . import params, reduce, resident, streaming
 from . import plan as planning
 from .params import (

@@ -35,8 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normnorm.config import Config
-
+from ..config import Config
 from .noise import octet_normals, quad_normals, scattered_normals
 from .params import (
     COLUMNS,

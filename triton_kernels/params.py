@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from normnorm.config import Config
+from ..config import Config
 
 # How the groups lie in a tile (layout.py).
 ROWS = tl.constexpr(0)

@@ -23,8 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from normnorm.config import ACTIVATIONS, Config
-
+from ..config import ACTIVATIONS, Config
 from . import params, resident
 from .layout import Layout, Strides, make_layout, natural_like
 from .params import Geometry, Operand, Spec

@@ -7,8 +7,7 @@ The numbers of a group have any shape that broadcasts against the tile (``layout
 import triton
 import triton.language as tl
 
-from normnorm.statistics import Row
-
+from ..statistics import Row
 from .math import (
     LambdaGradient,
     absolute,

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from normnorm.backends import cpu, reference
-from normnorm.config import Config, ForwardArguments, packed
+from ..config import Config, ForwardArguments, packed
+from ..namespace import compiled_namespace
+from . import cpu, reference
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def register(backend: Backend) -> None:
 
 
 def register_compiled(name: str, device_type: str) -> None:
-    """Registers a backend whose ops a loaded library implements in ``normnorm_<name>``."""
-    ops = getattr(torch.ops, f"normnorm_{name}")
+    """Registers a backend whose ops a loaded library implements (:mod:`normnorm.namespace`)."""
+    ops = getattr(torch.ops, compiled_namespace(name))
     # ``_op`` is the overload without its Python frame.
     step, gradient = (
         getattr(op.default, "_op", op.default) for op in (ops.forward, ops.backward)
@@ -138,7 +139,7 @@ def _look_for(name: str) -> None:
     device_type = _late.get(name)
     for each in [other for other, served in _late.items() if served == device_type]:
         try:
-            module = importlib.import_module(f"normnorm.backends.{each}")
+            module = importlib.import_module(f".{each}", __name__)
         except ImportError as error:
             _without(each, f"its module does not import: {error}")
         else:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from normnorm.noise import STREAM_VERSION
+from ..namespace import OWNS_COMPILED, PACKAGE
+from ..noise import STREAM_VERSION
 
 __all__ = [
     "DEVICE_TYPE", "NAME", "build_failure", "info", "library", "text", "unavailable_reason",
@@ -37,6 +38,8 @@ def library() -> ctypes.CDLL:
 
 def _load() -> str | None:
     """Loads the library, whose ops then are ``torch.ops.normnorm_cpu``; why not, if it cannot."""
+    if not OWNS_COMPILED:
+        return f"the compiled kernels serve the package normnorm, and this copy is {PACKAGE}"
     if not LIBRARY.exists():
         outcome, reason = _without()
         if outcome == "failed":

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from normnorm import backends
-from normnorm.backends import cpu
-from normnorm.checks import check_forward
-from normnorm.config import KINDS, Config, ForwardArguments
+from .. import backends
+from ..checks import check_forward
+from ..config import KINDS, Config, ForwardArguments
+from . import cpu
 
 NAME = "cuda"
 DEVICE_TYPE = "cuda"

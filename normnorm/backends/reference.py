@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normnorm.checks import check_backward, check_fold, check_forward
-from normnorm.config import BackwardArguments, Config, ForwardArguments
-from normnorm.reference import normal_norm, pack_running
-from normnorm.statistics import Row, statistics_dtype
+from ..checks import check_backward, check_fold, check_forward
+from ..config import BackwardArguments, Config, ForwardArguments
+from ..reference import normal_norm, pack_running
+from ..statistics import Row, statistics_dtype
 
 
 def _keywords(config: Config) -> dict[str, Any]:

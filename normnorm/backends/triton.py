@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from normnorm import backends
+from .. import backends
 
 NAME = "triton"
 _OLDEST = (3, 6)
@@ -55,7 +55,7 @@ def unavailable_reason() -> str | None:
             "tensors, slowly)"
         )
     try:
-        importlib.import_module("normnorm.triton_kernels.launch")
+        importlib.import_module("..triton_kernels.launch", __package__)
     except Exception as error:  # another version of Triton may raise anything
         return f"the kernels do not import with Triton {version}: {error}"
     return None
@@ -63,7 +63,7 @@ def unavailable_reason() -> str | None:
 
 def register() -> None:
     """Registers the backend."""
-    launch = importlib.import_module("normnorm.triton_kernels.launch")
+    launch = importlib.import_module("..triton_kernels.launch", __package__)
     backends.register(
         backends.Backend(
             NAME,

@@ -3,9 +3,9 @@
 Needs the extra ``diagnostics``: SciPy and scikit-learn, and matplotlib for the plots.
 """
 
-from normnorm.diagnostics.diagnose import diagnose, noise_robustness
-from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
-from normnorm.quantiles import normal_quantiles, normal_r_squared, qq_r_squared
+from ..quantiles import normal_quantiles, normal_r_squared, qq_r_squared
+from .diagnose import diagnose, noise_robustness
+from .result import Diagnosis, LayerDiagnosis
 
 __all__ = [
     "Diagnosis",

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from normnorm.quantiles import normal_r_squared, normality
+from ..quantiles import normal_r_squared, normality
 
 
 class ColumnMoments:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm import layer_outputs
-from normnorm.groups import input_of
+from .. import layer_outputs
+from ..groups import input_of
 
 # The default layers: torch's norm layers and normnorm's, which derive from the same bases.
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)

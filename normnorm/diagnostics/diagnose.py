@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normnorm import layer_outputs
-from normnorm.checks import check_integer, check_number
-from normnorm.diagnostics import capture, statistics
-from normnorm.diagnostics.accumulators import ColumnMoments, GroupMeans, RowSample
-from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis, listed
-from normnorm.groups import Part, part_of, running_of, uses_running
-from normnorm.quantiles import normal_r_squared, qq_r_squared
+from .. import layer_outputs
+from ..checks import check_integer, check_number
+from ..groups import Part, part_of, running_of, uses_running
+from ..quantiles import normal_r_squared, qq_r_squared
+from . import capture, statistics
+from .accumulators import ColumnMoments, GroupMeans, RowSample
+from .result import Diagnosis, LayerDiagnosis, listed
 
 
 class _Watched:

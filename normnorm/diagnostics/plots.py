@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normnorm.diagnostics import statistics
-from normnorm.diagnostics.result import Diagnosis, LayerDiagnosis
-from normnorm.quantiles import normal_quantiles
+from ..quantiles import normal_quantiles
+from . import statistics
+from .result import Diagnosis, LayerDiagnosis
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#777777"  # distinguishable with any colour vision
 _PANELS = 12  # channels in a grid

@@ -194,7 +194,7 @@ class Diagnosis:
         Returns:
             the PNG files, in ``folder``, which is created if missing.
         """
-        from normnorm.diagnostics import plots
+        from . import plots
 
         return plots.draw(self, Path(folder))
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics, model_selection, neighbors
 
-from normnorm.quantiles import normal_quantiles
+from ..quantiles import normal_quantiles
 
 _SHAPIRO_ROWS = 2000  # SciPy's p-value is inaccurate above 5000
 _BINS = 16

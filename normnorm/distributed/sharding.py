@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normnorm.config import Config, ForwardArguments
+from ..config import Config, ForwardArguments
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normnorm import ops, reference
-from normnorm.autograd import normal_norm
-from normnorm.backends.reference import pull_back
-from normnorm.config import Config
-from normnorm.statistics import Row, statistics_dtype
+from .. import ops, reference
+from ..autograd import normal_norm
+from ..backends.reference import pull_back
+from ..config import Config
+from ..statistics import Row, statistics_dtype
 
 # Elements per piece of the passes in PyTorch operations, whose intermediate results are about sixty
 # times as large as the piece.

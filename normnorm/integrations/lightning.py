@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import nn
 
-from normnorm.modules import _BatchNormalNorm
-from normnorm.running import freeze_statistics, unfreeze_statistics
-from normnorm.sync import convert_sync, revert_sync
+from ..modules import _BatchNormalNorm
+from ..running import freeze_statistics, unfreeze_statistics
+from ..sync import convert_sync, revert_sync
 
 
 def _classes(module: str, cls: str) -> tuple[Any, ...]:

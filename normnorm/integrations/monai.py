@@ -12,21 +12,21 @@
 
 from monai.networks.layers.factories import Norm
 
-import normnorm
+from .. import modules
 
 # Layers of 1, 2 and 3 dimensions.
-_BATCH = (normnorm.BatchNormalNorm1d, normnorm.BatchNormalNorm2d, normnorm.BatchNormalNorm3d)
+_BATCH = (modules.BatchNormalNorm1d, modules.BatchNormalNorm2d, modules.BatchNormalNorm3d)
 _INSTANCE = (
-    normnorm.InstanceNormalNorm1d,
-    normnorm.InstanceNormalNorm2d,
-    normnorm.InstanceNormalNorm3d,
+    modules.InstanceNormalNorm1d,
+    modules.InstanceNormalNorm2d,
+    modules.InstanceNormalNorm3d,
 )
 # MONAI calls these with the number of dimensions, or with nothing for a layer of any.
 _FACTORIES = {
     "batchnormal": lambda dim: _BATCH[dim - 1],
     "instancenormal": lambda dim: _INSTANCE[dim - 1],
-    "groupnormal": lambda dim=None: normnorm.GroupNormalNorm,
-    "layernormal": lambda dim=None: normnorm.LayerNormalNorm,
+    "groupnormal": lambda dim=None: modules.GroupNormalNorm,
+    "layernormal": lambda dim=None: modules.LayerNormalNorm,
 }
 
 

@@ -22,10 +22,10 @@ from timm.layers.fast_norm import is_fast_norm
 from timm.models import convnext
 from torch import Tensor, nn
 
-import normnorm
-from normnorm.modules import CANNOT_FOLD, _RunningNorm
-from normnorm.running import freeze_statistics, unfreeze_statistics
-from normnorm.sync import SYNCHRONISED, SyncBatchNormalNormAct2d
+from .. import fused, modules
+from ..modules import CANNOT_FOLD, _RunningNorm
+from ..running import freeze_statistics, unfreeze_statistics
+from ..sync import SYNCHRONISED, SyncBatchNormalNormAct2d
 
 Layer = str | type[nn.Module] | Callable[..., nn.Module] | None
 
@@ -54,7 +54,7 @@ class _Act(nn.Module):
         return self.act(self.drop(super().forward(input)))
 
 
-class BatchNormalNormAct2d(normnorm.BatchNormalNormAct2d):
+class BatchNormalNormAct2d(fused.BatchNormalNormAct2d):
     """timm's ``BatchNormAct2d`` with normality normalization: norm, dropout, activation.
 
     :class:`normnorm.BatchNormalNormAct2d`, which fuses ReLU, with activations by timm's names.
@@ -79,7 +79,7 @@ class SyncBatchNormalNormAct(SyncBatchNormalNormAct2d, BatchNormalNormAct2d):
 SYNCHRONISED[BatchNormalNormAct2d] = SyncBatchNormalNormAct
 
 
-class GroupNormalNorm(normnorm.GroupNormalNorm):
+class GroupNormalNorm(modules.GroupNormalNorm):
     """timm's ``GroupNorm`` with normality normalization: ``num_channels`` comes first."""
 
     def __init__(
@@ -135,7 +135,7 @@ class GroupNormalNorm1Act(GroupNormalNormAct):
         super().__init__(num_channels, 1, eps, **keywords)
 
 
-class LayerNormalNormAct(_Act, normnorm.LayerNormalNorm):
+class LayerNormalNormAct(_Act, modules.LayerNormalNorm):
     """timm's ``LayerNormAct`` with normality normalization."""
 
     def __init__(
@@ -154,7 +154,7 @@ class LayerNormalNormAct(_Act, normnorm.LayerNormalNorm):
         self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
 
-class LayerNormalNormAct2d(_Act, normnorm.LayerNormalNorm2d):
+class LayerNormalNormAct2d(_Act, modules.LayerNormalNorm2d):
     """timm's ``LayerNormAct2d`` with normality normalization: over the channels of (N, C, H, W)."""
 
     def __init__(
@@ -178,25 +178,25 @@ class LayerNormalNormAct2d(_Act, normnorm.LayerNormalNorm2d):
 _COUNTERPARTS = {
     "BatchNormAct2d": BatchNormalNormAct2d,
     "SyncBatchNormAct": SyncBatchNormalNormAct,
-    "GroupNorm": normnorm.GroupNormalNorm,
-    "GroupNorm1": normnorm.GroupNormalNorm,
+    "GroupNorm": modules.GroupNormalNorm,
+    "GroupNorm1": modules.GroupNormalNorm,
     "GroupNormAct": GroupNormalNormAct,
     "GroupNorm1Act": GroupNormalNormAct,
-    "LayerNorm": normnorm.LayerNormalNorm,
-    "LayerNorm2d": normnorm.LayerNormalNorm2d,
-    "LayerNormExp2d": normnorm.LayerNormalNorm2d,
+    "LayerNorm": modules.LayerNormalNorm,
+    "LayerNorm2d": modules.LayerNormalNorm2d,
+    "LayerNormExp2d": modules.LayerNormalNorm2d,
     "LayerNormAct": LayerNormalNormAct,
     "LayerNormAct2d": LayerNormalNormAct2d,
 }
 
 _NORMS = {
-    "batchnormalnorm": normnorm.BatchNormalNorm2d,
-    "batchnormalnorm2d": normnorm.BatchNormalNorm2d,
-    "batchnormalnorm1d": normnorm.BatchNormalNorm1d,
+    "batchnormalnorm": modules.BatchNormalNorm2d,
+    "batchnormalnorm2d": modules.BatchNormalNorm2d,
+    "batchnormalnorm1d": modules.BatchNormalNorm1d,
     "groupnormalnorm": GroupNormalNorm,
     "groupnormalnorm1": GroupNormalNorm1,
-    "layernormalnorm": normnorm.LayerNormalNorm,
-    "layernormalnorm2d": normnorm.LayerNormalNorm2d,
+    "layernormalnorm": modules.LayerNormalNorm,
+    "layernormalnorm2d": modules.LayerNormalNorm2d,
 }
 
 _NORM_ACTS = {
@@ -310,6 +310,6 @@ def register() -> None:
     create_norm_act._NORM_ACT_REQUIRES_ARG.update(_NORM_ACTS.values())
     # ConvNeXt has its own table of layers for either layout, which also has classes as keys.
     norm_map: dict[Any, Any] = convnext._NORM_MAP
-    both = (normnorm.LayerNormalNorm2d, normnorm.LayerNormalNorm)
+    both = (modules.LayerNormalNorm2d, modules.LayerNormalNorm)
     for key in ("layernormalnorm", "layernormalnorm2d", *both):
         norm_map[key] = both

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from normnorm.conversion import Where, replace_norms
-from normnorm.modules import LayerNormalNorm, LayerNormalNorm2d
+from ..conversion import Where, replace_norms
+from ..modules import LayerNormalNorm, LayerNormalNorm2d
 
 # Copies for one layout only, (N, C, H, W).
 _CHANNELS_FIRST = ("EomtLayerNorm2d", "EomtDinov3LayerNorm2d", "VideomtLayerNorm2d")

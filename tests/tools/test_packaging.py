@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -346,6 +347,77 @@ print(normnorm.available_backends())
     assert where.endswith(" None")
     assert "'reference': None" in backends
     run(binaries / "normnorm", "doctor", cwd=empty)
+
+
+# --- a copy under another name --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The kernel folder that ``make hub`` lays out."""
+    source = copy_project(tmp_path_factory.mktemp("hub") / "source")
+    run("make", "hub", cwd=source)
+    return source / "build/hub"
+
+
+BESIDE = """
+import torch
+assert "normnorm" not in {name.partition(".")[0] for name in sys.modules}
+reasons = copy.available_backends()
+assert reasons["reference"] is reasons["triton"] is None, reasons
+assert copy.__name__ in reasons["cpu"] and copy.__name__ in reasons["cuda"], reasons
+
+import normnorm
+namespace = copy.__name__.replace(".", "_")
+
+def step(package, backend, compiled=False):
+    torch.manual_seed(1)
+    layer, input = package.BatchNormalNorm1d(6), torch.randn(32, 6, requires_grad=True)
+    with package.use_backend(backend):
+        call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+        call(input).square().sum().backward()
+    return input.grad, layer.weight.grad, layer.running_lmbda
+
+expected = step(normnorm, "auto")
+for backend, compiled in (("reference", False), ("triton", False), ("triton", True)):
+    torch.testing.assert_close(step(copy, backend, compiled), expected, rtol=1e-4, atol=1e-4)
+layer = copy.LayerNormalNorm(6).eval()
+graph = torch.export.export(layer, (torch.randn(4, 6),))
+assert f"torch.ops.{namespace}.normal_norm_forward" in str(graph)
+assert namespace not in str(graph.run_decompositions(copy.decompositions()))
+model = torch.nn.Sequential(normnorm.BatchNormalNorm1d(6), torch.nn.BatchNorm1d(6))
+copy.replace_norms(model)
+assert [type(layer) for layer in model] == [normnorm.BatchNormalNorm1d, copy.BatchNormalNorm1d]
+"""
+
+
+def test_the_package_imports_itself_relatively():
+    absolute = []
+    for folder in ("normnorm", "triton_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    names = [node.module]
+                absolute += [path for name in names if name.partition(".")[0] == "normnorm"]
+    assert absolute == []
+
+
+def test_the_package_kernels_loads_a_copy_beside_the_installed_one(hub, tmp_path):
+    pytest.importorskip("kernels")
+    program = f"""
+import sys, pathlib, kernels
+copy = kernels.get_local_kernel(pathlib.Path({str(hub)!r}))
+assert copy.__name__.startswith("normnorm_"), copy.__name__
+"""
+    offline = {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    run(sys.executable, "-c", program + BESIDE, cwd=tmp_path, **offline)
+
+
+def test_another_package_can_contain_a_copy(hub, tmp_path):
+    shutil.copytree(hub / "build/torch-cuda", tmp_path / "host/parts/norms")
+    program = "import sys\nfrom host.parts import norms as copy"
+    run(sys.executable, "-c", program + BESIDE, cwd=tmp_path, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
