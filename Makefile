@@ -173,22 +173,15 @@ $(VENV)/.torch: $(VENV)/.torch-wanted
 	@rm -rf build normnorm/_C.*  # compiled against another torch
 	@touch $@
 
-# Of a build's output the lines that setup.py marks as meant for the reader, each once.
-build_words = sed -n 's/^ *\(normnorm: .*\)/\1/p' $(1) | awk '!seen[$$0]++'
-
 # In place and without the extension, which the next step builds: pip would forget its objects.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 	$(SAY) 'installing normnorm in place'
 	@NORMNORM_NATIVE=0 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# The CUDA kernels take minutes: beside a torch that could not launch them only where asked for.
-cuda = $${NORMNORM_CUDA:-$$($(PY) -c 'import torch; print("auto" if torch.version.cuda else 0)')}
-
 $(VENV)/.native: $(VENV)/.installed $(SOURCES)
-	$(SAY) 'building the extension'
-	@NORMNORM_CUDA=$(cuda) $(PY) setup.py build_ext --inplace >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
-	@$(call build_words,$(VENV)/build.log)
+	$(SAY) 'building the extension (NORMNORM_CUDA=1: with CUDA kernels)'
+	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
 # normnorm is installed by now, so that only the extras' packages are fetched.

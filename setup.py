@@ -1,10 +1,9 @@
 """Builds the compiled kernels, normnorm/_C.abi3.so, with ninja; pyproject.toml has the rest.
 
-It uses stable ABIs only: one file serves Python 3.10 and torch 2.10 and whatever is newer. Without
-a C++ compiler, or with NORMNORM_NATIVE=0, the package installs without it; a compiler that fails
-makes the installation fail. With nvcc the library also holds the CUDA kernels, whichever torch it
-is built with (NORMNORM_CUDA=0, 1 or auto); docs/internals/backends.md describes all variables. A
-build without a library writes the reason to normnorm/_C.txt, which ``normnorm doctor`` prints.
+It uses stable ABIs only: one file serves Python 3.10, torch 2.10 and whatever is newer. Without a
+C++ compiler, or with NORMNORM_NATIVE=0, the package installs without it and normnorm/_C.txt has the
+reason; a compiler that fails makes the installation fail. With NORMNORM_CUDA=1 it holds the CUDA
+kernels too, whichever torch it is built with. docs/internals/backends.md has all variables.
 """
 
 import importlib.util
@@ -16,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from os import environ
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # older ones reject pyproject.toml's license
-    raise SystemExit("normnorm: the build needs setuptools 77 or newer, and this is "
-                     f"{setuptools.__version__}: pip install 'setuptools>=77'")  # fmt: skip
+    raise SystemExit(f"normnorm needs setuptools 77 or newer, and this is {setuptools.__version__}")
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+WITHOUT_CUDA = "NORMNORM_CUDA=1 was not set"
 LINUX = sys.platform.startswith("linux")
 CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 # Names that torch accepts in TORCH_CUDA_ARCH_LIST, where these kernels run.
@@ -41,21 +41,31 @@ ERROR = re.compile(r"\b(error|fatal) *:|\berror #|undefined reference|cannot fin
 
 
 class Missing(Exception):
-    """Something the build needs and does not find; the package works without the library."""
+    """Something the CPU kernels need that is not here; the package works without the library."""
 
 
 class Failed(Exception):
     """A compiler's first error, or the requirement of a variable that cannot be met."""
 
 
+def report_time(ended: threading.Event) -> None:
+    """ninja prints a line when a job has ended, and a job can take minutes."""
+    seconds = 0
+    while not ended.wait(10):
+        print(f"compiling for {(seconds := seconds + 10)} s", flush=True)
+
+
 def run(*command: str, echo: bool = False) -> str:
     """Its output, printed as it comes with ``echo``; Failed with the first failed job's error."""
-    lines, pipe = [], subprocess.PIPE
+    lines, pipe, ended = [], subprocess.PIPE, threading.Event()
+    if echo:
+        threading.Thread(target=report_time, args=[ended], daemon=True).start()
     with subprocess.Popen(command, text=True, stdout=pipe, stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             lines.append(line.strip())
             if echo:
                 print(line, end="", flush=True)
+    ended.set()
     if process.returncode:
         start = next((i + 2 for i, line in enumerate(lines) if line.startswith("FAILED:")), 0)
         said = [line for line in lines[start:] if line and not line.startswith(("ninja: ", "["))]
@@ -78,7 +88,7 @@ class Cuda:
     def __init__(self) -> None:
         found = next(filter(None, map(shutil.which, self.places())), None)
         if found is None or not LINUX:
-            raise Missing("no nvcc was found" if LINUX else "the CUDA kernels are built on Linux")
+            raise Failed("no nvcc was found" if LINUX else "the CUDA kernels are built on Linux")
         self.nvcc = os.path.realpath(found)
         self.version = re.search(r"release (\d+\.\d+)|$", run(self.nvcc, "--version"))[1]
         asked = (environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(";", " ")
@@ -89,8 +99,8 @@ class Cuda:
         try:
             run(self.nvcc, *self.flags(), *probe.split(), os.devnull)
         except Failed as failure:
-            raise Missing(f"{self.nvcc} (CUDA {self.version}) cannot compile for the architectures "
-                          f"{asked} of TORCH_CUDA_ARCH_LIST: {failure}") from None  # fmt: skip
+            raise Failed(f"{self.nvcc} (CUDA {self.version}) cannot compile for the architectures "
+                         f"{asked} of TORCH_CUDA_ARCH_LIST: {failure}") from None  # fmt: skip
 
     @staticmethod
     def places() -> list[str]:
@@ -103,41 +113,34 @@ class Cuda:
         for name in self.architectures:
             number = re.fullmatch(r"([89]|1\d)\.(\d[af]?)(\+PTX)?", name)
             if number is None:
-                raise Missing("TORCH_CUDA_ARCH_LIST must hold numbers from 8.0 such as 9.0a or "
-                              f"10.0+PTX, or {', '.join(CUDA_NAMES)}; got '{name}'")  # fmt: skip
+                raise Failed("TORCH_CUDA_ARCH_LIST must hold numbers from 8.0 such as 9.0a or "
+                             f"10.0+PTX, or {', '.join(CUDA_NAMES)}; got '{name}'")  # fmt: skip
             virtual, kinds = number[1] + number[2], ("sm", "compute") if number[3] else ("sm",)
             words += [f"-gencode=arch=compute_{virtual},code={kind}_{virtual}" for kind in kinds]
-        # Not --split-compile: two compilations of one file differed in their spills.
-        if tuple(map(int, self.version.split("."))) >= (12, 8):
+        if tuple(map(int, self.version.split("."))) >= (12, 8):  # --split-compile: spills vary
             words.append("--compress-mode=size")
         host = [word for word in environ.get("CXX", "").split() if not word.startswith("-")]
         return [*words, *(f"-ccbin={name}" for name in host[-1:])]  # without ccache and options
 
 
-def find_cuda() -> "Cuda | str":
-    """The toolkit to compile the CUDA kernels with, or why they are left out."""
-    wanted = environ.get("NORMNORM_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        raise Failed(f"NORMNORM_CUDA must be auto, 0 or 1; got '{wanted}'")
-    try:
-        return "NORMNORM_CUDA=0" if wanted == "0" else Cuda()
-    except Missing as reason:
-        if wanted == "1":
-            raise Failed(f"the CUDA kernels were required: {reason}") from None
-        return str(reason)
+def find_cuda() -> Cuda | None:
+    """The toolkit to compile the CUDA kernels with; None where they are not wanted."""
+    if (wanted := environ.get("NORMNORM_CUDA") or "0") not in ("0", "1"):
+        raise Failed(f"NORMNORM_CUDA must be 0 or 1; got '{wanted}'")
+    return Cuda() if wanted == "1" else None
 
 
-def ninja_file(library: Path, cuda: "Cuda | str") -> str:
+def ninja_file(library: Path, cuda: Cuda | None) -> str:
     """csrc/build.ninja, and csrc/cuda/build.ninja with CUDA, with what they need to know."""
     torch = importlib.util.find_spec("torch")
     if torch is None:
         raise Missing("torch is not installed (build with --no-build-isolation)")
-    facts = {"NN_WITHOUT_CUDA": cuda if isinstance(cuda, str) else ""}
+    facts = {"NN_WITHOUT_CUDA": "" if cuda else WITHOUT_CUDA}
     variables = {"torch": [str(Path(torch.origin).parent)], "cxx": find_compiler(),
                  "cxxflags": shlex.split(environ.get("CXXFLAGS", "")),
                  "strip": ["-Wl,-s"] if LINUX else []}  # fmt: skip
     rules, link = (CSRC / "build.ninja").read_text(encoding="utf-8"), "link"
-    if isinstance(cuda, Cuda):
+    if cuda:
         facts |= {"NN_CUDA_ARCHITECTURES": " ".join(cuda.architectures),
                   "NN_CUDA_COMPILER": f"nvcc {cuda.version}"}  # fmt: skip
         variables |= {"nvcc": [cuda.nvcc], "nvccflags": cuda.flags()}
@@ -166,8 +169,7 @@ class BuildKernels(build_ext):
             failed = isinstance(why, Failed) or environ.get("NORMNORM_NATIVE") == "1"
             reason.write_text(f"{'failed' if failed else 'left out'}: {why}\n", encoding="utf-8")
             if failed:
-                raise SystemExit(f"normnorm: {why} (NORMNORM_CUDA=0 leaves out the CUDA kernels, "
-                                 "NORMNORM_NATIVE=0 all compiled ones)") from None  # fmt: skip
+                raise SystemExit(f"normnorm: {why} (NORMNORM_NATIVE=0 builds none)") from None
             print("normnorm: installed without compiled kernels, in plain PyTorch:", why)
 
     def build(self, library: Path) -> None:
@@ -180,14 +182,11 @@ class BuildKernels(build_ext):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(ninja_file(library, cuda), encoding="utf-8")
         run(f"{BIN_DIR}/ninja", "-C", str(file.parent), *([f"-j{jobs}"] if jobs else []), echo=True)
-        what = "the CPU alone: " + str(cuda)
-        if isinstance(cuda, Cuda):
-            what = f"the CPU and CUDA {' '.join(cuda.architectures)} (nvcc {cuda.version})"
-        print(f"normnorm: {library.name} built for {what}")
+        gpu = f"and CUDA {' '.join(cuda.architectures)} (nvcc {cuda.version})" if cuda else ""
+        print(f"normnorm: {library.name} built for the CPU", gpu or f"alone: {WITHOUT_CUDA}")
 
     def get_outputs(self) -> list[str]:
-        made = (Path(self.build_lib) / "normnorm").glob("_C.*")
-        return [] if self.inplace else [str(path) for path in made]
+        return [] if self.inplace else [str(f) for f in Path(self.build_lib).glob("normnorm/_C.*")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an in-place build copies nothing

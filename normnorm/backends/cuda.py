@@ -78,8 +78,9 @@ def unavailable_reason() -> str | None:
     # A driver serves every runtime of its own major version.
     if driver // 1000 < runtime // 1000:
         return (
-            f"the kernels were built with CUDA {_version_text(runtime)}, and the driver serves "
-            f"CUDA up to {_version_text(driver)}"
+            f"the kernels were built with CUDA {_version_text(runtime)} and the driver serves CUDA "
+            f"up to {_version_text(driver)}: update it (CUDA 13 needs R580 or newer); until then "
+            "Triton serves the GPU"
         )
     found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     if not any(serves(architectures(), capability) for capability in found):

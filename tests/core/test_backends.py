@@ -198,11 +198,11 @@ def gpu(monkeypatch):
     ("owner", "name", "value", "sentence"),
     [
         (cpu, "unavailable_reason", lambda: "no library", "no library"),
-        (cpu, "text", lambda _: "no nvcc was found", "were not built at installation: no nvcc"),
+        (cpu, "text", lambda _: "NORMNORM_CUDA=1 was not set", "at installation: NORMNORM_CUDA=1"),
         (cpu, "library", lambda: types.SimpleNamespace(), "older than this package"),
         (torch.version, "cuda", None, "was built without CUDA"),
         (torch.cuda, "device_count", lambda: 0, "torch sees no GPU"),
-        (cuda, "_versions", lambda: (13000, 12080), "with CUDA 13.0, .* serves CUDA up to 12.8"),
+        (cuda, "_versions", lambda: (13000, 12080), "CUDA 13.0.* up to 12.8.* R580 .*Triton"),
         (torch.cuda, "get_device_capability", lambda _: (12, 1), "for 8.0 9.0, .*=12.1"),
     ],
 )

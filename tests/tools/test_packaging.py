@@ -155,7 +155,7 @@ def test_the_architectures_are_those_of_torchs_variable(
     if asked is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
-    cuda = build.find_cuda()
+    cuda = build.Cuda()
     assert cuda.architectures == understood
     assert cuda.version == "13.0"
     generated = [flag for flag in cuda.flags() if flag.startswith("-gencode")]
@@ -168,20 +168,17 @@ def test_the_architectures_are_those_of_torchs_variable(
 def test_an_architecture_that_cannot_be_is_refused_in_words(asked, build, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    reason = build.find_cuda()
-    assert isinstance(reason, str)
-    assert asked in reason
-    assert "TORCH_CUDA_ARCH_LIST" in reason
-    monkeypatch.setenv("NORMNORM_CUDA", "1")
-    with pytest.raises(build.Failed, match=r"kernels were required: .*TORCH_CUDA_ARCH_LIST"):
-        build.find_cuda()
+    with pytest.raises(build.Failed, match="TORCH_CUDA_ARCH_LIST") as refusal:
+        build.Cuda()
+    assert asked in str(refusal.value)
 
 
 def test_the_cuda_binding_compiles_against_this_torch(build, tmp_path, monkeypatch):
     monkeypatch.setenv("CXXFLAGS", "-O0")
-    toolkit = build.find_cuda()
-    if isinstance(toolkit, str):
-        pytest.skip(f"no CUDA toolkit: {toolkit}")
+    try:
+        toolkit = build.Cuda()
+    except build.Failed as reason:
+        pytest.skip(f"no CUDA toolkit: {reason}")
     (tmp_path / "build.ninja").write_text(build.ninja_file(tmp_path / "library", toolkit))
     rules = (ROOT / "csrc/cuda/build.ninja").read_text()
     objects = re.findall(r"^build (\S+): \w+ \$csrc/binding/", rules, re.MULTILINE)
@@ -189,15 +186,31 @@ def test_the_cuda_binding_compiles_against_this_torch(build, tmp_path, monkeypat
     build.run(f"{ninja.BIN_DIR}/ninja", "-C", str(tmp_path), *objects)
 
 
-def test_without_nvcc_or_kernels_wanted_the_build_says_so_or_stops(build, monkeypatch):
+def test_cuda_kernels_are_built_where_asked_for_alone(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "cuda")))
+    for word in ("", "0"):
+        monkeypatch.setenv("NORMNORM_CUDA", word)
+        assert build.find_cuda() is None
+    monkeypatch.setenv("NORMNORM_CUDA", "1")
+    assert build.find_cuda().version == "13.0"
     monkeypatch.setattr(build.Cuda, "places", staticmethod(list))
-    assert build.find_cuda() == "no nvcc was found"
-    monkeypatch.setenv("NORMNORM_CUDA", "0")
-    assert build.find_cuda() == "NORMNORM_CUDA=0"
-    for word, sentence in (("1", "no nvcc was found"), ("yes", "must be auto, 0 or 1; got 'yes'")):
+    for word, sentence in (("1", "no nvcc was found"), ("yes", "must be 0 or 1; got 'yes'")):
         monkeypatch.setenv("NORMNORM_CUDA", word)
         with pytest.raises(build.Failed, match=sentence):
             build.find_cuda()
+
+
+def test_a_long_compilation_is_reported_every_ten_seconds(build, capsys):
+    waits = []
+
+    class Ended:
+        def wait(self, seconds):
+            waits.append(seconds)
+            return len(waits) == 3
+
+    build.report_time(Ended())
+    assert waits == [10] * 3
+    assert capsys.readouterr().out == "compiling for 10 s\ncompiling for 20 s\n"
 
 
 def test_nvcc_is_also_found_in_a_python_package(build, tmp_path, monkeypatch):
@@ -217,8 +230,8 @@ exit 1
 @pytest.mark.parametrize(
     ("steered", "program", "first_error"),
     [
-        ({"NORMNORM_CUDA": "0"}, FAILING, "a.cpp:3:4: error: the first"),
-        ({"CUDA_HOME": "../cuda"}, "exit 0", "this is no compiler"),  # nvcc's
+        ({}, FAILING, "a.cpp:3:4: error: the first"),
+        ({"CUDA_HOME": "../cuda", "NORMNORM_CUDA": "1"}, "exit 0", "this is no compiler"),  # nvcc's
     ],
     ids=["c++", "nvcc"],
 )
@@ -432,6 +445,6 @@ def test_source_archive_builds_a_wheel_that_works(tmp_path):
     left_out = {str(p) for p in project_files() if not (ROOT / p).is_symlink()} - names
     assert {n for n in left_out if not n.startswith((".", "shared/"))} == set()
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    built = build_wheel(unpacked, tmp_path / "wheels", NORMNORM_CUDA="0")  # minutes less
+    built = build_wheel(unpacked, tmp_path / "wheels")
     binaries = install_in_empty_environment(built.wheel, tmp_path / "environment")
     run(binaries / "normnorm", "doctor", cwd=tmp_path / "environment")

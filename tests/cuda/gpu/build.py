@@ -43,15 +43,14 @@ def made_of(arch: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(command: list[str], **variables: str) -> str:
-    """The program's output; exits if it fails."""
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
-    )
+def run(command: list[str], shown: bool = False, **variables: str) -> str:
+    """The program's output, or, where it is ``shown`` as it comes, nothing; exits if it fails."""
+    variables = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=not shown, text=True)
     if done.returncode:
-        print(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        print(f"{shlex.join(command)}\n{done.stdout or ''}{done.stderr or ''}")
         sys.exit(f"gpu build: {Path(command[0]).name} failed; its words are above")
-    return done.stdout
+    return done.stdout or ""
 
 
 def build(arch: str) -> dict[str, Any]:
@@ -60,9 +59,9 @@ def build(arch: str) -> dict[str, Any]:
     FOLDER.mkdir(parents=True)
     library = OBJECTS / "lib"
     run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(library), "--build-temp",
-         str(OBJECTS)],
-        NORMNORM_NATIVE="1", NORMNORM_CUDA="1", TORCH_CUDA_ARCH_LIST=arch,
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(library),
+         "--build-temp", str(OBJECTS)],
+        shown=True, NORMNORM_NATIVE="1", NORMNORM_CUDA="1", TORCH_CUDA_ARCH_LIST=arch,
     )  # fmt: skip
     shutil.copy(library / "normnorm" / LIBRARY, FOLDER)
     objects = OBJECTS / "objects"
