@@ -28,7 +28,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo study bench report test test-all test-floor lint wheel hub install gpu-build gpu-check clean distclean FORCE
+.PHONY: help demo study bench report test test-all test-floor lint docs wheel hub install gpu-build gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (2.5 minutes)'
@@ -37,6 +37,7 @@ help:
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
 	@echo 'make test-floor the tests that tell whether the oldest supported torch still serves'
 	@echo 'make lint      ruff and mypy alone'
+	@echo 'make docs      the documentation site, build/site/index.html'
 	@echo 'make bench     layers and whole networks beside those of torch: half an hour (ARGS=--quick: a minute)'
 	@echo 'make report    the README section and runs/plots from the stored benchmark results'
 	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
@@ -90,6 +91,10 @@ test-floor:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(PY) -m sphinx -b html -q -W --keep-going -c docs -d build/doctrees . build/site
+	$(SAY) build/site/index.html
 
 install: $(VENV)/.native $(VENV)/.dev $(VENV)/.integrations
 

@@ -42,7 +42,8 @@ class Replacement:
     """The result of :func:`replace_norms` or :func:`restore_norms`. Prints as a table.
 
     Attributes:
-        replaced, left: one :class:`NormSwap` per layer, in the model's order.
+        replaced: one :class:`NormSwap` per layer, in the model's order.
+        left: likewise, with the reason.
         changed: layers that were normnorm's already and have new settings.
     """
 

@@ -103,7 +103,7 @@ def show_config(check: bool = True) -> dict[str, Any]:
         check: whether to run every layer on every available backend, which takes seconds.
 
     Returns:
-        A dictionary of plain data:
+        A dictionary of plain data.
 
         * ``environment``: versions of normnorm, Python, torch, CUDA and Triton, commit, platform,
           processor, cores, threads, ``NORMNORM_BACKEND``, and a list of the GPUs.

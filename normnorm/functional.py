@@ -210,7 +210,7 @@ def batch_normal_norm(
     is added.
 
     Args:
-        input: (N, C) or (N, C, *).
+        input: (N, C) or ``(N, C, *)``.
         running_mean, running_var, running_lmbda: (C,), all three or none; updated in place in
             training, required otherwise.
         weight, bias: (C,).
@@ -263,7 +263,7 @@ def layer_normal_norm(
     """Layer normality normalization: a group is the trailing dimensions of one sample.
 
     Args:
-        input: (*, *normalized_shape).
+        input: ``(*, *normalized_shape)``.
         normalized_shape: sizes of the trailing dimensions to normalize over.
         weight, bias: of shape ``normalized_shape``.
         training: whether to add noise.
@@ -315,7 +315,7 @@ def add_layer_normal_norm(
     when it writes that of the input.
 
     Args:
-        input, residual: (*, *normalized_shape), of one shape and device. Different floating
+        input, residual: ``(*, *normalized_shape)``, of one shape and device. Different floating
             dtypes are promoted as in ``input + residual``.
 
     The other arguments are those of :func:`layer_normal_norm`.
@@ -356,7 +356,7 @@ def group_normal_norm(
     """Group normality normalization: a group is C / num_groups channels of one sample.
 
     Args:
-        input: (N, C, *).
+        input: ``(N, C, *)``.
         num_groups: must divide C.
         weight, bias: (C,).
         training: whether to add noise.
@@ -408,7 +408,7 @@ def instance_normal_norm(
     """Instance normality normalization: a group is one channel of one sample.
 
     Args:
-        input: (N, C, *).
+        input: ``(N, C, *)``.
         running_mean, running_var, running_lmbda: (C,), all three or none. With
             ``use_input_stats`` they move towards the mean of the samples' statistics; without
             it they replace the samples' statistics.

@@ -122,8 +122,8 @@ class AddLayerNormalNorm(LayerNormalNorm):
 
         x, stream = self.norm1(branch, stream)  # replaces stream = stream + branch; norm(stream)
 
-    Args:
-        those of :class:`LayerNormalNorm`, whose checkpoints, and those of torch's layer, load.
+    The arguments are those of :class:`LayerNormalNorm`. Its checkpoints and those of torch's layer
+    load.
 
     Input and residual of different floating dtypes, such as a branch under autocast and a float32
     stream, are promoted as in torch's addition; output and sum have the promoted dtype.

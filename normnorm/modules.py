@@ -289,7 +289,7 @@ class BatchNormalNorm1d(_BatchNormalNorm):
     Representations", ICML 2025.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         eps: added to the variance; its root also damps the Newton step.
         momentum: weight of a batch in the running statistics; None averages over all batches.
         affine: whether to learn ``weight``, and ``bias`` unless ``bias=False``.
@@ -437,7 +437,7 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
 
     The other arguments are those of :class:`BatchNormalNorm1d`.
 
-    Shape: input and output (*, *normalized_shape); dtypes as in :class:`BatchNormalNorm1d`.
+    Shape: input and output ``(*, *normalized_shape)``; dtypes as in :class:`BatchNormalNorm1d`.
 
     Raises:
         ValueError: an input that does not end in ``normalized_shape``.
@@ -526,7 +526,7 @@ class LayerNormalNorm2d(LayerNormalNorm):
 
 
 class GroupNormalNorm(_Transform, nn.GroupNorm):
-    """Group normality normalization, (N, C, *), over groups of channels of each sample.
+    """Group normality normalization, ``(N, C, *)``, over groups of channels of each sample.
 
     Standardizes and Gaussianizes groups of C / num_groups channels of one sample, each with its own
     lambda (in evaluation too): Eftekhari and Papyan, ICML 2025. Arguments are in torch's order; the
@@ -534,11 +534,11 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
 
     Args:
         num_groups: must divide ``num_channels``.
-        num_channels: C.
+        num_channels: number of channels, C.
 
     The other arguments are those of :class:`BatchNormalNorm1d`.
 
-    Shape: input and output (N, C, *); dtypes as in :class:`BatchNormalNorm1d`.
+    Shape: input and output ``(N, C, *)``; dtypes as in :class:`BatchNormalNorm1d`.
 
     Raises:
         ValueError: ``num_groups`` that does not divide ``num_channels``, a wrong channel count.

@@ -110,7 +110,7 @@ def per_loss(
             None.
 
     Returns:
-        a scalar: float64 for float64 activations, else float32; on meta for meta activations.
+        A scalar, float64 for float64 activations, else float32; on meta for meta activations.
 
     Raises:
         TypeError: activations that are not a floating tensor, or another argument of the wrong

@@ -26,7 +26,7 @@ def freeze_statistics(model: nn.Module) -> int:
         model: a model or a single layer.
 
     Returns:
-        The number of frozen layers: batch and instance layers that keep running statistics.
+        The number of frozen layers (batch and instance layers that keep running statistics).
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -43,7 +43,7 @@ def unfreeze_statistics(model: nn.Module) -> int:
 
     A layer returns to the mode set by the last ``train()`` or ``eval()``.
 
-    Args, Raises: as :func:`freeze_statistics`.
+    Argument and errors are those of :func:`freeze_statistics`.
 
     Returns:
         The number of layers that were frozen.

@@ -49,7 +49,7 @@ def sync_batch_normal_norm(
     batch size, which may be 0, may differ. All must run the backward pass if any does.
 
     Args:
-        input: (N, C) or (N, C, *), this rank's shard of the batch.
+        input: (N, C) or ``(N, C, *)``, this rank's shard of the batch.
         running_mean, running_var, running_lmbda: (C,), all three or none; updated from the
             statistics of the whole batch, equal on all ranks afterwards if they were before.
         seed: may be equal on all ranks, since the global rank is the noise's stream.
@@ -135,7 +135,7 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
 
     The other arguments are those of :class:`BatchNormalNorm1d`.
 
-    Shape: (N, C) or (N, C, *), on a device that the group's backend serves (CPU with gloo, CUDA
+    Shape: (N, C) or ``(N, C, *)``, on a device that the group's backend serves (CPU with gloo, CUDA
     with NCCL).
 
     Raises:
@@ -213,7 +213,7 @@ class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
         arguments, keywords: those of :class:`BatchNormalNormAct2d`.
         process_group: of the ranks that hold the batch; None for all.
 
-    Shape: input and residual (N, C) or (N, C, *).
+    Shape: input and residual (N, C) or ``(N, C, *)``.
 
     Raises:
         ValueError, TypeError, RuntimeError: see the two classes, before any communication.

@@ -98,10 +98,8 @@ def _again(modules: Any) -> Any:
 for _finetuning in _classes("callbacks", "BaseFinetuning"):
     _wrap(_finetuning)
 
-_Base: Any = type("_Base", _classes("plugins", "TorchSyncBatchNorm"), {})
 
-
-class NormalNormSync(_Base):
+class NormalNormSync(*_classes("plugins", "TorchSyncBatchNorm")):  # type: ignore[misc]
     """Converts a model's BatchNormalNorm layers to SyncBatchNormalNorm while a Trainer fits it.
 
     The Trainer's strategy (ddp, fsdp) applies it before it wraps the model, and reverts it after

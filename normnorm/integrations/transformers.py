@@ -68,7 +68,7 @@ def from_pretrained(
         where, noise_train, alpha, order, transform_eps: see :func:`normnorm.replace_norms`.
 
     Returns:
-        The result of ``cls.from_pretrained``: the model, of transformers' class.
+        The model, of transformers' class, as ``cls.from_pretrained`` returns it.
 
     Raises:
         TypeError: ``cls`` is neither.

@@ -1,15 +1,16 @@
 """The documentation is true: snippets run and print what the pages say, links lead somewhere,
-tables match the code, and the formulae of mathematics.md give autograd's gradients."""
+tables match the code, the formulae of mathematics.md give autograd's gradients, and the site
+builds."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import inspect
 import io
 import itertools
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 import normnorm
-from normnorm import backends, functional, norm_map, reference
+from normnorm import backends, diagnostics, functional, norm_map, reference
 from normnorm.noise import standard_normals
 from normnorm.ops import SCHEMAS
 from normnorm.statistics import Row
@@ -146,65 +147,24 @@ def test_tables_of_the_backends_page_match_the_code():
     assert tuple(name for name, _ in rows("## Choosing")) == backends.NAMES
 
 
-# The reference page, docs/use/api.md
-
-_CALL = re.compile(r"^(?:\| `)?(\w+)((?:/\dd)*)\(([^()]*)\)", re.M)
+# The site
 
 
-def reference_page(without):
-    """The page without the fenced blocks of these kinds, a regular expression."""
-    text = (ROOT / "docs/use/api.md").read_text()
-    return re.sub(rf"^```({without})\n.*?^```$", "", text, flags=re.S | re.M)
-
-
-def documented_calls():
-    """The arguments of each call that opens a table row, or stands in the block of functions."""
-    found = {}
-    for name, more, arguments in _CALL.findall(reference_page(without="python|text")):
-        listed = [argument.strip() for argument in arguments.split(",") if argument.strip()]
-        for ending in ("", *more.split("/")[1:]):  # Name1d/2d/3d
-            found[name[: len(name) - len(ending)] + ending] = listed
-    return found
-
-
-def documented_words():
-    spans = re.findall(r"`([^`]+)`", reference_page(without="python|text|"))
-    return {word for span in spans for word in re.findall(r"\w+", span)}
-
-
-def test_every_public_name_is_on_the_reference_page():
-    calls = documented_calls()
-    words = documented_words()
-    assert [name for name in functional.__all__ if name not in calls] == []
-    assert [name for name in normnorm.__all__ if name not in calls and name not in words] == []
-    assert [n for n in calls if not hasattr(normnorm, n) and not hasattr(functional, n)] == []
-
-
-@pytest.mark.parametrize("name", sorted(documented_calls()))
-def test_signatures_of_the_reference_page(name):
-    """Order and defaults of all arguments; a layer's, without defaults, stand in its row or, where
-    all layers have them by keyword, in the table below."""
-    called = getattr(functional, name, None) or getattr(normnorm, name)
-    is_layer = inspect.isclass(called) and issubclass(called, torch.nn.Module)
-    parameters = inspect.signature(called).parameters
-    documented = {}
-    keyword = False
-    for argument in documented_calls()[name]:
-        if argument == "*":
-            keyword = True
-            continue
-        word, _, default = argument.partition("=")
-        assert word in parameters
-        assert (parameters[word].kind is inspect.Parameter.KEYWORD_ONLY) == keyword, word
-        documented[word] = ast.literal_eval(default) if default else inspect.Parameter.empty
-    if is_layer:
-        common = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-        assert list(documented) == [word for word in parameters if word not in common]
-        assert common <= {"bias", "noise_train", "alpha", "order", "transform_eps"}
-        assert common <= documented_words()
-    else:
-        assert documented == {p.name: p.default for p in parameters.values()}
-        assert list(documented) == list(parameters)
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_has_every_page_and_public_name(tmp_path):
+    options = ["-b", "html", "-q", "-W", "--keep-going", "-c", "docs", "-d", tmp_path / "doctrees"]
+    command = [sys.executable, "-m", "sphinx", *options, ".", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in EVERY_PAGE:
+        html = (tmp_path / "site" / page.relative_to(ROOT).with_suffix(".html")).read_text()
+        links = re.findall(r'href="([^":#]+)[#"]', html.split("<article", 1)[1])
+        assert [link for link in links if link.endswith(".md")] == []
+    reference_page = (tmp_path / "site/docs/reference.html").read_text()
+    named = re.findall(r' id="(normnorm\.[\w.]+)"', reference_page)
+    for module in (normnorm, functional, diagnostics):
+        public = [name for name in module.__all__ if callable(getattr(module, name))]
+        assert {f"{module.__name__}.{name}" for name in public} <= set(named)
 
 
 def test_readme_opens_with_its_status_and_the_two_commands():
@@ -225,7 +185,7 @@ def test_readme_performance_is_what_make_report_renders_from_all_stored_results(
 
 
 def test_readme_names_every_extra():
-    section = (ROOT / "README.md").read_text().split("## Installation\n")[1]
+    section = (ROOT / "README.md").read_text().split("Extras install the rest:\n")[1]
     named = {word for cells in table_rows(section) for word in re.findall(r"`(\w+)`", cells[0])}
     project = (ROOT / "pyproject.toml").read_text()
     extras = project.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
