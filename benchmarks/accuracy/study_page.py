@@ -98,17 +98,20 @@ class Finding(NamedTuple):
 
 
 def findings(study: Study, questions: dict[str, Question]) -> dict[Contrast, Finding]:
-    """All comparisons whose runs are there, adjusted together by Holm's method."""
+    """All comparisons whose runs are there. They are adjusted together by Holm's method; those
+    whose runs are missing count with p = 1."""
+    planned = plan.contrasts(questions)
     known = {
         contrast: found
-        for contrast in plan.contrasts(questions)
+        for contrast in planned
         if (found := contrast_of(study, questions[contrast.question], contrast)) is not None
     }
     if not known:
         return {}
-    adjusted = multipletests([found.p for found in known.values()], method="holm")[1]
+    raw = [found.p for found in known.values()] + [1.0] * (len(planned) - len(known))
+    adjusted = multipletests(raw, method="holm")[1][: len(known)]
     return {
-        contrast: Finding(contrast, found, float(p), detectable(found, len(known)))
+        contrast: Finding(contrast, found, float(p), detectable(found, len(planned)))
         for (contrast, found), p in zip(known.items(), adjusted, strict=True)
     }
 
@@ -125,7 +128,7 @@ _PAGE = """\
 # {title}
 
 This page is generated from stored results by `benchmarks/study.py`; its numbers are not edited.
-{abstract}
+{missing}{abstract}
 
 ![Accuracy against weight decay]({image})
 
@@ -181,6 +184,7 @@ def write(study: Study, questions: dict[str, Question], page: Path) -> None:
     page.write_text(
         _PAGE.format(
             title=_title(found),
+            missing=_missing(questions, found),
             abstract=_abstract(found),
             image=image.relative_to(page.parent).as_posix(),
             tuning_seeds=questions[PRIMARY].tuning_copies,
@@ -218,6 +222,19 @@ def _title(found: dict[Contrast, Finding]) -> str:
     return (
         f"At the paper's settings {words[usual.sign]}, with tuned settings {words[tuned.sign]}: "
         "a study on small data sets"
+    )
+
+
+def _missing(questions: dict[str, Question], found: dict[Contrast, Finding]) -> str:
+    """Which questions lack runs."""
+    names = {c.question: None for c in plan.contrasts(questions) if c not in found}
+    if not names:
+        return ""
+    return (
+        "\n**Not complete.** Runs are missing for: "
+        + "; ".join(questions[name].title.lower() for name in names)
+        + ". In the adjustment of p-values their comparisons count with p = 1, so that later runs "
+        "can only lower the p-values given here.\n"
     )
 
 

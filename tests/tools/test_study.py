@@ -86,6 +86,21 @@ def test_differences_are_paired_and_adjusted_together() -> None:
     assert [finding.adjusted for finding in every.values()] == pytest.approx(holm)
 
 
+def test_comparisons_without_runs_count_with_p_1(tmp_path: Path) -> None:
+    whole = filled(plan.FULL, lambda e: 90 + (e.norm != "batch"))
+    part = Study(environment={})
+    part.runs = {
+        name: run for name, run in whole.runs.items() if run["experiment"]["dataset"] == "mnist1d"
+    }
+    every = findings(whole, plan.FULL)
+    found = findings(part, plan.FULL)
+    assert 0 < len(found) < len(every)
+    assert all(finding.adjusted >= every[contrast].adjusted for contrast, finding in found.items())
+    write(part, plan.FULL, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "Runs are missing for: batch normalization, 500 images. In the adjustment" in text
+
+
 def test_the_detectable_difference_has_the_stated_power() -> None:
     found = difference(list(np.arange(20.0)), [0.0] * 20)
     effect = detectable(found, 100) / found.deviation
