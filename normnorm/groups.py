@@ -19,7 +19,8 @@ def input_of(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
     """The tensor that a layer normalized, from the arguments and the output of its forward."""
     if isinstance(layer, AddLayerNormalNorm):
         return output[1]  # the sum
-    return args[0] if args else kwargs["input"]
+    # Other libraries' classes call it x or hidden_states.
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
 def each_sample(layer: nn.Module) -> bool:

@@ -278,6 +278,19 @@ def test_the_normalized_output_of_a_residual_stream_is_watched_and_disturbed():
     assert change["norm"][0.5] == pytest.approx(0.5, rel=0.2)
 
 
+def test_an_input_by_another_name_is_measured():
+    class Named(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Model(nn.ModuleDict):
+        def forward(self, x):
+            return self["norm"](x=x)
+
+    found = diagnostics.diagnose(Model({"norm": Named(4)}), [torch.randn(9, 4)])
+    assert found.layers["norm"].own_groups["groups"] == 9
+
+
 def test_normalization_layers_are_watched_by_default_and_the_model_is_left_alone():
     network = _network()
     network[1].eval()
