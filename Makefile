@@ -31,7 +31,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 .PHONY: help demo study bench report test test-all test-floor lint docs wheel hub install gpu-build gpu-check clean distclean FORCE
 
 help:
-	@echo 'make demo      set up what is missing, then train the comparison networks (2.5 minutes)'
+	@echo 'make demo      set up what is missing, then train the comparison networks (3 minutes)'
 	@echo 'make study     accuracy with and without noise and transform on small data sets (QUICK=1: minutes)'
 	@echo 'make test      set up what is missing, then lint and run the tests'
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'

@@ -47,9 +47,8 @@ def mnist1d() -> tuple[Comparison, ...]:
         for model in ("convnet", "transformer")
     )
     convnet = replace(convnet, norm="batch", evaluate_every=4)
-    transformer = replace(
-        transformer, norm="layer", epochs=20, learning_rate=3e-3, evaluate_every=2
-    )
+    # Chosen for a visible difference, on other seeds (docs/measured/experiments.md).
+    transformer = replace(transformer, norm="layer", learning_rate=3e-3, evaluate_every=5)
     normal = replace(transformer, norm="layernormal")
     return (
         Comparison("convolutional net", 70.0, 2.0, {
@@ -57,7 +56,7 @@ def mnist1d() -> tuple[Comparison, ...]:
             "BatchNormalNorm2d": replace(convnet, norm="batchnormal"),
             "BatchNorm2d, decay 0.01": replace(convnet, weight_decay=0.01),
         }),
-        Comparison("transformer", 60.0, 0.0, {
+        Comparison("transformer", 65.0, 1.5, {
             "LayerNorm": transformer,
             "LayerNormalNorm, noise 0.3": replace(normal, noise_train=0.3),
             "LayerNormalNorm": normal,
