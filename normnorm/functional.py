@@ -122,12 +122,8 @@ def _apply(
 ) -> tuple[Any, Any]:
     """Runs the op on plain or distributed tensors: (output, sum)."""
     _check_parameters(input, weight, bias)
-    if residual is not None or prenorm:
-        check_plain(input, residual=residual)
-        narrow = input.dtype
-        input, residual = checks.with_residual(input, residual)  # type: ignore[arg-type]  # before a seed is drawn
-        if input.dtype is not narrow and not prenorm:
-            weight, bias = _promoted(weight, narrow, input), _promoted(bias, narrow, input)
+    if residual is not None or prenorm:  # before a seed is drawn
+        input, weight, bias, residual = _with_residual(input, weight, bias, residual, prenorm)
     drawn: Any = None
     if config.noise_train > 0.0 and seed is not None:
         drawn = as_seed(seed, input.device)
@@ -150,6 +146,18 @@ def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None)
     ):
         checks.check_tensors(weight=weight, bias=bias)
         check_plain(input, weight=weight, bias=bias)
+
+
+def _with_residual(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Any, prenorm: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(input, weight, bias, residual) for an op over the dtype of ``input + residual``."""
+    check_plain(input, residual=residual)
+    narrow = input.dtype
+    input, residual = checks.with_residual(input, residual)
+    if input.dtype is not narrow and not prenorm:
+        weight, bias = _promoted(weight, narrow, input), _promoted(bias, narrow, input)
+    return input, weight, bias, residual
 
 
 def _promoted(parameter: Tensor | None, narrow: torch.dtype, input: Tensor) -> Tensor | None:

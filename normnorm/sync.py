@@ -41,6 +41,8 @@ def sync_batch_normal_norm(
     transform_eps: float = 0.0,
     seed: Tensor | int | None = None,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     process_group: Any = None,
 ) -> Tensor:
     """Batch normality normalization in training over the shards of all ranks.
@@ -78,22 +80,27 @@ def sync_batch_normal_norm(
         )
     running: Running = (running_mean, running_var, running_lmbda)
     tracked = F._check_running(input, running, momentum, num_batches_tracked, True)
-    config = F._configure(input, "batch", 0, 0, eps, noise_train, True, alpha, order, transform_eps)
+    config = F._configure(
+        input, "batch", 0, 0, eps, noise_train, True, alpha, order, transform_eps, activation
+    )
     backend = "reference" if compiling else config.backend
     config = config._replace(stream=dist.get_rank(), backend=backend)
-    seed_tensor = as_seed(seed, input.device) if config.noise_train > 0.0 else None
     check_plain(input, weight=weight, bias=bias)
+    if residual is not None:
+        input, weight, bias, residual = F._with_residual(input, weight, bias, residual, False)
+    seed_tensor = as_seed(seed, input.device) if config.noise_train > 0.0 else None
     shards = None
     if is_dtensor(input):
         shards = shards_of_batch(input, process_group)
         input, seed_tensor = to_local(input), to_local(seed_tensor)
         weight, bias = shards.local("weight", weight), shards.local("bias", bias)
+        residual = shards.local("residual", residual)
         running = tuple(map(to_local, running))
         num_batches_tracked = to_local(num_batches_tracked)
-    tensors = (input, *running, weight, bias, None, seed_tensor, None)
+    tensors = (input, *running, weight, bias, residual, seed_tensor, None)
     checks.check_forward(ForwardArguments._make((*tensors, False, True, config)), shard=True)
     output, stats, count = Synchronised.apply(
-        input, weight, bias, seed_tensor, config, process_group
+        input, weight, bias, residual, seed_tensor, config, process_group
     )
     if input.device.type == "cpu" and not compiling and count.item() == 1:
         raise ValueError(
@@ -178,13 +185,11 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
             return super()._normalize(input, residual, activation)
         self._check_input_dim(input)
         checks.check_noise_train(self.noise_train)
-        if residual is not None:
-            checks.with_residual(input, residual)  # raises before any communication
         self._complete()
         names = ("running_mean", "running_var", "running_lmbda", "num_batches_tracked")
         buffers = self._buffers if self.track_running_stats else {}
         mean, var, lmbda, tracked = map(buffers.get, names)
-        output = sync_batch_normal_norm(
+        return sync_batch_normal_norm(
             input,
             mean,
             var,
@@ -195,19 +200,17 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
             self._eps,
             **self._transform(),
             num_batches_tracked=tracked,
+            residual=residual,
+            activation=activation,
             process_group=self.process_group,
         )
-        if residual is not None:
-            output = output + residual
-        return output if activation is None else torch.relu(output)
 
 
 class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
     """:class:`BatchNormalNormAct2d` of a batch that is sharded over a process group.
 
-    ``act(norm(input) + residual)`` with the statistics of :class:`SyncBatchNormalNorm`; the sum and
-    the activation are separate operations, each rounded in half precision. Without communication
-    (evaluation, a group of one rank) one kernel fuses all three.
+    ``act(norm(input) + residual)`` with the statistics of :class:`SyncBatchNormalNorm`, fused as in
+    :class:`BatchNormalNormAct2d`.
 
     Args:
         arguments, keywords: those of :class:`BatchNormalNormAct2d`.

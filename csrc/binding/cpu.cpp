@@ -114,11 +114,11 @@ class ParameterGradient {
 };
 
 cpu::Problem make_problem(const TensorView& input, const Layout& layout, const Config& c,
-                          const OptionalTensor& seed) {
+                          const OptionalTensor& seed, bool noise) {
   cpu::Problem p;
   p.storage = storage_of(input.dtype);
   p.pool = torch_threads();
-  layout.set_params(p, c, c.noise_train > 0);
+  layout.set_params(p, c, noise && c.noise_train > 0);
   if (p.noise.on) p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
   return p;
 }
@@ -172,7 +172,7 @@ ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Con
     return result();
   }
   const Layout layout(a.input, view(output), config);
-  cpu::Problem p = make_problem(a.input, layout, config, t.seed);
+  cpu::Problem p = make_problem(a.input, layout, config, t.seed, true);
   const Parameters parameters(t.weight, t.bias, compute, p);
   const Source source(t.input, layout);
   Target target(output, layout);
@@ -204,7 +204,7 @@ BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const 
     return {grad_input, grad_weight.finish(), grad_bias.finish()};
   }
   const Layout layout(a.input, t.needs_input ? view(grad_input) : a.input, config);
-  cpu::Problem p = make_problem(a.input, layout, config, t.seed);
+  cpu::Problem p = make_problem(a.input, layout, config, t.seed, t.needs_weight);
   const Parameters parameters(t.weight, t.bias, compute, p);
   const Source input(t.input, layout), grad_output(t.grad_output, layout);
   const OptionalSource activated(t.output, layout), grad_sum(t.grad_sum, layout);
@@ -223,6 +223,50 @@ BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const 
   cpu::kernels().backward(p);
   if (target) target->finish();
   return {grad_input, grad_weight.finish(), grad_bias.finish()};
+}
+
+// One round of the batch pass over a shard (cpu::Round, whose number the flags have). Between the rounds the caller adds
+// the sums of all shards and fills in the statistics. `result`, the output or the gradient of the input, holds the
+// kernels' cache from round to round; `grad_output` and `output` belong to the backward rounds.
+void round_(const Tensor& input, const Tensor& stats, const OptionalTensor& sums, const OptionalTensor& result,
+            const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+            const OptionalTensor& seed, const OptionalTensor& grad_output, const OptionalTensor& output, double eps,
+            double noise_train, double alpha, double transform_eps, int64_t size, int64_t bits) {
+  const Flags flags(bits);
+  const Config config = unpack(eps, noise_train, alpha, transform_eps, size, flags);
+  const auto round = cpu::Round(flags.number());
+  Arguments a;
+  a.input = view(input), a.stats = view(stats), a.sums = view(sums), a.result = view(result);
+  a.weight = view(weight), a.bias = view(bias), a.residual = view(residual), a.seed = view(seed);
+  a.grad_output = view(grad_output), a.output = view(output);
+  a.shard = true;
+  check_round(a, config, cpu::kRoundSums[int(round)]);
+  const bool backward = round >= cpu::Round::kSums;
+  const bool writes = round == cpu::Round::kOutput || round == cpu::Round::kGradient;
+  if (round == cpu::Round::kAll || backward != a.grad_output.given || (writes && !result) || !stats.is_contiguous() ||
+      (sums && !sums->is_contiguous()))
+    throw std::invalid_argument("the arguments do not fit the round");
+  if (a.input.numel() == 0) {
+    Tensor written = sums && !writes ? *sums : nothing(a.input);
+    torch::stable::zero_(written);
+    return;
+  }
+  const Layout layout(a.input, result ? a.result : a.input, config);
+  cpu::Problem p = make_problem(a.input, layout, config, seed, true);
+  const Parameters parameters(weight, bias, statistics_dtype(a.input.dtype), p);
+  const Source source(input, layout);
+  const OptionalSource added(residual, layout), gradient(grad_output, layout), activated(output, layout);
+  std::optional<Target> target;
+  if (result) p.output = target.emplace(*result, layout, true).operand;
+  p.round = round;
+  p.sums = sums ? static_cast<double*>(sums->data_ptr()) : nullptr;
+  p.input = source.operand;
+  p.residual = added.operand;
+  p.grad_output = gradient.operand;
+  p.activated = activated.operand;
+  p.stats = stats.data_ptr();
+  (backward ? cpu::kernels().backward : cpu::kernels().forward)(p);
+  if (target) target->finish();
 }
 
 void run_fold(const FoldTensors& t) {
@@ -269,6 +313,7 @@ void run_fold(const FoldTensors& t) {
 
 STABLE_TORCH_LIBRARY_IMPL(normnorm_cpu, CPU, m) {
   normnorm::Ops<normnorm::run_forward, normnorm::run_backward, normnorm::run_fold>::implement(m);
+  m.impl("round_", TORCH_BOX(&normnorm::round_));
 }
 
 // How this library was built and what it chose, for `normnorm doctor`; read through ctypes.

@@ -22,6 +22,7 @@ class Flags {
   bool channels_last() const { return bits_ & 8; }
   Activation activation() const { return Activation(bits_ >> 4 & 15); }
   bool given(int number) const { return bits_ >> (8 + number) & 1; }
+  int number() const { return bits_ >> 8 & 7; }  // in place of switches
   int64_t stream() const { return bits_ >> 16; }
 
  private:

@@ -147,10 +147,10 @@ Source::Source(const Tensor& t, const Layout& layout) : tensor_(t) {
   operand = {tensor_.data_ptr(), *strides};
 }
 
-Target::Target(const Tensor& t, const Layout& layout) : tensor_(t), dense_(t) {
+Target::Target(const Tensor& t, const Layout& layout, bool reads) : tensor_(t), dense_(t) {
   auto strides = layout.strides(view(t));
   if (!strides) {
-    dense_ = dense_copy(t, view(t), layout, false);
+    dense_ = dense_copy(t, view(t), layout, reads);
     strides = layout.strides(view(dense_));
   }
   operand = {dense_.data_ptr(), *strides};

@@ -59,10 +59,10 @@ class OptionalSource {
   std::optional<Source> source_;
 };
 
-// A tensor that the kernels write; finish() copies a dense substitute back to it.
+// A tensor that the kernels write; finish() copies a dense substitute back to it. `reads`: the kernels read it too.
 class Target {
  public:
-  Target(const Tensor& t, const Layout& layout);
+  Target(const Tensor& t, const Layout& layout, bool reads = false);
   void finish();
   Operand operand;
 

@@ -56,6 +56,12 @@ void check_noise(const Arguments& a, const Config& c, int64_t groups) {
             a.noise_scale.dtype == statistics_dtype(a.input.dtype));
 }
 
+void check_stats(const Arguments& a, int64_t groups) {
+  const int64_t shape[] = {kStatRows, groups};
+  require(a.stats.same_device(a.input) && a.stats.has_shape(shape, 2) &&
+          a.stats.dtype == statistics_dtype(a.input.dtype));
+}
+
 void check_channel_buffer(const TensorView& t, int64_t channels) {
   require(t.has_shape(&channels, 1) && floating(t.dtype));
 }
@@ -98,7 +104,7 @@ void check_forward(const Arguments& a, const Config& c) {
   check_like_input(a.residual, a.input);
   require(!a.prenorm || a.residual.given);
   check_running(a, c);
-  const bool own = !a.running_mean.given && (c.kind == Kind::kBatch || c.kind == Kind::kInstance);
+  const bool own = !a.shard && !a.running_mean.given && (c.kind == Kind::kBatch || c.kind == Kind::kInstance);
   require(!own || group_size(a.input, c) != 1);
   check_noise(a, c, group_count(a.input, c));
   check_parameters(a, c);
@@ -108,13 +114,27 @@ void check_backward(const Arguments& a, const Config& c) {
   check_config(a.input, c);
   require(a.output.given == (c.activation != Activation::kNone));
   for (const TensorView* t : {&a.grad_output, &a.output, &a.grad_sum}) check_like_input(*t, a.input);
-  const int64_t groups = group_count(a.input, c), shape[] = {kStatRows, groups};
-  require(a.stats.same_device(a.input) && a.stats.has_shape(shape, 2) &&
-          a.stats.dtype == statistics_dtype(a.input.dtype));
+  const int64_t groups = group_count(a.input, c);
+  check_stats(a, groups);
   check_noise(a, c, groups);
   check_parameters(a, c);
   require(!a.needs_weight || a.weight.given);
   require(!a.needs_bias || a.bias.given);
+}
+
+void check_round(const Arguments& a, const Config& c, int64_t sums) {
+  require(c.kind == Kind::kBatch);
+  if (a.grad_output.given) {
+    check_backward(a, c);
+  } else {
+    check_forward(a, c);
+    check_stats(a, group_count(a.input, c));
+  }
+  check_like_input(a.result, a.input);
+  const int64_t shape[] = {sums, group_count(a.input, c)};
+  require(a.sums.given == (sums > 0));
+  if (sums > 0)
+    require(a.sums.same_device(a.input) && a.sums.has_shape(shape, 2) && a.sums.dtype == Dtype::kFloat64);
 }
 
 void check_fold(const FoldArguments& a) {

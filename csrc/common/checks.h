@@ -31,10 +31,14 @@ struct Arguments {
   bool needs_weight = false, needs_bias = false;
   bool prenorm = false;  // forward
   bool draws = false;    // forward: the op draws a seed that is not given
+  // one round over a shard of a batch, of the pass whose gradient is given or not
+  TensorView sums, result;
+  bool shard = false;
 };
 
 void check_forward(const Arguments& a, const Config& config);
 void check_backward(const Arguments& a, const Config& config);
+void check_round(const Arguments& a, const Config& config, int64_t sums);  // the number of sums of the round
 
 struct FoldArguments {
   TensorView stats, running_mean, running_var, running_lmbda, num_batches_tracked;

@@ -15,7 +15,6 @@ class ColumnBackward {
       : layout_(p, kTile),  // a strip loads and stores eight sums per tile
         p_(p),
         g_(p.geometry),
-        noisy_(p.noise.on && p.grad_weight),
         slots_(2 * g_.outer * layout_.columns()) {}
 
   void run() {
@@ -33,18 +32,24 @@ class ColumnBackward {
   static constexpr int kSums = 8;  // the rows of GradientSums
 
   void backward(int64_t outer, bool split, T* table, double* totals) {
-    bool series = false;
     layout_.spread_transform(table, outer);
     for (int64_t i = 0; i < g_.inner; ++i) {
       const GroupStats<T> stats(p_, outer * g_.inner + i);
-      series = series || needs_series(p_, stats.transform(p_).exponents);
       const auto w = stats.gradient(p_);
       layout_.spread(table, kColCe, i, w.c_e);
       layout_.spread(table, kColCr, i, w.c_r);
       layout_.spread(table, kColCo, i, w.c_o);
       layout_.spread(table, kColTwoD, i, w.two_d);
-      layout_.spread(table, kColNoise, i, noisy_ ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0));
+      layout_.spread(table, kColNoise, i, p_.noise.on ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0));
     }
+    if (p_.runs(Round::kSums)) sums_round(outer, split, table, totals);
+    if (p_.runs(Round::kGradient)) gradient_round(outer, split, table, totals);
+  }
+
+  void sums_round(int64_t outer, bool split, const T* table, double* totals) {
+    bool series = false;
+    for (int64_t i = 0; i < g_.inner; ++i)
+      series = series || needs_series(p_, GroupStats<T>(p_, outer * g_.inner + i).transform(p_).exponents);
     layout_.template reduce_chunks<kSums>(split, totals, [&](int64_t chunk, T* sums) {
       if (series)
         sums_chunk<true>(outer, chunk, table, sums);
@@ -52,7 +57,23 @@ class ColumnBackward {
         sums_chunk<false>(outer, chunk, table, sums);
     });
     keep_slots(outer, table, totals);
-    if (!p_.output.data) return;
+    if (p_.round == Round::kAll) return;
+    for (int64_t c = 0; c < layout_.columns(); ++c) {
+      const Sums<5> sums = group_sums(totals, c);
+      const double *v = sums.value, *slot = slots_.data() + 2 * c;
+      left_to_caller<7>(p_, c, {{v[0], v[1], v[2], v[3], v[4], slot[0], slot[1]}});
+    }
+  }
+
+  // The first five of GradientSums over a group.
+  Sums<5> group_sums(const double* totals, int64_t group) const {
+    const T* weight = static_cast<const T*>(p_.weight);
+    return {{layout_.group_total(totals, 0, group, weight), layout_.group_total(totals, 1, group, weight),
+             layout_.group_total(totals, 2, group, weight), layout_.group_total(totals, 3, group),
+             layout_.group_total(totals, 4, group)}};
+  }
+
+  void gradient_round(int64_t outer, bool split, T* table, const double* totals) const {
     set_input_constants(outer, table, totals);
     for_range(p_.pool, split, layout_.chunks(), [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) input_chunk(outer, chunk, table);
@@ -79,12 +100,12 @@ class ColumnBackward {
 
   template <bool kSeries>
   void sums_chunk(int64_t outer, int64_t chunk, const T* table, T* sums) const {
-    Buffer<T> normal_buffer(noisy_ ? layout_.normal_size() : 0);
+    Buffer<T> normal_buffer(p_.noise.on ? layout_.normal_size() : 0);
     Buffer<T> u_buffer(layout_.buffer_size()), g_buffer(layout_.gradient_size());
     const auto u = layout_.source(p_.input, outer, chunk, u_buffer.data());
     const auto g = layout_.gradient(outer, chunk, g_buffer.data());
     const auto cache = cache_strip(outer, chunk);
-    layout_.for_tiles(outer, chunk, noisy_, normal_buffer.data(), [&](int64_t row, int64_t rows, const T* z) {
+    layout_.for_tiles(outer, chunk, p_.noise.on, normal_buffer.data(), [&](int64_t row, int64_t rows, const T* z) {
       layout_.for_strips([&](auto partial, int64_t c, int lanes) {
         const GradientStrips<V> strips{
             at(u, row, c), at(g, row, c), at(cache, row, c), {nullptr, 0}, {z + c, layout_.columns()}};
@@ -114,12 +135,11 @@ class ColumnBackward {
   void set_input_constants(int64_t outer, T* table, const double* totals) const {
     const T* weight = static_cast<const T*>(p_.weight);
     for (int64_t i = 0; i < g_.inner; ++i) {
-      const double rstd = double(GroupStats<T>(p_, outer * g_.inner + i).get(kRstd));
-      const auto k = input_gradient_constants<T>(
-          {layout_.group_total(totals, 0, i, weight), layout_.group_total(totals, 1, i, weight),
-           layout_.group_total(totals, 2, i, weight), layout_.group_total(totals, 3, i),
-           layout_.group_total(totals, 4, i)},
-          double(g_.group_size()), rstd, p_.frozen);
+      const int64_t group = outer * g_.inner + i;
+      const double rstd = double(GroupStats<T>(p_, group).get(kRstd));
+      const auto k = p_.round == Round::kAll ? input_gradient_constants<T>(group_sums(totals, i),
+                                                                           double(g_.group_size()), rstd, p_.frozen)
+                                             : given_input_gradient<T>(p_, group, rstd);
       layout_.spread(table, kColDirect, i, k.direct);
       layout_.spread(table, kColLmbda, i, k.lmbda);
       layout_.spread(table, kColOffset, i, k.offset);
@@ -161,6 +181,7 @@ class ColumnBackward {
   void add_slots() {
     T* bias = static_cast<T*>(p_.grad_bias);
     T* weight = static_cast<T*>(p_.grad_weight);
+    if (!bias && !weight) return;
     for (int64_t c = 0; c < layout_.columns(); ++c) {
       double b = 0, w = 0;
       for (int64_t o = 0; o < g_.outer; ++o) {
@@ -175,7 +196,6 @@ class ColumnBackward {
   ColumnLayout<T> layout_;
   const cpu::Problem& p_;
   const Geometry& g_;
-  const bool noisy_;
   Buffer<double> slots_;  // (matrix, column) x {bias, weight}
 };
 

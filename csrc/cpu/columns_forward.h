@@ -11,7 +11,8 @@ class ColumnForward {
  public:
   using V = VectorOf<T>;
 
-  explicit ColumnForward(const cpu::Problem& p) : layout_(p, p.frozen ? kTile : 1), p_(p), g_(p.geometry) {}
+  explicit ColumnForward(const cpu::Problem& p)
+      : layout_(p, p.frozen ? kTile : 1), p_(p), g_(p.geometry), cached_(!p.frozen && layout_.caches(p.output)) {}
 
   void run() {
     const bool split = layout_.split_matrix();
@@ -25,27 +26,15 @@ class ColumnForward {
 
  private:
   void forward(int64_t outer, bool split, T* table, double* totals, double* variances) {
-    if (!p_.frozen) {
-      moments_round(outer, split, variances);
-      layout_.spread_transform(table, outer);
-      lambda_round(outer, split, table, totals, variances);
-    }
+    if (p_.runs(Round::kMoments)) moments_round(outer, split, variances);
     layout_.spread_transform(table, outer);
-    const bool cached = !p_.frozen && layout_.caches(p_.output);
-    From from = cached ? From::kLog : From::kInput;
-    if (p_.noise.on && !p_.noise.given_scale) {
-      noise_scale_rounds(outer, split, cached, table, totals);
-      if (cached) from = From::kX;
+    if (p_.runs(Round::kLambda)) {
+      lambda_round(outer, split, table, totals, variances);
+      layout_.spread_transform(table, outer);
     }
-    for (int64_t i = 0; i < g_.inner; ++i) {
-      const double s = double(GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
-      layout_.spread(table, kColNoise, i, p_.noise.on ? T(p_.noise.train * s) : T(0));
-    }
-    for (int64_t c = 0; c < layout_.columns(); ++c) {
-      layout_.column(table, kColWeight)[c] = p_.weight ? static_cast<const T*>(p_.weight)[c] : T(1);
-      layout_.column(table, kColBias)[c] = p_.bias ? static_cast<const T*>(p_.bias)[c] : T(0);
-    }
-    output_round(outer, split, from, table);
+    if (p_.runs(Round::kMeanX)) mean_x_round(outer, split, table, totals);
+    if (p_.runs(Round::kDeviation)) deviation_round(outer, split, table, totals);
+    if (p_.runs(Round::kOutput)) output_round(outer, split, table);
   }
 
   // A chunk's columns are summed around its first row, then around the mean that this gives, rounded.
@@ -71,6 +60,7 @@ class ColumnForward {
       Moments group;
       for (int64_t chunk = 0; chunk < layout_.chunks(); ++chunk)
         group = merge(group, parts[chunk * g_.inner + i]);
+      if (left_to_caller<3>(p_, outer * g_.inner + i, {{group.mean, group.low, group.m2}})) continue;
       GroupStats<T> stats(p_, outer * g_.inner + i);
       stats.set_moments(group, p_.settings.eps);
       stats.set(kLmbda, 1);
@@ -94,16 +84,15 @@ class ColumnForward {
 
   void lambda_round(int64_t outer, bool split, const T* table, double* totals, const double* variances) {
     const int64_t padded = layout_.padded();
-    const bool cached = layout_.caches(p_.output);
     layout_.template reduce_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
       const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
       Buffer<T> buffer(layout_.buffer_size());
       const auto u = layout_.source(normalized(p_), outer, chunk, buffer.data());
-      const auto cache = cache_strip(outer, chunk, cached);
+      const auto cache = cache_strip(outer, chunk);
       layout_.for_strips([&](auto partial, int64_t c, int lanes) {
         LambdaSums<V> s;
         const auto h = layout_.transform(table, c).standardize;
-        if (cached)
+        if (cached_)
           lambda_pass<partial.value, true, V>({u.data + c, u.step}, {cache.data + c, cache.step}, rows, lanes,
                                               h, s);
         else
@@ -116,59 +105,72 @@ class ColumnForward {
       });
     });
     for (int64_t i = 0; i < g_.inner; ++i) {
-      GroupStats<T> stats(p_, outer * g_.inner + i);
-      stats.set_lambda({{layout_.group_total(totals, 0, i), layout_.group_total(totals, 1, i),
-                         layout_.group_total(totals, 2, i), layout_.group_total(totals, 3, i)}},
-                       double(g_.group_size()), variances[i], p_);
+      const Sums<4> sums{{layout_.group_total(totals, 0, i), layout_.group_total(totals, 1, i),
+                          layout_.group_total(totals, 2, i), layout_.group_total(totals, 3, i)}};
+      if (left_to_caller(p_, outer * g_.inner + i, sums)) continue;
+      GroupStats<T>(p_, outer * g_.inner + i).set_lambda(sums, double(g_.group_size()), variances[i], p_);
     }
   }
 
   // The chunk's cache, which is its part of the output.
-  Strip<T> cache_strip(int64_t outer, int64_t chunk, bool cached) const {
-    return cached ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
+  Strip<T> cache_strip(int64_t outer, int64_t chunk) const {
+    return cached_ ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
   }
 
-  // One sum for each column: pass(partial, u, cache, rows, lanes, column) returns a strip's.
+  // The mean of one term over each group, into kNoiseScale: pass(partial, u, cache, rows, lanes, column) returns a
+  // strip's sum.
   template <class F>
-  void sum_round(int64_t outer, bool split, bool cached, double* totals, F pass) const {
+  void mean_round(int64_t outer, bool split, double* totals, F pass) const {
     layout_.template reduce_chunks<1>(split, totals, [&](int64_t chunk, T* sums) {
-      Buffer<T> buffer(cached ? 0 : layout_.buffer_size());
+      Buffer<T> buffer(cached_ ? 0 : layout_.buffer_size());
       const auto u =
-          cached ? Strip<const T>{nullptr, 0} : layout_.source(normalized(p_), outer, chunk, buffer.data());
-      const auto cache = cache_strip(outer, chunk, cached);
+          cached_ ? Strip<const T>{nullptr, 0} : layout_.source(normalized(p_), outer, chunk, buffer.data());
+      const auto cache = cache_strip(outer, chunk);
       const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
       layout_.for_strips([&](auto partial, int64_t c, int lanes) {
         store_dense<V>(sums + c, pass(partial, Strip<const T>{u.data + c, u.step},
                                       Strip<T>{cache.data + c, cache.step}, rows, lanes, c));
       });
     });
+    for (int64_t i = 0; i < g_.inner; ++i) {
+      const double total = layout_.group_total(totals, 0, i);
+      if (left_to_caller<1>(p_, outer * g_.inner + i, {{total}})) continue;
+      GroupStats<T>(p_, outer * g_.inner + i).set(kNoiseScale, total / double(g_.group_size()));
+    }
   }
 
-  void noise_scale_rounds(int64_t outer, bool split, bool cached, T* table, double* totals) {
-    const double count = double(g_.group_size());
+  // kNoiseScale holds the mean of x from this round to the next.
+  void mean_x_round(int64_t outer, bool split, const T* table, double* totals) const {
     const V zero = splat<V>(0);
-    sum_round(outer, split, cached, totals,
-              [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
-                const auto k = layout_.transform(table, c);
-                return cached ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, zero)
-                              : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, zero);
-              });
-    for (int64_t i = 0; i < g_.inner; ++i)
-      layout_.spread(table, kColCentre, i, T(layout_.group_total(totals, 0, i) / count));
-    sum_round(
-        outer, split, cached, totals,
-        [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
-          const auto k = layout_.transform(table, c);
-          const V centre = layout_.vector(table, kColCentre, c);
-          return cached
-                     ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, zero)
-                     : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, zero);
-        });
-    for (int64_t i = 0; i < g_.inner; ++i)
-      GroupStats<T>(p_, outer * g_.inner + i).set(kNoiseScale, layout_.group_total(totals, 0, i) / count);
+    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
+      const auto k = layout_.transform(table, c);
+      return cached_ ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, zero)
+                     : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, zero);
+    });
   }
 
-  void output_round(int64_t outer, bool split, From from, const T* table) {
+  void deviation_round(int64_t outer, bool split, T* table, double* totals) const {
+    for (int64_t i = 0; i < g_.inner; ++i)
+      layout_.spread(table, kColCentre, i, GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
+    const V zero = splat<V>(0);
+    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
+      const auto k = layout_.transform(table, c);
+      const V centre = layout_.vector(table, kColCentre, c);
+      return cached_ ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, zero)
+                     : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, zero);
+    });
+  }
+
+  void output_round(int64_t outer, bool split, T* table) const {
+    const From from = !cached_ ? From::kInput : p_.finds_scale() ? From::kX : From::kLog;
+    for (int64_t i = 0; i < g_.inner; ++i) {
+      const double s = double(GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
+      layout_.spread(table, kColNoise, i, p_.noise.on ? T(p_.noise.train * s) : T(0));
+    }
+    for (int64_t c = 0; c < layout_.columns(); ++c) {
+      layout_.column(table, kColWeight)[c] = p_.weight ? static_cast<const T*>(p_.weight)[c] : T(1);
+      layout_.column(table, kColBias)[c] = p_.bias ? static_cast<const T*>(p_.bias)[c] : T(0);
+    }
     for_range(p_.pool, split, layout_.chunks(), [&](int64_t begin, int64_t end) {
       Buffer<T> normal_buffer(p_.noise.on ? layout_.normal_size() : 0);
       Buffer<T> in_buffer(layout_.buffer_size()), out_buffer(layout_.buffer_size());
@@ -223,6 +225,7 @@ class ColumnForward {
   ColumnLayout<T> layout_;
   const cpu::Problem& p_;
   const Geometry& g_;
+  const bool cached_;  // whether the rounds after kLambda read the cache
 };
 
 }  // namespace

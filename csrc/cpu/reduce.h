@@ -12,6 +12,8 @@
 namespace normnorm {
 namespace {
 
+using cpu::Round;
+
 // part(0) + part(1) + ..., in that order; Part has add().
 template <class Part, class F>
 inline Part reduce_parts(const cpu::ThreadPool& pool, bool parallel, int64_t count, F part) {
@@ -36,6 +38,14 @@ struct Sums {
     for (int i = 0; i < kCount; ++i) value[i] += other.value[i];
   }
 };
+
+// Whether the call is for one round, which leaves a group's sums to its caller.
+template <int kCount>
+inline bool left_to_caller(const cpu::Problem& p, int64_t group, const Sums<kCount>& sums) {
+  if (p.round == Round::kAll) return false;
+  for (int i = 0; i < kCount; ++i) p.sums[i * p.geometry.groups() + group] = sums.value[i];
+  return true;
+}
 
 struct MomentsPart {
   Moments moments;
@@ -114,10 +124,19 @@ NN_HD LambdaGradient<V> broadcast(const LambdaGradient<T>& c) {
 // The constants of the input's gradient from the backward reduction's sums (the first five of GradientSums) over a
 // group of `count` elements.
 template <class T>
-NN_HD InputGradient<T> input_gradient_constants(const double (&sums)[5], double count, double rstd, bool frozen) {
+NN_HD InputGradient<T> input_gradient_constants(const Sums<5>& sums, double count, double rstd, bool frozen) {
   if (frozen) return {T(rstd), T(0), T(0), T(0)};
-  const double each = 1.0 / count, lmbda = sums[2] * each, scale = rstd * each;
-  return {T(rstd), T(rstd * lmbda), T(scale * (sums[0] + lmbda * sums[3])), T(scale * (sums[1] + lmbda * sums[4]))};
+  const double* v = sums.value;
+  const double each = 1.0 / count, lmbda = v[2] * each, scale = rstd * each;
+  return {T(rstd), T(rstd * lmbda), T(scale * (v[0] + lmbda * v[3])), T(scale * (v[1] + lmbda * v[4]))};
+}
+
+// The same for Round::kGradient, from means.
+template <class T>
+NN_HD InputGradient<T> given_input_gradient(const cpu::Problem& p, int64_t group, double rstd) {
+  Sums<5> means;
+  for (int i = 0; i < 5; ++i) means.value[i] = p.sums[i * p.geometry.groups() + group];
+  return input_gradient_constants<T>(means, 1.0, rstd, p.frozen);
 }
 
 }  // namespace

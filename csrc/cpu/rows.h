@@ -79,8 +79,9 @@ class RowLayout {
     return split_groups() ? 1 : clamped(kBlock / (group_size() > 0 ? group_size() : 1), 1, kMaxBundle);
   }
 
-  // Whether groups have their cache in scratch memory of bundle() x group_size() elements.
-  bool scratched() const { return group_size() <= kScratch; }
+  // Whether groups have their cache in scratch memory of bundle() x group_size() elements, which one round alone cannot
+  // leave to the next.
+  bool scratched() const { return p_.round == Round::kAll && group_size() <= kScratch; }
 
   // The block's elements in the compute dtype: in place, or copied to `buffer` of kBlock elements.
   const T* fetch(const Operand& from, const GroupIndex& at, const Block& b, T* buffer) const {
@@ -129,6 +130,11 @@ class RowLayout {
     if (!p_.grad_sum.data) return;
     T buffer[kBlock];
     add_row(out, out, fetch(p_.grad_sum, at, b, buffer), b.size);
+  }
+
+  // Whether every block has a cache.
+  bool caches(const Operand& to) const {
+    return scratched() || (plan_[0].runs == 1 && !half_ && to.data);
   }
 
   // The block's part of the group's cache: in scratch memory, in the tensor that will be written, or null.

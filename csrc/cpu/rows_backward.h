@@ -51,7 +51,7 @@ class RowBackward {
   static constexpr int64_t kChunks = 64, kGroupsAtLeast = 4, kGroupsAtMost = 2048;
 
   // Small groups cache w beside G psi_h.
-  bool keeps_w() const { return p_.output.data && layout_.group_size() <= kSmallGroup; }
+  bool keeps_w() const { return p_.output.data && layout_.scratched() && layout_.group_size() <= kSmallGroup; }
   int64_t scratch_per_group() const {
     return p_.output.data && layout_.scratched() ? layout_.group_size() * (keeps_w() ? 2 : 1) : 0;
   }
@@ -75,9 +75,12 @@ class RowBackward {
                    stats.transform(p_),
                    stats.gradient(p_),
                    {}};
-      sums_round(groups[i], stats, split);
+      if (p_.runs(Round::kSums))
+        sums_round(groups[i], stats, split);
+      else
+        groups[i].input = given_input_gradient<T>(p_, first + i, double(stats.get(kRstd)));
     }
-    if (!p_.output.data) return;
+    if (!p_.runs(Round::kGradient)) return;
     for (int64_t i = 0; i < count; ++i) {
       const auto c = groups[i].constants();
       for_range(p_.pool, split, layout_.plan().blocks(), [&](int64_t begin, int64_t end) {
@@ -89,7 +92,7 @@ class RowBackward {
   void sums_round(Group& g, const GroupStats<T>& stats, bool split) {
     const auto c = g.constants();
     const bool series = needs_series(p_, g.transform.exponents);
-    const T noise = p_.noise.on && p_.grad_weight ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0);
+    const T noise = p_.noise.on ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0);
     const int64_t blocks = layout_.plan().blocks();
     const auto sums_of = [&](int64_t b) {
       return series ? sums_block<true>(g, b, c, noise) : sums_block<false>(g, b, c, noise);
@@ -110,8 +113,9 @@ class RowBackward {
       sums = reduce_parts<Sums<7>>(p_.pool, split, blocks, sums_of);
       if (!elementwise_) slots_[2 * g.at.group] = sums.value[5], slots_[2 * g.at.group + 1] = sums.value[6];
     }
+    if (left_to_caller(p_, g.at.group, sums)) return;
     const double* v = sums.value;
-    g.input = input_gradient_constants<T>({v[0], v[1], v[2], v[3], v[4]}, double(layout_.group_size()),
+    g.input = input_gradient_constants<T>({{v[0], v[1], v[2], v[3], v[4]}}, double(layout_.group_size()),
                                           double(stats.get(kRstd)), p_.frozen);
   }
 

@@ -11,7 +11,8 @@ class RowForward {
  public:
   using V = VectorOf<T>;
 
-  explicit RowForward(const cpu::Problem& p) : layout_(p), p_(p) {}
+  explicit RowForward(const cpu::Problem& p)
+      : layout_(p), p_(p), cached_(!p.frozen && layout_.caches(p.output)) {}
 
   void run() {
     const int64_t groups = p_.geometry.groups(), bundle = layout_.bundle();
@@ -28,9 +29,7 @@ class RowForward {
     GroupIndex at;
     GroupStats<T> stats;
     T* scratch;
-    bool logs, xs;  // whether its cache holds sign(h) log(1+|h|), x
     double variance;
-    From from() const { return xs ? From::kX : logs ? From::kLog : From::kInput; }
   };
 
   TransformConstants<V> constants(const Group& g) const { return broadcast<V>(g.stats.transform(p_)); }
@@ -39,17 +38,15 @@ class RowForward {
     Group groups[kMaxBundle];
     for (int64_t k = 0; k < count; ++k)
       groups[k] = {layout_.index(first + k), GroupStats<T>(p_, first + k),
-                   layout_.scratched() ? scratch + k * layout_.group_size() : scratch, false, false, 0};
-    if (!p_.frozen) {
-      for (int64_t k = 0; k < count; ++k) moments_round(groups[k], split);
-      for (int64_t k = 0; k < count; ++k) lambda_round(groups[k], split);
-    }
-    if (p_.noise.on && !p_.noise.given_scale) {
-      T centres[kMaxBundle];
-      for (int64_t k = 0; k < count; ++k) centres[k] = mean_x_round(groups[k], split);
-      for (int64_t k = 0; k < count; ++k) deviation_round(groups[k], split, centres[k]);
-    }
-    for (int64_t k = 0; k < count; ++k) output_round(groups[k], split);
+                   layout_.scratched() ? scratch + k * layout_.group_size() : scratch, 0};
+    const auto for_groups = [&](Round round, auto body) {
+      for (int64_t k = 0; p_.runs(round) && k < count; ++k) (this->*body)(groups[k], split);
+    };
+    for_groups(Round::kMoments, &RowForward::moments_round);
+    for_groups(Round::kLambda, &RowForward::lambda_round);
+    for_groups(Round::kMeanX, &RowForward::mean_x_round);
+    for_groups(Round::kDeviation, &RowForward::deviation_round);
+    for_groups(Round::kOutput, &RowForward::output_round);
   }
 
   template <class Part, class F>
@@ -59,6 +56,7 @@ class RowForward {
 
   void moments_round(Group& g, bool split) const {
     const auto part = fold<MomentsPart>(split, [&](int64_t b) { return moments_block(g.at, b); });
+    if (left_to_caller<3>(p_, g.at.group, {{part.moments.mean, part.moments.low, part.moments.m2}})) return;
     g.stats.set_moments(part.moments, p_.settings.eps);
     g.stats.set(kLmbda, 1);
     g.variance = part.moments.m2 / part.moments.count;
@@ -66,32 +64,35 @@ class RowForward {
 
   void lambda_round(Group& g, bool split) const {
     const auto c = constants(g);
-    g.logs = layout_.cache(p_.output, g.at, layout_.plan()[0], g.scratch) != nullptr;
     const auto sums =
         fold<Sums<4>>(split, [&](int64_t b) { return lambda_block(g.at, b, c.standardize, g.scratch); });
+    if (left_to_caller(p_, g.at.group, sums)) return;
     g.stats.set_lambda(sums, double(layout_.group_size()), g.variance, p_);
   }
 
-  T mean_x_round(Group& g, bool split) const {
+  // kNoiseScale holds the mean of x from this round to the next.
+  void mean_x_round(Group& g, bool split) const {
     const auto c = constants(g);
-    const auto x =
-        fold<Sums<1>>(split, [&](int64_t b) { return sum_x_block(g.at, b, c, g.logs, g.scratch); });
-    g.xs = g.logs;
-    return T(x.value[0] / double(layout_.group_size()));
+    const auto x = fold<Sums<1>>(split, [&](int64_t b) { return sum_x_block(g.at, b, c, g.scratch); });
+    if (left_to_caller(p_, g.at.group, x)) return;
+    g.stats.set(kNoiseScale, x.value[0] / double(layout_.group_size()));
   }
 
-  void deviation_round(Group& g, bool split, T centre) const {
+  void deviation_round(Group& g, bool split) const {
     const auto c = constants(g);
-    const auto deviation = fold<Sums<1>>(
-        split, [&](int64_t b) { return deviation_block(g.at, b, c, g.xs, splat<V>(centre), g.scratch); });
+    const V centre = splat<V>(g.stats.get(kNoiseScale));
+    const auto deviation =
+        fold<Sums<1>>(split, [&](int64_t b) { return deviation_block(g.at, b, c, centre, g.scratch); });
+    if (left_to_caller(p_, g.at.group, deviation)) return;
     g.stats.set(kNoiseScale, deviation.value[0] / double(layout_.group_size()));
   }
 
   void output_round(Group& g, bool split) const {
     const auto c = constants(g);
     const T noise = p_.noise.on ? T(p_.noise.train * double(g.stats.get(kNoiseScale))) : T(0);
+    const From from = !cached_ ? From::kInput : p_.finds_scale() ? From::kX : From::kLog;
     for_range(p_.pool, split, layout_.plan().blocks(), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) output_block(g.at, b, c, g.from(), noise, g.scratch);
+      for (int64_t b = begin; b < end; ++b) output_block(g.at, b, c, from, noise, g.scratch);
     });
   }
 
@@ -132,12 +133,11 @@ class RowForward {
     return {{sum_lanes(total.hd), sum_lanes(total.log), sum_lanes(total.d), sum_lanes(total.e)}};
   }
 
-  Sums<1> sum_x_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, bool logs,
-                      T* scratch) const {
+  Sums<1> sum_x_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, T* scratch) const {
     const Block b = layout_.plan()[index];
     T buffer[kBlock];
     V sum = splat<V>(0);
-    if (logs) {
+    if (cached_) {
       T* cache = layout_.cache(p_.output, at, b, scratch);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = sum_x_pass<partial.value, From::kLog, V>({nullptr, 0}, {cache + i, kLanes<V>}, steps, lanes, c,
@@ -153,12 +153,12 @@ class RowForward {
     return {{sum_lanes(sum)}};
   }
 
-  Sums<1> deviation_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, bool xs,
-                          V centre, T* scratch) const {
+  Sums<1> deviation_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, V centre,
+                          T* scratch) const {
     const Block b = layout_.plan()[index];
     T buffer[kBlock];
     V sum = splat<V>(0);
-    if (xs) {
+    if (cached_) {
       T* cache = layout_.cache(p_.output, at, b, scratch);
       for_vectors<V>(b.size, [&](auto partial, int64_t i, int64_t steps, int lanes) {
         sum = deviation_pass<partial.value, From::kX, V>({nullptr, 0}, {cache + i, kLanes<V>}, steps, lanes,
@@ -224,6 +224,7 @@ class RowForward {
 
   RowLayout<T> layout_;
   const cpu::Problem& p_;
+  const bool cached_;  // whether the rounds after kLambda read the cache
 };
 
 }  // namespace

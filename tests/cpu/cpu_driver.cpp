@@ -87,6 +87,37 @@ void run(const Case& w, bool noisy, bool frozen) {
               checksum(grad_input), checksum(grad_weight), checksum(grad_bias));
 }
 
+// A pass over a batch round by round, each with the statistics of the whole pass.
+void run_rounds(const Case& w) {
+  const Geometry& g = w.geometry;
+  const int64_t count = g.groups() * g.group_size();
+  const Storage wide = w.storage == Storage::kFloat64 ? w.storage : Storage::kFloat32;
+  auto input = tensor(w.storage, count, 1), grad = tensor(w.storage, count, 2);
+  auto stats = tensor(wide, 8 * g.groups(), 5), weight = tensor(wide, w.parameters, 3);
+  std::vector<char> result(input.size());
+
+  Problem p;
+  p.storage = w.storage;
+  p.geometry = g;
+  p.affine = w.affine;
+  p.pool = {g_threads, run_on_threads};
+  p.noise.on = true;
+  p.noise.train = 0.4;
+  p.noise.position = w.stride;
+  p.stats = stats.data();
+  p.weight = weight.data();
+  p.input = {input.data(), w.stride};
+  p.output = {result.data(), w.stride};
+  p.grad_output = {grad.data(), w.stride};
+  for (int number = 1; number <= int(Round::kGradient); ++number) {
+    p.round = Round(number);
+    std::vector<char> sums = tensor(Storage::kFloat64, kRoundSums[number] * g.groups(), 6);
+    p.sums = reinterpret_cast<double*>(sums.data());
+    (p.round < Round::kSums ? kernels().forward : kernels().backward)(p);
+    std::printf("%s round %d %.0f %.0f\n", w.name, number, checksum(result), checksum(sums));
+  }
+}
+
 void run_projected(Storage storage, int64_t count, bool slopes) {
   auto projections = tensor(storage, count, 6);
   const double sum =
@@ -119,6 +150,7 @@ int main(int argc, char** argv) {
     run(w, true, false);
     run(w, false, false);
     if (w.affine == Affine::kPerGroup || w.affine == Affine::kPerColumn) run(w, false, true);
+    if (w.geometry.outer == 1 && w.affine != Affine::kPerElement) run_rounds(w);
   }
   for (const Storage s : {Storage::kFloat32, Storage::kFloat64})
     for (const int64_t count : {0, 3, 777, 40001}) {

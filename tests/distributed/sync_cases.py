@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from contextlib import contextmanager
@@ -49,6 +50,12 @@ def whole_noise(ranks, shape, seed=SEED, channels_last=False, dtype=torch.float6
     )
 
 
+def served_backends():
+    """The backends that can run here on CPU tensors."""
+    found = [name for name, reason in normnorm.available_backends().items() if reason is None]
+    return [name for name in found if backends.get(name).device_type in (None, "cpu")]
+
+
 # Equal to one process
 
 
@@ -92,12 +99,65 @@ def outputs_and_gradients_equal_one_process(rank, ranks):
     agree(rank, ranks, (2, 3, 2, 2), True, 0.0, transform_eps=math.sqrt(1e-5))
     agree(rank, ranks, (3, 2, 2), True, 0.4, alpha=0.0)
     agree(rank, ranks, (3, 2, 2), True, 0.4, eps=0.1, alpha=0.7)
-    for name, reason in normnorm.available_backends().items():
-        if reason is None and backends.get(name).device_type in (None, "cpu"):
-            with normnorm.use_backend(name):
-                agree(rank, ranks, (3, 4, 2), True, 0.4)
-    with mock.patch("normnorm.distributed.statistics._CHUNK", 40):  # pieces of the channels
+    for name in served_backends():
+        with normnorm.use_backend(name):
+            agree(rank, ranks, (3, 4, 2), True, 0.4)
+    with (
+        mock.patch("normnorm.distributed.statistics._CHUNK", 40),  # pieces of the channels
+        normnorm.use_backend("reference"),
+    ):
         agree(rank, ranks, (7, 4, 2), True, 0.4)
+
+
+# Shapes (channels, positions...) and whether they are channels_last: runs that the kernels gather,
+# runs in pieces, columns, a matrix, and strides that no layout has.
+LAYOUTS = {
+    "short runs": ((5, 3, 7), False),
+    "long runs": ((3, 45, 60), False),
+    "columns": ((37, 23, 11), True),
+    "matrix": ((19,), False),
+    "transposed": ((3, 4, 30), False),
+}
+# residual, activation, noise_train
+FUSED = ((False, None, 0.4), (True, "relu", 0.4), (True, None, 0.0))
+
+
+def results_on(backend, tensors, upstream, activation, noise):
+    """Output and gradients of ``tensors``: input, weight, bias and perhaps a residual."""
+    input, weight, bias, residual = (*tensors, None)[:4]
+    with normnorm.use_backend(backend):
+        output = sync_batch_normal_norm(
+            input, None, None, None, weight, bias, noise_train=noise, seed=SEED,
+            residual=residual, activation=activation,
+        )  # fmt: skip
+    return output, *torch.autograd.grad(output, tensors, upstream.to(output.dtype))
+
+
+@case(4)
+def every_backend_equals_the_definition_in_float64(rank, ranks):
+    dtypes = torch.float32, torch.bfloat16
+    for layout, dtype, fused in itertools.product(LAYOUTS, dtypes, FUSED):
+        shape, last = LAYOUTS[layout]
+        size = (SIZES[ranks][rank], *shape)
+        local, residual, upstream = (skewed(*size, dtype=dtype) - 1 for _ in range(3))
+        if layout == "transposed":
+            local = local.mT.contiguous().mT
+        elif last:
+            local = local.to(memory_format=torch.channels_last)
+        parameters = [torch.rand(shape[0]) + 0.5 for _ in range(2)]
+        given = [local, *parameters, residual][: 3 + fused[0]]
+        exact = [t.double().requires_grad_() for t in given]
+        expected = results_on("reference", exact, upstream, *fused[1:])
+        for name in served_backends():
+            found = results_on(name, [t.requires_grad_() for t in given], upstream, *fused[1:])
+            for one, other in zip(found, expected, strict=True):
+                assert one.stride() == torch.empty_like(other).stride()
+                rounding = 2.0**-8 if one.dtype == torch.bfloat16 else 0.0
+                largest = other.abs().max().item() if other.numel() else 0.0
+                assert_close(
+                    one.double(), other, rtol=1.01 * rounding, atol=2.0**-16 * largest,
+                    msg=lambda text, what=(name, layout, dtype, fused): f"{what}: {text}",
+                )  # fmt: skip
 
 
 @case(4)
