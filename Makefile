@@ -5,6 +5,7 @@
 PYTHON ?= python3
 # What pip is asked for. More words are allowed: TORCH="torch==2.12.0 --index-url URL"
 TORCH ?= torch==2.13.0
+OLDEST := torch==2.10.0
 # The Triton that this torch is made for.
 TRITON ?= triton==3.7.1
 VENV ?= .venv
@@ -28,7 +29,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo study bench report test test-all test-floor lint docs wheel hub install gpu-build gpu-check clean distclean FORCE
+.PHONY: help demo study bench report test test-all test-floor lint docs wheel release hub install gpu-build gpu-check clean distclean FORCE
 
 help:
 	@echo 'make demo      set up what is missing, then train the comparison networks (3 minutes)'
@@ -42,7 +43,8 @@ help:
 	@echo 'make report    the README section and runs/plots from the stored benchmark results'
 	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
 	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
-	@echo 'make wheel     a wheel and a source archive in dist/'
+	@echo 'make wheel     a source archive and a CPU wheel in dist/ (CUDA=1: the wheel with CUDA kernels)'
+	@echo 'make release   all three, each tried with the oldest and the newest torch (10 GB of disk)'
 	@echo 'make hub       the folder build/hub, for the package kernels of Hugging Face'
 	@echo 'make install   the environment alone, with the extension built in place'
 	@echo 'make clean     remove what was built (distclean: the environment too)'
@@ -83,7 +85,7 @@ test-floor:
 	@git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --create | \
 	    tar --extract --directory=$(FLOOR)
 	@rm -f $(FLOOR)/.venv/.native
-	NORMNORM_CUDA=0 $(MAKE) --directory=$(FLOOR) VENV=.venv TORCH=torch==2.10.0 .venv/.native .venv/.test
+	NORMNORM_CUDA=0 $(MAKE) --directory=$(FLOOR) VENV=.venv TORCH=$(OLDEST) .venv/.native .venv/.test
 	cd $(FLOOR) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) -m 'not slow and not serial' $(ARGS) \
 	    tests/core/test_ops.py tests/core/test_modules.py tests/core/test_compile.py tests/core/test_export.py \
 	    tests/tools/test_packaging.py::test_the_cuda_binding_compiles_against_this_torch
@@ -121,15 +123,16 @@ gpu-check: $(if $(filter-out 0,$(DRY)),install)
 	    --minutes $(MINUTES) \
 	    --results '$(or $(RESULTS),$(if $(DRY_RUN),runs/gpu-check,benchmarks/results))' $(ARGS)
 
-# Without what an earlier build collected: setuptools would put deleted modules into the wheel.
-wheel: $(VENV)/.torch
-	rm -rf build/lib* build/bdist* dist
-	mkdir -p dist
-	@$(PY) -c "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')" \
-	    >dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
-	@$(call build_words,dist/build.log)
-	@rm dist/build.log
-	@ls -l dist
+# The CPU wheel, dist/cpu, and the source archive, or with CUDA=1 the wheel with CUDA kernels, dist/cuda.
+wheel: $(VENV)/.dev
+	$(PY) tests/tools/wheels.py build $(if $(filter-out 0,$(CUDA)),cuda,cpu)
+
+# What can be uploaded, tried in empty environments with the oldest torch, the one used here and the newest.
+release: SHELL := bash
+release: $(VENV)/.dev
+	@mkdir -p dist build
+	@set -o pipefail; { uname -srm && nproc && $(MAKE) wheel && TORCH_CUDA_ARCH_LIST= $(MAKE) wheel CUDA=1 && \
+	    $(PY) tests/tools/wheels.py try $(OLDEST) $(firstword $(TORCH)) torch && ls -lR dist; } 2>&1 | tee dist/release.log
 
 # The variants of a kernel without compiled code: a copy of the package for each of the devices.
 hub:

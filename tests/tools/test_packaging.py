@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import pip
 import pytest
 import setuptools
 import torch
+import wheels
 
 import normnorm
 from normnorm.backends import cpu, cuda
@@ -303,20 +303,10 @@ def copy_project(folder):
     return folder
 
 
-def install_in_empty_environment(wheel, folder):
+def install(wheel, folder):
     """A new environment with the wheel in it, which sees this one's torch and pip; its bin."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    borrowed = {str(Path(module.__file__).parent.parent) for module in (torch, pip)}
-    # A .pth file that lends a folder does not run the .pth files in it, so that an editable
-    # normnorm there stays out of sight.
-    (site / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n", encoding="utf-8")
-    run(
-        *(folder / "bin/python", "-m", "pip", "install", "--no-index", "--no-deps"),
-        *("--ignore-installed", wheel),
-        cwd=folder,
-    )
-    return folder / "bin"
+    lent = {Path(module.__file__).parent.parent for module in (torch, pip)}
+    return wheels.install(wheel, folder, sorted(lent))
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +337,7 @@ def test_wheel_holds_the_package_and_nothing_else(pure):
 
 
 def test_wheel_works_away_from_the_checkout(pure, tmp_path):
-    binaries = install_in_empty_environment(pure.wheel, tmp_path / "environment")
+    binaries = install(pure.wheel, tmp_path / "environment")
     empty = tmp_path / "empty"
     empty.mkdir()
     program = """
@@ -434,17 +424,15 @@ def test_another_package_can_contain_a_copy(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_source_archive_builds_a_wheel_that_works(tmp_path):
-    source = copy_project(tmp_path / "source")
-    program = "from setuptools import build_meta; build_meta.build_sdist('../dist')"
-    run(sys.executable, "-c", program, cwd=source)
-    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="auditwheel tags wheels of Linux")
+def test_the_archive_builds_the_wheel_of_a_release(tmp_path):
+    archive = wheels.build_archive(copy_project(tmp_path / "source"), tmp_path / "dist")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(tmp_path / "unpacked")
     left_out = {str(p) for p in project_files() if not (ROOT / p).is_symlink()} - names
     assert {n for n in left_out if not n.startswith((".", "shared/"))} == set()
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    built = build_wheel(unpacked, tmp_path / "wheels")
-    binaries = install_in_empty_environment(built.wheel, tmp_path / "environment")
-    run(binaries / "normnorm", "doctor", cwd=tmp_path / "environment")
+    wheel = wheels.build_wheel(unpacked, tmp_path / "wheels", cuda=False)
+    wheels.try_out(install(wheel, tmp_path / "environment"), "cpu")
