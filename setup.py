@@ -117,8 +117,8 @@ class Cuda:
                              f"10.0+PTX, or {', '.join(CUDA_NAMES)}; got '{name}'")  # fmt: skip
             virtual, kinds = number[1] + number[2], ("sm", "compute") if number[3] else ("sm",)
             words += [f"-gencode=arch=compute_{virtual},code={kind}_{virtual}" for kind in kinds]
-        if tuple(map(int, self.version.split("."))) >= (12, 8):  # --split-compile: spills vary
-            words.append("--compress-mode=size")
+        if tuple(map(int, self.version.split("."))) >= (12, 8):
+            words.append("--compress-mode=size")  # without --split-compile, whose spills vary
         host = [word for word in environ.get("CXX", "").split() if not word.startswith("-")]
         return [*words, *(f"-ccbin={name}" for name in host[-1:])]  # without ccache and options
 

@@ -168,6 +168,24 @@ def test_a_study_grows_block_by_block_and_goes_on(
         assert all(0 < value <= 100 for value in run["accuracy"] + run["train_accuracy"])
 
 
+@pytest.mark.slow
+def test_the_quick_study_answers_every_question(tmp_path: Path) -> None:
+    path, page = tmp_path / "study.json", tmp_path / "page.md"
+    words = ["--quick", "--results", str(path), "--page", str(page), "--data-dir", str(tmp_path)]
+    assert study.main(words) == 0
+    found = Study.load(path)
+    tuning, testing = tuning_jobs(plan.QUICK.values()), confirmation_jobs(found, plan.QUICK)
+    for experiment, kinds in (*tuning, *testing):
+        for name in ("accuracy", *(name for kind in kinds for name in plan.MEASURES[kind])):
+            numbers = found.measured([experiment], name)
+            assert len(numbers) == 2
+            assert np.isfinite(numbers).all()
+    text = page.read_text()
+    assert all(question.title in text for question in plan.QUICK.values())
+    assert "Not measured yet." not in text
+    assert matplotlib.image.imread(tmp_path / "images/page.png").std() > 0.05
+
+
 def test_a_run_that_questions_share_has_the_measures_of_all(tmp_path, monkeypatch):
     def measure(experiment, _, kinds):
         names = [name for kind in kinds for name in plan.MEASURES[kind]]
