@@ -23,6 +23,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet
+# Before a command that is silent for minutes: a line every 10 s until it ends.
+TICK := (s=0; while sleep 10 >&- 2>&-; do s=$$((s + 10)); echo "installing for $$s s"; done) & trap "kill $$!" EXIT;
 SAY := @printf '%s\n'
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -176,8 +178,8 @@ $(VENV)/.torch-wanted: $(VENV)/.python FORCE
 # First of all packages: anything else that depends on torch would fetch one of its own choosing.
 $(VENV)/.torch: $(VENV)/.torch-wanted
 	$(SAY) "installing $$TORCH (the largest download)"
-	@$(PIP) $$TORCH
-	@$(PIP) torch 'setuptools>=77' ninja  # torch as it is: it may bound setuptools
+	@$(TICK) $(PIP) $$TORCH
+	@$(TICK) $(PIP) torch 'setuptools>=77' ninja  # torch as it is: it may bound setuptools
 	@rm -rf build normnorm/_C.*  # compiled against another torch
 	@touch $@
 
@@ -195,13 +197,13 @@ $(VENV)/.native: $(VENV)/.installed $(SOURCES)
 # normnorm is installed by now, so that only the extras' packages are fetched.
 $(VENV)/.accuracy: pyproject.toml | $(VENV)/.installed
 	$(SAY) 'installing the packages for training networks'
-	@$(PIP) 'normnorm[accuracy]'
+	@$(TICK) $(PIP) 'normnorm[accuracy]'
 	@touch $@
 
 # What test-floor needs of it.
 $(VENV)/.test: pyproject.toml | $(VENV)/.installed
 	$(SAY) 'installing the packages for tests'
-	@$(PIP) 'normnorm[export,test]'
+	@$(TICK) $(PIP) 'normnorm[export,test]'
 	@touch $@
 
 # A torch built for GPUs brings its own Triton. Any other does without, but the tests interpret and
@@ -210,7 +212,7 @@ triton = $(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || 
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	$(SAY) 'installing the packages for tests and linting'
-	@$(PIP) 'normnorm[dev]'
+	@$(TICK) $(PIP) 'normnorm[dev]'
 	@$(triton)
 	@touch $@
 
@@ -221,7 +223,7 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.dev
 	@$(PY) -c 'from importlib.metadata import version; v = version("torch"); n = int(v.split(".")[1]) + 15; \
 	    print(f"torch=={v}\ntorchvision==0.{n}.*")' >$(VENV)/constraints.txt
 	@set -- $$TORCH; shift; [ $$# = 0 ] || $(PIP) --constraint $(VENV)/constraints.txt "$$@" torchvision
-	@$(PIP) --constraint $(VENV)/constraints.txt 'normnorm[integrations]'
+	@$(TICK) $(PIP) --constraint $(VENV)/constraints.txt 'normnorm[integrations]'
 	@$(PY) -c 'import torchvision' >/dev/null 2>&1 || printf '%s\n' \
 	    'torchvision, and timm and the models of transformers with it, can be imported here by the' \
 	    'tests alone, which stand in for its compiled part: that is made for' \
