@@ -33,7 +33,6 @@ SLOW = {
     "test_efficientnet_gn": 64,
     "test_efficientnet_ln": 64,
     "resnetv2_50x1_bit": 64,
-    "test_nfnet": 96,
     "maxvit_pico_rw_256": 256,
     "swin_tiny_patch4_window7_224": 224,
     "densenet121": 64,
