@@ -176,11 +176,19 @@ FULL: dict[str, Question] = {
         grid=_TWO_DECAYS,
     ),
 }  # fmt: skip
-# Every question with few seeds and one epoch: tests the code in minutes.
+
+
+def _ends(settings: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """The first and the last value of each setting; all of those that :func:`contrasts` names."""
+    named = ("alpha", "noise_train")
+    return {name: v if name in named else (v[0], v[-1]) for name, v in settings.items()}
+
+
+# Every question with few settings and seeds and one epoch: tests the code in minutes.
 QUICK = {
     name: replace(
         question, base=replace(question.base, epochs=1, limit=256), seeds=2, copies=2,
-        tuning_copies=2,
+        tuning_copies=2, tuning=_ends(question.tuning), grid=_ends(question.grid),
     )
     for name, question in FULL.items()
 }  # fmt: skip
