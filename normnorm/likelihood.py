@@ -112,7 +112,7 @@ def _search(h: Tensor, dim: tuple[int, ...]) -> Tensor:
     for _ in range(_MOST_STEPS):
         slope, curvature = _slope_and_curvature(h, lmbda, dim)
         step = torch.where(curvature > 0, slope / curvature, slope)
-        # Of a group whose loss would fall by less than its rounding nothing is tried.
+        # A group is done when a step would lower its loss by less than the loss is rounded.
         moved = done = slope * step < 1e-15
         for halving in range(_MOST_HALVINGS):
             trial = lmbda - step * 0.5**halving
