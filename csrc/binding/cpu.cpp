@@ -225,16 +225,11 @@ BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const 
   return {grad_input, grad_weight.finish(), grad_bias.finish()};
 }
 
-// One round of the batch pass over a shard (cpu::Round, whose number the flags have). Between the rounds the caller adds
-// the sums of all shards and fills in the statistics. `result`, the output or the gradient of the input, holds the
-// kernels' cache from round to round; `grad_output` and `output` belong to the backward rounds.
-void round_(const Tensor& input, const Tensor& stats, const OptionalTensor& sums, const OptionalTensor& result,
-            const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-            const OptionalTensor& seed, const OptionalTensor& grad_output, const OptionalTensor& output, double eps,
-            double noise_train, double alpha, double transform_eps, int64_t size, int64_t bits) {
-  const Flags flags(bits);
-  const Config config = unpack(eps, noise_train, alpha, transform_eps, size, flags);
-  const auto round = cpu::Round(flags.number());
+// One round of the batch pass over a shard (cpu::Round). Between the rounds the caller adds the sums of all shards and
+// fills in the statistics.
+void run_round(const RoundTensors& t, const Config& config, int number) {
+  const auto& [input, stats, sums, result, weight, bias, residual, seed, grad_output, output] = t;
+  const auto round = cpu::Round(number);
   Arguments a;
   a.input = view(input), a.stats = view(stats), a.sums = view(sums), a.result = view(result);
   a.weight = view(weight), a.bias = view(bias), a.residual = view(residual), a.seed = view(seed);
@@ -313,7 +308,7 @@ void run_fold(const FoldTensors& t) {
 
 STABLE_TORCH_LIBRARY_IMPL(normnorm_cpu, CPU, m) {
   normnorm::Ops<normnorm::run_forward, normnorm::run_backward, normnorm::run_fold>::implement(m);
-  m.impl("round_", TORCH_BOX(&normnorm::round_));
+  m.impl("round_", TORCH_BOX(&normnorm::round_<normnorm::run_round>));
 }
 
 // How this library was built and what it chose, for `normnorm doctor`; read through ctypes.

@@ -149,4 +149,22 @@ class Ops {
   }
 };
 
+// `result`, the output or the gradient of the input, holds the kernels' cache from round to round; `grad_output` and
+// `output` belong to the backward rounds.
+struct RoundTensors {
+  const Tensor &input, &stats;
+  const OptionalTensor &sums, &result, &weight, &bias, &residual, &seed, &grad_output, &output;
+};
+
+// The flags have the number of the round.
+template <void (*run_round)(const RoundTensors&, const Config&, int)>
+void round_(const Tensor& input, const Tensor& stats, const OptionalTensor& sums, const OptionalTensor& result,
+            const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+            const OptionalTensor& seed, const OptionalTensor& grad_output, const OptionalTensor& output, double eps,
+            double noise_train, double alpha, double transform_eps, int64_t size, int64_t bits) {
+  const Flags flags(bits);
+  run_round({input, stats, sums, result, weight, bias, residual, seed, grad_output, output},
+            unpack(eps, noise_train, alpha, transform_eps, size, flags), flags.number());
+}
+
 }  // namespace normnorm
