@@ -157,6 +157,16 @@ def confirmation_jobs(study: Study, questions: dict[str, Question]) -> Iterator[
                 yield from ((run, ()) for run in study.replication(question, arm))
 
 
+def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The facts of all commits and machines that made a study's runs, separated by commas."""
+    return {
+        key: f"{before[key]}, {value}"
+        if key in before and str(value) not in str(before[key]).split(", ")
+        else before.get(key, value)
+        for key, value in now.items()
+    }
+
+
 def train(
     study: Study,
     path: Path,
@@ -178,6 +188,8 @@ def train(
         if not {"accuracy", *(m for kind in kinds for m in plan.MEASURES[kind])}
         <= study.runs.get(name, {}).keys()
     }
+    if missing:
+        study.environment = joined(study.environment, normnorm.environment.facts())
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=len(missing), unit="block", desc=title) as bar,

@@ -18,7 +18,7 @@ from statsmodels.stats.multitest import multipletests
 from accuracy import plan, study
 from accuracy.experiment import Experiment
 from accuracy.runs import folder_name
-from accuracy.study import Study, confirmation_jobs, tuning_jobs
+from accuracy.study import Study, confirmation_jobs, joined, tuning_jobs
 from accuracy.study_page import detectable, difference, findings, write
 
 
@@ -184,6 +184,12 @@ def test_the_quick_study_answers_every_question(tmp_path: Path) -> None:
     assert all(question.title in text for question in plan.QUICK.values())
     assert "Not measured yet." not in text
     assert matplotlib.image.imread(tmp_path / "images/page.png").std() > 0.05
+
+
+def test_the_page_names_every_commit_that_made_runs():
+    first = joined({"commit": "a", "torch": "2"}, {"commit": "b", "torch": "2"})
+    assert first == {"commit": "a, b", "torch": "2"}
+    assert joined(first, {"commit": "b", "torch": "2"}) == first
 
 
 def test_a_run_that_questions_share_has_the_measures_of_all(tmp_path, monkeypatch):
