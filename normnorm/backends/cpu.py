@@ -46,7 +46,10 @@ def _load() -> str | None:
             return f"the build of the compiled kernels failed: {reason}"
         if outcome == "left out":
             return f"the compiled kernels were left out at installation: {reason}"
-        return "the compiled kernels were never built here; installing normnorm builds them"
+        return (
+            f"{LIBRARY.parent} has no compiled kernels: install normnorm or, if it is installed, "
+            "start Python outside its source folder"
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

@@ -46,7 +46,7 @@ def unavailable_reason() -> str | None:
     """None if the kernels can run, else a sentence that says why not."""
     version = _version()
     if version is None:
-        return "Triton is not installed; `pip install normnorm[triton]`, or torch with a GPU build"
+        return "Triton is not installed: pip install 'normnorm[triton]', or a torch built for GPUs"
     if (release := _release(version)) and release < _OLDEST:
         return f"the kernels need Triton 3.6 or newer; got {version}"
     if not _interpreted() and not torch.cuda.is_available():
