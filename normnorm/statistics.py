@@ -34,6 +34,19 @@ ROWS = tuple(Row)
 """The rows in order; torch.compile in torch 2.10 and 2.11 cannot trace a loop over the enum."""
 
 
+class Round(IntEnum):
+    """The rounds of a pass: ``cpu::Round`` in ``csrc/cpu/params.h``, which lists what each needs
+    and sums."""
+
+    MOMENTS = 1
+    LMBDA = 2
+    MEAN_X = 3
+    DEVIATION = 4
+    OUTPUT = 5
+    SUMS = 6
+    GRADIENT = 7
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and arithmetic for an input dtype: float64 for float64; float32 for
     float32, bfloat16 and float16."""

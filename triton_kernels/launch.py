@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import reference
 from ..checks import check_backward, check_fold, check_forward
 from ..config import BackwardArguments, Config, ForwardArguments
-from ..statistics import Row, statistics_dtype
+from ..statistics import Round, Row, statistics_dtype
 from . import params, reduce, resident, streaming
 from . import plan as planning
 from .params import (
@@ -28,7 +28,7 @@ from .params import (
 )
 from .plan import MOMENT_COLUMNS, Plan, ceil_div, find_plan
 
-__all__ = ["fold_running_", "normal_norm_backward", "normal_norm_forward"]
+__all__ = ["fold_running_", "normal_norm_backward", "normal_norm_forward", "run_round"]
 
 
 def normal_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -135,7 +135,9 @@ def _moments(t: ForwardTensors, part: Tensor, p: Plan) -> Tensor:
     if p.reduce_moments is None:
         return part
     moments = part.new_empty(4, p.layout.groups)
-    blocks = p.layout.outer * ceil_div(p.layout.inner, MOMENT_COLUMNS)
+    blocks = p.blocks
+    if p.layout.columns:
+        blocks = p.layout.outer * ceil_div(p.layout.inner, MOMENT_COLUMNS)
     reduce.reduce_moments[(blocks,)](
         part, moments, p.geometry, splits, p.reduce_moments, num_warps=8
     )
@@ -165,12 +167,14 @@ def _statistics(
     return lambdas, before
 
 
-def _reduced(part: Tensor, p: Plan) -> Tensor:
-    """Partial sums (k, splits, groups) for the next kernel, added up if there are many."""
+def _reduced(part: Tensor, p: Plan, sums: Tensor | None = None) -> Tensor:
+    """Partial sums (k, splits, groups) for the next kernel, added up if there are many, into
+    ``sums`` if given."""
     if p.reduce_moments is None:
         return part
     count, splits, groups = part.shape
-    sums = part.new_empty(count, groups)
+    if sums is None:
+        sums = part.new_empty(count, groups)
     reduce.reduce_sums[(ceil_div(groups, reduce.COLUMNS_OF_SUMS), count)](
         part, sums, splits, groups, reduce.ROWS, reduce.COLUMNS_OF_SUMS
     )
@@ -297,7 +301,7 @@ class Backward:
         return self._reduce(
             Affine(
                 *(
-                    part[5 + i].view(rows, p.layout.inner) if wanted else None
+                    part[6 - i].view(rows, p.layout.inner) if wanted else None
                     for i, wanted in enumerate(asked)
                 )
             )
@@ -324,6 +328,78 @@ class Backward:
             self.numbers.noise_train, spec, num_warps=tiles.warps,
         )  # fmt: skip
         return self._reduce(parts)
+
+
+# --- one round over a shard ----------------------------------------------------------------------
+
+
+def run_round(
+    input: Tensor, stats: Tensor, sums: Any, result: Any, weight: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, grad_output: Tensor | None,
+    output: Tensor | None, config: Config, number: Round,
+) -> None:  # fmt: skip
+    """One round of a pass over a shard: the arguments and the meaning of the compiled kernels'
+    ``round_``, with sums or a result of None where the round has none. Only the round that writes
+    the result uses it."""
+    writes = number in (Round.OUTPUT, Round.GRADIENT)
+    if input.numel() == 0:
+        if not writes:
+            sums.zero_()
+        return
+    given = {
+        "input": input, "grad": grad_output, "result": output,
+        "residual": residual if number == Round.OUTPUT else None,
+        "output": result if writes else None,
+    }  # fmt: skip
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    backward = grad_output is not None
+    noisy = config.noise_train > 0.0 and number in (Round.OUTPUT, Round.SUMS)
+    p = find_plan(input, (*tensors.values(),), config, noisy, backward, False, False, shard=True)
+    operands = {
+        name: (p.written if name == "output" else p.read)(tensor, i)
+        for i, (name, tensor) in enumerate(tensors.items())
+    }
+    t: Any = (BackwardTensors if backward else ForwardTensors)(**operands)
+    noise = Noise(seed, stats[Row.NOISE_SCALE], stream_word(config))
+    affine = Affine(dense_parameter(weight), dense_parameter(bias))
+    # the means that a kernel takes have been divided by the count of the whole batch
+    numbers, splits = make_numbers(config, 1), p.tiles.splits
+
+    def launch(kernel: Any, *arguments: Any, flags: tuple[bool, ...] = ()) -> None:
+        kernel[(p.blocks * splits,)](
+            *arguments, p.geometry, Splits(splits, p.left), *numbers, *flags, p.spec,
+            num_warps=p.tiles.warps,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(input):
+        if number == Round.OUTPUT:
+            running = Running(None, None, None)
+            launch(streaming.stream_output, t, stats, affine, noise, running, None, None)
+        elif number == Round.GRADIENT:
+            means, flags = sums.to(stats.dtype), (False, False)
+            launch(
+                streaming.stream_gradient, t, stats, affine.weight, noise, means, None, flags=flags
+            )
+        if writes:
+            if t.output.data is not result:
+                result.copy_(t.output.data)
+            return
+        rows = 4 if number == Round.MOMENTS else sums.size(0)
+        part = stats.new_empty(rows, splits, p.layout.groups)
+        if number == Round.MOMENTS:
+            sums.copy_(_moments(t, part, p)[1:])
+            return
+        if number == Round.LMBDA:
+            launch(streaming.stream_lambda, t.input, stats, None, part)
+        elif number == Round.SUMS:
+            flags = (True, True)
+            launch(
+                streaming.stream_gradient, t, stats, affine.weight, noise, None, part, flags=flags
+            )
+        else:
+            mean = stats[Row.NOISE_SCALE] if number == Round.DEVIATION else None
+            launch(streaming.stream_x, t.input, stats, None, mean, part)
+        _reduced(part, p, sums)
 
 
 # --- arguments and results -----------------------------------------------------------------------

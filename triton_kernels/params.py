@@ -45,17 +45,17 @@ ABSENT = Operand(None, None)
 
 class ForwardTensors(NamedTuple):
     input: Operand
-    output: Operand
-    residual: Operand  # added to the output; to the input instead where there is a sum
-    sum: Operand  # written: input plus residual, which is normalized
+    output: Operand = ABSENT
+    residual: Operand = ABSENT  # added to the output; to the input instead where there is a sum
+    sum: Operand = ABSENT  # written: input plus residual, which is normalized
 
 
 class BackwardTensors(NamedTuple):
     grad: Operand  # of the output
     input: Operand
-    output: Operand  # written: the gradient of the input
-    result: Operand  # with an activation, the output of the forward pass
-    grad_sum: Operand  # added to the gradient of the input
+    output: Operand = ABSENT  # written: the gradient of the input
+    result: Operand = ABSENT  # with an activation, the output of the forward pass
+    grad_sum: Operand = ABSENT  # added to the gradient of the input
 
 
 class Affine(NamedTuple):

@@ -275,27 +275,28 @@ _MOST_PLANS = 4096
 
 def find_plan(
     input: Tensor, tensors: tuple[Tensor, ...], config: Config, noisy: bool, backward: bool,
-    frozen: bool, fused: bool,
+    frozen: bool, fused: bool, shard: bool = False,
 ) -> Plan:  # fmt: skip
     """``tensors`` are all that have the input's shape, ``input`` among them; ``fused``: the main
-    pass sums the gradients of a layer's weights."""
+    pass sums the gradients of a layer's weights; ``shard``: a launch a round, whose sums a kernel
+    adds up whatever their number."""
     key = (
         input.shape, *(t.stride() for t in tensors), input.dtype, config.kind, config.num_groups,
         config.normalized_ndim, config.order, _series(config), config.channels_last,
-        config.activation, noisy, backward, frozen, fused,
+        config.activation, noisy, backward, frozen, fused, shard,
     )  # fmt: skip
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        found = _make_plan(input, tensors, config, noisy, backward, frozen, fused)
+        found = _make_plan(input, tensors, config, noisy, backward, frozen, fused, shard)
         _plans[key] = found
     return found
 
 
 def _make_plan(
     input: Tensor, tensors: tuple[Tensor, ...], config: Config, noisy: bool, backward: bool,
-    frozen: bool, fused: bool,
+    frozen: bool, fused: bool, shard: bool,
 ) -> Plan:  # fmt: skip
     layout = make_layout(input, torch.empty_like(input), config, noisy)
     strides = tuple(layout.strides(t) for t in tensors)
@@ -307,7 +308,7 @@ def _make_plan(
     # Sums over groups of a weight's elements need the same elements in the same places of a tile.
     shifted = noisy and noise_align % 4 != 0 and not layout.columns and not fused
     itemsize = input.element_size()
-    if frozen and not backward:
+    if shard or (frozen and not backward):
         which, tiles, resident = _stream_tiles(layout, shifted, itemsize)
     else:
         held = BACKWARD_HELD if backward else FORWARD_HELD
@@ -341,7 +342,7 @@ def _make_plan(
         NOISE=noise.value, ACTIVATION=ACTIVATIONS.index(config.activation),
     )  # fmt: skip
     between = None
-    if tiles.splits > REDUCED_ABOVE and layout.columns:
+    if shard or (tiles.splits > REDUCED_ABOVE and layout.columns):
         between, spec = replace(spec, R=1, L=MOMENT_COLUMNS), replace(spec, SPLITS=1)
     geometry = Geometry(
         layout.groups, layout.inner, layout.runs, layout.length, chunks, *_divisor(chunks),

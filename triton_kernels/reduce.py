@@ -66,6 +66,15 @@ def stat(stats, row, place, geometry):
 
 
 @triton.jit
+def load_moments(stats, place, geometry):
+    """(mean, mean_low, rstd) of a program's groups."""
+    mean = tl.load(stat(stats, MEAN, place, geometry), mask=place.present, other=0.0)
+    low = tl.load(stat(stats, MEAN_LOW, place, geometry), mask=place.present, other=0.0)
+    rstd = tl.load(stat(stats, RSTD, place, geometry), mask=place.present, other=0.0)
+    return mean, low, rstd
+
+
+@triton.jit
 def save(stats, row, value, split, place, geometry):
     """Stores a statistic in a group's first program."""
     if split == 0:

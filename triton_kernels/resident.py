@@ -20,7 +20,7 @@ from .layout import (
 )
 from .math import absolute, make_exponents, needs_series
 from .params import ROWS, numbers
-from .reduce import add, stat, sum_zeros, total
+from .reduce import add, load_moments, stat, sum_zeros, total
 from .rounds import (
     CURVATURE,
     LMBDA,
@@ -188,9 +188,7 @@ def forward(
 def load_constants(stats, place, geometry, n, S: tl.constexpr):
     """(mean, offset, rstd, noise scale, exponents, gradient constants, series) of a program's
     groups; h = (u - mean) rstd + offset."""
-    mean = tl.load(stat(stats, MEAN, place, geometry), mask=place.present, other=0.0)
-    low = tl.load(stat(stats, MEAN_LOW, place, geometry), mask=place.present, other=0.0)
-    rstd = tl.load(stat(stats, RSTD, place, geometry), mask=place.present, other=0.0)
+    mean, low, rstd = load_moments(stats, place, geometry)
     lmbda = tl.load(stat(stats, LMBDA, place, geometry), mask=place.present, other=1.0)
     scale = tl.load(stat(stats, NOISE_SCALE, place, geometry), mask=place.present, other=0.0)
     mean_hd = tl.load(stat(stats, MEAN_HD, place, geometry), mask=place.present, other=0.0)

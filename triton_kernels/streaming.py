@@ -21,10 +21,11 @@ from .layout import (
     write,
     zeros,
 )
-from .math import absolute, make_exponents, needs_series
+from .math import absolute, make_exponents, natural, needs_series
 from .params import PER_RUN, number, numbers
 from .reduce import (
     add,
+    load_moments,
     merge_moments,
     save,
     stat,
@@ -94,46 +95,57 @@ def stream_lambda(
     transform_eps: tl.float64, noise_train: tl.float64,
     S: tl.constexpr,
 ):  # fmt: skip
-    """Round 2; stores the sums of sign(h) l, h d, d and e - 3 t^2."""
+    """Round 2; stores the sums of h d, sign(h) l, d and e - 3 t^2. Where the statistics tensor has
+    the moments (``moment_part`` None), l is natural and e lacks t^2, as in the compiled kernels."""
     n = numbers(inverse_count, eps, root_eps, alpha, transform_eps, noise_train, S)
     split = tl.program_id(0) % splits.programs
     place = locate_group(tl.program_id(0) // splits.programs, geometry, S)
-    _, mean, low, squares = merge_moments(moment_part, splits.left, place, geometry, S)
-    rstd = rstd_of(squares * n.inverse_count, n.eps, S.FAST)
-    save(stats, MEAN, mean, split, place, geometry)
-    save(stats, MEAN_LOW, low, split, place, geometry)
-    save(stats, RSTD, rstd, split, place, geometry)
+    if moment_part is None:
+        mean, low, rstd = load_moments(stats, place, geometry)
+    else:
+        _, mean, low, squares = merge_moments(moment_part, splits.left, place, geometry, S)
+        rstd = rstd_of(squares * n.inverse_count, n.eps, S.FAST)
+        save(stats, MEAN, mean, split, place, geometry)
+        save(stats, MEAN_LOW, low, split, place, geometry)
+        save(stats, RSTD, rstd, split, place, geometry)
     hds, logs = sum_zeros(S), sum_zeros(S)
     ds, es = sum_zeros(S), sum_zeros(S)
     for i in range(split * S.R, tile_rows(geometry, S), splits.programs * S.R):
         tile = locate_tile(i, place, geometry, S)
         h = keep((read(input, place, tile, S) - mean) * rstd - low * rstd, tile, S)
         signed_log, hd, d, e = lambda_round(h, S.FAST)
+        if moment_part is None:
+            e += 2.0 * h * h
         hds = add(hds, hd, S)
         logs = add(logs, signed_log, S)
         ds = add(ds, d, S)
         es = add(es, e, S)
+    log = total(logs, S)
+    if moment_part is None:
+        log = natural(log)
     write_partial(part, 0, total(hds, S), split, splits.programs, place, geometry)
-    write_partial(part, 1, total(logs, S), split, splits.programs, place, geometry)
+    write_partial(part, 1, log, split, splits.programs, place, geometry)
     write_partial(part, 2, total(ds, S), split, splits.programs, place, geometry)
     write_partial(part, 3, total(es, S), split, splits.programs, place, geometry)
 
 
 @triton.jit
 def merge_lambda(stats, part, split, left, place, geometry, n, S: tl.constexpr):
-    """(mean, offset, rstd, exponents, series) after round 2."""
-    mean = tl.load(stat(stats, MEAN, place, geometry), mask=place.present, other=0.0)
-    low = tl.load(stat(stats, MEAN_LOW, place, geometry), mask=place.present, other=0.0)
-    rstd = tl.load(stat(stats, RSTD, place, geometry), mask=place.present, other=0.0)
-    hd = sum_partials(part, 0, left, place, geometry, S)
-    log = sum_partials(part, 1, left, place, geometry, S)
-    d = sum_partials(part, 2, left, place, geometry, S)
-    e = sum_partials(part, 3, left, place, geometry, S)
-    lmbda, mean_hd, mean_d, q = finish_lambda((log, hd, d, e), rstd, n, S.ORDER)
-    save(stats, LMBDA, lmbda, split, place, geometry)
-    save(stats, MEAN_HD, mean_hd, split, place, geometry)
-    save(stats, MEAN_D, mean_d, split, place, geometry)
-    save(stats, CURVATURE, q, split, place, geometry)
+    """(mean, offset, rstd, exponents, series) after round 2, whose sums are in ``part``; None: the
+    statistics tensor has lambda."""
+    mean, low, rstd = load_moments(stats, place, geometry)
+    if part is None:
+        lmbda = tl.load(stat(stats, LMBDA, place, geometry), mask=place.present, other=1.0)
+    else:
+        hd = sum_partials(part, 0, left, place, geometry, S)
+        log = sum_partials(part, 1, left, place, geometry, S)
+        d = sum_partials(part, 2, left, place, geometry, S)
+        e = sum_partials(part, 3, left, place, geometry, S)
+        lmbda, mean_hd, mean_d, q = finish_lambda((log, hd, d, e), rstd, n, S.ORDER)
+        save(stats, LMBDA, lmbda, split, place, geometry)
+        save(stats, MEAN_HD, mean_hd, split, place, geometry)
+        save(stats, MEAN_D, mean_d, split, place, geometry)
+        save(stats, CURVATURE, q, split, place, geometry)
     exponents = make_exponents(lmbda, n.transform_eps)
     return mean, -low * rstd, rstd, exponents, any_group(needs_series(exponents), S)
 
@@ -194,7 +206,8 @@ def stream_output(
     transform_eps: tl.float64, noise_train: tl.float64,
     S: tl.constexpr,
 ):  # fmt: skip
-    """Round 5, or the whole forward pass with given statistics."""
+    """Round 5, or the whole forward pass with given statistics. Over a shard (``lambda_part`` None)
+    it stores no statistics."""
     n = numbers(inverse_count, eps, root_eps, alpha, transform_eps, noise_train, S)
     split = tl.program_id(0) % splits.programs
     place = locate_group(tl.program_id(0) // splits.programs, geometry, S)
@@ -222,7 +235,8 @@ def stream_output(
             scale = sum_partials(scale_part, 0, splits.left, place, geometry, S) * n.inverse_count
         key = tl.load(noise.seed)
         factor = n.noise_train * scale
-    if stats is not None:
+    KEPT: tl.constexpr = stats is not None and (S.FROZEN or lambda_part is not None)
+    if KEPT:
         save(stats, NOISE_SCALE, scale, split, place, geometry)
     for i in range(split * S.R, tile_rows(geometry, S), splits.programs * S.R):
         tile = locate_tile(i, place, geometry, S)
@@ -244,7 +258,7 @@ def stream_gradient(
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """With ``part``, the reduction of the backward pass: the five sums of gradient_round() and, if
-    ``WEIGHT`` and ``BIAS``, those of the parameters. With an output, the gradient of the input from
+    ``BIAS`` and ``WEIGHT``, those of the parameters. With an output, the gradient of the input from
     the totals in ``sums_part``, which is None if the statistics are given."""
     n = numbers(inverse_count, eps, root_eps, alpha, transform_eps, noise_train, S)
     split = tl.program_id(0) % splits.programs
@@ -302,10 +316,10 @@ def stream_gradient(
             write_partial(part, 2, total(c, S), split, splits.programs, place, geometry)
             write_partial(part, 3, total(d, S), split, splits.programs, place, geometry)
             write_partial(part, 4, total(e, S), split, splits.programs, place, geometry)
-        if WEIGHT:
-            write_partial(part, 5, total(weight_sum, S), split, splits.programs, place, geometry)
         if BIAS:
-            write_partial(part, 6, total(bias_sum, S), split, splits.programs, place, geometry)
+            write_partial(part, 5, total(bias_sum, S), split, splits.programs, place, geometry)
+        if WEIGHT:
+            write_partial(part, 6, total(weight_sum, S), split, splits.programs, place, geometry)
 
 
 @triton.jit
@@ -343,9 +357,7 @@ def parameter_sums(
         present = each < rows
         at_noise = row_offset(outer, which, run, geometry.noise)
         place = Place(outer * inner + which, outer, which, present, at_noise)
-        mean = tl.load(stat(stats, MEAN, place, geometry), mask=present, other=0.0)
-        low = tl.load(stat(stats, MEAN_LOW, place, geometry), mask=present, other=0.0)
-        rstd = tl.load(stat(stats, RSTD, place, geometry), mask=present, other=0.0)
+        mean, low, rstd = load_moments(stats, place, geometry)
         lmbda = tl.load(stat(stats, LMBDA, place, geometry), mask=present, other=1.0)
         scale = tl.load(stat(stats, NOISE_SCALE, place, geometry), mask=present, other=0.0)
         exponents = make_exponents(lmbda, number(transform_eps, S))

@@ -11,12 +11,13 @@ with the whole batch. Collectives:
 
 Messages are float64, so that the merge adds no rounding error, and nothing is copied to the host
 in between: the same code serves gloo and NCCL. The passes between the collectives are rounds of the
-compiled CPU kernels, or PyTorch operations from :mod:`normnorm.reference` where these do not serve:
-for another backend, under torch.compile, which traces them, and for second derivatives.
+compiled CPU kernels or of the Triton kernels, or PyTorch operations from :mod:`normnorm.reference`
+where these do not serve: for another backend, under torch.compile, which traces them, and for
+second derivatives.
 """
 
-from collections.abc import Sequence
-from enum import IntEnum
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from ..backends import cpu
 from ..backends.reference import pull_back, through_activation
 from ..config import PACKED_SCHEMA, Config, packed
 from ..namespace import compiled_namespace
-from ..statistics import Row, statistics_dtype
+from ..statistics import Round, Row, statistics_dtype
 
 # Elements per piece of the passes in PyTorch operations, whose intermediate results are about sixty
 # times as large as the piece.
@@ -160,20 +161,8 @@ def _finish(
     return _op(x, torch.ones_like(scale), identity, weight, bias, residual, seed, noise_scale)
 
 
-# Passes over this rank's shard, by rounds of the compiled CPU kernels or in PyTorch operations.
+# Passes over this rank's shard, by rounds of the kernels or in PyTorch operations.
 # The two classes have the same methods, called in this order; sums are (k, C), float64.
-
-
-class _Round(IntEnum):
-    """``cpu::Round`` in csrc/cpu/params.h, which lists what each round needs and sums."""
-
-    MOMENTS = 1
-    LMBDA = 2
-    MEAN_X = 3
-    DEVIATION = 4
-    OUTPUT = 5
-    SUMS = 6
-    GRADIENT = 7
 
 
 _library = torch.library.Library(compiled_namespace(cpu.NAME), "FRAGMENT")
@@ -182,60 +171,79 @@ _library.define(
     "Tensor? bias, Tensor? residual, Tensor? seed, Tensor? grad_output, Tensor? output, "
     f"{PACKED_SCHEMA}) -> ()"
 )
-_round = getattr(torch.ops, compiled_namespace(cpu.NAME)).round_.default
+_compiled = getattr(torch.ops, compiled_namespace(cpu.NAME)).round_.default
+
+# Runs a round: the arguments of the compiled op to ``output``, the configuration, the round.
+_Run = Callable[..., None]
+
+
+def _run_compiled(*arguments: Any) -> None:
+    *tensors, config, number = arguments
+    _compiled(*tensors, *packed(config, number))
+
+
+def _kernels_of(input: Tensor, config: Config) -> _Run | None:
+    """What runs the rounds of the backend's kernels; None if they do not compute the passes."""
+    if torch.compiler.is_compiling() or not ops.direct(input):
+        return None
+    if config.backend == cpu.NAME:
+        return _run_compiled
+    if config.backend == "triton":
+        launch = importlib.import_module("..triton_kernels.launch", __package__)
+        return launch.run_round
+    return None
 
 
 class _Kernels:
-    """By the kernels, which keep intermediate values in the tensor that the last round writes."""
+    """By the kernels. Those for CPUs keep intermediate values in the tensor that the last round
+    writes."""
 
     def __init__(
-        self, shard: _Shard, writes: bool,
+        self, run: _Run, shard: _Shard, writes: bool,
         grad_output: Tensor | None = None, output: Tensor | None = None,
     ) -> None:  # fmt: skip
+        self._run = run
         self._shard = shard
         self._result: Any = torch.empty_like(shard.input) if writes else None
         self._gradient = grad_output, output
         self._table: Tensor | None = None
 
-    def _call(self, number: _Round, stats: Tensor, sums: Tensor | None = None) -> None:
-        input, weight, bias, residual, seed, config = self._shard
-        _round(
-            input, stats, sums, self._result, weight, bias, residual, seed, *self._gradient,
-            *packed(config, number),
-        )  # fmt: skip
+    def _call(self, number: Round, stats: Tensor, sums: Tensor | None = None) -> None:
+        input, *tensors, config = self._shard
+        self._run(input, stats, sums, self._result, *tensors, *self._gradient, config, number)
 
-    def _sums(self, number: _Round, stats: Tensor, rows: int) -> Tensor:
+    def _sums(self, number: Round, stats: Tensor, rows: int) -> Tensor:
         sums = stats.new_empty((rows, stats.size(1)), dtype=torch.float64)
         self._call(number, stats, sums)
         return sums
 
     def moments(self, stats: Tensor) -> Tensor:
         """Mean, what its rounding lost, and centred sum of squares."""
-        return self._sums(_Round.MOMENTS, stats, 3)
+        return self._sums(Round.MOMENTS, stats, 3)
 
     def newton_sums(self, stats: Tensor, variance: Tensor) -> Tensor:
         """Sums that give A, B, D and E once they are added over the ranks."""
-        sums = self._sums(_Round.LMBDA, stats, 4)
+        sums = self._sums(Round.LMBDA, stats, 4)
         # The kernels leave h^2 out of E, whose mean over all ranks is known.
         sums[3] += _count(self._shard.input) * (variance * stats[Row.RSTD].double().square())
         return sums
 
     def x_sums(self, stats: Tensor) -> Tensor:
         """The sum of x = psi(h)."""
-        return self._sums(_Round.MEAN_X, stats, 1)
+        return self._sums(Round.MEAN_X, stats, 1)
 
     def deviation_sums(self, stats: Tensor) -> Tensor:
         """The sum of abs(x - mean(x)); the mean is in the row of the noise's scale."""
-        return self._sums(_Round.DEVIATION, stats, 1)
+        return self._sums(Round.DEVIATION, stats, 1)
 
     def output(self, stats: Tensor) -> Tensor:
         """With noise, affine map, residual and activation."""
-        self._call(_Round.OUTPUT, stats)
+        self._call(Round.OUTPUT, stats)
         return self._result  # type: ignore[no-any-return]
 
     def _gradients(self, stats: Tensor) -> Tensor:
         if self._table is None:
-            self._table = self._sums(_Round.SUMS, stats, 7)
+            self._table = self._sums(Round.SUMS, stats, 7)
         return self._table
 
     def gradient_sums(self, saved: _Saved) -> Tensor:
@@ -243,7 +251,7 @@ class _Kernels:
         return self._gradients(saved.stats)[:5]
 
     def input_gradient(self, saved: _Saved, means: Tensor) -> Tensor:
-        self._call(_Round.GRADIENT, saved.stats, means)
+        self._call(Round.GRADIENT, saved.stats, means)
         return self._result  # type: ignore[no-any-return]
 
     def parameter_gradients(self, saved: _Saved, needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -456,12 +464,6 @@ def _differentiable(shard: _Shard, saved: _Saved, group: Any) -> Tensor:
     return _finish(x, weight, bias, None, seed, stats[Row.NOISE_SCALE], config).to(input.dtype)
 
 
-def _fused(input: Tensor, config: Config) -> bool:
-    """Whether the kernels compute the passes."""
-    compiling = torch.compiler.is_compiling()
-    return config.backend == cpu.NAME and not compiling and ops.direct(input)
-
-
 class Synchronised(torch.autograd.Function):
     """Forward and backward over the ranks; (output, statistics, count)."""
 
@@ -471,7 +473,8 @@ class Synchronised(torch.autograd.Function):
         residual: Tensor | None, seed: Tensor | None, config: Config, group: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         shard = _Shard(input, weight, bias, residual, seed, config)
-        passes = _Kernels(shard, True) if _fused(input, config) else _Definition(shard)
+        run = _kernels_of(input, config)
+        passes = _Definition(shard) if run is None else _Kernels(run, shard, True)
         output, saved = _forward(passes, shard, group)
         activated = output if config.activation else None
         ctx.save_for_backward(input, weight, bias, seed, activated, *saved)
@@ -488,8 +491,8 @@ class Synchronised(torch.autograd.Function):
         config, group = ctx.setup
         # With create_graph=True this backward pass must be differentiable.
         again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        fused = not again and _fused(input, config)
-        if needs[3] or not fused:
+        run = None if again else _kernels_of(input, config)
+        if needs[3] or run is None:
             grad_output = through_activation(grad_output, output, config)
             output, config = None, config._replace(activation="")
         grad_residual = grad_output if needs[3] else None
@@ -499,8 +502,10 @@ class Synchronised(torch.autograd.Function):
         else:
             if not needs[1]:  # the noise reaches no other gradient
                 shard = shard._replace(config=config._replace(noise_train=0.0))
-            kernels = _Kernels(shard, needs[0], grad_output, output) if fused else None
-            passes = kernels or _Definition(shard, grad_output)
+            if run is None:
+                passes: _Kernels | _Definition = _Definition(shard, grad_output)
+            else:
+                passes = _Kernels(run, shard, needs[0], grad_output, output)
             found = _backward(passes, saved, group, needs[:3])
         return *found, grad_residual, None, None, None
 

@@ -20,6 +20,7 @@ import test_golden
 import torch
 from oracle import CASES, Case, check, draw, draw_parameters, noise_words, normals
 from raw_ops import backward_pass, both_passes, channels_last, forward_pass, operands
+from shards import sharded_passes
 from triton_tools.interpreter import interpreted, missing
 
 import normnorm
@@ -336,6 +337,29 @@ def test_empty_tensors_and_arguments_that_the_checks_refuse():
     saved = forward_pass("triton", case, {"x": x}, ("relu",))
     with pytest.raises(TypeError, match="grad_output must have the input's dtype"):
         backward_pass("triton", case, {"x": x, "g": x.double()}, saved, ("relu",))
+
+
+# --- synchronised layers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "view", "dtype", "sizes", "fused", "noise"),
+    [
+        (ODD[0], "contiguous", torch.float32, (9, 0, 12), FUSED[0], 0.0),
+        (ODD[0], "channels_last", torch.bfloat16, (9, 0, 12), (), 0.0),
+        (ODD[0], "transposed", torch.float16, (21,), FUSED[0], 0.4),
+        (ODD[1], "contiguous", torch.float64, (70,), (), 0.4),
+    ],
+)
+@interpreted
+def test_rounds_over_shards_give_what_the_whole_batch_gives(case, view, dtype, sizes, fused, noise):
+    last = view == "channels_last"
+    t = operands(case, dtype, last)
+    if view == "transposed":  # no layout has these strides
+        t["x"] = t["x"].mT.contiguous().mT
+    with path(STREAMING):
+        got = sharded_passes("triton", case, t, sizes, fused, last, noise_train=noise, stream=5)
+    raw_ops.compare(case, t, fused, last, got, noise_train=noise, stream=5)
 
 
 # --- strides, sizes, bad groups ------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from cuda_static import sass
 from oracle import Case
 from raw_ops import backward_pass, both_passes, forward_pass
+from shards import sharded_passes
 from triton_tools.interpreter import missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +206,22 @@ def check(
     if code is not None:
         check_vectors(compiled, code, dtype, what)
     return code
+
+
+@pytest.mark.parametrize(
+    "work", ["batch 56x56", pytest.param("batch 56x56 channels_last", marks=pytest.mark.slow)]
+)
+def test_rounds_over_a_shard_spill_nothing_either(work, tmp_path):
+    from triton_tools import ahead
+
+    (case, last), dtype = WORKS[work], torch.bfloat16
+    t = empty_operands(case, dtype, last)
+    given = (case, t, case.shape[:1], FUSED["after"], last)
+    found = ahead.compiled("sm_90", lambda: sharded_passes("triton", *given, noise_train=0.4))
+    names = {compiled.name for compiled in found}
+    assert names == {*READS[2:], "reduce_moments", "reduce_sums"}
+    for compiled in found:
+        check(compiled, "sm_90", f"{compiled.name} of {work} over a shard", dtype, tmp_path)
 
 
 def every_path() -> None:
