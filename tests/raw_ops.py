@@ -67,6 +67,12 @@ def operands(
     return found
 
 
+def running_statistics(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, variance, lambda) for a batch layer's evaluation, another for every channel."""
+    ramp = torch.linspace(0.5, 1.4, len(t["weight"])).to(t["weight"])
+    return ramp - 0.8, ramp, 2.0 - ramp
+
+
 def channels_last(t: Tensor) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 

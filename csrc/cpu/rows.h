@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kBlock = 2048;       // elements in a block
 constexpr int64_t kShortRun = 512;     // shorter runs are gathered
+constexpr int64_t kRunInPlace = 128;   // in evaluation, shorter ones
 constexpr int64_t kScratch = 1 << 18;  // groups up to this size cache intermediate values in a thread's scratch memory
 constexpr int64_t kSmallGroup = 1 << 17;  // groups up to this size cache a second value in the backward pass
 constexpr int64_t kMaxBundle = 16;     // groups processed together
@@ -67,6 +68,10 @@ class RowLayout {
 
   const BlockPlan& plan() const { return plan_; }
   int64_t group_size() const { return g_.group_size(); }
+  // Whether blocks are several runs, in a buffer.
+  bool gathers() const { return plan_[0].runs > 1; }
+  // Whether evaluation takes such runs one by one, where they are long enough to repay each its constants.
+  bool evaluates_runs() const { return gathers() && !half_ && g_.length >= kRunInPlace; }
   GroupIndex index(int64_t group) const { return {group / g_.inner, group % g_.inner, group}; }
 
   // Whether threads share each group, which few large groups need; otherwise each group stays in one core's cache.
@@ -134,7 +139,7 @@ class RowLayout {
 
   // Whether every block has a cache.
   bool caches(const Operand& to) const {
-    return scratched() || (plan_[0].runs == 1 && !half_ && to.data);
+    return scratched() || (!gathers() && !half_ && to.data);
   }
 
   // The block's part of the group's cache: in scratch memory, in the tensor that will be written, or null.

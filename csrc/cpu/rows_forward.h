@@ -15,6 +15,7 @@ class RowForward {
       : layout_(p), p_(p), cached_(!p.frozen && layout_.caches(p.output)) {}
 
   void run() {
+    if (p_.frozen && p_.round == Round::kAll && !p_.noise.on && layout_.evaluates_runs()) return evaluate_runs();
     const int64_t groups = p_.geometry.groups(), bundle = layout_.bundle();
     const bool split = layout_.split_groups();
     for_range(p_.pool, !split, groups, [&](int64_t begin, int64_t end) {
@@ -25,6 +26,23 @@ class RowForward {
   }
 
  private:
+  // Evaluation of runs in place and in the order of memory: a group's runs lie far apart, and the processor prefetches
+  // what is adjacent.
+  void evaluate_runs() {
+    const Geometry& g = p_.geometry;
+    Buffer<TransformConstants<T>> constants(g.groups());
+    for_range(p_.pool, true, g.groups(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) constants[i] = GroupStats<T>(p_, i).transform(p_);
+    });
+    for_range(p_.pool, true, g.groups() * g.runs, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t inner = i % g.inner, run = i / g.inner % g.runs, outer = i / (g.inner * g.runs);
+        const GroupIndex at = {outer, inner, outer * g.inner + inner};
+        output_from<From::kInput>(at, {run, 1, 0, g.length}, broadcast<V>(constants[at.group]), T(0), nullptr);
+      }
+    });
+  }
+
   struct Group {
     GroupIndex at;
     GroupStats<T> stats;
@@ -176,20 +194,19 @@ class RowForward {
 
   void output_block(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, From from, T noise,
                     T* scratch) const {
+    const Block b = layout_.plan()[index];
     switch (from) {
       case From::kInput:
-        return output_from<From::kInput>(at, index, c, noise, scratch);
+        return output_from<From::kInput>(at, b, c, noise, scratch);
       case From::kLog:
-        return output_from<From::kLog>(at, index, c, noise, scratch);
+        return output_from<From::kLog>(at, b, c, noise, scratch);
       case From::kX:
-        return output_from<From::kX>(at, index, c, noise, scratch);
+        return output_from<From::kX>(at, b, c, noise, scratch);
     }
   }
 
   template <From kFrom>
-  void output_from(const GroupIndex& at, int64_t index, const TransformConstants<V>& c, T noise,
-                   T* scratch) const {
-    const Block b = layout_.plan()[index];
+  void output_from(const GroupIndex& at, const Block& b, const TransformConstants<V>& c, T noise, T* scratch) const {
     T in_buffer[kBlock], out_buffer[kBlock];
     T normal_buffer[kBlock + kNoiseSlack];
     const T* u = kFrom == From::kInput ? layout_.fetch(normalized(p_), at, b, in_buffer) : nullptr;

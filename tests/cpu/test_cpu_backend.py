@@ -139,6 +139,9 @@ def test_large_groups_agree_with_the_definition_for_any_number_of_threads(case, 
             set_threads(threads)
             found = raw_ops.both_passes("cpu", case, t, last=last, noise_train=0.4)
             torch.testing.assert_close(found, alone, rtol=0, atol=0)
+            if case.kind == "batch":
+                running = raw_ops.running_statistics(t)
+                raw_ops.check("cpu", case, t, last=last, running=running)
 
 
 # --- raw ops given anything ----------------------------------------------------------------------
