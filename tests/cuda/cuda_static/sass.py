@@ -32,6 +32,8 @@ FLAGS = ("-std=c++20", "-O3")
 HOST = "sm_90"
 # elements of a thread in the probe "many" minus those in "few"
 PROBE_ELEMENTS = {"forward": 32, "backward": 16}
+# numbers that a thread keeps of an element between the rounds: the template argument of TileCache
+PLANES = {"forward": 1, "backward": 3}
 
 
 def tool(name: str) -> str | None:
@@ -107,18 +109,24 @@ def demangled(names: list[str]) -> list[str]:
     return [line.partition("(")[0] for line in plain]
 
 
-def instructions(cubin: Path) -> dict[str, list[str]]:
-    """Each kernel's instructions without predicates, by its name in the source."""
-    functions: dict[str, list[str]] = {}
-    current: list[str] | None = None
+def _listings(cubin: Path) -> dict[str, list[tuple[int, str]]]:
+    """Each kernel's instructions without predicates, with their addresses, by its name in the
+    source."""
+    functions: dict[str, list[tuple[int, str]]] = {}
+    current: list[tuple[int, str]] | None = None
     for line in _cuobjdump("-sass", cubin).splitlines():
         if named := re.search(r"Function : (\S+)", line):
             current = functions.setdefault(named[1], [])
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(.*?)\s*;", line):
-            instruction = re.sub(r"^@!?U?P\w+\s+", "", found[1])
+        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(.*?)\s*;", line):
+            instruction = re.sub(r"^@!?U?P\w+\s+", "", found[2])
             if current is not None and not instruction.startswith("NOP"):
-                current.append(instruction)
+                current.append((int(found[1], 16), instruction))
     return dict(zip(demangled(list(functions)), functions.values(), strict=True))
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """Each kernel's instructions without predicates, by its name in the source."""
+    return {name: [i for _, i in code] for name, code in _listings(cubin).items()}
 
 
 def resources(cubin: Path) -> dict[str, dict[str, int]]:
@@ -152,20 +160,41 @@ def launch_bounds(cubin: Path) -> dict[str, int]:
     return dict(zip(demangled(list(found)), found.values(), strict=True))
 
 
+def _operations(code: list[str]) -> collections.Counter[str]:
+    return collections.Counter(i.split(".")[0].split()[0] for i in code)
+
+
+def _in_shared(code: list[tuple[int, str]], planes: int) -> tuple[float, float]:
+    """Instructions, and those of special functions, an element of chunks in shared memory: of the
+    loops with accesses to it. Such a loop moves four numbers an access, ``planes`` an element."""
+    total = special = 0.0
+    for end, jump in code:
+        target = re.match(r"BRA\b.*?(0x[0-9a-f]+)", jump)
+        if target and int(target[1], 16) < end:
+            loop = _operations([i for at, i in code if int(target[1], 16) <= at <= end])
+            if accesses := max(loop["LDS"], loop["STS"]):
+                total += loop.total() * planes / (4 * accesses)
+                special += loop["MUFU"] * planes / (4 * accesses)
+    return total, special
+
+
 def per_element(cubin: Path) -> dict[str, dict[str, float]]:
-    """Instructions an element in each probe, and those of special functions."""
-    functions = instructions(cubin)
-    counts = {}
-    for name, code in functions.items():
-        operations = collections.Counter(i.split(".")[0].split()[0] for i in code)
-        counts[name] = (len(code), operations["MUFU"])
-    result = {}
-    for name in sorted(n.removesuffix("_few") for n in counts if n.endswith("_few")):
-        few, many = counts[f"{name}_few"], counts[f"{name}_many"]
-        elements = PROBE_ELEMENTS[name.split("_")[0]]
-        total, special = ((b - a) / elements for a, b in zip(few, many, strict=True))
-        result[name] = {"instructions": total, "special": special}
-    return result
+    """Instructions an element in each probe, and those of special functions, of chunks in
+    registers ("forward_...") and in shared memory ("..._shared")."""
+    found: dict[str, tuple[float, float]] = {}
+    listings = _listings(cubin)
+    for name in (n.removesuffix("_few") for n in listings if n.endswith("_few")):
+        direction = name.split("_")[0]
+        few, many = (_operations([i for _, i in listings[f"{name}_{n}"]]) for n in ("few", "many"))
+        elements = PROBE_ELEMENTS[direction]
+        found[name] = (
+            (many.total() - few.total()) / elements, (many["MUFU"] - few["MUFU"]) / elements
+        )  # fmt: skip
+        found[f"{name}_shared"] = _in_shared(listings[f"{name}_few"], PLANES[direction])
+    return {
+        name: {"instructions": total, "special": special}
+        for name, (total, special) in sorted(found.items())
+    }
 
 
 def main() -> None:
