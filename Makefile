@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet
 # Before a command that is silent for minutes: a line every 10 s until it ends.
-TICK := (s=0; while sleep 10 >&- 2>&-; do s=$$((s + 10)); echo "installing for $$s s"; done) & trap "kill $$!" EXIT;
+TICK := (s=0; while sleep 10 >&- 2>&-; do s=$$((s + 10)); echo "$$s s so far"; done) & trap "kill $$!" EXIT;
 SAY := @printf '%s\n'
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -94,10 +94,10 @@ test-floor:
 
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	@$(TICK) $(BIN)/mypy
 
 docs: $(VENV)/.dev
-	$(PY) -m sphinx -b html -q -W --keep-going -c docs -d build/doctrees . build/site
+	@$(TICK) $(PY) -m sphinx -b html -q -W --keep-going -c docs -d build/doctrees . build/site
 	$(SAY) build/site/index.html
 
 install: $(VENV)/.native $(VENV)/.dev $(VENV)/.integrations
@@ -213,7 +213,7 @@ triton = $(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	$(SAY) 'installing the packages for tests and linting'
 	@$(TICK) $(PIP) 'normnorm[dev]'
-	@$(triton)
+	@$(TICK) $(triton)
 	@touch $@
 
 # Beside the torch that is here, never in its place: torchvision 0.(n + 15) belongs to torch 2.n. Its
@@ -222,7 +222,7 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.dev
 	$(SAY) 'installing the libraries that normnorm is tested with'
 	@$(PY) -c 'from importlib.metadata import version; v = version("torch"); n = int(v.split(".")[1]) + 15; \
 	    print(f"torch=={v}\ntorchvision==0.{n}.*")' >$(VENV)/constraints.txt
-	@set -- $$TORCH; shift; [ $$# = 0 ] || $(PIP) --constraint $(VENV)/constraints.txt "$$@" torchvision
+	@$(TICK) set -- $$TORCH; shift; [ $$# = 0 ] || $(PIP) --constraint $(VENV)/constraints.txt "$$@" torchvision
 	@$(TICK) $(PIP) --constraint $(VENV)/constraints.txt 'normnorm[integrations]'
 	@$(PY) -c 'import torchvision' >/dev/null 2>&1 || printf '%s\n' \
 	    'torchvision, and timm and the models of transformers with it, can be imported here by the' \
