@@ -16,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from tabulate import tabulate
 
-from accuracy import plan
+from accuracy import measures, plan
 from accuracy.plan import MEASURES, PRIMARY, Cell, Contrast, Question
 from accuracy.study import Study
 
@@ -28,8 +28,30 @@ NAMES = {
     "weight_noise": "accuracy with noise on the weights",
     "qq_r2": "Q-Q R²",
     "correlation": "correlation of channels",
+    "skewness": "absolute skewness",
+    "kurtosis": "kurtosis",
+    "sparsity": "share of outputs below zero",
+    "within_between": "distances within classes over between",
+    "silhouette": "silhouette",
 }
-_DIGITS = dict.fromkeys(MEASURES["layers"], 4)
+# The plan's measures of layers and those that have intervals alone, no comparison.
+_LAYERS = (*MEASURES["layers"], "skewness", "kurtosis", "sparsity", "within_between", "silhouette")
+_DIGITS = dict.fromkeys(MEASURES["layers"], 4) | dict.fromkeys(_LAYERS[2:], 3)
+_DEFINITIONS = {
+    "robustness": (
+        "Standard deviations of the Gaussian noise: "
+        f"{measures.INPUT_NOISE:g} on the input, {measures.LAYER_NOISE:g} of an output's behind "
+        f"every norm layer, {measures.WEIGHT_NOISE:g} of a weight tensor's on every weight tensor."
+    ),
+    "layers": (
+        "Means over the norm layers in evaluation mode, without noise, of the first seeds and the "
+        "first batch of test data. Q-Q R² (1 for a normal), skewness (0) and kurtosis (3): of each "
+        "layer's own normalization groups, before its affine map. Correlation: absolute, of two "
+        "channels of the output over samples and positions. Clustering by class, of the last "
+        "layer: root mean square distances within classes over those between (small where classes "
+        "are apart), and scikit-learn's silhouette (1 at best)."
+    ),
+}
 
 
 class Difference(NamedTuple):
@@ -70,7 +92,7 @@ def detectable(found: Difference, comparisons: int) -> float:
 def cell_values(study: Study, question: Question, cell: Cell, measure: str) -> list[float]:
     """One number a seed; empty where runs are missing."""
     runs = study.test_runs(question, *cell) or []
-    if measure in MEASURES["layers"]:
+    if measure in _LAYERS:
         runs = runs[:1]
     return study.measured(runs, measure)
 
@@ -128,6 +150,10 @@ _PAGE = """\
 # {title}
 
 This page is generated from stored results by `benchmarks/study.py`; its numbers are not edited.
+Four arms are compared: the plain layer; the normality layer without its transform ("noise",
+`alpha=0`), without its noise ("transform", `noise_train=0`), and as it comes ("both"). Each is
+trained with the paper's settings and with those that were best for it on validation sets ("tuned");
+[the plan](#the-plan) has the details. Intervals are of 95 %.
 {missing}{abstract}
 
 ![Accuracy against weight decay]({image})
@@ -142,9 +168,9 @@ other seeds.
 
 ## What holds, and what does not
 
-In {better} of {count} comparisons the measure is more with the arm that is named first, in
-{worse} it is less, at an adjusted p below {level}; in {rest} the two cannot be told apart. Those
-of whole normality layers with their plain ones:
+Of {count} comparisons, the arm that is named first has the larger measure in {better} and the
+smaller one in {worse}, at an adjusted p below {level}; {rest} are not significant. Those of "both"
+with the plain layer:
 
 {claims}
 
@@ -160,8 +186,8 @@ of whole normality layers with their plain ones:
 make study
 ```
 
-runs what `runs/study.json` lacks, on two processes of one thread; `QUICK=1` runs a few steps of
-everything. A norm, a network or a data set of one's own is one more entry of the tables in
+runs what `runs/study.json` lacks, on two processes of one thread: all of it in about an hour on two
+cores of the machine below. `QUICK=1` runs a few steps of everything in two minutes. A norm, a network or a data set of one's own is one more entry of the tables in
 `benchmarks/accuracy/norms.py`, `nets.py` and `data.py`, and one more question in `plan.py`.
 
 ## Provenance
@@ -217,11 +243,11 @@ def _title(found: dict[Contrast, Finding]) -> str:
         _of(found, PRIMARY, f"both, {setting}", "accuracy") for setting in ("tuned", "paper")
     )
     if tuned is None or usual is None:
-        return "Does it help? A study on small data sets"
-    words = {1: "more accurate", 0: "not told apart from batch normalization", -1: "less accurate"}
+        return "Against batch normalization: a study on small data sets"
+    words = {1: "more accurate", 0: "no significant difference", -1: "less accurate"}
     return (
-        f"At the paper's settings {words[usual.sign]}, with tuned settings {words[tuned.sign]}: "
-        "a study on small data sets"
+        f"Against batch normalization: {words[usual.sign]} at the paper's settings, "
+        f"{words[tuned.sign]} when each is tuned"
     )
 
 
@@ -292,7 +318,7 @@ _PAIR = ("both", "plain")
 
 def _claims(questions: dict[str, Question], found: dict[Contrast, Finding]) -> str:
     """Three lists of the comparisons of a whole normality layer, "both", with its plain one."""
-    words = {1: "More than the plain layer", -1: "Less than the plain layer", 0: "Not told apart"}
+    words = {1: "Larger", -1: "Smaller", 0: "Not significant"}
     lines: dict[int, list[str]] = {sign: [] for sign in words}
     for contrast, finding in found.items():
         if contrast.title.startswith("both"):
@@ -356,12 +382,13 @@ def _grid(study: Study, question: Question) -> str:
 
 
 def _measured(study: Study, question: Question, kind: str) -> str:
-    measures = MEASURES[kind]
+    names = _LAYERS if kind == "layers" else MEASURES[kind]
     rows = [
-        [arm, *(_cell(study, question, Cell(arm, "tuned"), measure) for measure in measures)]
+        [arm, *(_cell(study, question, Cell(arm, "tuned"), name) for name in names)]
         for arm in question.arms
     ]
-    return _markdown(rows, ["arm, tuned", *(NAMES[measure] for measure in measures)])
+    table = _markdown(rows, ["arm, tuned", *(NAMES[name] for name in names)])
+    return f"{_DEFINITIONS[kind]}\n\n{table}"
 
 
 def _markdown(rows: list[list[Any]], head: list[str]) -> str:

@@ -19,7 +19,7 @@ from accuracy import plan, study
 from accuracy.experiment import Experiment
 from accuracy.runs import folder_name
 from accuracy.study import Study, confirmation_jobs, joined, tuning_jobs
-from accuracy.study_page import detectable, difference, findings, write
+from accuracy.study_page import NAMES, detectable, difference, findings, write
 
 
 def test_every_run_of_the_plan_can_be_carried_out() -> None:
@@ -52,13 +52,12 @@ def test_a_seed_serves_tuning_testing_or_replication() -> None:
 def filled(questions: dict[str, plan.Question], of: Callable[[Experiment], float]) -> Study:
     """A study of every run, with ``of(experiment)`` and a part by seed as each measure."""
     found = Study(environment={"torch": "2"})
-    names = ("accuracy", *(name for kind in plan.MEASURES.values() for name in kind))
 
     def fill(experiment: Experiment) -> None:
         seeds = range(experiment.seed, experiment.seed + experiment.copies)
         numbers = [of(experiment) + np.sin(7.0 * seed + of(experiment)) / 5 for seed in seeds]
         found.runs[folder_name(experiment)] = {
-            "experiment": experiment.to_dict(), **dict.fromkeys(names, numbers)
+            "experiment": experiment.to_dict(), **dict.fromkeys(NAMES, numbers)
         }  # fmt: skip
 
     for experiment, _ in tuning_jobs(questions.values()):
@@ -132,7 +131,7 @@ def test_the_words_of_the_page_follow_the_numbers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     write(filled(plan.FULL, accuracy), plan.FULL, page)
     text = page.read_text()
-    assert text.startswith("# At the paper's settings more accurate, with tuned settings ")
+    assert text.startswith("# Against batch normalization: more accurate at the paper's settings, ")
     more, less, same = re.findall(r"\*\*.*?:\*\*\n\n(.*?)\n\n", text, re.DOTALL)
     assert "* Batch normalization, 4,000 signals, both, paper: accuracy +1.9" in more
     assert "* Group normalization, both, paper: accuracy -2.0" in less
@@ -142,6 +141,17 @@ def test_the_words_of_the_page_follow_the_numbers(tmp_path: Path) -> None:
     assert matplotlib.image.imread(tmp_path / "images/page.png").std() > 0.05
     write(Study(environment={}), plan.FULL, page)
     assert "Not measured yet." in page.read_text()
+
+
+def test_the_stored_page_is_that_of_the_stored_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    write(Study.load(root / "benchmarks/results/study.json"), plan.FULL, tmp_path / "results.md")
+    stored = (root / "docs/measured/results.md").read_text()
+    assert stored == (tmp_path / "results.md").read_text()
+    _, said, _ = re.split("\n## (?:Accuracy|Performance)\n", (root / "README.md").read_text())
+    numbers = re.findall(r"[-+]\d+\.\d+", said)
+    assert len(numbers) > 10
+    assert [number for number in numbers if number not in stored] == []
 
 
 def test_a_study_grows_block_by_block_and_goes_on(
