@@ -186,8 +186,8 @@ with the plain layer:
 make study
 ```
 
-runs what `runs/study.json` lacks, on two processes of one thread: all of it in about an hour on two
-cores of the machine below. `QUICK=1` runs a few steps of everything in two minutes. A norm, a
+runs what `runs/study.json` lacks, on two processes of one thread: all of it in about 75 minutes on
+two cores of the machine below. `QUICK=1` runs a few steps of everything in two minutes. A norm, a
 network or a data set of one's own is one more entry of the tables in
 `benchmarks/accuracy/norms.py`, `nets.py` and `data.py`, and one more question in `plan.py`.
 
