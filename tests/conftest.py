@@ -39,18 +39,13 @@ if os.environ.get("NORMNORM_HOST_RUN") == "1":
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
+_Health = hypothesis.HealthCheck
 hypothesis.settings.register_profile(
-    "normnorm",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=40,
+    "normnorm", derandomize=True, deadline=None, database=None, max_examples=40,
     suppress_health_check=[
-        hypothesis.HealthCheck.function_scoped_fixture,
-        hypothesis.HealthCheck.too_slow,
-        hypothesis.HealthCheck.differing_executors,
+        _Health.function_scoped_fixture, _Health.too_slow, _Health.differing_executors
     ],
-)
+)  # fmt: skip
 hypothesis.settings.load_profile("normnorm")
 
 

@@ -105,6 +105,7 @@ class Recorder(TorchDispatchMode):
 
 
 NAMES = tuple(layer.name for layer in LAYERS)
+LAZY_NAMES = tuple(name for name in normnorm.__all__ if name.startswith("Lazy"))
 RUNNING = tuple(layer for layer in LAYERS if layer.kind in ("batch", "instance"))
 # One row a kind: the ops know no other difference.
 KINDS = tuple(

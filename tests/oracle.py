@@ -126,21 +126,13 @@ class Case:
 
 # One small case for each kind and rank.
 CASES = (
-    Case("batch", (12, 5)),
-    Case("batch", (4, 3, 7)),
-    Case("batch", (3, 4, 5, 6)),
-    Case("batch", (2, 3, 2, 3, 4)),
-    Case("layer", (9, 40), normalized_ndim=1),
-    Case("layer", (5, 4, 9), normalized_ndim=2),
-    Case("layer", (2, 3, 4, 5), normalized_ndim=3),
-    Case("group", (5, 12), num_groups=3),
-    Case("group", (3, 6, 7), num_groups=2),
-    Case("group", (2, 8, 5, 5), num_groups=4),
-    Case("group", (2, 4, 2, 3, 4), num_groups=1),
-    Case("instance", (3, 4, 11)),
-    Case("instance", (2, 3, 5, 6)),
-    Case("instance", (2, 3, 2, 3, 4)),
-)
+    Case("batch", (12, 5)), Case("batch", (4, 3, 7)), Case("batch", (3, 4, 5, 6)),
+    Case("batch", (2, 3, 2, 3, 4)), Case("layer", (9, 40), normalized_ndim=1),
+    Case("layer", (5, 4, 9), normalized_ndim=2), Case("layer", (2, 3, 4, 5), normalized_ndim=3),
+    Case("group", (5, 12), num_groups=3), Case("group", (3, 6, 7), num_groups=2),
+    Case("group", (2, 8, 5, 5), num_groups=4), Case("group", (2, 4, 2, 3, 4), num_groups=1),
+    Case("instance", (3, 4, 11)), Case("instance", (2, 3, 5, 6)), Case("instance", (2, 3, 2, 3, 4)),
+)  # fmt: skip
 
 
 def depth(n: int, alike: int = 0) -> float:

@@ -109,14 +109,11 @@ def test_first_and_second_derivatives_are_right(row, frozen, settings, fast_mode
 @pytest.mark.parametrize(
     "requires",
     [
-        (True, False, True),
-        (True, True, False),
-        (False, True, None),
-        (False, None, True),
+        (True, False, True), (True, True, False), (False, True, None), (False, None, True),
         (True, None, None),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_any_part_of_the_arguments_may_require_gradients_or_be_absent(
     row, frozen, requires, backend
 ):
@@ -283,18 +280,12 @@ def test_func_jvp_and_dual_numbers_equal_the_definition(row, noise, moving, back
 @pytest.mark.parametrize(
     "names",
     [
-        ("jacfwd",),
-        ("jacrev",),
-        ("jacfwd", "jacfwd"),
-        ("jacfwd", "jacrev"),
-        ("jacrev", "jacfwd"),
+        ("jacfwd",), ("jacrev",), ("jacfwd", "jacfwd"), ("jacfwd", "jacrev"), ("jacrev", "jacfwd"),
         ("jacrev", "jacrev"),
     ],
     ids="-of-".join,
-)
-def test_jacobians_and_hessians_by_every_nesting_equal_those_of_the_definition(
-    row, names, backend
-):
+)  # fmt: skip
+def test_jacobians_and_hessians_by_every_nesting_equal_those_of_the_definition(row, names, backend):
     input = row.input()
     input = input[:, :, :2, :2] if input.dim() == 4 else input  # few elements
     found, expected = function_of(row), definition_of(row)

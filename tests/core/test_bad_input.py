@@ -45,8 +45,10 @@ def changed(value, change):
 
 
 def assert_refused(call, *words):
-    """``call`` raises one of the documented errors, whose text contains every word."""
-    with pytest.raises(REFUSALS) as caught:
+    """``call`` raises one of the documented errors, whose text contains every word; of the first
+    word's type if that is one."""
+    kinds, words = (words[:1], words[1:]) if isinstance(words[0], type) else (REFUSALS, words)
+    with pytest.raises(kinds) as caught:
         call()
     error = caught.value
     assert not isinstance(error, (NotImplementedError, RecursionError, UnicodeError)), repr(error)
@@ -246,6 +248,14 @@ def layer(input=X, shape=(4,), **keywords):
     return F.layer_normal_norm(input, shape, training=True, **keywords)
 
 
+def watch(model=None, **keywords):
+    normnorm.monitor(LAYERS[0].make() if model is None else model, **keywords).__enter__()
+
+
+def estimate(dim=None, **keywords):
+    return normnorm.estimate_lmbda(X, dim, **keywords)
+
+
 FUNCTION_MISTAKES = [
     (lambda: batch(training=False), ("running_mean", "training=False")),
     (lambda: batch(mean=ONES, var=ONES), ("together", "2")),
@@ -307,25 +317,53 @@ FUNCTION_MISTAKES = [
     (lambda: normnorm.estimate_lmbda(torch.arange(3)), ("h must be", "int64")),
     (lambda: normnorm.estimate_lmbda(X, 0, order=0), ("order", "0")),
     (lambda: normnorm.per_loss([1.0]), ("activations must be a tensor; got list",)),
+    (lambda: normnorm.per_loss(X.long()), (TypeError, "must be floating point; got torch.int64")),
+    (lambda: normnorm.per_loss(X[:0]), (ValueError, "not empty; got (0, 3, 4)")),
+    (lambda: normnorm.per_loss(X.sum()), (ValueError, "(..., features)", "()")),
+    (lambda: normnorm.per_loss(X, 0), (ValueError, "num_slices must be positive; got 0")),
     (lambda: normnorm.per_loss(X, "2"), ("num_slices must be a number; got '2'",)),
     (lambda: normnorm.per_loss(X, True), ("num_slices must be an int; got True",)),
     (lambda: normnorm.per_loss(X, 2, 7), ("generator must be a torch.Generator or None",)),
     (lambda: normnorm.PER(nn.Linear(2, 2), "", "1"), ("weight must be a number; got '1'",)),
     (lambda: normnorm.PER(nn.Linear(2, 2), "", 1.0, 2.5), ("num_slices must be an int; got 2.5",)),
+    (lambda: normnorm.PER(nn.Linear(2, 2), [], 1.0), (ValueError, "no layer was chosen")),
+    *(
+        (lambda wrong=wrong: normnorm.PER(nn.Linear(2, 2), "", wrong), (ValueError, "finite"))
+        for wrong in (-1.0, math.nan, math.inf)
+    ),
+    (lambda: watch(groups="8"), ("groups must be a number; got '8'",)),
+    (lambda: watch(groups=0), (ValueError, "groups must be at least 1")),
+    (lambda: watch(elements=8.5), ("elements must be an int; got 8.5",)),
+    (lambda: watch(elements=3), (ValueError, "elements at least 8")),
+    (lambda: watch(3), (TypeError, "nn.Module; got int")),
+    (lambda: watch(nn.Linear(2, 2)), (ValueError, "no normality layer")),
+    (lambda: normnorm.LayerNormalNorm2d((3, 4)), (ValueError, "channels alone; got 2 sizes")),
+    (lambda: normnorm.LayerNormalNorm2d(3)(X), (ValueError, "expected 4D input")),
+    (lambda: normnorm.LayerNormalNorm2d(3)([1.0]), (TypeError, "must be a tensor; got list")),
+    (lambda: normnorm.LayerNormalNorm2d(3)(X[None]), (ValueError, "normalized_shape")),
+    (lambda: normnorm.register_norm(dict, meta), (TypeError, "cls must be a class")),
+    (lambda: normnorm.register_norm(nn.RMSNorm, 1), (TypeError, "convert must be a function")),
     (
-        lambda: normnorm.monitor(normnorm.BatchNormalNorm1d(3), groups="8").__enter__(),
-        ("groups must be a number; got '8'",),
+        lambda: normnorm.register_norm(nn.RMSNorm, meta, "back"),
+        (TypeError, "restore must be a function"),
     ),
     (
-        lambda: normnorm.monitor(normnorm.BatchNormalNorm1d(3), elements=8.5).__enter__(),
-        ("elements must be an int; got 8.5",),
+        lambda: normnorm.register_norm(normnorm.LayerNormalNorm, meta),
+        (ValueError, "is a layer of normnorm"),
     ),
+    (lambda: estimate(iterations=0), ("iterations must be positive or None; got 0",)),
+    (lambda: estimate(iterations=2, alpha=0.5), ("whole Newton steps",)),
+    (lambda: estimate(iterations=None, order=1), ("whole Newton steps",)),
+    (lambda: estimate(iterations=2.0), ("iterations must be an int; got 2.0",)),
+    (lambda: estimate(keepdim=1), ("keepdim must be True or False; got 1",)),
+    (lambda: estimate("0"), ("dim must be an int, a sequence of ints or None; got '0'",)),
+    (lambda: estimate((0.0,)), ("dim must be an int, a sequence of ints or None; got (0.0,)",)),
+    (lambda: estimate((0, 3)), (IndexError, "name dimensions of a tensor of 3; got (0, 3)")),
+    (lambda: estimate((0, -3)), ("dim must name each dimension once; got (0, -3)",)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("call", "words"), FUNCTION_MISTAKES, ids=range(len(FUNCTION_MISTAKES))
-)
+@pytest.mark.parametrize(("call", "words"), FUNCTION_MISTAKES, ids=range(len(FUNCTION_MISTAKES)))
 def test_function_refuses_with_a_sentence(call, words, backend):
     assert_refused(call, *words)
 

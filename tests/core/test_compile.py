@@ -292,11 +292,9 @@ def test_a_compiled_layer_says_why_its_backend_cannot_run(late, monkeypatch):
         compiled(KINDS[0].input(torch.float32))
 
 
-def test_noise_of_compiled_layers_is_fresh_each_call_and_that_of_a_given_seed(backend):
+def test_noise_of_compiled_functions_is_that_of_a_given_seed(backend):
     row = KINDS[1]
     input = row.input(torch.float32)
-    layer = torch.compile(row.make(), backend="eager", fullgraph=True)
-    assert not torch.equal(layer(input), layer(input))
 
     def function(x, seed):
         return row.apply(x, noise_train=0.5, seed=seed)

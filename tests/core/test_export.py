@@ -76,9 +76,7 @@ def test_decompositions_go_together_with_torch_s_own():
         assert_close(plain.module()(input), layer(input), **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "row", few([row for row in KINDS if row in RUNNING], KINDS[:1])
-)
+@pytest.mark.parametrize("row", few([row for row in KINDS if row in RUNNING], KINDS[:1]))
 def test_exported_training_folds_the_running_statistics(row, cpu_backend):
     layer = row.make(noise_train=0.0, track_running_stats=True)
     eager = copy.deepcopy(layer)

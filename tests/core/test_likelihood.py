@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +16,11 @@ from accuracy.layers import IteratedBatchNormalNorm2d
 from normnorm import likelihood, reference
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+TRIED = (
+    "normal", "exponential", "relu", "bimodal", "lognormal", "negative_exponential", "student_t",
+)  # fmt: skip
 each_law = pytest.mark.parametrize(
-    ("law", "size"),
-    [
-        *((law, 500) for law in ("normal", "exponential", "relu", "bimodal")),
-        *((law, 500) for law in ("lognormal", "negative_exponential", "student_t")),
-        ("exponential", 4),
-    ],
+    ("law", "size"), [*((law, 500) for law in TRIED), ("exponential", 4)]
 )
 
 
@@ -70,25 +67,6 @@ def test_gradients_are_right(iterations: int | None) -> None:
         return normnorm.estimate_lmbda(h, 1, iterations=iterations)
 
     assert torch.autograd.gradcheck(estimate, (h,), atol=1e-6, fast_mode=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"iterations": 0}, "iterations must be positive or None; got 0"),
-        ({"iterations": 2, "alpha": 0.5}, "whole Newton steps"),
-        ({"iterations": None, "order": 1}, "whole Newton steps"),
-        ({"iterations": 2.0}, "iterations must be an int; got 2.0"),
-        ({"keepdim": 1}, "keepdim must be True or False; got 1"),
-        ({"dim": "0"}, "dim must be an int, a sequence of ints or None; got '0'"),
-        ({"dim": (0.0,)}, r"dim must be an int, a sequence of ints or None; got \(0.0,\)"),
-        ({"dim": (0, 2)}, r"dim must name dimensions of a tensor of 2; got \(0, 2\)"),
-        ({"dim": (0, -2)}, r"dim must name each dimension once; got \(0, -2\)"),
-    ],
-)
-def test_bad_arguments_are_refused(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises((TypeError, ValueError, IndexError), match=sentence):
-        normnorm.estimate_lmbda(torch.randn(10, 3), **options)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, None])

@@ -16,19 +16,7 @@ import pytest
 import raw_ops
 import torch
 from hypothesis import strategies as st
-from oracle import (
-    CASES,
-    DTYPES,
-    LAWS,
-    UNIT,
-    Case,
-    assert_within,
-    bounds,
-    check,
-    draw,
-    draw_parameters,
-    run,
-)
+from oracle import CASES, DTYPES, LAWS, UNIT, Case, check, draw, draw_parameters, run
 from oracle import to_numpy as numpy
 
 import normnorm
@@ -40,12 +28,9 @@ PROFILE = hypothesis.settings.get_profile("normnorm")
 HALVES = (torch.float16, torch.bfloat16)
 # Cases small enough to look at each of their groups.
 FEW = (
-    Case("batch", (6, 5)),
-    Case("batch", (3, 4, 5, 6)),
-    Case("layer", (7, 33), normalized_ndim=1),
-    Case("group", (3, 6, 7), num_groups=2),
-    Case("instance", (2, 3, 5, 6)),
-)
+    Case("batch", (6, 5)), Case("batch", (3, 4, 5, 6)), Case("layer", (7, 33), normalized_ndim=1),
+    Case("group", (3, 6, 7), num_groups=2), Case("instance", (2, 3, 5, 6)),
+)  # fmt: skip
 
 
 def _name(value) -> str:
@@ -96,13 +81,11 @@ def test_errors_stay_within_bounds_of_the_dtype_for_every_data_law(
 @pytest.mark.parametrize(
     "case",
     [
-        Case("batch", (128, 2, 16)),
-        Case("layer", (2, 2048), normalized_ndim=1),
-        Case("group", (1, 6, 700), num_groups=2),
-        Case("instance", (1, 2, 2048)),
+        Case("batch", (128, 2, 16)), Case("layer", (2, 2048), normalized_ndim=1),
+        Case("group", (1, 6, 700), num_groups=2), Case("instance", (1, 2, 2048)),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_large_offset_costs_no_digits(case, dtype, backend, device):
     """h is 4 at most, so it may be off by a few roundings of 4: 2e-6 in float32. One rounding of
     the mean at 1e4 alone would already be 5e-4 there."""
@@ -407,102 +390,19 @@ def test_gradient_and_parameters_whose_strides_are_all_zero_or_that_are_absent(b
             check(case, x, *parameters, g, noise_train=0.2)
 
 
-# --- alpha 0, noise 0: torch's layers ---
-
-
-def _torch_layer(case: Case, x, weight, bias):
-    if case.kind == "layer":
-        return torch.nn.functional.layer_norm(x, case.parameter_shape, weight, bias)
-    if case.kind == "group":
-        return torch.nn.functional.group_norm(x, case.num_groups, weight, bias)
-    function = getattr(torch.nn.functional, f"{case.kind}_norm")
-    return function(x, None, None, weight, bias, True)
-
-
-@each_dtype
-@each_case
-def test_without_transform_and_noise_it_is_torchs_layer(case, dtype, backend, device):
-    """Within our bound and 32 roundings of the largest value, and 4 of the half type for torch's
-    half layer, which rounds within."""
-    for number, layout in enumerate(("contiguous", "channels_last", "transposed", "expanded")):
-        law = ("normal", "exponential", "student_t", "relu")[number]
-        x = LAYOUTS[layout](draw(case, law, number, dtype, device)).detach()
-        leaves = (x, *draw_parameters(case, number, dtype, device))
-        g = torch.randn(case.shape, device=device).to(dtype)
-        found = []
-        for function in (partial(case.apply, noise_train=0.0, alpha=0.0),
-                         partial(_torch_layer, case)):  # fmt: skip
-            y = function(*(leaf.requires_grad_() for leaf in leaves))
-            found.append((y, *torch.autograd.grad(y, leaves, g)))
-        arguments = tuple(numpy(a) for a in (x, g, *leaves[1:]))
-        exact = run(case, *arguments, alpha=0.0)
-        allowed = bounds(case, exact, *arguments, dtype=dtype, alpha=0.0)
-        unit = 32 * UNIT[oracle.compute_dtype(dtype)] + (4 * UNIT[dtype] if dtype in HALVES else 0)
-        for name, ours, theirs in zip(("y", "du", "dweight", "dbias"), *found, strict=True):
-            assert ours.dtype == theirs.dtype
-            bound = allowed[name] + unit * np.abs(numpy(theirs)).max()
-            assert_within(ours, numpy(theirs), bound, f"{name} {law}")
-
-
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize(
-    ("dtype", "shape"),
-    [
-        (torch.float32, (6, 4)),
-        (torch.float64, (5, 4, 3)),
-        (torch.float32, (4, 4, 3, 5)),
-        (torch.float32, (2, 4, 2, 3, 2)),
-    ],
-)
-def test_without_transform_and_noise_a_training_run_is_torchs(
-    dtype, momentum, shape, backend, device
-):
-    """Running statistics over three steps, then evaluation with its gradients."""
-    index = max(len(shape) - 2, 1)
-    theirs = getattr(torch.nn, f"BatchNorm{index}d")(4, momentum=momentum).to(device, dtype)
-    ours = getattr(normnorm, f"BatchNormalNorm{index}d")(
-        4, momentum=momentum, alpha=0.0, noise_train=0.0
-    ).to(device, dtype)  # fmt: skip
-    with torch.no_grad():
-        theirs.weight.uniform_(0.5, 2)
-        theirs.bias.normal_()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    tolerance = 64 * UNIT[dtype]
-    for step in range(3):
-        x = (step + 2 * torch.randn(shape, device=device)).to(dtype)
-        torch.testing.assert_close(ours(x), theirs(x), rtol=tolerance, atol=tolerance)
-    # the variance comes back from (v + eps)^-1/2
-    state = ours.state_dict()
-    assert torch.equal(state.pop("running_lmbda"), torch.ones_like(ours.running_lmbda))
-    torch.testing.assert_close(
-        dict(state), dict(theirs.state_dict()), rtol=tolerance, atol=tolerance
-    )
-    found = []
-    for layer in (ours.eval(), theirs.eval()):
-        leaf = x.detach().requires_grad_()
-        y = layer(leaf)
-        found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, layer.weight, layer.bias))))
-    torch.testing.assert_close(*found, rtol=2 * tolerance, atol=20 * tolerance)
-
-
 # --- no elements ---
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case("batch", (0, 5)),
-        Case("batch", (0, 5, 2, 2)),
-        Case("batch", (3, 5, 0)),
-        Case("batch", (4, 0)),
-        Case("layer", (0, 7), normalized_ndim=1),
-        Case("layer", (2, 0, 3, 4), normalized_ndim=2),
-        Case("group", (0, 6, 4), num_groups=2),
-        Case("instance", (0, 3, 4)),
-        Case("instance", (2, 0, 4)),
+        Case("batch", (0, 5)), Case("batch", (0, 5, 2, 2)), Case("batch", (3, 5, 0)),
+        Case("batch", (4, 0)), Case("layer", (0, 7), normalized_ndim=1),
+        Case("layer", (2, 0, 3, 4), normalized_ndim=2), Case("group", (0, 6, 4), num_groups=2),
+        Case("instance", (0, 3, 4)), Case("instance", (2, 0, 4)),
     ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize(("dtype", "noise_train"), [(torch.float32, 0.0), (torch.bfloat16, 0.5)])
 def test_an_input_without_elements_passes_through(case, dtype, noise_train, backend, device):
     leaves = [
@@ -583,9 +483,7 @@ def test_random_shapes_layouts_dtypes_laws_and_options(examples, backend, device
         parameters = [p if given else None for p, given in zip(drawn, affine, strict=True)]
         # whether the noise is to follow (N, spatial..., C)
         last = x.dim() >= 4 and not x.is_contiguous() and _channels_last(x) is x
-        y, du = check(
-            case, x, *parameters, g, seed=seed, channels_last=last, what=law, **options
-        )
+        y, du = check(case, x, *parameters, g, seed=seed, channels_last=last, what=law, **options)
         assert y.stride() == du.stride() == torch.empty_like(x).stride()
 
     check_random()

@@ -453,29 +453,3 @@ def test_a_model_compiled_with_its_hooks_is_regularized(in_place: bool) -> None:
                 found.append(_gradients(network, output.sum() * 0 + regularizer.loss()))
     torch.testing.assert_close(found[3:], found[:3])
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "sentence"),
-    [
-        ((torch.ones(3, 2, dtype=torch.int64),), TypeError, "must be floating point"),
-        ((torch.ones(0, 2),), ValueError, r"not empty; got \(0, 2\)"),
-        ((torch.tensor(1.0),), ValueError, "must be"),
-        ((torch.ones(3, 2), 0), ValueError, "num_slices must be positive; got 0"),
-    ],
-)
-def test_bad_activations_are_refused(
-    arguments: tuple[object, ...], error: type[Exception], sentence: str
-) -> None:
-    with pytest.raises(error, match=sentence):
-        normnorm.per_loss(*arguments)
-
-
-def test_bad_layers_and_weights_are_refused() -> None:
-    network = _network()
-    with pytest.raises(ValueError, match="no layer was chosen"):
-        normnorm.PER(network, [], 1.0)
-    for weight in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="weight must be finite"):
-            normnorm.PER(network, ["0"], weight)
-    assert not any(module._forward_hooks for module in network.modules())

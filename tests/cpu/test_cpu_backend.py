@@ -76,15 +76,11 @@ except ValueError as error:
 
 # Groups of several blocks, and groups that do not fill whole vectors.
 SHAPES = (
-    Case("batch", (3, 5, 13, 13)),
-    Case("batch", (2, 3, 50, 50)),
-    Case("batch", (301, 19)),
-    Case("layer", (5, 333), normalized_ndim=1),
-    Case("layer", (2, 5003), normalized_ndim=1),
-    Case("group", (2, 6, 9, 9), num_groups=2),
-    Case("group", (7, 12), num_groups=3),
+    Case("batch", (3, 5, 13, 13)), Case("batch", (2, 3, 50, 50)), Case("batch", (301, 19)),
+    Case("layer", (5, 333), normalized_ndim=1), Case("layer", (2, 5003), normalized_ndim=1),
+    Case("group", (2, 6, 9, 9), num_groups=2), Case("group", (7, 12), num_groups=3),
     Case("instance", (2, 3, 47, 47)),
-)
+)  # fmt: skip
 
 
 def check_everything() -> str:
@@ -117,14 +113,10 @@ def test_results_are_within_bounds_on_every_instruction_set(isa):
 
 # Few groups larger than the scratch memory, many groups, short runs.
 LARGE = (
-    Case("batch", (3, 2, 310, 310)),
-    Case("batch", (700, 2, 20, 20)),
-    Case("batch", (30000, 10)),
-    Case("layer", (2, 270_001), normalized_ndim=1),
-    Case("layer", (400, 100), normalized_ndim=1),
-    Case("instance", (1, 2, 520, 510)),
-    Case("group", (1, 4, 260, 260), num_groups=2),
-)
+    Case("batch", (3, 2, 310, 310)), Case("batch", (700, 2, 20, 20)), Case("batch", (30000, 10)),
+    Case("layer", (2, 270_001), normalized_ndim=1), Case("layer", (400, 100), normalized_ndim=1),
+    Case("instance", (1, 2, 520, 510)), Case("group", (1, 4, 260, 260), num_groups=2),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -162,18 +154,12 @@ def tensors(draw_value, optional=True):
 
 
 configurations = (
-    st.sampled_from(["batch", "layer", "group", "instance", "other"]),
-    st.integers(-1, 3),
-    st.integers(-1, 3),
-    st.sampled_from([1e-5, 0.0, -1.0, float("nan"), float("inf")]),
-    st.sampled_from([0.0, 0.4, -1.0, float("nan")]),
-    st.sampled_from([1.0, 0.0, float("inf")]),
-    st.integers(0, 3),
-    st.sampled_from([0.0, 0.003, -1.0]),
-    st.integers(-1, 2**40),
-    st.booleans(),
+    st.sampled_from(["batch", "layer", "group", "instance", "other"]), st.integers(-1, 3),
+    st.integers(-1, 3), st.sampled_from([1e-5, 0.0, -1.0, float("nan"), float("inf")]),
+    st.sampled_from([0.0, 0.4, -1.0, float("nan")]), st.sampled_from([1.0, 0.0, float("inf")]),
+    st.integers(0, 3), st.sampled_from([0.0, 0.003, -1.0]), st.integers(-1, 2**40), st.booleans(),
     st.sampled_from(["", "relu"]),
-)
+)  # fmt: skip
 some, any_or_none, flag = tensors(optional=False), tensors(), st.booleans()
 ANYTHING = {
     "forward": (some, *[any_or_none] * 8, flag, flag, *configurations),

@@ -74,9 +74,7 @@ def supported(flags: list[str], folder: Path) -> bool:
         pytest.param("thread", "generic", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_kernels_stay_in_their_memory_in_defined_behaviour_without_races(
-    sanitizers, isa, tmp_path
-):
+def test_kernels_stay_in_their_memory_in_defined_behaviour_without_races(sanitizers, isa, tmp_path):
     if isa not in runnable():
         pytest.skip(f"this processor has no {isa}: its kernels did not run under the sanitizers")
     flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

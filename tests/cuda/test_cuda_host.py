@@ -29,16 +29,7 @@ from raw_ops import (
     operands,
     same,
 )
-from tiers import (
-    COLUMN_TIERS,
-    COLUMNS,
-    DTYPES,
-    FUSIONS,
-    ROW_TIERS,
-    ROWS,
-    case_and_plan,
-    layouts,
-)
+from tiers import COLUMN_TIERS, COLUMNS, DTYPES, FUSIONS, ROW_TIERS, ROWS, case_and_plan, layouts
 from torch import Tensor
 
 from normnorm.statistics import Row
@@ -163,9 +154,7 @@ def test_a_thread_group_has_no_blocks_without_rows(kernels, shape):
 
 
 @pytest.mark.parametrize("fused", [(), FUSIONS[2]], ids=["plain", "fused"])
-@pytest.mark.parametrize(
-    ("case", "tier", "columns"), layouts(("layer", "batch"), ("batch",))
-)
+@pytest.mark.parametrize(("case", "tier", "columns"), layouts(("layer", "batch"), ("batch",)))
 def test_thread_orders_agree_bitwise(kernels, case, tier, columns, fused):
     case, plan = case_and_plan(case, tier, columns)
     kernels.force(**plan)

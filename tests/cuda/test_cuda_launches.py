@@ -31,12 +31,7 @@ pytestmark = [
 RUNTIME = sass.ROOT / "tests/cuda/fake_cuda/runtime.cpp"
 STORAGES = ("float32", "float64", "bfloat16", "float16")  # of csrc/common/params.h, in its order
 # The machine code that is read: what other static tests compile, and one type of the newest.
-KNOWN = {
-    "sm_80": ("float32",),
-    "sm_90": STORAGES,
-    "sm_100": ("bfloat16",),
-    "sm_120": ("bfloat16",),
-}
+KNOWN = {"sm_80": ("float32",), "sm_90": STORAGES, "sm_100": ("bfloat16",), "sm_120": ("bfloat16",)}
 # multiprocessors, bytes of shared memory a block and a multiprocessor, threads and blocks a
 # multiprocessor, compute capability, version of the code's PTX
 MODELS = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import normnorm
 
+NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 OFF = {"alpha": 0.0, "noise_train": 0.0}  # a normality layer that gives what torch's gives
 
 
@@ -16,18 +18,22 @@ def ours_in(model):
 
 
 def check_replaced_and_restored(model, input):
-    """Without transform and noise a model's output stays, after restoring to the last bit."""
+    """All norms are replaced, without transform and noise the model's output stays, and after
+    restoring it is equal to the last bit. Returns the number of norms."""
+    norms = sum(isinstance(module, NORMS) for module in model.modules())
     with torch.no_grad():
         expected = first_tensor(model(input))
         classes = [type(module) for module in model.modules()]
         summary = normnorm.replace_norms(model, **OFF)
+        assert not summary.left, summary
+        assert len(summary.replaced) == norms
         scale = expected.std().item()
         assert scale > 1e-3
         assert_close(first_tensor(model(input)), expected, rtol=1e-4, atol=1e-4 * scale)
         normnorm.restore_norms(model)
         assert [type(module) for module in model.modules()] == classes
         assert torch.equal(first_tensor(model(input)), expected)
-    return summary
+    return norms
 
 
 def speak(model, seed=0):

@@ -17,11 +17,9 @@ from normnorm import sync
 from normnorm.integrations.lightning import NormalNormSync
 
 QUIET = {
-    "accelerator": "cpu",
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
+    "accelerator": "cpu", "enable_checkpointing": False, "enable_progress_bar": False,
     "enable_model_summary": False,
-}
+}  # fmt: skip
 
 
 def make_module(base):
@@ -97,11 +95,8 @@ def test_finetuning_callbacks_freeze_our_batch_layers_as_torchs(package):
 
     def network():
         torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(3, 4, 1),
-            nn.BatchNorm2d(4),
-            nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)),
-        )
+        inner = nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), inner)
 
     def state(model):
         mean = model[1].running_mean.clone()

@@ -65,13 +65,11 @@ def test_channel_dimension_by_class(name):
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.Linear(4, 4), (4,)),
-        (nn.Conv1d(4, 4, 1), (4, 5)),
-        (nn.Conv2d(4, 4, 1), (4, 5, 6)),
+        (nn.Linear(4, 4), (4,)), (nn.Conv1d(4, 4, 1), (4, 5)), (nn.Conv2d(4, 4, 1), (4, 5, 6)),
         (nn.InstanceNorm2d(4), (4, 5, 6)),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_a_sample_without_a_batch_is_refused(layer, shape):
     with pytest.raises(ValueError, match=r"shape \(batch, \.\.\.\) are wanted; \w+ gave \("):
         layer_outputs.channels_last(layer, torch.randn(shape))

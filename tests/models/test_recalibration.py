@@ -14,15 +14,11 @@ import normnorm
 def network(noise_train=0.0):
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(4, 6),
-        normnorm.BatchNormalNorm1d(6, noise_train=noise_train),
-        nn.ReLU(),
-        nn.Linear(6, 5),
-        nn.BatchNorm1d(5, momentum=0.3),
-        nn.Dropout(0.5),
+        nn.Linear(4, 6), normnorm.BatchNormalNorm1d(6, noise_train=noise_train), nn.ReLU(),
+        nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=0.3), nn.Dropout(0.5),
         normnorm.LayerNormalNorm(5),
         normnorm.BatchNormalNorm1d(5, momentum=None, noise_train=noise_train),
-    )
+    )  # fmt: skip
 
 
 def batches(count=3, size=16):

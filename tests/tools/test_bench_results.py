@@ -11,16 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from bench_samples import (
-    DTYPES,
-    ENVIRONMENT,
-    GPU,
-    bench,
-    network_row,
-    row,
-    some_results,
-    whole_run,
-)
+from bench_samples import DTYPES, ENVIRONMENT, GPU, bench, network_row, row, some_results, whole_run
 from report import parser as report_parser
 
 from normnorm.cli import execute
@@ -154,9 +145,7 @@ def test_instructions_of_the_cuda_kernels_are_those_that_the_tests_keep():
     stored = json.loads((Path(__file__).parents[1] / "data/sass_budgets.json").read_text())
     newest = stored[max(stored, key=lambda version: tuple(map(int, version.split("."))))]["sm_90"]
     found = {(c.operation, c.mode, c.dtype): c for c in counts.count_cuda((9, 0))}
-    assert set(found) == set(
-        itertools.product(("forward", "backward"), ("noise", "quiet"), DTYPES)
-    )
+    assert set(found) == set(itertools.product(("forward", "backward"), ("noise", "quiet"), DTYPES))
     for (operation, mode, dtype), count in found.items():
         assert count.isa == "sm_90"
         if mode == "noise":

@@ -43,14 +43,9 @@ def run(*command, cwd, status=0, **environment):
     # The folder of the tests, and options meant for the process that runs them, stay out.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "NORMNORM"))}
     done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=inherited | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+        [str(word) for word in command], cwd=cwd, env=inherited | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == status, f"{command} exited {done.returncode}:\n{done.stdout}"
     return done.stdout
 

@@ -33,21 +33,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PATHS = ("resident", "streaming", "streaming, partial sums reduced")
 # Groups that tiles do not fit evenly, in one or several runs, on a multiple of four or not.
 ODD = (
-    Case("batch", (21, 3, 7, 7)),
-    Case("batch", (70, 6)),
-    Case("layer", (3, 333), normalized_ndim=1),
-    Case("layer", (5, 768), normalized_ndim=1),
-    Case("group", (2, 6, 9, 9), num_groups=2),
-    Case("group", (2, 12), num_groups=3),
+    Case("batch", (21, 3, 7, 7)), Case("batch", (70, 6)),
+    Case("layer", (3, 333), normalized_ndim=1), Case("layer", (5, 768), normalized_ndim=1),
+    Case("group", (2, 6, 9, 9), num_groups=2), Case("group", (2, 12), num_groups=3),
     Case("instance", (2, 3, 13, 13)),
-)
+)  # fmt: skip
 # Few programs, weights that belong to all that a weight can.
 SMALL = (
-    Case("batch", (3, 2, 3, 5)),
-    Case("layer", (2, 23), normalized_ndim=1),
-    Case("group", (1, 4, 3, 3), num_groups=2),
-    Case("instance", (1, 2, 3, 5)),
-)
+    Case("batch", (3, 2, 3, 5)), Case("layer", (2, 23), normalized_ndim=1),
+    Case("group", (1, 4, 3, 3), num_groups=2), Case("instance", (1, 2, 3, 5)),
+)  # fmt: skip
 
 
 @contextmanager
@@ -156,14 +151,12 @@ def test_noise_words_are_bitwise_those_of_the_definition():
 @pytest.mark.parametrize(
     ("case", "last"),
     [
-        (Case("batch", (6, 4, 5, 5)), True),
-        (Case("batch", (10, 6)), False),
+        (Case("batch", (6, 4, 5, 5)), True), (Case("batch", (10, 6)), False),
         (Case("layer", (4, 39), normalized_ndim=1), False),
         (Case("group", (2, 6, 3, 5), num_groups=2), False),
-        (Case("group", (2, 6, 3, 5), num_groups=2), True),
-        (Case("instance", (2, 3, 7, 5)), False),
+        (Case("group", (2, 6, 3, 5), num_groups=2), True), (Case("instance", (2, 3, 7, 5)), False),
     ],
-)
+)  # fmt: skip
 @interpreted
 def test_noise_is_the_definitions_in_either_order_and_wherever_runs_begin(case, last, how):
     """y without noise is x; with noise s z is added."""

@@ -26,9 +26,7 @@ def test_a_block_is_added_up_and_replaced_by_its_slopes(shape, dtype, bound):
     t = torch.randn(shape, dtype=dtype)
     before = t.clone()
     with normnorm.use_backend("triton"):
-        test_per.test_a_block_is_added_up_and_replaced_by_its_slopes(
-            shape, dtype, bound, "triton"
-        )
+        test_per.test_a_block_is_added_up_and_replaced_by_its_slopes(shape, dtype, bound, "triton")
         per.projected_error_of(t.device)(t, torch.zeros(64, dtype=torch.float64), False)
     assert torch.equal(t, before)
 

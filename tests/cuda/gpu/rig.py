@@ -177,8 +177,7 @@ class Rig:
         return torch.cuda.stream(stream)
 
     def work_of(self, step: Callable[[], Any]) -> list[str]:
-        """The names of the kernels, copies and fills of ``step``; on a CPU, of its ops.
-        """
+        """The names of the kernels, copies and fills of ``step``; on a CPU, of its ops."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if not self.dry:
             activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -48,12 +48,9 @@ class Child:
 
     def __init__(self) -> None:
         environment = {
-            **os.environ,
-            INSIDE: "1",
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
+            **os.environ, INSIDE: "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
+        }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             stdin=subprocess.PIPE,

@@ -3,11 +3,7 @@
 import triton
 import triton.language as tl
 
-from normnorm.triton_kernels.math import (
-    lambda_gradient,
-    make_exponents,
-    needs_series,
-)
+from normnorm.triton_kernels.math import lambda_gradient, make_exponents, needs_series
 from normnorm.triton_kernels.noise import PHILOX_ROUNDS, noise_words
 from normnorm.triton_kernels.params import Numbers
 from normnorm.triton_kernels.rounds import gradient_round
@@ -20,13 +16,9 @@ def words(seed, octets, out, stream, N: tl.constexpr, WIDE: tl.constexpr):
     each = tl.load(octets + i)
     zero = tl.full([N], 0, tl.uint32)
     p0, p1, p2, p3 = tl.philox(
-        tl.load(seed),
-        each.to(tl.uint32),
-        (each >> 32).to(tl.uint32),
-        tl.cast(stream, tl.uint32) + zero,
-        zero,
-        PHILOX_ROUNDS,
-    )
+        tl.load(seed), each.to(tl.uint32), (each >> 32).to(tl.uint32),
+        tl.cast(stream, tl.uint32) + zero, zero, PHILOX_ROUNDS,
+    )  # fmt: skip
     if not WIDE:
         each = each.to(tl.int32)
     w0, w1, w2, w3 = noise_words(tl.load(seed), stream, each)
