@@ -3,8 +3,7 @@
 A compiler treats a float argument of an op as a constant, so each new value would recompile the
 graph; a one-element tensor is an ordinary input. The first graph of a layer has ``noise_train`` as
 a constant, which costs nothing. Once the attribute has changed, the compiler makes it symbolic, and
-the graph takes it through these ops. The tensor is on the host, where reading it does not
-synchronize.
+the graph takes it through these ops. The tensor is on the host, so reading it needs no wait.
 
 ``normnorm::normal_norm_forward.annealed`` and ``normnorm::normal_norm_backward.annealed`` have
 the schemas of :mod:`normnorm.ops` in all else, and call those ops.
@@ -36,8 +35,7 @@ def _replaced(arguments: tuple[Any, ...], noise_train: Any) -> tuple[Any, ...]:
 
 
 def with_tensor(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of the op with the weight of the noise, a symbolic number, as a tensor, by an
-    operation that compilers turn into an input."""
+    """The arguments of the op with the symbolic ``noise_train`` as a tensor, an input of graphs."""
     one = torch.ones((), dtype=torch.float64)
     return _replaced(arguments, one * arguments[_NOISE_TRAIN])
 
@@ -52,9 +50,7 @@ for _name in ("normal_norm_forward", "normal_norm_backward"):
     _annealed = f"{_name}.annealed"
     _schema = ops.SCHEMAS[_name].replace("float noise_train", "Tensor noise_train")
     library.define(_annealed + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(
-        _annealed, _with_number(getattr(ops, _name), float), "CompositeExplicitAutograd"
-    )
+    library.impl(_annealed, _with_number(getattr(ops, _name), float), "CompositeExplicitAutograd")
     # A fake tensor has no number; any weight of noise gives the same shapes.
     _fake = _with_number(ops.FAKES[_name], lambda _: 1.0)
     torch.library.register_fake(f"{NAMESPACE}::{_annealed}", _fake, lib=library)

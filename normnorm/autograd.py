@@ -1,12 +1,10 @@
 """Gradients: one rule for each pass, in the form with the least overhead for each mode.
 
 * plain eager: :class:`_Eager`, an old-style ``autograd.Function``, which takes a third less host
-  time than a new-style one. It calls the backend's own ops; the forward op also draws the seed and
-  updates the running statistics;
+  time than a new-style one, and calls the backend's own ops (:func:`normnorm.ops.run_step`);
 * torch.func transforms: :class:`_Functional` and :class:`_Gradient`, new-style with ``vmap``;
-* compiling and torch.jit.trace: the registered op, one node of the graph, whose gradient is
-  registered here. Once ``noise_train`` has changed, compiled graphs use the overload in
-  ``normnorm/annealing.py``;
+* compiling and torch.jit.trace: the registered op, one node of the graph, with its gradient; once
+  ``noise_train`` has changed, the overload in ``normnorm/annealing.py``;
 * forward mode (torch.func.jvp, dual numbers), and compiling under a transform: the definition in
   ``normnorm/reference.py``, whose derivatives nest in any order. With the reference backend a
   compiler traces the definition too, and can fuse it.
@@ -24,7 +22,7 @@ from torch.autograd import forward_ad
 from . import annealing, ops
 from .backends import reference
 from .backends.reference import transforms_active
-from .config import BackwardArguments, Config
+from .config import BackwardArguments, Config, ForwardArguments
 from .namespace import NAMESPACE, OPS
 from .noise import draw_seed
 from .ops import Results, Update
@@ -41,9 +39,10 @@ def forward_mode() -> bool:
 
 
 def decomposes(config: Config) -> bool:
-    """Whether a compiler traces the definition (PyTorch's own operations) instead of the op: with
-    the reference backend, and in an export to ONNX, which has no such op."""
-    return config.backend == "reference" or torch.onnx.is_in_onnx_export()
+    """Whether the definition (PyTorch's own operations) is traced instead of the op: by a compiler
+    with the reference backend, and in an export to ONNX, which has no such op."""
+    compiled = torch.compiler.is_compiling() and config.backend == "reference"
+    return compiled or torch.onnx.is_in_onnx_export()
 
 
 def normal_norm(
@@ -76,58 +75,45 @@ def normal_norm(
         tensors = (*tensors[:7], draw_seed(input.device), tensors[8])
     results = _other_mode((*tensors, prenorm, True, *config), config)
     if update is not None:
-        _fold(ops.fold_arguments(results[1], update, input, config), config)
+        arguments = ops.fold_arguments(results[1], update, input, config)
+        transformed = transforms_active()
+        if compiling and not transformed and decomposes(config):
+            reference.fold_running_(*arguments)
+        elif compiling or transformed or is_tracing():
+            ops.fold_running_(*arguments)
+        else:
+            ops.run_fold(arguments)
     return results[0], results[2]
 
 
 def _other_mode(arguments: tuple[Any, ...], config: Config) -> Results:
     """The op, or the definition, for compilers, transforms, forward mode and tracers."""
-    if torch.compiler.is_compiling():
-        if decomposes(config) or transforms_active() or forward_mode():
-            return reference.normal_norm_forward(*arguments)
-        if annealing.is_symbolic(config.noise_train):
-            return annealing.normal_norm_forward(*annealing.with_tensor(arguments))
-    elif forward_mode():
+    compiling, transformed = torch.compiler.is_compiling(), transforms_active()
+    if decomposes(config) or forward_mode() or (compiling and transformed):
         return reference.normal_norm_forward(*arguments)
-    elif transforms_active():
+    if transformed:
         return _Functional.apply(*arguments)
-    elif torch.onnx.is_in_onnx_export():
-        return reference.normal_norm_forward(*arguments)
+    if compiling and annealing.is_symbolic(config.noise_train):
+        return annealing.normal_norm_forward(*annealing.with_tensor(arguments))
     # Also under torch.jit.trace, which has no node for an old-style Function.
     return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
-
-
-def _fold(arguments: tuple[Any, ...], config: Config) -> None:
-    """Updates the running statistics in the modes of :func:`_other_mode`."""
-    compiling, transformed = torch.compiler.is_compiling(), transforms_active()
-    if compiling and not transformed and decomposes(config):
-        reference.fold_running_(*arguments)
-    elif compiling or transformed or is_tracing():
-        ops.fold_running_(*arguments)
-    else:
-        ops.run_fold(arguments)
 
 
 # The gradient of the forward pass.
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], results: Results, config: Config) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     """Saves the tensors and settings of a forward pass for :func:`_gradients`."""
-    input, running_mean, _, _, weight, bias, _, seed, _, prenorm, keep_stats = arguments[:11]
-    output, stats, sum = results
+    call = ForwardArguments.of(*inputs)
+    result, stats, sum = output
     # With an activation the output is saved, for its sign: with noise, recomputing the sign means
     # recomputing the output. The next layer usually saves the same tensor.
-    activated = output if config.activation else None
-    normalized, kept = sum if prenorm else input, stats if keep_stats else None
-    ctx.save_for_backward(normalized, kept, weight, bias, activated, seed)
-    if prenorm or sum is None:
-        ctx.mark_non_differentiable(stats)
-    else:
-        ctx.mark_non_differentiable(stats, sum)
+    activated = result if call.config.activation else None
+    normalized, kept = sum if call.prenorm else call.input, stats if call.keep_stats else None
+    ctx.save_for_backward(normalized, kept, call.weight, call.bias, activated, call.seed)
+    ctx.mark_non_differentiable(stats, *([] if call.prenorm else [sum]))
     ctx.set_materialize_grads(False)
-    ctx.frozen = running_mean is not None
-    ctx.prenorm = prenorm
-    ctx.config = config
+    ctx.frozen, ctx.prenorm, ctx.config = call.running_mean is not None, call.prenorm, call.config
 
 
 def _gradients(
@@ -136,12 +122,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of input, weight, bias and residual; None if ``needs`` is False for one.
 
-    Args:
-        ctx: the context that :func:`_save` filled.
-        saved: the saved tensors of ``ctx``.
-        grads: gradients of the results (output, statistics, sum).
-        needs: whether each of the four gradients is needed.
-        backward: runs ``normal_norm_backward``, given its tensors, switches and configuration.
+    ``saved``: the saved tensors of ``ctx``, which :func:`_save` filled. ``grads``: those of output,
+    statistics and sum. ``backward(tensors, switches, config)`` runs ``normal_norm_backward``.
     """
     grad_output, _, grad_sum = grads
     if grad_output is None:
@@ -230,8 +212,8 @@ class _Eager(torch.autograd.Function):
         normalized = sum if prenorm else input
         ctx.save_for_backward(normalized, stats, weight, bias, activated, seed)
         ctx.set_materialize_grads(False)
-        ctx.frozen, ctx.prenorm = tensors[1] is not None, prenorm
-        ctx.config, ctx.seed = config, seed
+        ctx.frozen, ctx.prenorm, ctx.config = tensors[1] is not None, prenorm, config
+        ctx.seed = seed
         return output, sum if prenorm else None
 
     @staticmethod
@@ -251,6 +233,16 @@ class _Eager(torch.autograd.Function):
         return *_gradients(ctx, saved, grads, ctx.needs_input_grad[:4], _backward), None
 
 
+def _vmap(definition: Callable[..., Any]) -> Any:
+    """The vmap rule of a pass: vmaps the definition in PyTorch."""
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, tuple[int, ...]]:
+        results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*arguments)
+        return results, (0,) * len(results)
+
+    return staticmethod(rule)
+
+
 # The C++ base class's ``apply`` takes half the host time: it skips the checks for torch.func
 # transforms, which normal_norm() has already made. It is private to torch, hence the default.
 _apply_eager = getattr(super(torch.autograd.Function, _Eager), "apply", _Eager.apply)
@@ -263,17 +255,12 @@ class _Functional(torch.autograd.Function):
     def forward(*arguments: Any) -> Results:  # type: ignore[override]
         return ops.normal_norm_forward(*arguments)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, inputs, output, Config(*inputs[11:]))
+    setup_context = staticmethod(_save)
+    vmap = _vmap(reference.normal_norm_forward)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # type: ignore[override]
         return _flat_gradients(ctx, grads, _backward)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
-        return _vmap_definition(reference.normal_norm_forward, info, in_dims, arguments)
 
 
 class _Gradient(torch.autograd.Function):
@@ -285,18 +272,7 @@ class _Gradient(torch.autograd.Function):
 
     setup_context = staticmethod(_save_backward)
     backward = staticmethod(_differentiate_backward)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
-        return _vmap_definition(reference.normal_norm_backward, info, in_dims, arguments)
-
-
-def _vmap_definition(
-    definition: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The vmap rule of both passes: vmaps the definition in PyTorch."""
-    results = torch.vmap(definition, in_dims, 0, randomness=info.randomness)(*arguments)
-    return results, (0,) * len(results)
+    vmap = _vmap(reference.normal_norm_backward)
 
 
 def _register(library: torch.library.Library, overload: str) -> None:
@@ -307,14 +283,11 @@ def _register(library: torch.library.Library, overload: str) -> None:
     def backward(tensors: tuple[Any, ...], switches: tuple[bool, ...], config: Config) -> Any:
         return op(*tensors, *switches, *config)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-        _save(ctx, inputs, output, Config(*inputs[11:]))
-
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _flat_gradients(ctx, grads, backward)
 
     for name, gradient, setup_context in (
-        ("normal_norm_forward", differentiate, save),
+        ("normal_norm_forward", differentiate, _save),
         ("normal_norm_backward", _differentiate_backward, _save_backward),
     ):
         torch.library.register_autograd(

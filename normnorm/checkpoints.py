@@ -76,8 +76,7 @@ class Loading(_NormBase):
         """transformers' mark for a layer that needs no initialization.
 
         ``from_pretrained`` gives tensors that the checkpoint lacks uninitialized memory, and reads
-        this mark before it initializes the layers that it knows. It does not know normnorm's, so
-        reading the mark initializes them.
+        this mark before it initializes the layers that it knows. Reading it initializes this one.
         """
         marked: bool = vars(self).get("_is_hf_initialized", False)
         if not marked and _transformers_is_loading(sys._getframe(1)):

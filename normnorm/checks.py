@@ -51,7 +51,7 @@ def parameter_shape(input: Tensor, config: Config) -> tuple[int, ...]:
     return (input.size(1),)
 
 
-def _check_geometry(input: Tensor, config: Config) -> None:
+def _check_config(input: Tensor, config: Config) -> None:
     kind, num_groups, normalized_ndim = config[:3]
     _check_floating("input", input)
     if kind not in KINDS:
@@ -79,10 +79,6 @@ def _check_geometry(input: Tensor, config: Config) -> None:
             )
     elif num_groups != 0:
         raise ValueError(f"num_groups belongs to kind 'group'; got {num_groups} for '{kind}'")
-
-
-def _check_config(input: Tensor, config: Config) -> None:
-    _check_geometry(input, config)
     check_transform(config.eps, config.alpha, config.order, config.transform_eps)
     check_activation(config.activation)
 

@@ -67,8 +67,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = N
 
 
 def _discard_output() -> None:
-    """Redirects streams that cannot be written to os.devnull, or their flush at exit would
-    raise."""
+    """Redirects streams that cannot be written to os.devnull, or a flush at exit would raise."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -24,67 +24,37 @@ PACKED_SCHEMA = (
 
 
 class Config(NamedTuple):
-    """The settings of an op, the same in the forward and the backward pass.
+    """The settings of an op, the same in the forward and the backward pass."""
 
-    Attributes:
-        kind: "batch", "layer", "group" or "instance": what a group of elements is.
-        num_groups: number of channel groups of a sample for kind "group", else 0.
-        normalized_ndim: number of trailing dimensions for kind "layer", else 0.
-        eps: added to the variance, and its root to the Newton step's denominator.
-        noise_train: weight of the noise; 0 for none, as in evaluation.
-        alpha: length of the Newton step; 0 turns the transform off.
-        order: 2 for a Newton step, 1 for a gradient step.
-        transform_eps: distance that the transform's exponent keeps from zero.
-        stream: the noise's; the rank in synchronised layers, a DTensor shard's index, else 0.
-        channels_last: the noise index follows (N, spatial..., C) instead of row-major order.
-        activation: "relu", applied to the output, or "" for none.
-        backend: the backend's name, an argument of the public ops only.
-    """
-
-    # groups of elements
-    kind: str
-    num_groups: int
-    normalized_ndim: int
-    # standardization, noise and transform
-    eps: float = 1e-5
-    noise_train: float = 0.0
-    alpha: float = 1.0
-    order: int = 2
-    transform_eps: float = 0.0
-    # position in the noise
-    stream: int = 0
-    channels_last: bool = False
-    # epilogue
-    activation: str = ""
-    backend: str = ""
+    kind: str  # "batch", "layer", "group" or "instance": what a group of elements is
+    num_groups: int  # channel groups of a sample for kind "group", else 0
+    normalized_ndim: int  # trailing dimensions for kind "layer", else 0
+    eps: float = 1e-5  # added to the variance, and its root to the Newton step's denominator
+    noise_train: float = 0.0  # weight of the noise; 0 for none, as in evaluation
+    alpha: float = 1.0  # length of the Newton step; 0 turns the transform off
+    order: int = 2  # 2 for a Newton step, 1 for a gradient step
+    transform_eps: float = 0.0  # distance that the transform's exponent keeps from zero
+    stream: int = 0  # of the noise: the rank in synchronised layers, a DTensor shard's index
+    channels_last: bool = False  # the noise index follows (N, spatial..., C), not row-major order
+    activation: str = ""  # "relu", applied to the output, or "" for none
+    backend: str = ""  # the backend's name, an argument of the public ops only
 
 
 # (kind, order, channels_last, activation) -> their bits in a compiled op's argument ``flags``
 _BITS = {
-    (KINDS[kind], order, last, ACTIVATIONS[activation]): (
-        kind | (order == 1) << 2 | last << 3 | activation << 4
-    )
-    for kind, order, last, activation in itertools.product(
-        range(len(KINDS)), (1, 2), (False, True), range(len(ACTIVATIONS))
+    (kind, order, last, activation): i | (order == 1) << 2 | last << 3 | j << 4
+    for (i, kind), order, last, (j, activation) in itertools.product(
+        enumerate(KINDS), (1, 2), (False, True), enumerate(ACTIVATIONS)
     )
 }
 
 
 @functools.lru_cache(maxsize=1024)
 def packed(config: Config, *switches: bool) -> tuple[float, float, float, float, int, int]:
-    """The configuration and switches as the last six arguments of a compiled backend's ops, since
-    each argument costs host time. ``Flags`` in csrc/binding/ops.h reads the bits of ``flags``.
-
-    Args:
-        config: the configuration.
-        switches: the op's booleans.
-
-    Raises:
-        ValueError: a setting that cannot be packed; the op's checks then name it.
-    """
-    kind, num_groups, ndim, eps, noise_train, alpha, order, transform_eps, stream, last, act, *_ = (
-        config
-    )
+    """The configuration and the op's booleans as the last six arguments of a compiled backend's
+    ops, since each argument costs host time. ``Flags`` in csrc/binding/ops.h reads the bits of
+    ``flags``. ValueError for a setting that cannot be packed; the op's checks then name it."""
+    kind, num_groups, ndim, eps, noise, alpha, order, shift, stream, last, act, *_ = config
     bits = _BITS.get((kind, order, last, act))
     size, other = (ndim, num_groups) if kind == "layer" else (num_groups, ndim)
     if bits is None or other != 0:
@@ -92,7 +62,7 @@ def packed(config: Config, *switches: bool) -> tuple[float, float, float, float,
     for number, switch in enumerate(switches, start=8):
         bits |= switch << number
     flags = bits | (stream & 0xFFFFFFFF) << 16
-    return eps, noise_train, alpha, transform_eps, size, flags
+    return eps, noise, alpha, shift, size, flags
 
 
 class ForwardArguments(NamedTuple):
@@ -121,10 +91,6 @@ class ForwardArguments(NamedTuple):
         """From the op's argument list, with or without the backend's name."""
         return cls(*arguments[:11], Config(*arguments[11:]))  # type: ignore[call-arg]
 
-    def flat(self) -> tuple[Any, ...]:
-        """The public op's argument list."""
-        return (*self[:-1], *self.config)
-
 
 class BackwardArguments(NamedTuple):
     """The arguments of ``normal_norm_backward``; ``docs/internals/backends.md`` describes each."""
@@ -151,7 +117,3 @@ class BackwardArguments(NamedTuple):
     def of(cls, *arguments: Any) -> BackwardArguments:
         """From the op's argument list, with or without the backend's name."""
         return cls(*arguments[:12], Config(*arguments[12:]))  # type: ignore[call-arg]
-
-    def flat(self) -> tuple[Any, ...]:
-        """The public op's argument list."""
-        return (*self[:-1], *self.config)

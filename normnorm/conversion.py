@@ -26,8 +26,7 @@ class NormSwap(NamedTuple):
 
     Attributes:
         name: its name in the model; the first of several names of a shared layer.
-        before: the name of its class before the call.
-        after: the name of its class after the call; None for a layer that was left.
+        before, after: names of its class; ``after`` is None for a layer that was left.
         reason: why it was left; the new settings of a changed layer; "" for a replaced one.
     """
 
@@ -61,15 +60,10 @@ class Replacement:
                 kinds.setdefault((swap.before, to), []).append(swap.name)
             for (before, to), names in kinds.items():
                 space = "" if to.startswith(":") else " "
+                some = names if len(names) <= 4 else [*names[:2], "...", names[-1]]
                 lines.append(f"  {title} {len(names):4d}  {before}{space}{to}")
-                lines.append(f"  {'':{len(title)}}       {_some(names)}")
+                lines.append(f"  {'':{len(title)}}       {', '.join(some)}")
         return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    if len(names) <= 4:
-        return ", ".join(names)
-    return f"{', '.join(names[:2])}, ..., {names[-1]}"
 
 
 def _named(model: nn.Module) -> tuple[dict[str, nn.Module], dict[nn.Module, list[str]]]:
@@ -163,9 +157,8 @@ def _guard_fast_paths(model: nn.Module) -> None:
     """Keeps nn.TransformerEncoderLayer from computing a plain LayerNorm for normnorm layers.
 
     In evaluation it may pass the weights of ``norm1`` and ``norm2`` to a fused kernel and never
-    call them. ``activation_relu_or_gelu`` controls whether that kernel is used. An
-    nn.TransformerEncoder packs a padded batch for that kernel into a nested tensor, which no other
-    layer supports.
+    call them. ``activation_relu_or_gelu`` controls whether that kernel is used. Only for it can an
+    nn.TransformerEncoder pack a padded batch into a nested tensor.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -208,14 +201,6 @@ def _plan_settings(
     return changes, tuple(changed)
 
 
-def _wrap_freezing() -> None:
-    """Makes loaded libraries freeze normnorm's batch layers where they freeze torch's."""
-    if "timm.utils" in sys.modules:
-        importlib.import_module(".integrations.timm", __package__).wrap()
-    if "lightning.pytorch" in sys.modules or "pytorch_lightning" in sys.modules:
-        importlib.import_module(".integrations.lightning", __package__)
-
-
 def replace_norms(
     model: nn.Module,
     where: Where = None,
@@ -236,8 +221,7 @@ def replace_norms(
     A new layer has the same parameter, buffer and forward and backward hook objects as the old one,
     and its device, dtype, training flag and attributes; an existing optimizer stays valid. Lambda
     starts at 1. A shared module is replaced once, in all its positions. The fast path of
-    ``nn.TransformerEncoderLayer``, which would skip the new layers in evaluation, is disabled in
-    layers that contain them.
+    ``nn.TransformerEncoderLayer``, which would skip new layers in evaluation, is disabled there.
 
     Layers that are normnorm's already get the given settings and keep the others; the summary's
     ``changed`` lists those whose settings differed.
@@ -272,7 +256,11 @@ def replace_norms(
         settings.get("transform_eps", 0.0),
     )  # fmt: skip
     _check_model(model, "replace")
-    _wrap_freezing()
+    # Loaded libraries are to freeze normnorm's batch layers where they freeze torch's.
+    if "timm.utils" in sys.modules:
+        importlib.import_module(".integrations.timm", __package__).wrap()
+    if "lightning.pytorch" in sys.modules or "pytorch_lightning" in sys.modules:
+        importlib.import_module(".integrations.lightning", __package__)
     changes, summary = _plan(
         model,
         where,
@@ -291,9 +279,8 @@ def restore_norms(model: nn.Module, where: Where = None) -> Replacement:
     """Replaces normality layers by their counterparts, in place: reverses :func:`replace_norms`.
 
     A layer made by :func:`replace_norms` gets its former class; one that was constructed directly
-    gets torch's. Weights, biases and running statistics stay as trained. Lambda is dropped, so the
-    model's outputs change unless it is 1. Arguments, result and errors are those of
-    :func:`replace_norms`.
+    gets torch's. Weights, biases and running statistics stay as trained. Lambda is dropped, so
+    outputs change unless it is 1. Arguments, result and errors: see :func:`replace_norms`.
     """
     _check_model(model, "restore")
     changes, summary = _plan(model, where, norm_map.restoration, norm_map.restored)

@@ -17,10 +17,7 @@ from .config import KINDS, Config, ForwardArguments
 
 # One dtype that is stored as computed and one that is rounded.
 _CHECKED = (torch.float32, torch.bfloat16)
-_DTYPES = {
-    selfcheck.dtype_name(dtype): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _PLAN_OPTIONS = (
     "kind", "dtype", "memory_format", "num_groups", "normalized_ndim", "no_noise", "no_affine",
     "device_model", "sms",
@@ -41,9 +38,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument(
-        "--no-checks", action="store_true", help="print versions and machine only"
-    )
+    parser.add_argument("--no-checks", action="store_true", help="print versions and machine only")
     plan = parser.add_argument_group("CUDA kernels selected for a tensor (needs no GPU)")
     plan.add_argument(
         "--plan", metavar="SHAPE", type=_shape, help="print them for a shape such as 256,64,56,56"
@@ -83,18 +78,6 @@ def _check_backends() -> list[dict[str, Any]]:
     return checks
 
 
-def _wrong_choice() -> str | None:
-    """The error of NORMNORM_BACKEND; None if it is not set or names a backend that can run. The
-    checks select their backends themselves."""
-    name = os.environ.get("NORMNORM_BACKEND", "auto")
-    if name != "auto":
-        try:
-            backends.get(name)
-        except (ValueError, RuntimeError) as reason:
-            return str(reason)
-    return None
-
-
 def show_config(check: bool = True) -> dict[str, Any]:
     """What ``normnorm doctor --json`` prints: versions, machine, backends and a check of their
     results, for bug reports and logs.
@@ -117,7 +100,11 @@ def show_config(check: bool = True) -> dict[str, Any]:
         * ``ok``: whether every check passed and neither error was found.
     """
     available = backends.available_backends()
-    wrong_choice = _wrong_choice()
+    wrong_choice = None
+    try:
+        backends.resolve(torch.device("meta"), os.environ.get("NORMNORM_BACKEND", "auto"))
+    except (ValueError, RuntimeError) as reason:
+        wrong_choice = str(reason)
     build_failure = backends.cpu.build_failure()
     checks = _check_backends() if check else []
     details: dict[str, dict[str, Any]] = {}
@@ -128,7 +115,8 @@ def show_config(check: bool = True) -> dict[str, Any]:
     gpus = (environment.gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
     return {
         "environment": {
-            **environment.facts(), "gpu": [dataclasses.asdict(gpu) for gpu in gpus if gpu]
+            **environment.facts(),
+            "gpu": [dataclasses.asdict(gpu) for gpu in gpus if gpu],
         },
         "backends": available,
         "details": details,
@@ -178,30 +166,18 @@ def _print_checks(checks: list[dict[str, Any]]) -> None:
     print(f"\n{len(checks) - missed} checks passed, {missed} missed")
 
 
-def _planned_device(arguments: argparse.Namespace) -> tuple[cuda.Device, str]:
-    """The GPU to plan for, and the source of the choice."""
-    here = cuda.current_device()
-    if arguments.device_model is not None:
-        device, why = cuda.DEVICE_MODELS[arguments.device_model], "assumed, as asked"
-    elif here is not None:
-        device, why = here, "the GPU of this machine"
-    else:
-        device, why = cuda.DEVICE_MODELS["H200"], "assumed: there is no GPU here"
-    if arguments.sms is not None:
-        device = device._replace(multiprocessors=arguments.sms)
-    return device, why
-
-
 def plans(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The output of ``--plan`` as plain data.
-
-    Raises:
-        ValueError: no such layer takes a tensor of that shape.
-        RuntimeError: the library has no CUDA kernels.
-    """
+    """The output of ``--plan`` as plain data. ValueError if no such layer takes a tensor of that
+    shape, RuntimeError without CUDA kernels."""
     if arguments.sms is not None and arguments.sms < 1:
         raise ValueError(f"--sms must be positive; got {arguments.sms}")
-    device, why = _planned_device(arguments)
+    device, why = cuda.DEVICE_MODELS["H200"], "assumed: there is no GPU here"
+    if arguments.device_model is not None:
+        device, why = cuda.DEVICE_MODELS[arguments.device_model], "assumed, as asked"
+    elif (here := cuda.current_device()) is not None:
+        device, why = here, "the GPU of this machine"
+    if arguments.sms is not None:
+        device = device._replace(multiprocessors=arguments.sms)
     kind, memory_format = arguments.kind or "batch", arguments.memory_format or "contiguous"
     dtype_name = arguments.dtype or "float32"
     input = torch.empty(arguments.plan, dtype=_DTYPES[dtype_name], device="meta")
@@ -268,8 +244,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         print(f"no plan: {reason}", file=sys.stderr)
         return 2 if isinstance(reason, ValueError) else 1
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        print(json.dumps(found, indent=2))
     else:
         _print_plans(found)
     return 0
@@ -289,8 +264,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     found = show_config(check=not arguments.no_checks)
     if arguments.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        print(json.dumps(found, indent=2))
     else:
         _print_report(found)
     return 0 if found["ok"] else 1

@@ -18,24 +18,14 @@ _PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A CUDA device.
-
-    Attributes:
-        name: as the driver calls it.
-        capability: compute capability, (9, 0) for Hopper.
-        multiprocessors: how many.
-        memory_bytes, l2_bytes: of the whole device.
-        driver: the driver's version; this and what follows is None where nvidia-smi fails.
-        clock_mhz, memory_clock_mhz: at the time of the query, under the current load.
-        max_clock_mhz: the highest clock of the multiprocessors.
-        power_limit_w: of the board.
-    """
+    """A CUDA device."""
 
     name: str
-    capability: tuple[int, int]
+    capability: tuple[int, int]  # (9, 0) for Hopper
     multiprocessors: int
     memory_bytes: int
     l2_bytes: int
+    # From nvidia-smi; None if it fails. The first two clocks are those of the query.
     driver: str | None = None
     clock_mhz: float | None = None
     memory_clock_mhz: float | None = None
@@ -61,13 +51,6 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def commit() -> tuple[str | None, bool | None]:
@@ -105,6 +88,7 @@ def facts() -> dict[str, Any]:
     """Versions, processor, threads and the backend that the environment chooses, as plain data."""
     from . import __version__  # the package is still being imported above
 
+    confined = hasattr(os, "sched_getaffinity")
     return {
         "normnorm": __version__,
         "python": platform.python_version(),
@@ -115,7 +99,7 @@ def facts() -> dict[str, Any]:
         "commit": commit()[0],
         "platform": platform.platform(),
         "processor": _cpu(),
-        "cores": _cores(),
+        "cores": len(os.sched_getaffinity(0)) if confined else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "NORMNORM_BACKEND": os.environ.get("NORMNORM_BACKEND"),
     }

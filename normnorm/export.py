@@ -23,8 +23,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     Python. ``torch.onnx.export`` needs no table: it traces the definition.
 
     A graph exported in training mode updates its running statistics by a mutating op, which torch
-    wraps before it applies a table. Export it under ``normnorm.use_backend("reference")`` to avoid
-    normnorm's ops altogether.
+    wraps before it applies a table: use ``normnorm.use_backend("reference")`` for such an export.
 
     Returns:
         A new dictionary, from each op to a function of the same arguments.

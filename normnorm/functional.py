@@ -91,18 +91,14 @@ def _configure(
         # An op would read the number from a tensor and drop its gradient without an error.
         checks.check_transform(eps, alpha, order, transform_eps)
     checks.check_noise_train(noise_train)
-    if activation is None:
-        activation = ""
-    else:
+    if activation is not None:
         checks.check_activation(activation)  # the definition does not check it
-    channels_last = False
-    if training and noise_train > 0.0:
-        channels_last = _is_channels_last(input)
-    else:
+    if not (training and noise_train > 0.0):
         noise_train = 0.0  # a constant even if a compiler has made the attribute symbolic
+    channels_last = noise_train > 0.0 and _is_channels_last(input)
     fields = (
         kind, num_groups, normalized_ndim, eps, noise_train, alpha, order, transform_eps, 0,
-        channels_last, activation, backends.resolve(input.device).name,
+        channels_last, activation or "", backends.resolve(input.device).name,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return Config(*fields)
@@ -121,7 +117,11 @@ def _apply(
     update: Update | None = None,
 ) -> tuple[Any, Any]:
     """Runs the op on plain or distributed tensors: (output, sum)."""
-    _check_parameters(input, weight, bias)
+    if (weight is not None and type(weight) is not Parameter) or (
+        bias is not None and type(bias) is not Parameter
+    ):
+        checks.check_tensors(weight=weight, bias=bias)
+        check_plain(input, weight=weight, bias=bias)
     if residual is not None or prenorm:  # before a seed is drawn
         input, weight, bias, residual = _with_residual(input, weight, bias, residual, prenorm)
     drawn: Any = None
@@ -137,15 +137,6 @@ def _apply(
         update = Update(*map(to_local, update))
     output, total = normal_norm(tensors, config, prenorm, update)
     return shards.whole(output), shards.whole(total) if prenorm and total is not None else None
-
-
-def _check_parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Checks that the parameters are tensors; returns early for nn.Parameter."""
-    if (weight is not None and type(weight) is not Parameter) or (
-        bias is not None and type(bias) is not Parameter
-    ):
-        checks.check_tensors(weight=weight, bias=bias)
-        check_plain(input, weight=weight, bias=bias)
 
 
 def _with_residual(
@@ -214,8 +205,7 @@ def batch_normal_norm(
 
     In training the batch's own statistics are used, noise is added, and the running statistics,
     where given, move towards the batch's by ``momentum`` (the variance is unbiased, lambda is the
-    batch's estimate). In evaluation the running statistics are used, including lambda, and no noise
-    is added.
+    batch's estimate). In evaluation the running statistics are used, lambda too, without noise.
 
     Args:
         input: (N, C) or ``(N, C, *)``.
@@ -318,9 +308,8 @@ def add_layer_normal_norm(
 ) -> tuple[Tensor, Tensor]:
     """The residual stream of a pre-norm transformer: adds, then normalizes the sum.
 
-    ``sum = input + residual; output = layer_normal_norm(sum, ...)`` by fused kernels: the forward
-    pass writes the sum and does not read it again, and the backward pass adds the sum's gradient
-    when it writes that of the input.
+    ``sum = input + residual; output = layer_normal_norm(sum, ...)`` by fused kernels: the sum is
+    not read again, and the backward pass adds its gradient as it writes that of the input.
 
     Args:
         input, residual: ``(*, *normalized_shape)``, of one shape and device. Different floating

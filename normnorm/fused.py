@@ -34,8 +34,7 @@ class BatchNormalNormAct2d(BatchNormalNorm2d):
     Shape: input and residual (N, C, H, W), contiguous or channels_last.
 
     Raises:
-        ValueError: see :class:`BatchNormalNorm1d`; a residual of another shape or device, or with a
-            dropout.
+        ValueError: see :class:`BatchNormalNorm1d`; a residual that does not fit, or with a dropout.
         TypeError: a residual that is not floating. Input and residual of different floating dtypes
             are promoted as in torch's addition; the output has the promoted dtype.
     """
@@ -117,13 +116,11 @@ class AddLayerNormalNorm(LayerNormalNorm):
     """Residual addition and layer norm of a pre-norm transformer, fused:
     :func:`normnorm.functional.add_layer_normal_norm`.
 
-    Returns the output for the next attention or MLP, and the sum for the residual connection after
-    it::
+    Returns the output, for the next attention or MLP, and the sum, for the connection after it::
 
         x, stream = self.norm1(branch, stream)  # replaces stream = stream + branch; norm(stream)
 
-    The arguments are those of :class:`LayerNormalNorm`. Its checkpoints and those of torch's layer
-    load.
+    Arguments and checkpoints are those of :class:`LayerNormalNorm`; torch's checkpoints load too.
 
     Input and residual of different floating dtypes, such as a branch under autocast and a float32
     stream, are promoted as in torch's addition; output and sum have the promoted dtype.
@@ -139,11 +136,6 @@ class AddLayerNormalNorm(LayerNormalNorm):
         ):
             return node
         return F.add_layer_normal_norm(
-            input,
-            residual,
-            self.normalized_shape,
-            *self._affine(),
-            self.eps,
-            training=self.training,
-            **self._transform(),
-        )
+            input, residual, self.normalized_shape, *self._affine(), self.eps,
+            training=self.training, **self._transform(),
+        )  # fmt: skip

@@ -24,8 +24,7 @@ def input_of(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor:
 
 
 def each_sample(layer: nn.Module) -> bool:
-    """Whether every sample of (N, C, *) has groups of its own: one for each channel, or for each
-    group of channels."""
+    """Whether every sample of (N, C, *) has groups of its own: channels, or groups of channels."""
     if isinstance(layer, layer_outputs.INSTANCE_NORMS):
         return not uses_running(layer)
     return isinstance(layer, nn.GroupNorm)
@@ -130,5 +129,4 @@ def running_of(layer: Any) -> list[Tensor] | None:
     """Running mean, variance and lambda of a normality layer that uses them; else None."""
     if not isinstance(layer, _RunningNorm) or not uses_running(layer):
         return None
-    tensors: list[Any] = [layer.running_mean, layer.running_var, layer.running_lmbda]
-    return tensors
+    return [layer.running_mean, layer.running_var, layer.running_lmbda]  # type: ignore[list-item]

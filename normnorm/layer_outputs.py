@@ -23,16 +23,10 @@ Layers = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
 def named_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-    """The selected layers, by name; may be empty.
+    """The selected layers, by name; may be empty. ValueError for an unknown name.
 
-    Args:
-        model: contains the layers. Their names are those of ``named_modules`` without the
-            "_orig_mod." of torch.compile.
-        layers: a name, names, or a predicate of (name, module). A module with several names can be
-            selected by each of them; a predicate sees it once.
-
-    Raises:
-        ValueError: an unknown name.
+    Names are those of ``named_modules`` without torch.compile's "_orig_mod.". A module with several
+    names can be selected by each of them; a predicate of (name, module) sees it once.
     """
     if callable(layers):
         once = ((_plain(name), module) for name, module in model.named_modules())
@@ -52,8 +46,7 @@ def _plain(name: str) -> str:
 
 
 def recomputing() -> bool:
-    """Whether a backward pass is running, in which case a forward pass is a recomputation by
-    activation checkpointing (reentrant or not)."""
+    """Whether a backward pass is running: a forward pass is then activation checkpointing's."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -87,19 +80,11 @@ def _nothing(*_: Any) -> None:
 
 
 class Watch:
-    """Forward hooks on layers, and a record of which layers ran.
+    """Forward hooks on the layers of a model, and a record of which of them ran.
 
-    A copied or unpickled watch has no hooks.
-
-    Args:
-        model, layers: the model, and its layers by name.
-        see: called as ``see(name, layer, args, kwargs, output)`` after each forward pass of a
-            layer, recomputations included (:func:`recomputing`); its result, unless None, replaces
-            the output.
-        owner: the name of the hooks' owner in error messages.
-
-    Raises:
-        TypeError: a layer is a module of TorchScript, whose code calls no hooks.
+    After each forward pass of a layer, recomputations included (:func:`recomputing`), they call
+    ``see(name, layer, args, kwargs, output)``, whose result, unless None, replaces the output.
+    ``owner`` names itself in error messages. A copied or unpickled watch has no hooks.
     """
 
     def __init__(
@@ -131,15 +116,9 @@ class Watch:
         ]
 
     def require_ran(self, afresh: bool = False) -> None:
-        """Checks that the layers ran with their hooks.
-
-        Args:
-            afresh: whether the next call is to consider only what runs after this one.
-
-        Raises:
-            RuntimeError: no layer ran, or a layer of a compiled module never has: then compiled
-                code without the hooks ran in its place.
-        """
+        """Raises RuntimeError if no layer ran, or a layer of a compiled module never has: then
+        compiled code without the hooks ran in its place. With ``afresh`` the next call considers
+        only what runs after this one."""
         ran = {name for name, hook in self._hooks.items() if hook.ran}
         self._compiled -= ran
         if not ran or self._compiled:
@@ -165,12 +144,8 @@ class Watch:
 
 
 def tensor_of(name: str, module: nn.Module, output: Any) -> Tensor:
-    """A layer's output as one tensor; for :class:`AddLayerNormalNorm` the normalized output without
-    the sum.
-
-    Raises:
-        TypeError: the output is not a tensor.
-    """
+    """A layer's output as one tensor, or TypeError; of :class:`AddLayerNormalNorm` the normalized
+    output without the sum."""
     if isinstance(module, AddLayerNormalNorm):
         output = output[0]
     if not isinstance(output, Tensor):
@@ -182,20 +157,14 @@ def tensor_of(name: str, module: nn.Module, output: Any) -> Tensor:
 
 
 def channels_last(module: nn.Module, output: Tensor) -> Tensor:
-    """The output with its channels as the last dimension; all others are positions.
+    """A view (batch, ..., channels) of the output; all dimensions between are positions.
 
     The channels are dimension 1 for batch, group and instance layers, and for any layer whose class
     name says how many dimensions follow the channels, if the output has that many: ``Conv1d`` with
     (N, C, L), ``LayerNorm2d`` with (N, C, H, W). They are the last dimension for other layer
     normalizations and for ``nn.Linear``. For any other layer, three dimensions are read as (batch,
-    length, features), more as (batch, channels, ...).
-
-    Returns:
-        A view, (batch, ..., channels).
-
-    Raises:
-        ValueError: the output has fewer than two dimensions, or is an unbatched sample of a
-            convolution or an instance layer.
+    length, features), more as (batch, channels, ...). ValueError for fewer than two dimensions and
+    for an unbatched sample of a convolution or an instance layer.
     """
     # torchvision's and timm's channels-first LayerNorm2d derive from nn.LayerNorm and, without
     # importing these libraries, are recognized by name only.

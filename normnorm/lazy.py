@@ -12,15 +12,6 @@ from .checkpoints import INITIAL
 from .checks import check_is_tensor, check_noise_train
 from .modules import _InstanceNormalNorm, _RunningNorm
 
-__all__ = [
-    "LazyBatchNormalNorm1d",
-    "LazyBatchNormalNorm2d",
-    "LazyBatchNormalNorm3d",
-    "LazyInstanceNormalNorm1d",
-    "LazyInstanceNormalNorm2d",
-    "LazyInstanceNormalNorm3d",
-]
-
 
 class _Lazy(_LazyNormBase, _RunningNorm):  # type: ignore[misc]
     """A layer without sizes. The first input turns it into the class ``cls_to_become``."""

@@ -1,8 +1,7 @@
 """Lambda by several Newton steps, or at the likelihood's optimum.
 
 The layers take one step from lambda 1, as Eftekhari and Papyan do, who leave open whether more are
-worth their cost. This module computes both in plain PyTorch; ``docs/internals/likelihood.md``
-compares the results.
+worth their cost. ``docs/internals/likelihood.md`` compares the results.
 """
 
 from typing import Any
@@ -13,8 +12,7 @@ from torch.func import jvp
 
 from .reference import yeo_johnson
 
-# The likelihood is convex in lambda: Newton's method with step halving reaches float64 rounding
-# long before these limits.
+# The likelihood is convex in lambda: damped Newton steps reach float64 rounding long before these.
 _MOST_STEPS = 50
 _MOST_HALVINGS = 30
 
@@ -44,12 +42,8 @@ def _mean_log(h: Tensor, dim: tuple[int, ...]) -> Tensor:
 def negative_log_likelihood(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Yeo and Johnson's, per value and up to a constant, with mean and variance at their optimum.
 
-    ``log(Var psi(h; lmbda)) / 2 - (lmbda - 1) mean(sign(h) log(1 + |h|))``
-
-    Args:
-        h: values.
-        lmbda: one per group, with reduced dimensions of size 1.
-        dim: the dimensions of a normalization group.
+    ``log(Var psi(h; lmbda)) / 2 - (lmbda - 1) mean(sign(h) log(1 + |h|))`` over ``dim``; ``lmbda``:
+    one per group, with reduced dimensions of size 1.
     """
     variance = yeo_johnson(h, lmbda).var(dim, correction=0, keepdim=True)
     return 0.5 * torch.log(variance) - (lmbda - 1.0) * _mean_log(h, dim)
@@ -57,8 +51,7 @@ def negative_log_likelihood(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> T
 
 def _slope_and_curvature(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The first and second derivative of the negative log-likelihood in lambda."""
-    parts = [x - x.mean(dim, keepdim=True) for x in _derivatives(h, lmbda)]
-    psi, slope, bend = parts
+    psi, slope, bend = (x - x.mean(dim, keepdim=True) for x in _derivatives(h, lmbda))
     variance = psi.square().mean(dim, keepdim=True)
     along = (psi * slope).mean(dim, keepdim=True) / variance
     across = (slope.square() + psi * bend).mean(dim, keepdim=True) / variance
@@ -81,8 +74,7 @@ def newton_lmbda(h: Tensor, dim: tuple[int, ...], iterations: int, eps: float = 
 
 def _varying(h: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Whether the values of a group differ, or contain NaN; and values with other groups replaced,
-    whose gradient would be 0 * inf. Compares extremes, because the variance of equal values may be
-    a rounding error."""
+    whose gradient would be 0 * inf. Compares extremes: variances of equal values are rounded."""
     if h.numel() == 0:
         return torch.ones_like(_ones(h, dim), dtype=torch.bool), h
     values = h.detach()
@@ -125,8 +117,7 @@ def _search(h: Tensor, dim: tuple[int, ...]) -> Tensor:
                 break
         if not (moved & ~done).any():
             break
-    # The loss is flat at its minimum and determines lambda to half the digits; two Newton steps on
-    # the slope give the rest.
+    # The flat minimum determines lambda to half the digits; two Newton steps on the slope to all.
     for _ in range(2):
         slope, curvature = _slope_and_curvature(h, lmbda, dim)
         lmbda = lmbda - torch.where(curvature > 0, slope / curvature, 0.0)

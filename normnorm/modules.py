@@ -86,8 +86,7 @@ class _Transform:
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias."""
-        # From the dictionary, which has none that is parametrized: nn.Module's __getattr__ costs
-        # half a microsecond a name.
+        # nn.Module's __getattr__ costs half a microsecond. Parametrized ones are not in the dict.
         parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
         if "weight" in parameters and "bias" in parameters:
             return parameters["weight"], parameters["bias"]
@@ -140,12 +139,18 @@ def inherited_forward(layer: nn.Module, owner: str, *inputs: Any) -> Any:
     return base.forward(layer, *inputs)
 
 
+def _check_channels(input: Tensor, channels: int, name: str) -> None:
+    if input.size(1) != channels:
+        raise ValueError(
+            f"expected an input of {channels} channels ({name}); got shape {tuple(input.shape)}"
+        )
+
+
 class _RunningNorm(_Transform, Loading):
     """Base of the layers that may keep running statistics.
 
-    Derives from the common base of torch's batch and instance layers, not from ``_BatchNorm``:
-    ``SyncBatchNorm.convert_sync_batchnorm`` and similar tools would silently replace such a
-    subclass by a plain BatchNorm.
+    Derives from the common base of torch's batch and instance layers, not from ``_BatchNorm``,
+    which ``SyncBatchNorm.convert_sync_batchnorm`` and others would replace by a plain BatchNorm.
     """
 
     _eps: float
@@ -175,10 +180,8 @@ class _RunningNorm(_Transform, Loading):
             checks.check_number("momentum", momentum)
         if not bias:
             self.register_parameter("bias", None)
-        running_lmbda = (
-            torch.ones(num_features, device=device, dtype=dtype) if track_running_stats else None
-        )
-        self.register_buffer("running_lmbda", running_lmbda)
+        ones = torch.ones(num_features, device=device, dtype=dtype) if track_running_stats else None
+        self.register_buffer("running_lmbda", ones)
         self._set_transform(noise_train, alpha, order, transform_eps)
 
     @property
@@ -233,11 +236,7 @@ class _BatchNormalNorm(_RunningNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._ranks:
             raise ValueError(f"expected {self._wanted} input (got {input.dim()}D input)")
-        if input.size(1) != self.num_features:
-            raise ValueError(
-                f"expected an input of {self.num_features} channels (num_features); "
-                f"got shape {tuple(input.shape)}"
-            )
+        _check_channels(input, self.num_features, "num_features")
 
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor and (node := self._node(_BatchNormalNorm, input)) is not None:
@@ -248,8 +247,7 @@ class _BatchNormalNorm(_RunningNorm):
         self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         self._check_input_dim(input)
-        # As in torch: without track_running_stats the buffers are None unless set by hand, and are
-        # then used in evaluation only.
+        # As in torch: without track_running_stats, buffers set by hand serve in evaluation only.
         training = self.training
         checks.check_noise_train(self.noise_train)  # in evaluation too, although it adds no noise
         # Read from the dictionary: nn.Module's __getattr__ costs half a microsecond per name.
@@ -262,22 +260,11 @@ class _BatchNormalNorm(_RunningNorm):
         if training and not self.track_running_stats:
             mean = var = lmbda = None
         return F.batch_normal_norm(
-            input,
-            mean,
-            var,
-            lmbda,
-            *self._affine(),
-            own_statistics,
-            self.momentum,
-            self._eps,
-            noise_train=self.noise_train if training else 0.0,
-            alpha=self.alpha,
-            order=self.order,
-            transform_eps=self.transform_eps,
+            input, mean, var, lmbda, *self._affine(), own_statistics, self.momentum, self._eps,
+            noise_train=self.noise_train if training else 0.0, alpha=self.alpha, order=self.order,
+            transform_eps=self.transform_eps, residual=residual, activation=activation,
             num_batches_tracked=None if mean is None else buffers["num_batches_tracked"],
-            residual=residual,
-            activation=activation,
-        )
+        )  # fmt: skip
 
 
 class BatchNormalNorm1d(_BatchNormalNorm):
@@ -298,7 +285,7 @@ class BatchNormalNorm1d(_BatchNormalNorm):
         device, dtype: of parameters and buffers.
         bias: whether the affine map has a bias.
         noise_train: weight of the noise in training, in units of the channel's mean absolute
-            deviation; 0 disables it.
+            deviation; 0 for none.
         alpha: length of the Newton step. With ``alpha=0, noise_train=0`` the layer equals torch's.
         order: 2 for Newton's step, 1 for a plain gradient step.
         transform_eps: 0 for the exact Yeo-Johnson transform. ``math.sqrt(eps)`` shifts the
@@ -315,8 +302,8 @@ class BatchNormalNorm1d(_BatchNormalNorm):
         ValueError: wrong rank or channel count, a single value per channel in training, ``eps`` <=
             0, negative or non-finite ``noise_train``, unknown ``order``; no state changes. Settings
             are checked by the constructor and at each call.
-        TypeError: a setting that is not a number (a tensor is not, since it would get no gradient),
-            or a sparse or jagged input.
+        TypeError: a setting that is no number (a tensor would get no gradient); a sparse or jagged
+            input.
         TypeError or ValueError: an input that is not floating, or parameters of another dtype.
     """
 
@@ -383,18 +370,11 @@ class _InstanceNormalNorm(_RunningNorm):
             )
         batched = input.dim() == self._rank
         output = F.instance_normal_norm(
-            input if batched else input.unsqueeze(0),
-            self.running_mean,
-            self.running_var,
-            self.running_lmbda,
-            *self._affine(),
-            self.training or not self.track_running_stats,
-            self.momentum,
-            self._eps,
-            training=self.training,
-            **self._transform(),
+            input if batched else input.unsqueeze(0), self.running_mean, self.running_var,
+            self.running_lmbda, *self._affine(), self.training or not self.track_running_stats,
+            self.momentum, self._eps, training=self.training, **self._transform(),
             num_batches_tracked=self.num_batches_tracked,
-        )
+        )  # fmt: skip
         return output if batched else output.squeeze(0)
 
 
@@ -427,8 +407,7 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
     """Layer normality normalization over the trailing dimensions of each sample.
 
     Standardizes each sample's trailing dimensions, estimates its lambda (in evaluation too),
-    Gaussianizes, adds noise in training, and applies an elementwise affine map: Eftekhari and
-    Papyan, ICML 2025.
+    Gaussianizes, adds noise in training, applies an affine map: Eftekhari and Papyan, ICML 2025.
 
     Args:
         normalized_shape: sizes of the trailing dimensions, or the size of the last one.
@@ -465,13 +444,9 @@ class LayerNormalNorm(_Transform, nn.LayerNorm):
         if type(input) is not Tensor and (node := self._node(LayerNormalNorm, input)) is not None:
             return node
         return F.layer_normal_norm(
-            input,
-            self.normalized_shape,
-            *self._affine(),
-            self.eps,
-            training=self.training,
+            input, self.normalized_shape, *self._affine(), self.eps, training=self.training,
             **self._transform(),
-        )
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return self._repr(str(self.normalized_shape), "eps", "elementwise_affine", "bias")
@@ -571,19 +546,12 @@ class GroupNormalNorm(_Transform, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor and (node := self._node(GroupNormalNorm, input)) is not None:
             return node
-        if input.dim() >= 2 and input.size(1) != self.num_channels:
-            raise ValueError(
-                f"expected an input of {self.num_channels} channels (num_channels); "
-                f"got shape {tuple(input.shape)}"
-            )
+        if input.dim() >= 2:  # the function rejects fewer
+            _check_channels(input, self.num_channels, "num_channels")
         return F.group_normal_norm(
-            input,
-            self.num_groups,
-            *self._affine(),
-            self.eps,
-            training=self.training,
+            input, self.num_groups, *self._affine(), self.eps, training=self.training,
             **self._transform(),
-        )
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return self._repr(f"{self.num_groups}, {self.num_channels}", "eps", "affine", "bias")

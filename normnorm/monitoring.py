@@ -82,8 +82,7 @@ class Monitor:
         return numbers
 
     def clear(self) -> None:
-        """Discards the recorded inputs, so that ``scalars`` covers only layers that run
-        afterwards."""
+        """Discards the recorded inputs: ``scalars`` then covers only layers that run afterwards."""
         self._seen.update(dict.fromkeys(self._seen))
 
 
@@ -108,19 +107,16 @@ def monitor(model: nn.Module, *, groups: int = 8, elements: int = 4096) -> Itera
     noise_scale         mean(abs(x - mean(x))), the unit of the noise; 0 without noise
     skewness            absolute skewness of the normalized values, mean over the groups
     excess_kurtosis     of the normalized values, mean over the groups
-    qq_r2               R^2 of the normalized values' Q-Q plot against the normal, mean over
-                        the groups
+    qq_r2               R^2 of the normalized values' normal Q-Q plot, mean over the groups
     ==================  ====================================================================
 
     Normalized values are those before noise and affine map. Statistics of groups with more than
-    ``elements`` elements are estimates from a part. Groups of equal values are left out of the
-    means.
+    ``elements`` elements are estimates from a part. Means leave out groups of equal values.
 
     Works in training and evaluation, under no_grad and autocast, and under torch.compile if entered
     before the first call of the compiled model (not with CUDA graphs, which would overwrite the
     kept values). Passes under torch.func transforms, passes repeated by activation checkpointing,
-    and passes of copies of the model are not recorded. In a process group each rank records its own
-    shard.
+    and passes of copies of the model are not recorded. Each rank records its own shard.
 
     Args:
         model: with normnorm layers; layers that are replaced later are not recorded.

@@ -29,12 +29,10 @@ def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed, shape (1,), int64, from the device's default generator.
 
     In eager mode this is ``torch.randint``, which CUDA graphs and activation checkpointing
-    support. In a graph of torch.compile it is the op ``normnorm::draw_seed``, which draws the same
-    number.
+    support. In a graph of torch.compile the op ``normnorm::draw_seed`` draws the same number.
 
     Raises:
-        RuntimeError: while compiling with an activation memory budget of 0, or of less than 1
-            under torch.func.
+        RuntimeError: compiling with an activation memory budget of 0 (torch.func: less than 1).
     """
     # An exported program contains torch.randint, since nothing splits it into two passes. (The
     # function is_exporting() is true under any torch.compile of torch 2.10 to 2.12.)
@@ -127,13 +125,8 @@ def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_words(counter: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, ...]:
-    """Philox4x32-7: four tensors of 32-bit words (held in int64) for each 64-bit counter.
-
-    Args:
-        counter: int64, counter words 0 and 1; any shape.
-        seed: int64 tensor of one element, the key (low word, high word).
-        stream: counter word 2. Word 3 is 0.
-    """
+    """Philox4x32-7: four tensors of 32-bit words (held in int64) for each 64-bit counter (words 0
+    and 1; ``stream`` is word 2, word 3 is 0) and the key ``seed``, int64 of one element."""
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
     c2 = torch.full_like(counter, stream & _MASK)
     c3 = torch.zeros_like(counter)

@@ -2,8 +2,7 @@
 conversion of one layer.
 
 The converted layer takes over the whole state of the original: the same parameters and buffers (no
-copies), attributes, forward and backward hooks, and training flag. Optimizers and hook handles stay
-valid.
+copies), attributes, hooks, and training flag. Optimizers and hook handles stay valid.
 """
 
 import functools
@@ -61,8 +60,7 @@ def register_norm(
 
     Applies to layers of exactly that class, in this process, and takes precedence over normnorm's
     own rules. ``replace_norms`` copies the training flag and the forward and backward hooks to the
-    new layer and applies the settings that it is given; other settings stay as ``convert`` set
-    them.
+    new layer and applies the settings that it is given; the others are those of ``convert``.
 
     Args:
         cls: the class of the layers.
@@ -138,19 +136,15 @@ _HOOK_KINDS = (
 
 
 def replacement(module: nn.Module) -> tuple[Target | None, str | None]:
-    """The target of :func:`recast` for a layer, and the reason to leave the layer, or None.
-
-    (None, None) for a module that is not a normalization layer, and for layers of normnorm.
-    """
+    """The target of :func:`recast` for a layer, and the reason to leave the layer, or None; twice
+    None for a module that is not a normalization layer, and for layers of normnorm."""
     target = _counterpart(module)
     return target, _why_unknown(module) if target is None else _obstacle(module, target)
 
 
 def restoration(module: nn.Module) -> tuple[Target | None, str | None]:
-    """The target of :func:`restored` for a layer, and the reason to leave the layer, or None.
-
-    (None, None) for a module that is not a layer of normnorm.
-    """
+    """The target of :func:`restored` for a layer, and the reason to leave the layer, or None; twice
+    None for a module that is not a layer of normnorm."""
     if not isinstance(module, _Transform):
         return None, None
     target = _original(module)
@@ -180,8 +174,7 @@ def _counterpart(module: nn.Module) -> Target | None:
 
 
 def _original(module: nn.Module) -> Target | None:
-    """The class that a layer of ours was converted from, or corresponds to; None if it has none or
-    cannot be converted back."""
+    """The class to convert a layer of ours back to: its former one or its counterpart; or None."""
     if type(module) is SyncBatchNormalNorm:
         return nn.SyncBatchNorm  # whatever its class was before convert_sync
     if "registered_class" in vars(module):
@@ -260,8 +253,7 @@ def _bound(module: nn.Module) -> str | None:
 
 
 def _is_own_method(name: str, module: nn.Module) -> bool:
-    """Whether an instance attribute is the class's own bound method: accelerate leaves such a
-    ``forward``."""
+    """Whether an instance attribute is the class's own method: accelerate leaves a ``forward``."""
     value: Any = vars(module)[name]
     function = getattr(value, "__func__", None)
     return (
@@ -338,11 +330,7 @@ def _by_function(module: nn.Module, function: Any, wanted: Any, words: str) -> A
 
 def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Module:
     """The normality layer for a layer, on the same tensors, with ``settings`` of the transform;
-    missing ones take the class's default.
-
-    Raises:
-        TypeError: a user's function did not return a layer of normnorm.
-    """
+    missing ones take the class's default. TypeError if a user's function returns none."""
     if isinstance(cls, Registered):
         new = _by_function(module, cls.convert, _Transform, "a layer of normnorm")
         new._set_transform(**{**new._transform(), **settings})

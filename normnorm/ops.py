@@ -109,60 +109,45 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_fold(*arguments: Any) -> None:
-    check_fold(*arguments[:8])
-
-
 FAKES: dict[str, Callable[..., Any]] = {
     "normal_norm_forward": _fake_forward,
     "normal_norm_backward": _fake_backward,
-    "fold_running_": _fake_fold,
+    "fold_running_": lambda *arguments: check_fold(*arguments[:8]),
 }
 
 
-# A compiled backend raises ValueError without naming the wrong argument; the Python checks below
-# then raise the error with its message. A backend written in Python has already called them.
+# Errors of a compiled backend's op, which do not name the wrong argument; NotImplementedError for a
+# tensor on another backend's device. The Python checks then raise the error with its message. A
+# backend written in Python has already called them.
+_REFUSALS = (ValueError, NotImplementedError)
+
+
+def _run(op: Callable[..., Any], arguments: tuple[Any, ...], check: Callable[[], None]) -> Any:
+    """The op's result; where the op refuses its arguments, the error of ``check``."""
+    try:
+        return op(*arguments)
+    except _REFUSALS as error:
+        refusal = error
+    check()
+    raise refusal
+
+
+# The passes by the backend that the last of the op's arguments names.
 
 
 def run_forward(arguments: tuple[Any, ...]) -> Results:
-    """The forward pass by the backend that the last of the op's arguments names."""
-    name = arguments[-1]
-    backend = backends.get(name)
-    try:
-        return backend.forward(*arguments[:-1])  # type: ignore[no-any-return]
-    except ValueError as error:
-        refusal = error
-    check_forward(ForwardArguments.of(*arguments))
-    raise refusal
+    forward, given = backends.get(arguments[-1]).forward, arguments[:-1]
+    return _run(forward, given, lambda: check_forward(ForwardArguments.of(*given)))
 
 
 def run_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The backward pass by the backend that the last of the op's arguments names."""
-    name = arguments[-1]
-    backend = backends.get(name)
-    try:
-        return backend.backward(*arguments[:-1])  # type: ignore[no-any-return]
-    except ValueError as error:
-        refusal = error
-    check_backward(BackwardArguments.of(*arguments))
-    raise refusal
+    backward, given = backends.get(arguments[-1]).backward, arguments[:-1]
+    return _run(backward, given, lambda: check_backward(BackwardArguments.of(*given)))
 
 
 def run_fold(arguments: tuple[Any, ...]) -> None:
-    """The update of running statistics by the backend that the last argument names."""
-    backend = backends.get(arguments[-1])
-    try:
-        backend.fold(*arguments[:-1])
-    except ValueError as error:
-        refusal = error
-    else:
-        return
-    check_fold(*arguments[:-1])
-    raise refusal
-
-
-# Errors of a compiled backend's op; NotImplementedError for a tensor on another backend's device.
-_REFUSALS = (ValueError, NotImplementedError)
+    fold, given = backends.get(arguments[-1]).fold, arguments[:-1]
+    _run(fold, given, lambda: check_fold(*given))
 
 
 class Update(NamedTuple):
@@ -178,11 +163,8 @@ class Update(NamedTuple):
 def direct(tensor: Tensor) -> bool:
     """Whether an eager call may bypass the public ops: not for tensor subclasses or under dispatch
     modes (fake tensors, tracers), which intercept those, nor on meta, which only those support."""
-    return (
-        type(tensor) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not tensor.is_meta
-    )
+    plain = type(tensor) is Tensor and not tensor.is_meta
+    return plain and torch._C._len_torch_dispatch_stack() == 0
 
 
 def run_step(
@@ -191,9 +173,8 @@ def run_step(
     """The forward pass in eager mode, where possible by one op of a compiled backend.
 
     Args:
-        tensors: fields ``input`` to ``noise_scale`` of :class:`normnorm.config.ForwardArguments`,
-            without running statistics if there is an ``update``. If noise needs a seed, None draws
-            one.
+        tensors: as for :func:`normnorm.autograd.normal_norm`, and without running statistics if
+            there is an ``update``.
         update: the running statistics to update, or None.
         prenorm, keep_stats, config: as in the op.
 
@@ -237,13 +218,8 @@ def run_step(
 def run_gradient(
     tensors: tuple[Any, ...], switches: tuple[bool, ...], config: Config
 ) -> tuple[Tensor, ...]:
-    """The backward pass in eager mode, where possible by a compiled backend's own op.
-
-    Args:
-        tensors: fields ``grad_output`` to ``grad_sum`` of
-            :class:`normnorm.config.BackwardArguments`.
-        switches, config: its other fields.
-    """
+    """The backward pass in eager mode, where possible by a compiled backend's own op; the arguments
+    are parts of :class:`normnorm.config.BackwardArguments`."""
     backend = backends.get(config.backend)
     if backend.gradient is None:
         return run_backward((*tensors, *switches, *config))

@@ -53,10 +53,6 @@ def projected_error_of(device: torch.device) -> ProjectedError:
     """The implementation for tensors on ``device``, by the backend in use.
 
     The CUDA library has no kernel for it; backend ``cuda`` takes Triton's if Triton is installed.
-
-    Raises:
-        ValueError, RuntimeError: the chosen backend does not exist, cannot run here, or does not
-            serve this device.
     """
     name = backends.resolve(device).name
     if name == "cpu":
@@ -106,15 +102,13 @@ def per_loss(
     Args:
         activations: (..., features), floating point; each leading index is a vector.
         num_slices: number of directions.
-        generator: draws the directions, on the activations' device; torch's default generator if
-            None.
+        generator: draws the directions, on the activations' device; None: torch's default one.
 
     Returns:
         A scalar, float64 for float64 activations, else float32; on meta for meta activations.
 
     Raises:
-        TypeError: activations that are not a floating tensor, or another argument of the wrong
-            type.
+        TypeError: activations that are not a floating tensor, another argument of a wrong type.
         ValueError: empty activations, or num_slices that is not positive.
         RuntimeError: in the backward pass, if activation checkpointing drew other directions than
             the forward pass, as with an explicit generator.
@@ -196,8 +190,7 @@ class _Blockwise(torch.autograd.Function):
 
 
 class _Pass(NamedTuple):
-    """A layer's output in one forward pass, (vectors, features), and its version counter then; None
-    in compiled code."""
+    """A layer's output in one pass, (vectors, features); its version then, None if compiled."""
 
     vectors: Tensor
     version: int | None
@@ -249,8 +242,7 @@ class PER:
     Args:
         model: contains the layers.
         layers: names in ``model.named_modules()``, or one, or a predicate of (name, module). Each
-            layer must return one tensor (batch, ...), except :class:`AddLayerNormalNorm`, whose
-            normalized output is used.
+            must return one tensor (batch, ...); of :class:`AddLayerNormalNorm` the output is used.
         weight: multiplies the sum over layers of the mean loss of their passes.
         num_slices, generator: as for :func:`per_loss`; directions are drawn for each pass.
 

@@ -20,8 +20,7 @@ def qq_r_squared(groups: Tensor) -> Tensor:
     """R^2 of each row's normal quantile-quantile plot: 1 for exactly normal quantiles.
 
     The squared correlation between the row's sorted values and :func:`normal_quantiles`, invariant
-    to location and scale, as in ``scipy.stats.probplot``. Normal samples have slightly less than 1:
-    :func:`normal_r_squared`.
+    to location and scale, as in ``scipy.stats.probplot``. Normal samples: :func:`normal_r_squared`.
 
     Args:
         groups: (rows, n).

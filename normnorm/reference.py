@@ -16,21 +16,16 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from .noise import standard_normals
-from .statistics import ROWS, Row, statistics_dtype
+from .statistics import statistics_dtype
 
 # The exponent of the power transform saturates here, so that a frozen lambda and an input far
-# outside what it was estimated on still give finite outputs. A group normalized by its own
-# statistics never comes near.
+# outside what it was estimated on give finite outputs. A group's own statistics never come near.
 _LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
 
 # 1/(k+1)! : below |a| = 1/2 the series of (exp(a) - 1)/a and of its first three derivatives
 # is exact to float64 rounding, where the quotient would cancel.
 _SERIES = tuple(1.0 / math.factorial(k + 1) for k in range(19))
 _SERIES_RADIUS = 0.5
-
-
-def _half_to_float(tensor: Tensor) -> Tensor:
-    return tensor.to(statistics_dtype(tensor.dtype))
 
 
 def _split_sign(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,15 +84,6 @@ def newton_step(
     return 1.0 - alpha * step, curvature
 
 
-def lmbda_newton_step(
-    h: Tensor, dim: tuple[int, ...], eps: float, alpha: float, order: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lmbda, A, D, Q) of standardized h: see :func:`estimate_lmbda`."""
-    means = [term.mean(dim, keepdim=True) for term in newton_terms(h)]
-    lmbda, curvature = newton_step(means, eps, alpha, order)
-    return lmbda, means[0], means[2], curvature
-
-
 def estimate_lmbda(
     h: Tensor, dim: tuple[int, ...], eps: float = 1e-5, alpha: float = 1.0, order: int = 2
 ) -> Tensor:
@@ -106,7 +92,8 @@ def estimate_lmbda(
     ``1 - alpha L'(1) / (L''(1) + sqrt(eps))``, or ``1 - alpha L'(1)`` for order 1, with h taken
     as standardized. The reduced dimensions are kept as size 1.
     """
-    return lmbda_newton_step(h, dim, eps, alpha, order)[0]
+    means = [term.mean(dim, keepdim=True) for term in newton_terms(h)]
+    return newton_step(means, eps, alpha, order)[0]
 
 
 def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) -> Tensor:
@@ -140,24 +127,11 @@ def yeo_johnson(h: Tensor, lmbda: Tensor | float, transform_eps: float = 0.0) ->
     return sign * torch.where(small, log * series, quotient)
 
 
-def _group_dims(u: Tensor, kind: str, normalized_ndim: int) -> tuple[int, ...]:
-    """The dimensions that one group spans (``group`` inputs have their groups split off)."""
-    if kind == "batch":
-        return (0, *range(2, u.dim()))
-    if kind == "layer":
-        return tuple(range(u.dim() - normalized_ndim, u.dim()))
-    return tuple(range(2, u.dim()))
-
-
 def pack_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    running_lmbda: Tensor,
-    eps: float,
-    dtype: torch.dtype,
+    mean: Tensor, var: Tensor, lmbda: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """Running statistics of shape (C,) as a statistics tensor of shape (8, C)."""
-    mean, var, lmbda = (s.to(dtype) for s in (running_mean, running_var, running_lmbda))
+    mean, var, lmbda = (s.to(dtype) for s in (mean, var, lmbda))
     zero = torch.zeros_like(mean)
     return torch.stack([mean, zero, rstd_of(var, eps, dtype), lmbda, zero, zero, zero, zero])
 
@@ -208,15 +182,20 @@ def normal_norm(
         (output, statistics): the output in the input's dtype, and the detached statistics
         tensor (8, groups) with the rows of :class:`normnorm.statistics.Row`.
     """
-    u = _half_to_float(input)
+    u = input.to(statistics_dtype(input.dtype))
     if kind == "group":
         u = u.unflatten(1, (num_groups, u.size(1) // num_groups))
-    dim = _group_dims(u, kind, normalized_ndim)
+    # The dimensions that one group spans.
+    dim = tuple(range(u.dim() - normalized_ndim if kind == "layer" else 2, u.dim()))
+    if kind == "batch":
+        dim = (0, *dim)
     per_group = tuple(1 if i in dim else size for i, size in enumerate(u.shape))
 
     if frozen is None:
         h, mean, mean_low, rstd = standardize(u, dim, eps)
-        step, mean_hd, mean_d, curvature = lmbda_newton_step(h, dim, eps, alpha, order)
+        means = [term.mean(dim, keepdim=True) for term in newton_terms(h)]
+        step, curvature = newton_step(means, eps, alpha, order)
+        mean_hd, _, mean_d, _ = means
         lmbda = step if lmbda is None else lmbda.reshape(per_group)
     else:
         mean, mean_low, rstd, lmbda, _, mean_hd, mean_d, curvature = (
@@ -252,15 +231,6 @@ def normal_norm(
     if activation == "relu":
         x = relu(x)
 
-    rows = {
-        Row.MEAN: mean,
-        Row.MEAN_LOW: mean_low,
-        Row.RSTD: rstd,
-        Row.LMBDA: lmbda,
-        Row.NOISE_SCALE: scale,
-        Row.MEAN_HD: mean_hd,
-        Row.MEAN_D: mean_d,
-        Row.CURVATURE: curvature,
-    }
-    statistics = torch.stack([rows[row].flatten() for row in ROWS]).detach()
-    return x.to(input.dtype), statistics
+    # In the order of Row.
+    rows = (mean, mean_low, rstd, lmbda, scale, mean_hd, mean_d, curvature)
+    return x.to(input.dtype), torch.stack([row.flatten() for row in rows]).detach()

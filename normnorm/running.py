@@ -16,11 +16,8 @@ def freeze_statistics(model: nn.Module) -> int:
 
     A frozen layer stays in evaluation mode, also after ``model.train()``: it normalizes by its
     running mean, variance and lambda, does not update them, and adds no noise. Its weight and bias
-    still train unless their ``requires_grad`` is False. Copies, pickles and
-    :func:`normnorm.convert_sync` keep a layer frozen; loading a ``state_dict`` sets its statistics
-    and leaves it frozen.
-
-    Torch's batch layers are unchanged.
+    still train unless their ``requires_grad`` is False. Copies, pickles, loading a ``state_dict``
+    and :func:`normnorm.convert_sync` keep it frozen. Torch's batch layers are unchanged.
 
     Args:
         model: a model or a single layer.
@@ -108,8 +105,7 @@ def update_stats(
             input, or a mapping, passed as keyword arguments.
         model: with layers that keep running statistics; otherwise it is not run.
         device: where to move the input; None leaves it.
-        noise: whether normnorm layers add their noise, as in training; without it the statistics
-            are those of noise-free features.
+        noise: whether normnorm layers add their noise; without, features are free of noise.
 
     Returns:
         The number of batches averaged.

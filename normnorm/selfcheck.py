@@ -8,7 +8,6 @@ doctor`` runs the same cases.
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,14 +23,8 @@ _EPS = 1e-5
 
 
 class Case(NamedTuple):
-    """One layer in one mode.
-
-    Attributes:
-        layer: the layer's class.
-        kind: the op's kind.
-        shape: the input's shape.
-        training: whether noise is added; batch layers use running statistics otherwise.
-    """
+    """One layer's class in one mode: with noise in training; without it, and with running
+    statistics in batch layers, in evaluation."""
 
     layer: str
     kind: str
@@ -46,12 +39,13 @@ class Case(NamedTuple):
     def parameter_shape(self) -> tuple[int, ...]:
         return self.shape[-1:] if self.kind == "layer" else self.shape[1:2]
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor, running: Tensor) -> Tensor:
-        """Calls the layer's function; ``running`` has mean, variance and lambda as rows and is
-        updated in training."""
+    def __call__(
+        self, input: Tensor, weight: Tensor, bias: Tensor, running: Tensor, noise_train: float = 0.4
+    ) -> Tensor:
+        """Calls the layer's function. ``running``: mean, variance, lambda; updated in training."""
         common: dict[str, Any] = {
             "weight": weight, "bias": bias, "eps": _EPS, "training": self.training,
-            "noise_train": 0.4, "seed": _SEED,
+            "noise_train": noise_train, "seed": _SEED,
         }  # fmt: skip
         if self.kind == "layer":
             return functional.layer_normal_norm(input, self.shape[-1:], **common)
@@ -136,17 +130,12 @@ def worst_errors(case: Case, backend: str, dtype: torch.dtype, device: str) -> d
 def finite_differences(case: Case, backend: str, device: str) -> bool:
     """Whether the float64 gradients agree with finite differences (torch.autograd.gradcheck).
     Without noise, whose scale is a constant to the gradient but not to finite differences."""
-    input, weight, bias, running, _ = (t.to(device) for t in _operands(case, torch.float64))
-    own_statistics = case.kind == "batch" and case.training
+    *operands, running, _ = (t.to(device) for t in _operands(case, torch.float64))
 
     def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        if own_statistics:
-            return functional.batch_normal_norm(
-                x, None, None, None, w, b, True, eps=_EPS, noise_train=0.0
-            )
-        return case._replace(training=False)(x, w, b, running.clone())
+        return case(x, w, b, running.clone(), noise_train=0.0)
 
-    leaves = tuple(t.clone().requires_grad_() for t in (input, weight, bias))
+    leaves = tuple(t.clone().requires_grad_() for t in operands)
     with backends.use_backend(backend):
         return torch.autograd.gradcheck(function, leaves, raise_exception=False, fast_mode=True)
 
@@ -233,8 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the table; exit status 1 if a gradient missed its bound."""
     rows = table(arguments.backend)
     if arguments.json:
-        json.dump(rows, sys.stdout, indent=2)
-        print()
+        print(json.dumps(rows, indent=2))
     else:
         _print_table(rows)
     return 0 if all(row["passed"] for row in rows) else 1

@@ -30,10 +30,6 @@ class Row(IntEnum):
     """Q, the denominator of the Newton step (0 if lambda was given, not estimated)."""
 
 
-ROWS = tuple(Row)
-"""The rows in order; torch.compile in torch 2.10 and 2.11 cannot trace a loop over the enum."""
-
-
 class Round(IntEnum):
     """The rounds of a pass: ``cpu::Round`` in ``csrc/cpu/params.h``, which lists what each needs
     and sums."""

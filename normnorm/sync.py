@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import checks, modules
 from . import functional as F
 from .autograd import Running, forward_mode
-from .backends.reference import move_running, transforms_active
+from .backends.reference import count_batch, move_running, transforms_active
 from .config import ForwardArguments
 from .distributed.sharding import check_plain, is_dtensor, shards_of_batch, to_local
 from .distributed.statistics import Synchronised
@@ -109,14 +109,8 @@ def sync_batch_normal_norm(
         )
     if tracked:
         checks.check_fold(stats, *running, num_batches_tracked, momentum, 2, eps)  # type: ignore[arg-type]
-        factor: float | Tensor | None = momentum
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-            if momentum is None:
-                factor = num_batches_tracked.double().reciprocal()
-        # An empty batch leaves the running statistics unchanged. A branch on the count would
-        # synchronize with the device.
-        factor = (count > 0).double() * factor
+        # An empty batch changes no running statistics. A branch on the count would synchronize.
+        factor = (count > 0).double() * count_batch(num_batches_tracked, momentum)
         move_running(stats, running, factor, count.clamp_min(2.0), eps)  # type: ignore[arg-type]
     return output if shards is None else shards.whole(output)
 
@@ -181,7 +175,8 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
     def _normalize(
         self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
-        if not self.training or _world_size(self.process_group) == 1:
+        alone = not (dist.is_available() and dist.is_initialized())
+        if not self.training or alone or dist.get_world_size(self.process_group) == 1:
             return super()._normalize(input, residual, activation)
         self._check_input_dim(input)
         checks.check_noise_train(self.noise_train)
@@ -190,27 +185,16 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
         buffers = self._buffers if self.track_running_stats else {}
         mean, var, lmbda, tracked = map(buffers.get, names)
         return sync_batch_normal_norm(
-            input,
-            mean,
-            var,
-            lmbda,
-            self.weight,
-            self.bias,
-            self.momentum,
-            self._eps,
-            **self._transform(),
-            num_batches_tracked=tracked,
-            residual=residual,
-            activation=activation,
-            process_group=self.process_group,
-        )
+            input, mean, var, lmbda, self.weight, self.bias, self.momentum, self._eps,
+            **self._transform(), num_batches_tracked=tracked, residual=residual,
+            activation=activation, process_group=self.process_group,
+        )  # fmt: skip
 
 
 class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
     """:class:`BatchNormalNormAct2d` of a batch that is sharded over a process group.
 
-    ``act(norm(input) + residual)`` with the statistics of :class:`SyncBatchNormalNorm`, fused as in
-    :class:`BatchNormalNormAct2d`.
+    ``act(norm(input) + residual)``, fused, with the statistics of :class:`SyncBatchNormalNorm`.
 
     Args:
         arguments, keywords: those of :class:`BatchNormalNormAct2d`.
@@ -229,14 +213,7 @@ class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
         self._alone = None
 
 
-def _world_size(process_group: Any) -> int:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    return dist.get_world_size(process_group)
-
-
-# Classes and their synchronised counterparts. Subclasses, which may add state, are not converted.
-# normnorm.integrations adds its own.
+# Classes and their synchronised counterparts, without subclasses, which may add state.
 SYNCHRONISED: dict[type[_BatchNormalNorm], type[SyncBatchNormalNorm]] = {
     modules.BatchNormalNorm1d: SyncBatchNormalNorm,
     modules.BatchNormalNorm2d: SyncBatchNormalNorm,
@@ -263,8 +240,8 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
 
     Raises:
         TypeError: a layer's class is derived from one of normnorm (a lazy layer before its first
-            input, a parametrized one, a user's class); conversion would lose what it adds. The
-            model is unchanged then.
+            input, a parametrized one, a user's class), whose additions would be lost. The model is
+            unchanged then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")

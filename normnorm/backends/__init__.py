@@ -31,18 +31,11 @@ from . import cpu, reference
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the ops.
-
-    Attributes:
-        name: what :func:`use_backend` and the ops' ``backend`` argument call it.
-        device_type: the device type that it serves; None for every device.
-        forward, backward, fold: the ops, positional arguments in schema order.
-        step, gradient: the ops of a compiled backend: the first also draws the seed and updates
-            the running statistics.
-    """
+    """One implementation of the ops."""
 
     name: str
-    device_type: str | None
+    device_type: str | None  # None serves every device
+    # The public ops, by position, and a compiled backend's own (normnorm.ops.run_step).
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     fold: Callable[..., Any]
@@ -83,11 +76,6 @@ _last_block = ""
 _traced = ""
 
 
-def _rank(name: str) -> int:
-    """A backend's position in ``auto``'s preference; -1, the first, for names not in NAMES."""
-    return NAMES.index(name) if name in NAMES else -1
-
-
 def register(backend: Backend) -> None:
     """Makes a backend available under its name, and the automatic choice for its device type unless
     one that precedes it in :data:`NAMES` is registered."""
@@ -95,7 +83,7 @@ def register(backend: Backend) -> None:
     if backend.device_type is None:
         return
     chosen = _automatic.get(backend.device_type)
-    if chosen is None or _rank(backend.name) <= _rank(chosen.name):
+    if chosen is None or NAMES.index(backend.name) <= NAMES.index(chosen.name):
         _automatic[backend.device_type] = backend
 
 
@@ -103,9 +91,7 @@ def register_compiled(name: str, device_type: str) -> None:
     """Registers a backend whose ops a loaded library implements (:mod:`normnorm.namespace`)."""
     ops = getattr(torch.ops, compiled_namespace(name))
     # ``_op`` is the overload without its Python frame.
-    step, gradient = (
-        getattr(op.default, "_op", op.default) for op in (ops.forward, ops.backward)
-    )
+    step, gradient = (getattr(op.default, "_op", op.default) for op in (ops.forward, ops.backward))
 
     def forward(*arguments: Any) -> tuple[Any, ...]:
         call = ForwardArguments.of(*arguments)
@@ -155,13 +141,10 @@ def _look_for(name: str) -> None:
 
 def _automatic_choice(device_type: str) -> Backend:
     """The preferred backend for a device type; imports its backends' modules at the first call."""
-    chosen = _automatic.get(device_type)
-    if chosen is not None:
-        return chosen
-    for name in [name for name, served in _late.items() if served == device_type]:
-        _look_for(name)
-        if device_type in _automatic:
-            break
+    if device_type not in _automatic:
+        for name in [name for name, served in _late.items() if served == device_type]:
+            if device_type not in _automatic:
+                _look_for(name)
     return _automatic.get(device_type, _backends["reference"])
 
 
@@ -173,8 +156,7 @@ def _find(name: str) -> Backend | None:
 
 
 def _chosen(selected: str, last_block: str) -> str:
-    """The choice for this thread or task. A caller passes the globals so that compilers guard on
-    them."""
+    """The choice for this thread or task. Compilers guard on the globals that a caller passes."""
     block = _block.get()
     return selected if block is None else block[0]
 
@@ -205,15 +187,8 @@ def _unavailable(name: str) -> Exception:
 
 
 def get(name: str) -> Backend:
-    """The backend of that name.
-
-    Raises:
-        ValueError: no backend has that name.
-        RuntimeError: it cannot run on this machine; the message has the reason.
-    """
-    backend = _backends.get(name)
-    if backend is None:
-        backend = _find(name)
+    """The backend of that name; the errors are those of :class:`use_backend`."""
+    backend = _backends.get(name) or _find(name)
     if backend is None:
         raise _unavailable(name)
     return backend
@@ -221,11 +196,7 @@ def get(name: str) -> Backend:
 
 def resolve(device: torch.device, name: str | None = None) -> Backend:
     """The backend for tensors on ``device``: the user's choice, or the preferred available one.
-
-    Raises:
-        ValueError: the chosen name (or NORMNORM_BACKEND) names no backend.
-        RuntimeError: the chosen backend cannot run or does not serve this device.
-    """
+    ValueError if the choice names no backend, RuntimeError if it cannot run or serve the device."""
     if name is None:
         name = _traced or _chosen(_selected, _last_block)
     if name == "auto":
@@ -286,17 +257,25 @@ class use_backend:
             _selected, _latest = name, weakref.ref(self)
 
     def __enter__(self) -> use_backend:
+        global _selected, _latest, _traced
+        first, self._entered = not self._entered, True
+        # ``with use_backend(...)`` applies to the block only: undo what __init__ set.
         if torch.compiler.is_compiling():
-            self._trace()
+            around = _traced
+            if first and around:
+                around = self._before
+            elif first:
+                _selected = self._before
+            self._around_traced.append(around)
+            _traced = self._name
             return self
         outer = _block.get()
-        if not self._entered:
-            self._entered = True
-            # ``with use_backend(...)`` applies to the block only: undo what __init__ set.
-            if self._in_block is None:
-                self._take_back()
-            elif outer is self._replaced:
-                outer = self._in_block
+        if first and self._in_block is None:
+            with _lock:
+                if _latest() is self:  # else a later call has changed the process's choice
+                    _selected, _latest = self._chosen_before(), self._previous
+        elif first and outer is self._replaced:
+            outer = self._in_block
         _set_block((self._name, outer))
         return self
 
@@ -309,28 +288,8 @@ class use_backend:
         assert block is not None
         _set_block(block[1])
 
-    def _trace(self) -> None:
-        global _selected, _traced
-        around = _traced
-        if not self._entered:
-            self._entered = True
-            if around:
-                around = self._before
-            else:
-                _selected = self._before
-        self._around_traced.append(around)
-        _traced = self._name
-
-    def _take_back(self) -> None:
-        """Restores the process's previous choice, unless a later call has changed it."""
-        global _selected, _latest
-        with _lock:
-            if _latest() is self:
-                _selected, _latest = self._chosen_before(), self._previous
-
     def _chosen_before(self) -> str:
-        # Skip a previous call that another thread has entered as a block since: its choice does not
-        # apply to the process.
+        # Skip a previous call that a thread has since entered as a block: not the process's choice.
         previous = self._previous()
         if previous is not None and previous._entered:
             return str(previous._chosen_before())

@@ -8,10 +8,6 @@ import torch
 from ..namespace import OWNS_COMPILED, PACKAGE
 from ..noise import STREAM_VERSION
 
-__all__ = [
-    "DEVICE_TYPE", "NAME", "build_failure", "info", "library", "text", "unavailable_reason",
-]  # fmt: skip
-
 NAME = "cpu"
 DEVICE_TYPE = "cpu"
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"

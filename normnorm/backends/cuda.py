@@ -3,7 +3,7 @@ would serve a tensor."""
 
 import ctypes
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -115,19 +115,12 @@ def info() -> dict[str, str]:
 
 
 class Device(NamedTuple):
-    """The limits of a GPU that plans depend on.
-
-    Attributes:
-        name: for people.
-        multiprocessors: how many.
-        shared_bytes: shared memory that one block may ask for.
-        clusters: whether blocks can share their memory in clusters (compute capability 9.0 on).
-    """
+    """The limits of a GPU that plans depend on."""
 
     name: str
     multiprocessors: int
-    shared_bytes: int
-    clusters: bool
+    shared_bytes: int  # shared memory that one block may ask for
+    clusters: bool  # whether blocks can share their memory (compute capability 9.0 on)
 
 
 # From NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities.
@@ -155,24 +148,19 @@ def current_device() -> Device | None:
     return Device(torch.cuda.get_device_name(index), facts[0], facts[1], bool(facts[2]))
 
 
+def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 class _Request(ctypes.Structure):
     """PlanRequest of csrc/binding/plan_query.cpp."""
 
     _fields_ = [
         ("kind", ctypes.c_int32),
-        ("num_groups", ctypes.c_int64),
-        ("normalized_ndim", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("sizes", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("storage", ctypes.c_int32),
-        ("channels_last", ctypes.c_int32),
-        ("noise", ctypes.c_int32),
-        ("affine", ctypes.c_int32),
-        ("backward", ctypes.c_int32),
-        ("multiprocessors", ctypes.c_int32),
-        ("shared_bytes", ctypes.c_int32),
-        ("clusters", ctypes.c_int32),
+        *_fields("num_groups normalized_ndim dim", ctypes.c_int64),
+        *_fields("sizes strides", ctypes.POINTER(ctypes.c_int64)),
+        *_fields("storage channels_last noise affine backward", ctypes.c_int32),
+        *_fields("multiprocessors shared_bytes clusters", ctypes.c_int32),
     ]
 
 
@@ -180,42 +168,23 @@ class _Answer(ctypes.Structure):
     """PlanAnswer of csrc/binding/plan_query.cpp."""
 
     _fields_ = [
-        ("groups", ctypes.c_int64),
-        ("group_size", ctypes.c_int64),
-        ("items", ctypes.c_int64),
-        ("workspace", ctypes.c_int64),
-        ("columns", ctypes.c_int32),
-        ("tier", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("blocks", ctypes.c_int32),
-        ("thread_groups", ctypes.c_int32),
-        ("shared_chunks", ctypes.c_int32),
+        *_fields("groups group_size items workspace", ctypes.c_int64),
+        *_fields("columns tier threads blocks thread_groups shared_chunks", ctypes.c_int32),
     ]
 
 
 class Plan(NamedTuple):
-    """How the kernels would serve one pass over a tensor.
+    """How the kernels would serve one pass over a tensor."""
 
-    Attributes:
-        layout: "rows" or "columns": what a chunk of neighbouring elements belongs to.
-        groups, group_size: groups in the tensor, and elements in a group.
-        tier: where a group is kept between the rounds.
-        threads: of a block.
-        blocks: of a thread group, which processes one group (columns: one tile) at a time.
-        thread_groups: running at the same time.
-        waves: groups or tiles that a thread group processes one after the other.
-        workspace: bytes of scratch memory.
-    """
-
-    layout: str
+    layout: str  # "rows" or "columns": what a chunk of neighbouring elements belongs to
     groups: int
     group_size: int
-    tier: str
-    threads: int
-    blocks: int
-    thread_groups: int
-    waves: int
-    workspace: int
+    tier: str  # where a group is kept between the rounds
+    threads: int  # of a block
+    blocks: int  # of a thread group, which processes one group (columns: one tile) at a time
+    thread_groups: int  # running at the same time
+    waves: int  # groups or tiles that a thread group processes one after the other
+    workspace: int  # bytes
 
 
 # Of the C++ enum, in its order.
@@ -243,19 +212,12 @@ def plan(
     affine: bool = True,
     backward: bool = False,
 ) -> Plan:
-    """How one pass over a tensor is served; the tensor may be on the meta device.
+    """How one pass over a tensor of dense strides, which may be on the meta device, is served on a
+    GPU that need not exist.
 
-    Args:
-        input: of any size and of dense strides; only its shape, strides and dtype are looked at.
-        kind, num_groups, normalized_ndim: as in the ops.
-        device: a GPU that need not exist.
-        noise: whether the layer adds noise.
-        affine: whether it has a weight and a bias, whose gradients are wanted.
-        backward: the backward pass instead of the forward one.
-
-    Raises:
-        RuntimeError: the library holds no CUDA kernels.
-        ValueError: no such layer takes that tensor; the sentence says why.
+    ``kind`` and the numbers are as in the ops. ``affine``: with weight and bias, whose gradients
+    are wanted. RuntimeError if the library holds no CUDA kernels, ValueError if no such layer takes
+    that tensor.
     """
     reason = missing()
     if reason is not None:

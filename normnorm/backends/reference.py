@@ -70,13 +70,9 @@ def pull_back(
         # does, fires none of the primal's hooks, and keeps its forward-mode tangent.
         points = [primal + torch.zeros_like(primal).requires_grad_() for primal in primals]
         return torch.autograd.grad(
-            function(*points),
-            points,
-            cotangents,
-            create_graph=differentiable,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+            function(*points), points, cotangents, create_graph=differentiable,
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
 
 
 def normal_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,27 +85,15 @@ def normal_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         assert residual is not None  # the checks saw to it
         input = sum = _like_input(input + residual, input)
         residual = None
-    frozen = None
-    mean, var, lmbda = call.running_mean, call.running_var, call.running_lmbda
-    if mean is not None and var is not None and lmbda is not None:
-        frozen = pack_running(mean, var, lmbda, config.eps, statistics_dtype(input.dtype))
+    frozen, running = None, call[1:4]
+    if call.running_mean is not None:
+        dtype = statistics_dtype(input.dtype)
+        frozen = pack_running(*running, config.eps, dtype)  # type: ignore[arg-type]
     output, stats = normal_norm(
         input, call.weight, call.bias, seed=call.seed, noise_scale=call.noise_scale, frozen=frozen,
         residual=residual, **_keywords(config),
     )  # fmt: skip
     return _like_input(output, input), stats if call.keep_stats else input.new_empty(0), sum
-
-
-def definition(call: BackwardArguments) -> Tensor:
-    """The forward pass that gave ``call.stats``, up to its activation, as a function to
-    differentiate: the noise scale is the saved one, a constant by definition, and so is every
-    statistic of a frozen layer."""
-    config = call.config._replace(activation="")
-    return normal_norm(
-        call.input, call.weight, call.bias, seed=call.seed,
-        noise_scale=call.stats.select(0, Row.NOISE_SCALE),
-        frozen=call.stats if call.frozen else None, **_keywords(config),
-    )[0]  # fmt: skip
 
 
 def through_activation(grad_output: Tensor, output: Tensor | None, config: Config) -> Tensor:
@@ -127,8 +111,14 @@ def _gradients(call: BackwardArguments) -> tuple[Tensor, Tensor | None, Tensor |
     present = [name for name in ("weight", "bias") if getattr(call, name) is not None]
 
     def function(input: Tensor, *parameters: Tensor) -> Tensor:
-        given: dict[str, Any] = dict(zip(present, parameters, strict=True))
-        return definition(call._replace(input=input, **given))
+        # The forward pass up to its activation. The noise scale is the saved one, a constant by
+        # definition, and so is every statistic of a frozen layer.
+        keywords = _keywords(call.config._replace(activation=""))
+        keywords.update(zip(present, parameters, strict=True))
+        return normal_norm(
+            input, seed=call.seed, noise_scale=call.stats.select(0, Row.NOISE_SCALE),
+            frozen=call.stats if call.frozen else None, **keywords,
+        )[0]  # fmt: skip
 
     primals = (call.input, *(getattr(call, name) for name in present))
     grad_output = through_activation(call.grad_output, call.output, call.config)
@@ -187,30 +177,22 @@ def normal_norm_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def fold_running_(
-    stats: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    running_lmbda: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    count: int,
-    eps: float,
-    *_: str,
-) -> None:
+def fold_running_(*arguments: Any) -> None:
     """``normnorm::fold_running_``: moves the running statistics towards a batch's, in place."""
-    check_fold(
-        stats, running_mean, running_var, running_lmbda, num_batches_tracked, momentum, count, eps
-    )
+    stats, mean, var, lmbda, num_batches_tracked, momentum, count, eps = arguments[:8]
+    check_fold(*arguments[:8])
+    factor = count_batch(num_batches_tracked, momentum)
+    move_running(stats, (mean, var, lmbda), factor, count, eps)
+
+
+def count_batch(num_batches_tracked: Tensor | None, momentum: float | None) -> float | Tensor:
+    """Counts a batch. Returns its weight in the running statistics."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    factor: float | Tensor
-    if momentum is None:
-        assert num_batches_tracked is not None  # check_fold saw to it
-        factor = num_batches_tracked.double().reciprocal()
-    else:
-        factor = momentum
-    move_running(stats, (running_mean, running_var, running_lmbda), factor, count, eps)
+    if momentum is not None:
+        return momentum
+    assert num_batches_tracked is not None  # check_momentum saw to it
+    return num_batches_tracked.double().reciprocal()
 
 
 def move_running(

@@ -1,5 +1,4 @@
-"""What is kept of a stream of rows, in bounded memory: moments of the columns, a sample, and means
-of the rows' normality."""
+"""Statistics of a stream of rows in bounded memory: columns' moments, a sample, rows' normality."""
 
 from collections import Counter
 
@@ -15,9 +14,6 @@ class ColumnMoments:
     Batches are merged by the pairwise formulae of Pébay ("Formulas for robust, one-pass parallel
     computation of covariances and arbitrary-order statistical moments", Sandia 2008), in float64:
     order and sizes of the batches change the result only by rounding.
-
-    Args:
-        columns: the number of columns of every batch.
     """
 
     def __init__(self, columns: int) -> None:
@@ -65,8 +61,7 @@ class ColumnMoments:
 
     @property
     def constant(self) -> Tensor:
-        """(columns,), whether all values of a column are equal. Compares extremes, because the
-        variance is rounded and need not be 0."""
+        """(columns,), whether all values of a column are equal; its variance is rounded."""
         return self._least == self._most
 
     @property
@@ -100,18 +95,10 @@ class ColumnMoments:
 
 
 class RowSample:
-    """Keeps a uniform sample of ``size`` of all rows added.
+    """Keeps a uniform sample of ``size`` of all rows added: ``rows``, (at most size, columns),
+    float32 on the CPU, and their ``labels`` or None.
 
-    Draws a random key per row and keeps the rows with the smallest keys (bottom-k sampling). Only
-    kept rows are copied.
-
-    Args:
-        size: number of rows kept.
-        seed: of the keys.
-
-    Attributes:
-        rows: (at most size, columns), float32 on the CPU.
-        labels: (at most size,), of the rows; None without labels.
+    Draws a random key per row and copies the rows with the smallest keys (bottom-k sampling).
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -159,8 +146,7 @@ class GroupMeans:
             self._sums[name] += float(values.sum())
 
     def result(self) -> dict[str, float] | None:
-        """What :class:`normnorm.diagnostics.LayerDiagnosis` has as ``own_groups``; None without
-        groups."""
+        """``own_groups`` of :class:`normnorm.diagnostics.LayerDiagnosis`; None without groups."""
         if not self._groups:
             return None
         number = self._sizes.total()

@@ -19,11 +19,7 @@ NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 def choose_layers(model: nn.Module, layers: layer_outputs.Layers | None) -> dict[str, nn.Module]:
     """The selected layers (:func:`normnorm.layer_outputs.named_layers`; None for every norm layer),
-    by name.
-
-    Raises:
-        ValueError: an unknown name, or no layer selected.
-    """
+    by name; ValueError if there are none."""
     if layers is None:
         chosen = layer_outputs.named_layers(model, lambda _, layer: isinstance(layer, NORM_LAYERS))
         wanted = "a normalization layer"
@@ -39,12 +35,7 @@ def batches(
     loader: Iterable[Any], model: nn.Module, limit: int | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(inputs, labels or None) from a loader of tensors or of (inputs, labels, ...), on the
-    model's device.
-
-    Raises:
-        TypeError: a batch is neither.
-        ValueError: the loader was empty.
-    """
+    model's device. TypeError for any other batch, ValueError for an empty loader."""
     parameter = next(model.parameters(), next(model.buffers(), None))
     device = torch.device("cpu") if parameter is None else parameter.device
     empty = True
@@ -71,11 +62,7 @@ def watching(
     """Runs the block in evaluation mode without gradients, with compiled code uncompiled. ``see``
     is called with the name and output of each of ``layers`` and a function that returns a norm
     layer's input (:func:`normnorm.groups.input_of`); it may return a replacement output. Afterwards
-    the model's state is restored.
-
-    Raises:
-        ValueError: at the end, a layer never ran or had an empty output.
-    """
+    the model's state is restored. ValueError if a layer never ran or had an empty output."""
     training = {module: module.training for module in model.modules()}
     silent = set(layers)
 

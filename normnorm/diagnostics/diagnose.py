@@ -24,11 +24,9 @@ class _Watched:
         self._sizes = sample_size, channels
         self._seed = seed
         self.channels = 0
-        self.moments = ColumnMoments(0)
         self.sample = RowSample(sample_size, seed)
         self.vectors = RowSample(sample_size, seed + 1)
-        # Of a norm layer; where groups are channels over all batches, observations of the input
-        # until the end.
+        # Of a norm layer; where groups are channels over all batches, its input's observations.
         self._own_groups = GroupMeans()
         self._inputs = RowSample(sample_size, seed)
         self._running: list[Tensor] | None = None
@@ -37,7 +35,12 @@ class _Watched:
         moved = layer_outputs.channels_last(self.module, output)
         rows = moved.flatten(0, -2)
         if not self.channels:
-            self._begin(rows.size(1))
+            self.channels = rows.size(1)
+            watched = min(self.channels, self._sizes[1])
+            generator = torch.Generator().manual_seed(self._seed)
+            order = torch.randperm(self.channels, generator=generator)
+            self._chosen = order[:watched].sort().values
+            self.moments = ColumnMoments(watched)
         if rows.size(1) != self.channels:
             raise ValueError(
                 f"{type(self.module).__name__} gave {rows.size(1)} channels after {self.channels}"
@@ -68,42 +71,26 @@ class _Watched:
         part = part_of(self.module, input, groups, size)
         self._own_groups.add(part.transformed(self.module)[0])
 
-    def _begin(self, channels: int) -> None:
-        self.channels = channels
-        watched = min(channels, self._sizes[1])
-        generator = torch.Generator().manual_seed(self._seed)
-        self._chosen = torch.randperm(channels, generator=generator)[:watched].sort().values
-        self.moments = ColumnMoments(watched)
-
-    @property
-    def nonfinite_channels(self) -> list[int]:
-        return self._chosen[~self.moments.mean.isfinite()].tolist()
-
-    def _means_of_groups(self) -> dict[str, float] | None:
+    def result(self, projections: int) -> LayerDiagnosis:
         if self._inputs.rows.numel():
             part = Part(self._inputs.rows.T, self._running, noisy=False)
             self._own_groups.add(part.transformed(self.module)[0])
-        return self._own_groups.result()
-
-    def result(self, projections: int) -> LayerDiagnosis:
         moments, rows = self.moments, self.sample.rows
         sample = rows.numpy()
         r2 = qq_r_squared(rows.T) if rows.size(0) > 1 else torch.full((rows.size(1),), torch.nan)
         w, passed = statistics.shapiro_wilk(sample)
-        correlation = moments.correlation
-        pairs = ~torch.eye(len(correlation), dtype=torch.bool)
-        pairs &= torch.outer(~moments.constant, ~moments.constant)
-        labels = self.vectors.labels
+        correlation, varies, labels = moments.correlation, ~moments.constant, self.vectors.labels
+        pairs = torch.outer(varies, varies) & ~torch.eye(len(varies), dtype=torch.bool)
         return LayerDiagnosis(
             layer=type(self.module).__name__,
             channels=self.channels,
             watched_channels=rows.size(1),
             observations=moments.count,
             constant_channels=self._chosen[moments.constant].tolist(),
-            nonfinite_channels=self.nonfinite_channels,
-            own_groups=self._means_of_groups(),
-            skewness=_mean(moments.skewness.abs(), ~moments.constant),
-            kurtosis=_mean(moments.kurtosis, ~moments.constant),
+            nonfinite_channels=self._chosen[~moments.mean.isfinite()].tolist(),
+            own_groups=self._own_groups.result(),
+            skewness=_mean(moments.skewness.abs(), varies),
+            kurtosis=_mean(moments.kurtosis, varies),
             qq_r2=_mean(r2, torch.from_numpy(statistics.varying(sample))),
             normal_qq_r2=normal_r_squared(rows.size(0)) if rows.size(0) > 1 else float("nan"),
             shapiro_w=w,
@@ -159,16 +146,14 @@ def diagnose(
 
     Args:
         model: any module whose input is one tensor.
-        loader: yields tensors, or (inputs, labels, ...) with integer labels (batch,), which
-            clustering needs.
+        loader: yields tensors, or (inputs, labels, ...); clustering needs integer labels (batch,).
         layers: names in ``model.named_modules()``, or one, or a predicate of (name, module); by
             default every normalization layer, torch's and normnorm's.
         batches: the number of batches used; None for all.
         sample_size: observations kept per layer, and the most values of a normalization group.
         channels: the most channels measured per layer, drawn at random, and the most normalization
             groups per batch of layers without running statistics, evenly spaced.
-        projections: directions of the joint statistic, and pairs of channels of the mutual
-            information.
+        projections: directions of the joint statistic, pairs of channels of mutual information.
         seed: of the choice of sample, channels, directions and pairs.
 
     Raises:
@@ -196,15 +181,16 @@ def diagnose(
     with capture.watching(model, chosen, see, "normnorm.diagnostics.diagnose"):
         for inputs, labels in capture.batches(loader, model, batches):  # noqa: B007
             model(inputs)
-    for name, layer in watched.items():
-        if layer.nonfinite_channels:
+    found = Diagnosis({name: layer.result(projections) for name, layer in watched.items()})
+    for name, result in found.layers.items():
+        if result.nonfinite_channels:
             warnings.warn(
-                f"layer '{name}': {listed(layer.nonfinite_channels)} of {layer.channels} hold NaN "
-                "or infinity; statistics that they enter are NaN",
+                f"layer '{name}': {listed(result.nonfinite_channels)} of {result.channels} hold NaN"
+                " or infinity; statistics that they enter are NaN",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return Diagnosis({name: layer.result(projections) for name, layer in watched.items()})
+    return found
 
 
 def noise_robustness(
@@ -222,8 +208,7 @@ def noise_robustness(
     For every layer and scale, adds Gaussian noise with ``scale`` times the standard deviation of
     the layer's output (over the batch) to that output, and measures the change of the model's
     output: ``||f_noisy - f|| / ||f||``, Euclidean norms over the batch, averaged over the batches.
-    Eftekhari and Papyan (ICML 2025) report such changes as robustness; noise and average are
-    defined here.
+    Eftekhari and Papyan (ICML 2025) report such changes; noise and average are defined here.
 
     Args:
         model, loader, layers, batches: as for :func:`diagnose`.

@@ -50,8 +50,7 @@ def _bare(axes: Axes) -> None:
 
 
 def _profile(diagnosis: Diagnosis) -> Figure:
-    """Each statistic over the layers, of channels and of own groups, with its value for normal
-    samples."""
+    """Each statistic over the layers, of channels and own groups, and its value for the normal."""
     layers = list(diagnosis.layers.values())
     depth = np.arange(1, len(layers) + 1)
     figure = Figure(figsize=(9, 5), layout="constrained")

@@ -177,7 +177,8 @@ class Diagnosis:
                 raise ValueError(f"its format is {content['format']!r}")
             layers = {}
             for name, numbers in content["layers"].items():
-                layers[name] = LayerDiagnosis(**_mapped(numbers, _from_json))
+                found = _mapped(numbers, lambda value: math.nan if value is None else value)
+                layers[name] = LayerDiagnosis(**found)
                 for key in ("clustering", "own_groups"):
                     if numbers[key] is None:
                         setattr(layers[name], key, None)
@@ -214,7 +215,3 @@ def _mapped(value: Any, convert: Callable[[Any], Any]) -> Any:
 
 def _to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _from_json(value: Any) -> Any:
-    return math.nan if value is None else value

@@ -45,16 +45,8 @@ def joint_distance(sample: np.ndarray, projections: int, seed: int) -> float:
     The energy distance (Székely and Rizzo, 2013) between the normal and the sample, standardized by
     columns, projected on random directions in the plane of two random columns and standardized
     again; the mean over the projections. Directions across many columns would give nearly normal
-    values for any data, by the central limit theorem.
-
-    Args:
-        sample: (rows, columns).
-        projections: number of directions.
-        seed: of the directions.
-
-    Returns:
-        NaN if fewer than two columns vary, or a value is NaN or infinite. For normal samples see
-        :func:`normal_joint_distance`.
+    values for any data, by the central limit theorem. NaN if fewer than two columns vary or a value
+    is not finite. For normal samples see :func:`normal_joint_distance`.
     """
     columns = sample[:, varying(sample)]
     rows, count = columns.shape
@@ -110,15 +102,10 @@ def clustering(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float] | No
     * ``within_between``: the root mean square distance of samples to their own class's mean, over
       that of the class means to the mean of these; small where classes are apart.
     * ``silhouette``: scikit-learn's, -1 to 1.
-    * ``nearest_centroid``: the accuracy, 0 to 1, of scikit-learn's nearest-centroid classifier,
-      cross-validated over 5 folds.
+    * ``nearest_centroid``: 0 to 1, the 5-fold accuracy of scikit-learn's ``NearestCentroid``.
 
     Potgieter, Mouton and Davel (arXiv 2501.14441) study the clustering and sparsity of normalized
     representations; these measures are defined independently and are not theirs.
-
-    Args:
-        vectors: (samples, features).
-        labels: (samples,), integers.
     """
     classes, counts = np.unique(labels, return_counts=True)
     keep = np.isin(labels, classes[counts >= _FOLDS])

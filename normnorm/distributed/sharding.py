@@ -1,8 +1,7 @@
 """``torch.distributed.tensor.DTensor`` inputs: each rank normalizes its own shard.
 
-Every normalization group must lie on one rank; then only redistributed parameters are
-communicated, and the kernels see local tensors, in eager mode and in compiled graphs. A shard that
-would split a group is an error.
+Every normalization group must lie on one rank, or an error is raised. So only redistributed
+parameters are communicated, and the kernels see local tensors, compiled graphs included.
 
 Dimensions that may be sharded, by kind: ``layer``, those before the normalized ones; ``instance``,
 batch and channels; ``group``, the batch, and channels if no group is split; ``batch`` with batch
@@ -77,9 +76,6 @@ class Shards(NamedTuple):
 
         A running statistic may also be a plain tensor, equal on all ranks; the result shares memory
         with it unless channels are sharded. The gradient of a parameter is summed over the shards.
-
-        Raises:
-            TypeError, ValueError: the tensor is not on the input's mesh.
         """
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -152,19 +148,11 @@ def _placed(tensor: Any, placements: Any) -> Any:
 def shards_of(
     tensors: tuple[Any, ...], config: Config, updates: bool
 ) -> tuple[Shards, tuple[Any, ...], Config]:
-    """Splits a normalization into one per shard.
+    """The placements of an input, and the local tensors and configuration for its shard.
 
-    Args:
-        tensors: fields ``input`` to ``noise_scale`` of :class:`normnorm.config.ForwardArguments`;
-            the input is a DTensor, ``noise_scale`` None.
-        config: of the op over the whole input.
-        updates: whether running statistics are updated from the input's.
-
-    Returns:
-        The input's placements, the local tensors, and the configuration for them.
-
-    Raises:
-        ValueError: a shard would split a group, or running statistics would depend on one shard.
+    ``tensors``: fields ``input``, a DTensor, to ``noise_scale``, which is None, of
+    :class:`normnorm.config.ForwardArguments`. ``updates``: whether running statistics are updated.
+    Raises ValueError if a shard splits a group or running statistics would depend on one shard.
     """
     from torch.distributed.tensor import Replicate
 
@@ -232,12 +220,8 @@ def _check_cut(
 
 
 def shards_of_batch(input: Any, process_group: Any) -> Shards:
-    """The placements of a batch with one shard on every rank of a process group.
-
-    Raises:
-        ValueError: the mesh has other ranks than the group, channels are sharded, or shards are
-            replicated.
-    """
+    """The placements of a batch with one shard on every rank of a process group; ValueError for
+    other ranks in the mesh than in the group, sharded channels and replicated shards."""
     mesh, placements = input.device_mesh, tuple(input.placements)
     fits = mesh.size() == dist.get_world_size(process_group)
     if fits and not torch.compiler.is_compiling():  # where the mesh has no list of ranks

@@ -1,5 +1,4 @@
 """Support for other libraries, one module per library.
 
-Each module is named after its library and imports it. ``normnorm`` imports one only for a model of
-that library.
+Each module is named after its library and imports it; ``normnorm`` does so only for its models.
 """

@@ -46,8 +46,7 @@ def _classes(module: str, cls: str) -> tuple[Any, ...]:
 
 def _wrap(finetuning: Any) -> None:
     """Makes the static methods of a BaseFinetuning, which test for torch's ``_BatchNorm``, treat
-    normnorm's batch layers likewise: layers that stay trainable with ``train_bn`` are not
-    frozen."""
+    normnorm's batch layers likewise: with ``train_bn`` they are not frozen."""
     make_trainable, freeze_module = finetuning.make_trainable, finetuning.freeze_module
     filter_params, freeze = finetuning.filter_params, finetuning.freeze
 
@@ -84,8 +83,7 @@ def _wrap(finetuning: Any) -> None:
             if id(parameter) not in parameters:
                 yield parameter
 
-    replaced: tuple[Any, ...]
-    replaced = make_trainable_too, freeze_module_too, freeze_too, filter_params_too
+    replaced: Any = make_trainable_too, freeze_module_too, freeze_too, filter_params_too
     for function in replaced:
         setattr(finetuning, function.__name__, staticmethod(function))
 

@@ -10,21 +10,16 @@
     net = UNet(3, 1, 2, (8, 16), (2,), norm=("instancenormal", {"affine": True}))
 """
 
+from typing import Any
+
 from monai.networks.layers.factories import Norm
 
 from .. import modules
 
-# Layers of 1, 2 and 3 dimensions.
-_BATCH = (modules.BatchNormalNorm1d, modules.BatchNormalNorm2d, modules.BatchNormalNorm3d)
-_INSTANCE = (
-    modules.InstanceNormalNorm1d,
-    modules.InstanceNormalNorm2d,
-    modules.InstanceNormalNorm3d,
-)
 # MONAI calls these with the number of dimensions, or with nothing for a layer of any.
-_FACTORIES = {
-    "batchnormal": lambda dim: _BATCH[dim - 1],
-    "instancenormal": lambda dim: _INSTANCE[dim - 1],
+_FACTORIES: dict[str, Any] = {
+    "batchnormal": lambda dim: getattr(modules, f"BatchNormalNorm{dim}d"),
+    "instancenormal": lambda dim: getattr(modules, f"InstanceNormalNorm{dim}d"),
     "groupnormal": lambda dim=None: modules.GroupNormalNorm,
     "layernormal": lambda dim=None: modules.LayerNormalNorm,
 }

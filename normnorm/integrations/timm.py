@@ -173,8 +173,7 @@ class LayerNormalNormAct2d(_Act, modules.LayerNormalNorm2d):
         self._set_act(apply_act, act_layer, act_kwargs, inplace, drop_layer)
 
 
-# timm's class, by its name in timm.layers without the suffix Fp32 -> normnorm's, which computes in
-# float32 for half inputs anyway.
+# timm's class, by its name in timm.layers without the suffix Fp32 (half inputs compute in float32).
 _COUNTERPARTS = {
     "BatchNormAct2d": BatchNormalNormAct2d,
     "SyncBatchNormAct": SyncBatchNormalNormAct,
@@ -236,21 +235,18 @@ def wrap() -> None:
     the names that those functions look up when they run, so that an earlier ``from timm.utils
     import freeze`` is covered too.
     """
-    for name, ours in (
-        ("freeze_batch_norm_2d", freeze_statistics),
-        ("unfreeze_batch_norm_2d", unfreeze_statistics),
+    freezing = (timm.layers.norm_act, timm.layers, timm.utils.model)
+    models = (timm.models, timm.models._manipulate, timm.utils, timm.utils.model)
+    for name, wrapper, places in (
+        ("freeze_batch_norm_2d", functools.partial(_then, freeze_statistics), freezing),
+        ("unfreeze_batch_norm_2d", functools.partial(_then, unfreeze_statistics), freezing),
+        ("unwrap_model", _with_lmbda, (timm.utils.distributed,)),
+        ("reparameterize_model", _without_ours, models),
     ):
-        for module in (timm.layers.norm_act, timm.layers, timm.utils.model):
-            theirs = getattr(module, name)
-            if not hasattr(theirs, "__wrapped__"):
-                setattr(module, name, _then(ours, theirs))
-    unwrap_model = timm.utils.distributed.unwrap_model
-    if not hasattr(unwrap_model, "__wrapped__"):
-        timm.utils.distributed.unwrap_model = _with_lmbda(unwrap_model)
-    for module in (timm.models, timm.models._manipulate, timm.utils, timm.utils.model):
-        theirs = getattr(module, "reparameterize_model", None)
-        if theirs is not None and not hasattr(theirs, "__wrapped__"):
-            module.reparameterize_model = _without_ours(theirs)
+        for module in places:
+            theirs = getattr(module, name, None)
+            if theirs is not None and not hasattr(theirs, "__wrapped__"):
+                setattr(module, name, wrapper(theirs))
 
 
 # Methods that reparameterize_model looks for in a model's blocks.
