@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from accuracy.plan import MEASURES, PRIMARY, Cell, Contrast, Question
 from accuracy.study import Study
 
 LEVEL, POWER = 0.05, 0.8
+CHANCE, NEAR_CHANCE = 10.0, 20.0  # percent, of ten classes
 NAMES = {
     "accuracy": "accuracy",
     "input_noise": "accuracy with noise on the input",
@@ -39,17 +41,20 @@ _LAYERS = (*MEASURES["layers"], "skewness", "kurtosis", "sparsity", "within_betw
 _DIGITS = dict.fromkeys(MEASURES["layers"], 4) | dict.fromkeys(_LAYERS[2:], 3)
 _DEFINITIONS = {
     "robustness": (
-        "Standard deviations of the Gaussian noise: "
-        f"{measures.INPUT_NOISE:g} on the input, {measures.LAYER_NOISE:g} of an output's behind "
-        f"every norm layer, {measures.WEIGHT_NOISE:g} of a weight tensor's on every weight tensor."
+        "Gaussian noise is added in testing. Its standard deviation is "
+        f"{measures.INPUT_NOISE:g} on the input; on the output of every norm layer "
+        f"{measures.LAYER_NOISE:g} times that of the output; on every weight tensor "
+        f'{measures.WEIGHT_NOISE:g} times that of the tensor. "Noise" and "both" are trained '
+        "with noise in the norm layers, the plain layer is not."
     ),
     "layers": (
-        "Means over the norm layers in evaluation mode, without noise, of the first seeds and the "
-        "first batch of test data. Q-Q R² (1 for a normal), skewness (0) and kurtosis (3): of each "
-        "layer's own normalization groups, before its affine map. Correlation: absolute, of two "
-        "channels of the output over samples and positions. Clustering by class, of the last "
-        "layer: root mean square distances within classes over those between (small where classes "
-        "are apart), and scikit-learn's silhouette (1 at best)."
+        "Means over the norm layers in evaluation mode, without noise, of the first {copies} seeds "
+        "and the first batch of test data. Q-Q R² (1 for a normal), skewness (0) and kurtosis (3): "
+        "of each layer's own normalization groups, before its affine map. Correlation: absolute, "
+        "of two channels of the output over samples and positions. Clustering by class, of the "
+        "last layer: root mean square distances within classes over those between (small where "
+        "classes are apart), and scikit-learn's silhouette (1 at best). The plan compares Q-Q R² "
+        "and the correlation; the other columns have no tests."
     ),
 }
 
@@ -150,10 +155,21 @@ _PAGE = """\
 # {title}
 
 This page is generated from stored results by `benchmarks/study.py`; its numbers are not edited.
-Four arms are compared: the plain layer; the normality layer without its transform ("noise",
-`alpha=0`), without its noise ("transform", `noise_train=0`), and as it comes ("both"). Each is
-trained with the paper's settings and with those that were best for it on validation sets ("tuned");
-[the plan](#the-plan) has the details. Intervals are of 95 %.
+Its title states the result for 4,000 signals. Four arms are compared: the plain layer; the
+normality layer without its transform ("noise", `alpha=0`), without its noise ("transform",
+`noise_train=0`), and as it comes ("both"). Each is trained with the paper's optimizer, learning
+rate, weight decay and noise ("the paper's settings"; batches of 64, 40 epochs and the cosine
+schedule are not the paper's), and with the settings that were best for it on validation sets
+("tuned"); [the plan](#the-plan) has the details. The networks are small: 2 or 3 convolutions of 16
+to 32 channels, 3 hidden layers of 128 features, a transformer with 2 blocks of width 48.
+
+* **Significant** means an adjusted p-value below {level}. The p-values are adjusted for all
+  comparisons of the page. Intervals are of 95 % each and are not adjusted: many that leave out zero
+  belong to differences that are not significant.
+* **Not significant** does not mean no effect. The column "detectable" gives the smallest
+  difference that a comparison's seeds find with {power:.0f} % power.
+
+## The paper's claims
 {missing}{abstract}
 
 ![Accuracy against weight decay]({image})
@@ -170,7 +186,7 @@ other seeds.
 
 Of {count} comparisons, the arm that is named first has the larger measure in {better} and the
 smaller one in {worse}, at an adjusted p below {level}; {rest} are not significant. Those of "both"
-with the plain layer:
+with the plain layer, with their adjusted p (in grids the mean over all settings of a weight decay):
 
 {claims}
 
@@ -221,6 +237,7 @@ def write(study: Study, questions: dict[str, Question], page: Path) -> None:
             worse=signs.count(-1),
             rest=signs.count(0),
             level=LEVEL,
+            power=100 * POWER,
             claims=_claims(questions, found),
             sections="\n\n".join(sections),
             plan=inspect.getdoc(plan).partition("\n\n")[2],  # type: ignore[union-attr]
@@ -265,24 +282,112 @@ def _missing(questions: dict[str, Question], found: dict[Contrast, Finding]) -> 
     )
 
 
-def _abstract(found: dict[Contrast, Finding]) -> str:
-    lines = []
-    for name, title, measure, words in (
+# For each claim of the paper the comparisons that test it: a question's name, a comparison's title
+# and measure, and words for the two that are compared.
+CLAIMS: dict[str, list[tuple[str, str, str, str]]] = {
+    "more accurate than batch norm": [
         (PRIMARY, "both, paper", "accuracy", "4,000 signals, the paper's settings"),
-        (PRIMARY, "both, tuned", "accuracy", "4,000 signals, tuned"),
         ("conv-1000", "both, paper", "accuracy", "1,000 signals, the paper's settings"),
-        ("conv-1000", "noise, paper", "accuracy", "the same, the noise alone"),
-        ("conv-1000", "transform, paper", "accuracy", "the same, the transform alone"),
+        ("images", "both, paper", "accuracy", "500 images, the paper's settings"),
+        (PRIMARY, "both, tuned", "accuracy", "4,000 signals, tuned"),
         ("conv-1000", "both, tuned", "accuracy", "1,000 signals, tuned"),
-        ("conv-1000", "both, tuned", "layer_noise", "the same, with noise behind every norm layer"),
-    ):
-        finding = _of(found, name, title, measure)
-        if finding is not None:
-            lines.append(f"| {words} | {_signed(finding.difference, 2)} | {_p(finding)} |")
-    if not lines:
+        ("images", "both, tuned", "accuracy", "500 images, tuned"),
+    ],
+    "noise and transform each contribute": [
+        (PRIMARY, "noise, paper", "accuracy", "noise alone, 4,000 signals, the paper's settings"),
+        (PRIMARY, "transform, paper", "accuracy", "transform alone, the same"),
+        (PRIMARY, "noise, tuned", "accuracy", "noise alone, 4,000 signals, tuned"),
+        (PRIMARY, "transform, tuned", "accuracy", "transform alone, the same"),
+        ("conv-1000", "noise, paper", "accuracy", "noise alone, 1,000 signals, the paper's"),
+        ("conv-1000", "transform, paper", "accuracy", "transform alone, the same"),
+        ("conv-1000", "noise, tuned", "accuracy", "noise alone, 1,000 signals, tuned"),
+        ("conv-1000", "transform, tuned", "accuracy", "transform alone, the same"),
+        (
+            "degree", "alpha 1 less 0, weight decay 0.0005", "accuracy",
+            "alpha 1 less 0, mean over noise_train 0 to 0.8",
+        ),
+    ],
+    "over batch sizes": [
+        (
+            "batch-size", "both less plain, weight decay 0.0005", "accuracy",
+            "batches of 8 to 256, weight decay 0.0005",
+        ),
+        (
+            "batch-size", "both less plain, weight decay 0.01", "accuracy",
+            "batches of 8 to 256, weight decay 0.01",
+        ),
+    ],
+    "over widths and depths": [
+        (
+            "size", "both less plain, weight decay 0.0005", "accuracy",
+            "12 sizes, weight decay 0.0005",
+        ),
+        ("size", "both less plain, weight decay 0.01", "accuracy", "12 sizes, weight decay 0.01"),
+    ],
+    "with other norms": [
+        ("transformer", "both, tuned", "accuracy", "layer norm, transformer, tuned"),
+        ("transformer", "both, noise 0.2, tuned", "accuracy", "the same, noise_train 0.2"),
+        ("perceptron", "both, tuned", "accuracy", "layer norm, perceptron, tuned"),
+        ("perceptron", "both, noise 0.2, tuned", "accuracy", "the same, noise_train 0.2"),
+        ("group", "both, tuned", "accuracy", "group norm, tuned"),
+        ("instance", "both, tuned", "accuracy", "instance norm, tuned"),
+    ],
+    "robust to random perturbations": [
+        ("conv-1000", "both, tuned", "input_noise", "noise on the input, 1,000 signals"),
+        ("conv-1000", "both, tuned", "weight_noise", "noise on the weights, the same"),
+        ("conv-1000", "both, tuned", "layer_noise", "noise behind every norm layer, the same"),
+        ("conv-1000", "noise, tuned", "layer_noise", "the same, noise alone"),
+        ("conv-1000", "transform, tuned", "layer_noise", "the same, transform alone"),
+    ],
+    "features closer to a normal": [
+        ("conv-1000", "both, tuned", "qq_r2", "Q-Q R², batch norm"),
+        ("group", "both, tuned", "qq_r2", "Q-Q R², group norm"),
+        ("transformer", "both, tuned", "qq_r2", "Q-Q R², layer norm, transformer"),
+    ],
+    "features less dependent (here: correlated)": [
+        ("conv-1000", "both, tuned", "correlation", "correlation, batch norm"),
+        ("group", "both, tuned", "correlation", "correlation, group norm"),
+        ("transformer", "both, tuned", "correlation", "correlation, layer norm, transformer"),
+    ],
+}  # fmt: skip
+_SIGNS = {1: "larger", 0: "not significant", -1: "smaller"}
+_LIMITS = """\
+**Not tested here:** the paper's networks and data sets (residual networks and vision transformers,
+up to ImageNet); features' dependence beyond the correlation of two channels; other regularizers
+than weight decay in place of the noise.
+
+* The plan compares the arms with the plain layer, not "both" with "noise". Nearest to what the
+  transform adds to the noise is "alpha 1 less 0", a mean over several weights of the noise.
+* "Noise" and "both" are trained with noise in every norm layer. In testing, noise behind every norm
+  layer is thus of a kind that they have met, and the plain layer has not.
+* "Tuned" takes the chosen settings as given, in the replication too: the intervals leave out the
+  chance in choosing them on {tuning_seeds} seeds. Where the choice is marked as the largest or
+  smallest value tried, one beyond it may be better.
+* Means over batch sizes, or over widths and depths, weigh every setting alike, also those at which
+  training fails.
+"""
+
+
+def _abstract(found: dict[Contrast, Finding]) -> str:
+    """What the study says to each claim of the paper."""
+    rows = []
+    for claim, comparisons in CLAIMS.items():
+        shown = claim
+        for name, title, measure, words in comparisons:
+            finding = _of(found, name, title, measure)
+            if finding is not None:
+                value = _signed(finding.difference, _DIGITS.get(measure, 2))
+                rows.append([shown, words, value, _p(finding), _SIGNS[finding.sign]])
+                shown = ""
+    if not rows:
         return ""
-    head = "| accuracy of BatchNormalNorm less that of BatchNorm | points | adjusted p |"
-    return "\n" + "\n".join([head, "| --- | --- | --- |", *lines])
+    head = ["claim of the paper", "tested here; less the plain layer", "difference (95 % interval)"]
+    return (
+        "\nDifferences of accuracy are in points. Without other words the whole normality layer "
+        '("both") is\ncompared with the plain one, in a convolutional net with batch norm.\n\n'
+        f"{_markdown(rows, [*head, 'adjusted p', 'result'])}\n\n"
+        + _LIMITS.format(tuning_seeds=plan.TUNING_COPIES).rstrip()
+    )
 
 
 def _signed(found: Difference, digits: int) -> str:
@@ -310,7 +415,9 @@ def _primary(study: Study, question: Question, found: dict[Contrast, Finding]) -
     head = ["", "seeds", "both less plain, points (95 % interval)", "adjusted p"]
     return (
         f"{question.title}, every arm tuned:\n\n{_markdown(table, head)}\n\nThe first seeds find a "
-        f"difference of {first.detectable:.2f} points with {100 * POWER:.0f} % power."
+        f"difference of {first.detectable:.2f} points with {100 * POWER:.0f} % power at the level "
+        f"of {LEVEL:g} / {len(found)}.\nThe replication trains the same tuned settings on other "
+        "seeds; it has an interval and no test."
     )
 
 
@@ -326,7 +433,7 @@ def _claims(questions: dict[str, Question], found: dict[Contrast, Finding]) -> s
             digits = _DIGITS.get(contrast.measure, 2)
             lines[finding.sign].append(
                 f"* {questions[contrast.question].title}, {contrast.title}: "
-                f"{NAMES[contrast.measure]} {_signed(finding.difference, digits)}"
+                f"{NAMES[contrast.measure]} {_signed(finding.difference, digits)}, p {_p(finding)}"
             )
     return "\n\n".join(
         f"**{words[sign]}:**\n\n" + ("\n".join(part) or "* nothing")
@@ -340,7 +447,9 @@ def _section(
     mine = [finding for contrast, finding in found.items() if contrast.question == name]
     if not mine:
         return ""
-    tables = [_tuned(study, question)] if question.tuning else [_grid(study, question)]
+    tables = [_prose(f"{question.seeds} seeds for each arm and setting. {_how(question)}".strip())]
+    tables.append(_tuned(study, question) if question.tuning else _grid(study, question))
+    tables += _near_chance(study, question)
     for kind in question.measures:
         tables.append(_measured(study, question, kind))
     rows = []
@@ -350,8 +459,8 @@ def _section(
             contrast.title, NAMES[contrast.measure], _signed(finding.difference, digits),
             _p(finding), f"{finding.detectable:.{digits}f}",
         ])  # fmt: skip
-    head = ["less plain" if question.tuning else "comparison", "measure"]
-    head += ["difference (95 % interval)", "adjusted p", "found with 80 % power"]
+    head = ["arm less plain" if question.tuning else "comparison", "measure"]
+    head += ["difference (95 % interval)", "adjusted p", "detectable"]
     return f"## {question.title}\n\n" + "\n\n".join([*tables, _markdown(rows, head)])
 
 
@@ -361,25 +470,97 @@ def _cell(study: Study, question: Question, cell: Cell, measure: str) -> str:
     return "-" if math.isnan(middle) else f"{middle:.{digits}f} ± {half:.{digits}f}"
 
 
+def _how(question: Question) -> str:
+    """What was tuned, or what is compared in a grid."""
+    if question.tuning:
+        ranges = (
+            f"{name} {', '.join(f'{value:g}' for value in values)}"
+            for name, values in question.tuning.items()
+        )
+        return f"Tuned over {' and '.join(ranges)}."
+    settings = len(question.settings()) // len(question.grid["weight_decay"])
+    if settings == 1:
+        return ""
+    if len(question.arms) == 1:
+        means = "means over all settings that have the named values"
+    else:
+        means = f"the mean over the {settings} settings of a weight decay"
+    return f"Each comparison is of {means}; single settings are not tested."
+
+
+def _near_chance(study: Study, question: Question) -> list[str]:
+    """A sentence on runs that learned nothing; none without such runs."""
+    settings = ["paper", "tuned"]
+    if not question.tuning:
+        settings = [plan.words(setting) for setting in question.settings()]
+    counts = []
+    for setting in settings:
+        low = {
+            arm: sum(value < NEAR_CHANCE for value in values)
+            for arm in question.arms
+            if (values := cell_values(study, question, Cell(arm, setting), "accuracy"))
+        }
+        if any(low.values()):
+            counts.append(f"{setting}: " + ", ".join(f"{arm} {n}" for arm, n in low.items()))
+    if not counts:
+        return []
+    return [
+        _prose(
+            f"Runs of {question.seeds} below {NEAR_CHANCE:g} %, near chance ({CHANCE:g} %): "
+            f"{'; '.join(counts)}. Where some of the runs end at chance, differences are far from "
+            "normal, and intervals and p-values of Student's t are rough."
+        )
+    ]
+
+
 def _tuned(study: Study, question: Question) -> str:
     """Accuracies of every arm in both settings, and the settings that were chosen."""
-    rows = []
+    rows, same = [], []
     for arm in question.arms:
         cells = [
             _cell(study, question, Cell(arm, setting), "accuracy") for setting in ("paper", "tuned")
         ]
-        rows.append([arm, *cells, plan.words(study.chosen(question, arm) or {})])
+        chosen = study.chosen(question, arm) or {}
+        rows.append([arm, *cells, ", ".join(_at_end(question, *item) for item in chosen.items())])
+        if chosen and all(getattr(question.base, key) == v for key, v in chosen.items()):
+            same.append(f'"{arm}"')
     head = ["arm", "accuracy %, the paper's settings", "accuracy %, tuned", "tuned to"]
-    return _markdown(rows, head)
+    note = f"\n\nTuned to the paper's settings: {', '.join(same)}." if same else ""
+    return _markdown(rows, head) + note
+
+
+def _at_end(question: Question, name: str, value: float) -> str:
+    """A chosen setting in words, and whether it is the largest or smallest that was tried."""
+    values = question.tuning[name]
+    ends = {min(values): " (smallest)", max(values): " (largest)"}
+    return plan.words({name: value}) + ends.get(value, "")
 
 
 def _grid(study: Study, question: Question) -> str:
-    """Accuracies by setting and arm."""
-    rows = []
-    for setting in map(plan.words, question.settings()):
-        cells = [_cell(study, question, Cell(arm, setting), "accuracy") for arm in question.arms]
-        rows.append([setting, *cells])
-    return _markdown(rows, ["setting", *(f"{arm}, accuracy %" for arm in question.arms)])
+    """Accuracies by setting and arm, a weight decay after the other; those of a single arm have a
+    column for each weight decay."""
+    decays = question.grid["weight_decay"]
+    names = [name for name in question.grid if name != "weight_decay"]
+    others = list(dict.fromkeys(tuple(s[name] for name in names) for s in question.settings()))
+
+    def cells(values: tuple[Any, ...], decay: float) -> list[str]:
+        setting = plan.words({**dict(zip(names, values, strict=True)), "weight_decay": decay})
+        return [_cell(study, question, Cell(arm, setting), "accuracy") for arm in question.arms]
+
+    def shown(values: tuple[Any, ...]) -> list[str]:
+        return [f"{value:g}" for value in values]
+
+    if len(question.arms) == 1:
+        rows = [
+            [*shown(values), *(c for decay in decays for c in cells(values, decay))]
+            for values in others
+        ]
+        return _markdown(rows, [*names, *(f"accuracy %, weight_decay {d:g}" for d in decays)])
+    rows = [
+        [*shown((decay, *values)), *cells(values, decay)] for decay in decays for values in others
+    ]
+    head = ["weight_decay", *names, *(f"{arm}, accuracy %" for arm in question.arms)]
+    return _markdown(rows, head)
 
 
 def _measured(study: Study, question: Question, kind: str) -> str:
@@ -389,7 +570,11 @@ def _measured(study: Study, question: Question, kind: str) -> str:
         for arm in question.arms
     ]
     table = _markdown(rows, ["arm, tuned", *(NAMES[name] for name in names)])
-    return f"{_DEFINITIONS[kind]}\n\n{table}"
+    return f"{_prose(_DEFINITIONS[kind].format(copies=question.copies))}\n\n{table}"
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown(rows: list[list[Any]], head: list[str]) -> str:

@@ -19,7 +19,7 @@ from accuracy import plan, study
 from accuracy.experiment import Experiment
 from accuracy.runs import folder_name
 from accuracy.study import Study, confirmation_jobs, joined, tuning_jobs
-from accuracy.study_page import NAMES, detectable, difference, findings, write
+from accuracy.study_page import CLAIMS, NAMES, detectable, difference, findings, write
 
 
 def test_every_run_of_the_plan_can_be_carried_out() -> None:
@@ -136,11 +136,28 @@ def test_the_words_of_the_page_follow_the_numbers(tmp_path: Path) -> None:
     assert "* Batch normalization, 4,000 signals, both, paper: accuracy +1.9" in more
     assert "* Group normalization, both, paper: accuracy -2.0" in less
     assert "* Group normalization, both, tuned: accuracy +0.00" in same
+    assert re.search(r"\| 4,000 signals, the paper's settings +\| \+1\.9.*\| larger ", text)
+    assert re.search(r"\| group norm, tuned +\| \+0\.00 .*\| not significant ", text)
+    assert re.search(r"\| both +\| 9.*\| weight_decay 0.0005 \(smallest\) +\|", text)
+    assert "near chance" not in text
     assert re.search(r"first seeds +\| 20 +\|", text)
     assert re.search(r"together +\| 40 +\|", text)
     assert matplotlib.image.imread(tmp_path / "images/page.png").std() > 0.05
     write(Study(environment={}), plan.FULL, page)
     assert "Not measured yet." in page.read_text()
+
+
+def test_the_table_of_claims_names_comparisons_of_the_plan() -> None:
+    planned = {contrast[:3] for contrast in plan.contrasts(plan.FULL)}
+    for comparisons in CLAIMS.values():
+        assert {comparison[:3] for comparison in comparisons} <= planned
+
+
+def test_runs_near_chance_are_counted(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    write(filled(plan.FULL, lambda e: 10.0 if e.batch_size == 8 else 90.0), plan.FULL, page)
+    counted = "below 20 %, near chance (10 %): batch_size 8, weight_decay 0.0005: plain 10, "
+    assert counted in page.read_text().replace("\n", " ")
 
 
 def test_the_stored_page_is_that_of_the_stored_results(tmp_path: Path) -> None:
