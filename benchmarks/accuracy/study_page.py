@@ -164,8 +164,10 @@ schedule are not the paper's), and with the settings that were best for it on va
 to 32 channels, 3 hidden layers of 128 features, a transformer with 2 blocks of width 48.
 
 * **Significant** means an adjusted p-value below {level}. The p-values are adjusted for all
-  comparisons of the page. Intervals are of 95 % each and are not adjusted: many that leave out zero
-  belong to differences that are not significant.
+  comparisons of the page: of {count}, the arm that is named first has a significantly larger
+  measure in {better} and a smaller one in {worse}; {rest} are not significant. Intervals are of
+  95 % each and are not adjusted: many that leave out zero belong to differences that are not
+  significant.
 * **Not significant** does not mean no effect. The column "detectable" gives the smallest
   difference that a comparison's seeds find with {power:.0f} % power.
 
@@ -181,14 +183,6 @@ other seeds.
 ## The primary endpoint
 
 {primary}
-
-## What holds, and what does not
-
-Of {count} comparisons, the arm that is named first has the larger measure in {better} and the
-smaller one in {worse}, at an adjusted p below {level}; {rest} are not significant. Those of "both"
-with the plain layer, with their adjusted p (in grids the mean over all settings of a weight decay):
-
-{claims}
 
 {sections}
 
@@ -238,7 +232,6 @@ def write(study: Study, questions: dict[str, Question], page: Path) -> None:
             rest=signs.count(0),
             level=LEVEL,
             power=100 * POWER,
-            claims=_claims(questions, found),
             sections="\n\n".join(sections),
             plan=inspect.getdoc(plan).partition("\n\n")[2],  # type: ignore[union-attr]
             provenance=", ".join(f"{key} {value}" for key, value in study.environment.items()),
@@ -247,11 +240,7 @@ def write(study: Study, questions: dict[str, Question], page: Path) -> None:
 
 
 def _of(found: dict[Contrast, Finding], name: str, title: str, measure: str) -> Finding | None:
-    wanted = (
-        finding
-        for contrast, finding in found.items()
-        if contrast[:3] == (name, title, measure)
-    )
+    wanted = (f for contrast, f in found.items() if contrast[:3] == (name, title, measure))
     return next(wanted, None)
 
 
@@ -424,23 +413,6 @@ def _primary(study: Study, question: Question, found: dict[Contrast, Finding]) -
 _PAIR = ("both", "plain")
 
 
-def _claims(questions: dict[str, Question], found: dict[Contrast, Finding]) -> str:
-    """Three lists of the comparisons of a whole normality layer, "both", with its plain one."""
-    words = {1: "Larger", -1: "Smaller", 0: "Not significant"}
-    lines: dict[int, list[str]] = {sign: [] for sign in words}
-    for contrast, finding in found.items():
-        if contrast.title.startswith("both"):
-            digits = _DIGITS.get(contrast.measure, 2)
-            lines[finding.sign].append(
-                f"* {questions[contrast.question].title}, {contrast.title}: "
-                f"{NAMES[contrast.measure]} {_signed(finding.difference, digits)}, p {_p(finding)}"
-            )
-    return "\n\n".join(
-        f"**{words[sign]}:**\n\n" + ("\n".join(part) or "* nothing")
-        for sign, part in lines.items()
-    )
-
-
 def _section(
     study: Study, name: str, question: Question, found: dict[Contrast, Finding]
 ) -> str:  # fmt: skip
@@ -450,8 +422,7 @@ def _section(
     tables = [_prose(f"{question.seeds} seeds for each arm and setting. {_how(question)}".strip())]
     tables.append(_tuned(study, question) if question.tuning else _grid(study, question))
     tables += _near_chance(study, question)
-    for kind in question.measures:
-        tables.append(_measured(study, question, kind))
+    tables += [_measured(study, question, kind) for kind in question.measures]
     rows = []
     for finding in mine:
         contrast, digits = finding.contrast, _DIGITS.get(finding.contrast.measure, 2)
