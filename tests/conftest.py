@@ -3,13 +3,11 @@
 * ``backend`` runs a test once for every (backend, device) pair that can run here and has that
   backend chosen while the test runs; ``device`` is the device of that pair. A backend that cannot
   run is left out of the list: its one skipped test, with the reason, is in ``test_backends.py``.
-* ``devices`` are the kinds of device of this machine.
+* ``DEVICES`` are the kinds of device of this machine.
 
 With ``NORMNORM_HOST_RUN=1`` in the environment the CUDA backend is one of them without a GPU, its
 kernels run on the CPU (``host_cuda/torch_library.py``).
 """
-
-from __future__ import annotations
 
 import dataclasses
 import importlib.util
@@ -127,11 +125,6 @@ def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def device(target: Target) -> str:
     """The device on which ``backend`` is to be tested."""
     return target.device
-
-
-@pytest.fixture
-def devices() -> tuple[str, ...]:
-    return DEVICES
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """One row a layer class: how to build it, what it is compared with, how the ops describe it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

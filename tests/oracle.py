@@ -12,8 +12,6 @@ data. :func:`bounds` allows ``FACTOR`` times as much, for the roundings that add
 formula, and one rounding to the storage dtype.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

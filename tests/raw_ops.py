@@ -6,8 +6,6 @@ the error of the normals. A unit is 2^-22 on a GPU, the error of its special-fun
 and 2^-24 on a CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

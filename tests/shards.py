@@ -1,8 +1,6 @@
 """Both passes of a synchronised layer over the shards of a batch, in one process and without
 messages."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock

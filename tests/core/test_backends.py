@@ -1,8 +1,6 @@
 """The backends: which of them serves a device, what the switch does, what their ops return, and
 that one's backward pass follows another's forward pass."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import itertools
@@ -31,15 +29,10 @@ NAMES = ("reference", "cpu", "cuda", "triton")
 AVAILABLE = [name for name, reason in normnorm.available_backends().items() if reason is None]
 UNAVAILABLE = [name for name in NAMES if name not in AVAILABLE]
 CPU_SERVERS = [target.backend for target in targets() if target.device == "cpu"]
+PAIRS = itertools.permutations(targets(), 2)
 each_pair = pytest.mark.parametrize(
     ("device", "first", "second"),
-    [
-        (device, first, second)
-        for device in DEVICES
-        for first, second in itertools.permutations(
-            [target.backend for target in targets() if target.device == device], 2
-        )
-    ],
+    [(a.device, a.backend, b.backend) for a, b in PAIRS if a.device == b.device],
 )
 OPS = torch.ops.normnorm
 
@@ -84,8 +77,8 @@ def test_available_backends_names_all_of_them_with_a_reason_for_each_that_cannot
 
 
 @pytest.mark.usefixtures("auto")
-def test_auto_serves_every_device_here(devices):
-    for device in devices:
+def test_auto_serves_every_device_here():
+    for device in DEVICES:
         chosen = backends.resolve(torch.device(device)).name
         assert chosen in AVAILABLE
         if device == "cpu" and "cpu" in AVAILABLE:
@@ -339,10 +332,10 @@ def test_an_unavailable_backend_is_refused_with_its_reason(monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_backend_refuses_tensors_of_a_device_that_it_does_not_serve(devices):
+def test_a_backend_refuses_tensors_of_a_device_that_it_does_not_serve():
     for name in AVAILABLE:
         served = backends.get(name).device_type
-        for device in devices:
+        for device in DEVICES:
             if served in (None, device):
                 continue
             with normnorm.use_backend(name), pytest.raises(RuntimeError, match=f"serves {served}"):

@@ -5,8 +5,6 @@ contain. Errors are ValueError, TypeError or RuntimeError; buffers (the batch co
 their values and their memory. Errors of the backends' selection are in ``test_backends.py``.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

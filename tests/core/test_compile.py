@@ -4,8 +4,6 @@ Compiling the reference backend traces through its whole definition, which takes
 the fast tests keep to a few such graphs and leave the rest of the table to the slow ones.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools
@@ -13,6 +11,7 @@ import itertools
 import pytest
 import raw_ops
 import torch
+from conftest import targets
 from layer_table import KINDS, RUNNING, few
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -208,11 +207,7 @@ def test_generated_code_of_the_reference_backend_is_fused():
     assert code.count(f"empty_strided_cpu({row.shape}") == 1
 
 
-COMPILED = [
-    name
-    for name, reason in normnorm.available_backends().items()
-    if reason is None and name not in ("reference", "cuda")
-]
+COMPILED = [t.backend for t in targets() if t.device == "cpu" and t.backend in ("cpu", "triton")]
 
 
 @pytest.mark.parametrize("name", COMPILED)

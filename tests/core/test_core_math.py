@@ -1,7 +1,5 @@
 """csrc/math against mpmath and SciPy, on every instruction set of this processor."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import subprocess
@@ -18,14 +16,9 @@ from scipy.stats import yeojohnson
 
 ROOT = Path(__file__).resolve().parents[2]
 BINDING = ROOT / "tests/core/core_binding.cpp"
-FLAGS = {
-    "generic": [],
-    "avx2": ["-mavx2", "-mfma", "-mbmi2", "-mf16c"],
-    "avx512": [
-        *("-mavx2", "-mfma", "-mbmi2", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512cd"),
-        *("-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
-    ],
-}
+AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
+FLAGS = {"generic": [], "avx2": AVX2, "avx512": [*AVX2, *AVX512, "-mprefer-vector-width=512"]}
 CXX = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler on this machine")
 
@@ -40,15 +33,13 @@ def build(isa: str, folder: Path) -> ModuleType:
     pybind11 = pytest.importorskip("pybind11")
     name = f"core_{isa}"
     target = folder / f"{name}.so"
-    subprocess.run(
-        [
-            *(CXX, "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"),
-            *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *FLAGS[isa]),
-            *(f"-DNN_MODULE={name}", f"-I{pybind11.get_include()}"),
-            *(f"-I{sysconfig.get_paths()['include']}", str(BINDING), "-o", str(target)),
-        ],
-        check=True,
-    )
+    command = [
+        *(CXX, "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"),
+        *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *FLAGS[isa]),
+        *(f"-DNN_MODULE={name}", f"-I{pybind11.get_include()}"),
+        *(f"-I{sysconfig.get_paths()['include']}", str(BINDING), "-o", str(target)),
+    ]
+    subprocess.run(command, check=True)
     specification = importlib.util.spec_from_file_location(name, target)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

@@ -1,8 +1,6 @@
 """Exported layers run elsewhere with the same outputs: in a fresh process, in onnxruntime, compiled
 ahead of time; with our ops, or by torch's own operations alone."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

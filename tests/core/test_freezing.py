@@ -1,7 +1,5 @@
 """Frozen statistics, and the refusal to fold a layer into the one before it."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

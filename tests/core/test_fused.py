@@ -1,8 +1,6 @@
 """A residual, an activation and the residual stream's sum in the norm's own pass: the results are
 those of the same backend in separate steps, with every kind of derivative."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -5,10 +5,9 @@ statistics of their layers for six input distributions, without noise. Their tra
 exponent by sqrt(eps), which is ``transform_eps=math.sqrt(eps)`` here.
 """
 
-from __future__ import annotations
-
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +95,7 @@ def _check_case(recorded: Recorded) -> None:
 
 @pytest.mark.parametrize(
     ("name", "memory_format"),
-    [
-        *((name, torch.preserve_format) for name in CASES),
-        *((name, torch.channels_last) for name in IMAGES),
-    ],
+    [*product(CASES, [torch.preserve_format]), *product(IMAGES, [torch.channels_last])],
 )
 def test_outputs_gradients_and_running_statistics_are_the_authors(
     name, memory_format, backend, device

@@ -1,7 +1,5 @@
 """Lambda by several Newton steps and at the optimum, against SciPy's, with correct gradients."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

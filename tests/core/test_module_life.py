@@ -2,8 +2,6 @@
 precision; layers over moved channels; lazy initialization. Copies, checkpoints and the meta device
 are in ``test_modules.py``."""
 
-from __future__ import annotations
-
 import copy
 import io
 

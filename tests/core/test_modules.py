@@ -5,8 +5,6 @@ InstanceNorm through normnorm's classes without transform and noise, where each 
 counterpart.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import io

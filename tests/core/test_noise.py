@@ -1,7 +1,5 @@
 """The noise: random words bit for bit, distribution, and agreement of forward and backward pass."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
@@ -12,9 +10,11 @@ import oracle
 import pytest
 import scipy.stats
 import torch
+from conftest import DEVICES
 from layer_table import LAYERS
 from oracle import CASES, DTYPES, UNIT, Case, check, draw, draw_parameters, normals, run
 from oracle import to_numpy as numpy
+from test_numerics import _channels_last
 
 import normnorm
 from normnorm import noise
@@ -39,11 +39,11 @@ def test_the_generators_give_the_published_answers():
 
 
 @pytest.mark.parametrize("stream", [0, 7, 2**32 - 1])
-def test_words_are_bitwise_those_of_the_numpy_generator(stream, devices):
+def test_words_are_bitwise_those_of_the_numpy_generator(stream):
     for seed in SEEDS:
         for first in (0, 5, 2**32 - 3, 2**40, 2**60):
             want = oracle.noise_words(16, seed, stream, first)
-            for device in devices:
+            for device in DEVICES:
                 counter = torch.arange(first, first + 16, device=device)
                 words = noise.philox_words(counter, _seed(seed, device), stream)
                 got = torch.stack(words, -1).cpu().numpy()
@@ -55,12 +55,12 @@ def test_words_are_bitwise_those_of_the_numpy_generator(stream, devices):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_normals_are_those_of_the_numpy_generator_to_rounding(channels_last, devices):
+def test_normals_are_those_of_the_numpy_generator_to_rounding(channels_last):
     for shape in ((1,), (7,), (5, 7), (2, 3, 5, 4), (2, 3, 2, 3, 2)):
         if channels_last and len(shape) < 4:
             continue
         want = normals(shape, -77, 3, channels_last)
-        for device in devices:
+        for device in DEVICES:
             z = noise.standard_normals(shape, _seed(-77, device), 3, channels_last)
             assert z.shape == shape
             assert z.dtype == torch.float64
@@ -172,8 +172,8 @@ def test_neighbouring_channels_samples_seeds_and_streams_are_independent():
         assert np.abs(off).max() < 5.5 / math.sqrt(rows.shape[1])
 
 
-def test_fresh_seeds_use_all_sixty_four_bits(devices):
-    for device in devices:
+def test_fresh_seeds_use_all_sixty_four_bits():
+    for device in DEVICES:
         seeds = [int(noise.draw_seed(torch.device(device))) & (2**64 - 1) for _ in range(400)]
         assert len(set(seeds)) == 400
         ones = np.array([[seed >> bit & 1 for bit in range(64)] for seed in seeds]).sum(0)
@@ -196,18 +196,13 @@ def _forward(case, x, backend, *, weight=None, seed=5, noise_scale=None, **optio
     )[:2]  # fmt: skip
 
 
-def _in_format(x, channels_last: bool):
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = channels_last and x.dim() in formats
-    return x.contiguous(memory_format=formats[x.dim()] if last else torch.contiguous_format)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_noise_in_an_output_is_the_streams(case, dtype, backend, device):
     """(y_noisy - y_clean) / (noise_train s) equals z of every stream, in either memory order."""
     for stream, last in ((0, False), (2**31 - 1, False), (5, True)):
-        x = _in_format(draw(case, "exponential", 1, dtype, device), last)
+        x = draw(case, "exponential", 1, dtype, device)
+        x = _channels_last(x) if last else x
         last = last and x.dim() > 3
         clean = numpy(_forward(case, x, backend)[0])
         options = {"noise_train": 3.0, "stream": stream, "channels_last": last}
@@ -274,23 +269,6 @@ def test_without_noise_in_evaluation_and_with_a_given_seed_nothing_is_drawn(row,
     assert torch.equal(before, state())
 
 
-@pytest.mark.parametrize("row", LAYERS, ids=lambda row: row.name)
-def test_noise_train_may_change_between_steps(row, backend, device):
-    """Annealing: the noise is proportional to noise_train, independent of its earlier values."""
-    layer, x = row.make().to(device), torch.randn(row.shape, device=device)
-    outputs = {}
-    for noise_train in (0.0, 1.0, 0.25, 0.0, 1.0):
-        layer.noise_train = noise_train
-        torch.manual_seed(8)
-        y = layer(x)
-        if noise_train in outputs:
-            assert torch.equal(outputs[noise_train], y)
-        outputs[noise_train] = y.detach()
-    full, quarter = (outputs[k] - outputs[0.0] for k in (1.0, 0.25))
-    torch.testing.assert_close(quarter, 0.25 * full, rtol=1e-4, atol=1e-5)
-    assert full.abs().max() > 0.1
-
-
 # --- forward and backward agree ---
 
 
@@ -303,7 +281,7 @@ def _repack(how):
 
     def unpack(tensor):
         if how == "channels_last":
-            return _in_format(tensor, True)
+            return _channels_last(tensor)
         if tensor.dim() >= 2 and how == "reversed":
             order = tuple(range(tensor.dim()))[::-1]
             return tensor.permute(order).contiguous().permute(order)
@@ -317,7 +295,8 @@ SPATIAL = [(case, last) for case in CASES for last in (False, True) if len(case.
 
 @pytest.mark.parametrize(("case", "last"), SPATIAL, ids=str)
 def test_a_saved_input_with_other_strides_has_the_same_noise(case, last, backend, device):
-    x = _in_format(draw(case, "exponential", 1, torch.float32, device), last)
+    x = draw(case, "exponential", 1, torch.float32, device)
+    x = _channels_last(x) if last else x
     weight, bias = draw_parameters(case, 1, torch.float32, device)
     check(case, x, weight, bias, seed=6, noise_train=1.0, channels_last=last)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]

@@ -4,8 +4,6 @@ The bounds come from :mod:`oracle`: the change that single roundings at every st
 make in a group, times a small factor, plus one rounding to the storage dtype.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache, partial
 
@@ -215,12 +213,10 @@ def test_evaluation_by_running_statistics_stays_within_bounds(
 @pytest.mark.parametrize(
     ("bad", "dtype"),
     [
-        (math.nan, torch.float32),
-        (math.inf, torch.float64),
-        (math.nan, torch.bfloat16),
+        (math.nan, torch.float32), (math.inf, torch.float64), (math.nan, torch.bfloat16),
         (-math.inf, torch.float16),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_a_nan_or_infinity_stays_in_its_group(case, dtype, bad, backend, device):
     clean = draw(case, "exponential", 1, dtype, device)

@@ -4,8 +4,6 @@ Schemas and tags; torch's own opcheck; results in the strides that shape inferen
 inputs of any strides; functional ops that neither change nor alias their arguments.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """The projected error function loss: its values, its gradients, its memory, its hooks."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The definition against independent oracles: SciPy, mpmath, and a closed-form NumPy one."""
 
-from __future__ import annotations
-
 import math
 
 import mpmath

@@ -1,7 +1,5 @@
 """The tracers of torch that are not its compiler: torch.jit.trace, and torch.fx by symbols."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

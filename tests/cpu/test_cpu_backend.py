@@ -1,7 +1,5 @@
 """The compiled CPU kernels: instruction sets, large groups, threads, arguments."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,8 +1,6 @@
 """The CPU kernels, without torch, under AddressSanitizer, UndefinedBehaviorSanitizer and
 ThreadSanitizer; and their sources through a compiler for another processor."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

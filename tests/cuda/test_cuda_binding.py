@@ -5,8 +5,6 @@ plans. ``test_cuda_host.py`` tests what the kernels compute, tier by tier, and t
 runs those of all backends.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import pytest
 import test_numerics
 import torch
 from host_cuda import torch_library
-from oracle import CASES, DTYPES, Case
+from oracle import CASES, Case
 from raw_ops import backward_pass, both_passes, check, forward_pass, operands
 
 import normnorm
@@ -38,11 +36,7 @@ def host_run() -> Iterator[None]:
         yield
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+each_dtype, _name = test_numerics.each_dtype, test_numerics._name
 
 
 @each_dtype

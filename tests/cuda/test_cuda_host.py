@@ -5,8 +5,6 @@ included. Thread orders forward, backward and shuffled must agree bit for bit, a
 barrier must change a result. ``host_cuda/host_cuda.h`` lists what the emulator does not model.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -285,13 +283,11 @@ def test_offsets_beyond_32_bits(kernels, dtype, columns):
 @pytest.mark.parametrize(
     ("geometry", "said"),
     [
-        ([0, 1, 5, 1, 2400], ""),
-        ([0, 2**20, 2**12, 1, 8], "4294967296 groups"),
-        ([0, 1, 1, 2**20, 2**15], "chunks"),
-        ([1, 1, 2**21, 4, 2**10], "2147483648 columns"),
+        ([0, 1, 5, 1, 2400], ""), ([0, 2**20, 2**12, 1, 8], "4294967296 groups"),
+        ([0, 1, 1, 2**20, 2**15], "chunks"), ([1, 1, 2**21, 4, 2**10], "2147483648 columns"),
         ([1, 1, 4, 2**31, 1], "2147483648 rows"),
     ],
-)
+)  # fmt: skip
 def test_sizes_that_exceed_32_bit_counters_are_refused(kernels, geometry, said):
     refusal = kernels.refusal(geometry)
     assert said in refusal if said else not refusal

@@ -6,8 +6,6 @@ threads, registers, shared memory, clusters, blocks of cooperative launches, ali
 every argument lies within its memory.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import math

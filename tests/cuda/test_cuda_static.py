@@ -1,7 +1,5 @@
 """Registers, memory accesses and instruction counts of the CUDA kernels' machine code."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Every tier of the CUDA kernels as a forced plan, and cases for each, on the CPU and on a GPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Layers over the shards of a DTensor, on two ranks: functions of (rank, mesh), in float64."""
 
-from __future__ import annotations
-
 import copy
 import functools
 

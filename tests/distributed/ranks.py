@@ -4,8 +4,6 @@ The ranks of each size are spawned once, and run every case for so many ranks in
 What a case finds wrong it raises after its last message, so that no rank waits for another.
 """
 
-from __future__ import annotations
-
 import os
 import traceback
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Synchronised layers on four ranks, and what is compiled on two."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,8 +1,6 @@
 """Layers over the shards of a DTensor equal one process, forward and backward, eager and compiled:
 the cases of dtensor_cases.py."""
 
-from __future__ import annotations
-
 import dtensor_cases
 import pytest
 import ranks

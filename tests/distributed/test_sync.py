@@ -1,8 +1,6 @@
 """Synchronised layers over several processes equal one process that holds the whole batch: the
 cases of sync_cases.py. Without a process group they are the plain layers."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

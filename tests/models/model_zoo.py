@@ -1,7 +1,5 @@
 """Small models of other libraries, with non-trivial weights."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.testing import assert_close

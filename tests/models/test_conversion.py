@@ -1,7 +1,5 @@
 """replace_norms and restore_norms: replaced layers, kept state, and layers left with reasons."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import types

@@ -1,7 +1,5 @@
 """The diagnostics: Q-Q statistics, moments, independence, sparsity, clusters, robustness."""
 
-from __future__ import annotations
-
 import copy
 
 import matplotlib.image

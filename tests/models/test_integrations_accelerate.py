@@ -1,7 +1,5 @@
 """accelerate: models made on the meta device, loaded tensor by tensor from a checkpoint."""
 
-from __future__ import annotations
-
 import accelerate
 import pytest
 import torch
@@ -19,13 +17,11 @@ def network(norm):
 @pytest.mark.parametrize(
     ("how", "norm", "include_buffers"),
     [
-        ("load", nn.BatchNorm2d, True),
-        ("load", normnorm.BatchNormalNorm2d, False),
-        ("dispatch", nn.BatchNorm2d, False),
-        ("dispatch", normnorm.BatchNormalNorm2d, True),
+        ("load", nn.BatchNorm2d, True), ("load", normnorm.BatchNormalNorm2d, False),
+        ("dispatch", nn.BatchNorm2d, False), ("dispatch", normnorm.BatchNormalNorm2d, True),
         ("hooks", nn.BatchNorm2d, True),
     ],
-)
+)  # fmt: skip
 def test_a_big_model_has_the_checkpoints_lambda_or_one(how, norm, include_buffers, tmp_path):
     saved = network(norm)
     for _ in range(3):

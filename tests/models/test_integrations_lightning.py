@@ -1,7 +1,5 @@
 """Lightning: the plugin that synchronizes normnorm layers, and the Trainer with replaced models."""
 
-from __future__ import annotations
-
 import copy
 
 import lightning.pytorch as lightning

@@ -1,7 +1,5 @@
 """MONAI: normnorm layers in its factory by name, and networks built with them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from model_zoo import OFF, ours_in, speak

@@ -1,8 +1,6 @@
 """timm: constructors and factories by class and by name, models whose blocks combine norm and
 activation, and replacement in timm's models."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 
@@ -21,20 +19,13 @@ from normnorm.sync import revert_sync
 
 # model -> image size; the test_* models are timm's own small ones.
 MODELS = {
-    "test_resnet": 64,
-    "test_efficientnet": 64,
-    "test_convnext": 64,
-    "test_vit": 160,
+    "test_resnet": 64, "test_efficientnet": 64, "test_convnext": 64, "test_vit": 160,
     "regnety_002": 64,
-}
+}  # fmt: skip
 SLOW = {
-    "test_efficientnet_gn": 64,
-    "test_efficientnet_ln": 64,
-    "resnetv2_50x1_bit": 64,
-    "maxvit_pico_rw_256": 256,
-    "swin_tiny_patch4_window7_224": 224,
-    "densenet121": 64,
-}
+    "test_efficientnet_gn": 64, "test_efficientnet_ln": 64, "resnetv2_50x1_bit": 64,
+    "maxvit_pico_rw_256": 256, "swin_tiny_patch4_window7_224": 224, "densenet121": 64,
+}  # fmt: skip
 ACTS = {
     "BatchNormAct2d": (timm.layers.BatchNormAct2d, (6,), {}),
     "GroupNormAct": (timm.layers.GroupNormAct, (6,), {"num_groups": 3}),

@@ -1,7 +1,5 @@
 """torchvision: its models keep their outputs when their norms are replaced."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from model_zoo import check_replaced_and_restored, speak

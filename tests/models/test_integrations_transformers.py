@@ -1,7 +1,5 @@
 """transformers: replacement in its models, loading of weights, and its Trainer."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 

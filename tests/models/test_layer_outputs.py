@@ -1,7 +1,5 @@
 """The channel dimension of a layer's output, selection of layers, and hooks."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """normnorm.monitor: correct statistics, bounded memory, no synchronization, no remaining hooks."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 

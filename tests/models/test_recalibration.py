@@ -1,7 +1,5 @@
 """update_stats: re-estimated running statistics, with all other state unchanged."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Small works and invented results for the tests of the benchmark."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

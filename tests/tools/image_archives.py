@@ -1,7 +1,5 @@
 """Miniature data sets, ``count`` images a part, in the on-disk format of torchvision's classes."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Training: data sets, networks and norms by name, runs that resume bit for bit, sweeps."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The command line of the benchmark: what it measures, what it refuses, what it keeps."""
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import io

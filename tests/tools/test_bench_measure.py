@@ -1,7 +1,5 @@
 """What is measured, and the check against the float64 reference that comes before."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Result files, the tables, CSV and plots made of them, the README's section, and comparison."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

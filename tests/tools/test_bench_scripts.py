@@ -1,7 +1,5 @@
 """The scripts for one question, on tensors as small as they can be: what they store and print."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Medians of interleaved calls, and the memory of a call."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from contextlib import contextmanager, nullcontext

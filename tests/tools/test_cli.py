@@ -1,8 +1,6 @@
 """The command line: doctor and gradcheck say what is true, and fail when a kernel is wrong; no
 command ends in a traceback for a closed pipe, Ctrl-C, a wrong device or a file in the way."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -101,11 +99,10 @@ NO_NAME = f"NORMNORM_BACKEND must be 'auto' or one of {', '.join(backends.NAMES)
 @pytest.mark.parametrize(
     ("chosen", "sentence"),
     [
-        ("foo", NO_NAME + "'foo'"),
-        ("", NO_NAME + "''"),
+        ("foo", NO_NAME + "'foo'"), ("", NO_NAME + "''"),
         ("cuda", "backend 'cuda' is unavailable: no such GPU"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.usefixtures("no_checks")
 def test_doctor_exits_1_where_the_environment_chooses_what_cannot_run(
     chosen, sentence, monkeypatch, capsys

@@ -1,7 +1,5 @@
 """The demonstration: its quick form, its verdict, its sentences."""
 
-from __future__ import annotations
-
 import json
 import math
 import runpy
@@ -142,12 +140,11 @@ def test_layers_that_are_compared_start_out_equal():
 @pytest.mark.parametrize(
     ("model", "norm", "groups"),
     [
-        ("convnet", "batchnormal", (2, 32, 450 * 16)),
-        ("convnet", "group", (2, 450 * 8, 64)),
+        ("convnet", "batchnormal", (2, 32, 450 * 16)), ("convnet", "group", (2, 450 * 8, 64)),
         ("convnet", "instancenormal", (2, 450 * 32, 16)),
         ("transformer", "layernormal", (2, 450 * 16, 48)),
     ],
-)
+)  # fmt: skip
 def test_groups_are_normalized_without_the_affine_map(model, norm, groups):
     experiment = Experiment(model=model, norm=norm, copies=2, limit=64)
     trainer = Trainer(experiment, load_data(experiment), ALONE)

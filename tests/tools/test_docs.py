@@ -2,8 +2,6 @@
 tables match the code, the formulae of mathematics.md give autograd's gradients, and the site
 builds."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

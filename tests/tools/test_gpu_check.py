@@ -1,8 +1,6 @@
 """``benchmarks/gpu_check.py``: its dry run from start to end, what becomes of a run in which a
 kernel hangs or the time is over, and what it measures."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

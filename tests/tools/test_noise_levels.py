@@ -1,7 +1,5 @@
 """benchmarks/noise_levels.py: what it stores, and the guide's table of it."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """What is installed: what it imports, what a wheel of it holds, and that it runs away from here."""
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import importlib.util

@@ -1,7 +1,5 @@
 """The study: its plan, its statistics, its growth block by block, its page."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

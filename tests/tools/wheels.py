@@ -9,8 +9,6 @@ glibc that it runs on and leaves out torch's libraries, which ``import torch`` h
 ``make wheel`` and ``make release`` run this; the tests build and try the CPU wheel.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

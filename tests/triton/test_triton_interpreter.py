@@ -4,8 +4,6 @@ The interpreter computes with NumPy. It shows nothing of a GPU's special-functio
 races or memory accesses; ``make gpu-check`` does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The Triton kernel of the projected error function: interpreted, and compiled ahead of time."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The compiled Triton kernels: registers, memory accesses, instruction counts. No GPU."""
 
-from __future__ import annotations
-
 import collections
 import json
 import re

@@ -4,8 +4,6 @@
 them as the budgets that ``test_cuda_static.py`` holds the kernels to.
 """
 
-from __future__ import annotations
-
 import collections
 import importlib.util
 import json

@@ -7,8 +7,6 @@ for compute-sanitizer (``sanitized.cpp``), and a hash of the sources, without a 
 nothing is compiled. ``--install`` copies the extension into the package.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

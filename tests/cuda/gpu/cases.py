@@ -1,8 +1,6 @@
 """Shapes for the GPU tests, each with a small one for the dry run, and both passes over them,
 compared with the reference in float64 on the same device with the same noise (``raw_ops.py``)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import raw_ops

@@ -6,8 +6,6 @@ begins and ends, and tests that the file says have begun are left out. So the re
 process that dies, and the next process continues after the test that killed it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

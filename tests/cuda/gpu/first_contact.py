@@ -8,8 +8,6 @@ A kernel that has not ended within ten seconds ends the process with status 70: 
 process.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

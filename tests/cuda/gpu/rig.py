@@ -6,8 +6,6 @@ tensors; "compile sm_90" compiles the Triton kernels that the tests would launch
 architecture, with the tensors of full size on the CPU, and runs none.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -78,7 +76,7 @@ class Rig:
     small: bool = False
 
     @classmethod
-    def find(cls) -> Rig:
+    def find(cls) -> "Rig":
         """The rig that the environment asks for.
 
         Raises:

@@ -1,7 +1,5 @@
 """torch.compile around a layer on the device: the same numbers, one graph."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Whether there is a GPU for the rest of this folder, and which backends serve it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

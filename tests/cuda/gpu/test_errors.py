@@ -1,8 +1,6 @@
 """Bad calls raise a sentence, change no tensor, and leave the device usable. The tests of bad input
 in tests/core have every argument, on the CPU."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -18,15 +16,11 @@ from .conftest import DRY
 def _batch(rig, **changed):
     d = rig.device
     arguments = {
-        "input": torch.randn(4, 6, 5, 5, device=d),
-        "running_mean": torch.zeros(6, device=d),
-        "running_var": torch.ones(6, device=d),
-        "running_lmbda": torch.ones(6, device=d),
-        "weight": torch.ones(6, device=d),
-        "bias": torch.zeros(6, device=d),
-        "training": True,
+        "input": torch.randn(4, 6, 5, 5, device=d), "running_mean": torch.zeros(6, device=d),
+        "running_var": torch.ones(6, device=d), "running_lmbda": torch.ones(6, device=d),
+        "weight": torch.ones(6, device=d), "bias": torch.zeros(6, device=d), "training": True,
         "num_batches_tracked": torch.tensor(0, device=d),
-    }
+    }  # fmt: skip
     arguments.update(changed)
     return arguments
 

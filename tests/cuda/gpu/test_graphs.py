@@ -1,7 +1,5 @@
 """CUDA graphs: each replay draws new noise and updates the buffers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from raw_ops import both_passes

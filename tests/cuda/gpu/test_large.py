@@ -1,7 +1,5 @@
 """More than 2^31 elements: offsets in elements need 64 bits."""
 
-from __future__ import annotations
-
 import numpy as np
 import oracle
 import pytest

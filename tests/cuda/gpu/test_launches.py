@@ -1,7 +1,5 @@
 """Kernels of a step, and memory kept for the backward pass."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

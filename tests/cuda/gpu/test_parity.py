@@ -1,7 +1,5 @@
 """Each layer kind, dtype and memory format against the reference in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import Case

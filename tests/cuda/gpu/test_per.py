@@ -1,7 +1,5 @@
 """The projected error function loss against its definition in float64; the same bits each time."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Repeated calls give the same bits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from raw_ops import both_passes

@@ -1,8 +1,6 @@
 """Synchronised layers over the shards of a batch, whose kernels run a round at a time, against the
 reference in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import Case

@@ -1,7 +1,5 @@
 """Two streams at the same time give the results of one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import Case

@@ -1,7 +1,5 @@
 """Every tier: forced on each kind of layer, and planned automatically."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from oracle import Case

@@ -8,8 +8,6 @@ that serves a GPU: argument checks, layout, copies, workspaces, statistics, runn
 ``NORMNORM_HOST_RUN=1 python -m pytest tests/...`` does so for all tests that run on every backend.
 """
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import hashlib

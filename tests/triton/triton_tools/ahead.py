@@ -4,8 +4,6 @@ A stand-in for the GPU's driver lets every launch compile: the product runs on C
 its code except the execution. The result is the binaries of all kernels that an op would launch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ compiler. So a test under :func:`interpreted` runs in a child process, which is 
 one; its exception is the test's failure. Parameters are pickled; fixtures are not supported.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import importlib
