@@ -157,7 +157,7 @@ def confirmation_jobs(study: Study, questions: dict[str, Question]) -> Iterator[
                 yield from ((run, ()) for run in study.replication(question, arm))
 
 
-def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def merged_facts(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The facts of all commits and machines that made a study's runs, separated by commas."""
     return {
         key: f"{before[key]}, {value}"
@@ -189,7 +189,7 @@ def train(
         <= study.runs.get(name, {}).keys()
     }
     if missing:
-        study.environment = joined(study.environment, normnorm.environment.facts())
+        study.environment = merged_facts(study.environment, normnorm.environment.facts())
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=len(missing), unit="block", desc=title) as bar,

@@ -16,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from accuracy import plan, study
 from accuracy.experiment import Experiment
 from accuracy.runs import folder_name
-from accuracy.study import Study, confirmation_jobs, joined, tuning_jobs
+from accuracy.study import Study, confirmation_jobs, merged_facts, tuning_jobs
 from accuracy.study_page import CLAIMS, NAMES, detectable, difference, findings, write
 
 
@@ -214,9 +214,9 @@ def test_the_quick_study_answers_every_question(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_commit_that_made_runs():
-    first = joined({"commit": "a", "torch": "2"}, {"commit": "b", "torch": "2"})
+    first = merged_facts({"commit": "a", "torch": "2"}, {"commit": "b", "torch": "2"})
     assert first == {"commit": "a, b", "torch": "2"}
-    assert joined(first, {"commit": "b", "torch": "2"}) == first
+    assert merged_facts(first, {"commit": "b", "torch": "2"}) == first
 
 
 def test_a_run_that_questions_share_has_the_measures_of_all(tmp_path, monkeypatch):
