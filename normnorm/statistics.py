@@ -31,8 +31,8 @@ class Row(IntEnum):
 
 
 class Round(IntEnum):
-    """The rounds of a pass: ``cpu::Round`` in ``csrc/cpu/params.h``, which lists what each needs
-    and sums."""
+    """The rounds of a pass: ``Round`` in ``csrc/common/params.h``, which lists what each needs and
+    sums."""
 
     MOMENTS = 1
     LMBDA = 2

@@ -225,42 +225,22 @@ BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const 
   return {grad_input, grad_weight.finish(), grad_bias.finish()};
 }
 
-// One round of the batch pass over a shard (cpu::Round). Between the rounds the caller adds the sums of all shards and
-// fills in the statistics.
-void run_round(const RoundTensors& t, const Config& config, int number) {
-  const auto& [input, stats, sums, result, weight, bias, residual, seed, grad_output, output] = t;
-  const auto round = cpu::Round(number);
-  Arguments a;
-  a.input = view(input), a.stats = view(stats), a.sums = view(sums), a.result = view(result);
-  a.weight = view(weight), a.bias = view(bias), a.residual = view(residual), a.seed = view(seed);
-  a.grad_output = view(grad_output), a.output = view(output);
-  a.shard = true;
-  check_round(a, config, cpu::kRoundSums[int(round)]);
-  const bool backward = round >= cpu::Round::kSums;
-  const bool writes = round == cpu::Round::kOutput || round == cpu::Round::kGradient;
-  if (round == cpu::Round::kAll || backward != a.grad_output.given || (writes && !result) || !stats.is_contiguous() ||
-      (sums && !sums->is_contiguous()))
-    throw std::invalid_argument("the arguments do not fit the round");
-  if (a.input.numel() == 0) {
-    Tensor written = sums && !writes ? *sums : nothing(a.input);
-    torch::stable::zero_(written);
-    return;
-  }
-  const Layout layout(a.input, result ? a.result : a.input, config);
-  cpu::Problem p = make_problem(a.input, layout, config, seed, true);
-  const Parameters parameters(weight, bias, statistics_dtype(a.input.dtype), p);
-  const Source source(input, layout);
-  const OptionalSource added(residual, layout), gradient(grad_output, layout), activated(output, layout);
+void run_round(const RoundTensors& t, const Arguments& a, const Config& config, Round round) {
+  const Layout layout(a.input, t.result ? a.result : a.input, config);
+  cpu::Problem p = make_problem(a.input, layout, config, t.seed, true);
+  const Parameters parameters(t.weight, t.bias, statistics_dtype(a.input.dtype), p);
+  const Source input(t.input, layout);
+  const OptionalSource residual(t.residual, layout), grad_output(t.grad_output, layout), activated(t.output, layout);
   std::optional<Target> target;
-  if (result) p.output = target.emplace(*result, layout, true).operand;
+  if (t.result) p.output = target.emplace(*t.result, layout, true).operand;
   p.round = round;
-  p.sums = sums ? static_cast<double*>(sums->data_ptr()) : nullptr;
-  p.input = source.operand;
-  p.residual = added.operand;
-  p.grad_output = gradient.operand;
+  p.sums = t.sums ? static_cast<double*>(t.sums->data_ptr()) : nullptr;
+  p.input = input.operand;
+  p.residual = residual.operand;
+  p.grad_output = grad_output.operand;
   p.activated = activated.operand;
-  p.stats = stats.data_ptr();
-  (backward ? cpu::kernels().backward : cpu::kernels().forward)(p);
+  p.stats = t.stats.data_ptr();
+  (is_backward(round) ? cpu::kernels().backward : cpu::kernels().forward)(p);
   if (target) target->finish();
 }
 

@@ -187,6 +187,33 @@ BackwardResult run_backward(const BackwardTensors& t, const Arguments& a, const 
   return {grad_input, grad_weight.tensor, grad_bias.tensor};
 }
 
+void run_round(const RoundTensors& t, const Arguments& a, const Config& config, Round round) {
+  const bool noise = config.noise_train > 0 && (round == Round::kOutput || round == Round::kSums);
+  const bool writes = writes_tensor(round);
+  const OnDevice device(a.input);
+  const Layout layout = cuda_layout(a.input, writes ? a.result : a.input, config, noise);
+  cuda::Problem p = cuda_problem(storage_of(a.input.dtype), layout, config, noise);
+  const Parameter weight(t.weight, a.input.dtype), bias(t.bias, a.input.dtype);
+  const Source input(t.input, layout);
+  const OptionalTensor none;
+  const OptionalSource residual(round == Round::kOutput ? t.residual : none, layout);
+  const OptionalSource grad_output(t.grad_output, layout), activated(t.output, layout);
+  std::optional<Target> target;
+  if (writes) p.output = target.emplace(*t.result, layout).operand;
+  p.round = round;
+  p.sums = t.sums ? static_cast<double*>(t.sums->data_ptr()) : nullptr;
+  p.weight = weight.operand;
+  p.bias = bias.operand;
+  p.input = input.operand;
+  p.residual = residual.operand;
+  p.grad_output = grad_output.operand;
+  p.activated = activated.operand;
+  p.stats = t.stats.data_ptr();
+  if (noise) p.seed = static_cast<const int64_t*>(t.seed->data_ptr());
+  run(p, is_backward(round), a.input, device.stream);
+  if (target) target->finish();
+}
+
 void run_fold(const FoldTensors& t) {
   const TensorView stats = view(t.stats);
   const OnDevice device(stats);
@@ -212,4 +239,5 @@ void run_fold(const FoldTensors& t) {
 
 STABLE_TORCH_LIBRARY_IMPL(normnorm_cuda, NN_CUDA_DISPATCH_KEY, m) {
   normnorm::Ops<normnorm::run_forward, normnorm::run_backward, normnorm::run_fold>::implement(m);
+  m.impl("round_", TORCH_BOX(&normnorm::round_<normnorm::run_round>));
 }

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cmath>
+#include <stdexcept>
 
 #include "tensors.h"
 
@@ -149,22 +150,39 @@ class Ops {
   }
 };
 
-// `result`, the output or the gradient of the input, holds the kernels' cache from round to round; `grad_output` and
-// `output` belong to the backward rounds.
+// `result`: the output or the gradient of the input, in which a device's kernels may keep a cache from round to round;
+// `grad_output` and `output` belong to the backward rounds.
 struct RoundTensors {
   const Tensor &input, &stats;
   const OptionalTensor &sums, &result, &weight, &bias, &residual, &seed, &grad_output, &output;
 };
 
-// The flags have the number of the round.
-template <void (*run_round)(const RoundTensors&, const Config&, int)>
+// One round of the batch pass over a shard; the flags have its number. Between the rounds the caller adds the sums of
+// all shards and fills in the statistics.
+template <void (*run_round)(const RoundTensors&, const Arguments&, const Config&, Round)>
 void round_(const Tensor& input, const Tensor& stats, const OptionalTensor& sums, const OptionalTensor& result,
             const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
             const OptionalTensor& seed, const OptionalTensor& grad_output, const OptionalTensor& output, double eps,
             double noise_train, double alpha, double transform_eps, int64_t size, int64_t bits) {
   const Flags flags(bits);
-  run_round({input, stats, sums, result, weight, bias, residual, seed, grad_output, output},
-            unpack(eps, noise_train, alpha, transform_eps, size, flags), flags.number());
+  const Config config = unpack(eps, noise_train, alpha, transform_eps, size, flags);
+  const Round round = Round(flags.number());
+  Arguments a;
+  a.input = view(input), a.stats = view(stats), a.sums = view(sums), a.result = view(result);
+  a.weight = view(weight), a.bias = view(bias), a.residual = view(residual), a.seed = view(seed);
+  a.grad_output = view(grad_output), a.output = view(output);
+  a.shard = true;
+  check_round(a, config, kRoundSums[int(round)]);
+  const bool writes = writes_tensor(round);
+  if (round == Round::kAll || is_backward(round) != a.grad_output.given || (writes && !result) ||
+      !stats.is_contiguous() || (sums && !sums->is_contiguous()))
+    throw std::invalid_argument("the arguments do not fit the round");
+  if (a.input.numel() == 0) {
+    Tensor written = sums && !writes ? *sums : nothing(a.input);
+    torch::stable::zero_(written);
+    return;
+  }
+  run_round({input, stats, sums, result, weight, bias, residual, seed, grad_output, output}, a, config, round);
 }
 
 }  // namespace normnorm

@@ -74,7 +74,28 @@ struct NoiseParams : NoiseOrder {
   uint32_t stream = 0;
 };
 
+// The rounds of a pass: the forward pass's, and from kSums on the backward pass's. Each reads an element once, and
+// needs what the rounds before it made of the statistics. A call for one round alone computes it over a shard of a batch
+// of the kind batch, and leaves its sums for the caller to add to those of the other shards.
+//
+//   round       sums of a group                                 statistics it needs
+//   kMoments    mean, what its rounding lost, centred squares
+//   kLambda     the terms of LambdaSums                         kMean, kMeanLow, kRstd
+//   kMeanX      x                                               and kLmbda
+//   kDeviation  |x - mean|                                      and the mean of x in kNoiseScale
+//   kOutput                                                     all
+//   kSums       the first five of GradientSums, the gradients   all
+//               of bias and weight
+//   kGradient                                                   all; the means of these five in `sums`
+enum class Round { kAll, kMoments, kLambda, kMeanX, kDeviation, kOutput, kSums, kGradient };
+constexpr int64_t kRoundSums[] = {0, 3, 4, 1, 1, 0, 7, 5};  // rows of PassParams::sums
+inline bool is_backward(Round round) { return round >= Round::kSums; }
+inline bool writes_tensor(Round round) { return round == Round::kOutput || round == Round::kGradient; }
+
 struct PassParams {
+  Round round = Round::kAll;
+  double* sums = nullptr;  // of one round, (sums, groups); null for all rounds
+
   // Layout
   Storage storage = Storage::kFloat32;
   Geometry geometry;
@@ -99,6 +120,26 @@ struct PassParams {
   Activation activation = Activation::kNone;  // forward: applied to the output; backward: to its gradient
   Operand activated;  // backward, with an activation: the forward pass's output
   Operand grad_sum;   // backward: added to the gradient of the input
+
+  // Whether the forward pass computes the noise's scale.
+  bool finds_scale() const { return noise.on && !noise.given_scale; }
+
+  // Whether a call computes a round.
+  bool runs(Round which) const {
+    if (round != Round::kAll) return round == which;
+    switch (which) {
+      case Round::kMoments:
+      case Round::kLambda:
+        return !frozen;
+      case Round::kMeanX:
+      case Round::kDeviation:
+        return finds_scale();
+      case Round::kGradient:
+        return output.data;
+      default:
+        return true;
+    }
+  }
 };
 
 namespace {

@@ -12,8 +12,6 @@
 namespace normnorm {
 namespace {
 
-using cpu::Round;
-
 // part(0) + part(1) + ..., in that order; Part has add().
 template <class Part, class F>
 inline Part reduce_parts(const cpu::ThreadPool& pool, bool parallel, int64_t count, F part) {

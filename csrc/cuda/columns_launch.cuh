@@ -31,7 +31,7 @@ class ColumnsPass {
     d.largest_block = kColumnThreads;
     d.static_shared = int(sizeof(TileShared<T>)) + kColumnWarps * kGradientSums * kTileColumns<T> * int(sizeof(Real));
     chunk_bytes_ = size_t(d.chunk_bytes);
-    const bool resident = a_.width == 1 && !(p.frozen && !backward);
+    const bool resident = a_.width == 1 && !(p.frozen && !backward) && p.round == Round::kAll;
     plan_ = resident ? choose_tile_plan(d, device, kColumnThreads, p.force) : Plan();
     if (plan_.tier == Tier::kGrid && !are_co_resident(tile_kernel(backward), tile_launch(), device)) plan_ = Plan();
     Workspace workspace(p.workspace);
@@ -42,7 +42,8 @@ class ColumnsPass {
     }
     place_stream(workspace, device);  // also for co-operating blocks, whose launch the device may refuse
     if (backward) {
-      a_.weight_partials = partials_of(workspace, p.grad_weight);
+      a_.weight_partials = p.round == Round::kSums ? a_.partial  // not null: wanted, with the noise
+                                                   : partials_of(workspace, p.grad_weight);
       a_.bias_partials = partials_of(workspace, p.grad_bias);
     }
     workspace_bytes_ = workspace.used();
@@ -69,7 +70,7 @@ class ColumnsPass {
     blocks_ = unsigned(slabs_ * a_.splits);
     if (plan_.tier != Tier::kGrid) plan_ = {Tier::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
     a_.partial = workspace.take<Real>(int64_t(blocks_) * kMaxSums * kTileColumns<T>);
-    a_.mean = workspace.take<Real>(p_.geometry.groups());
+    a_.mean = place_means<Real>(p_, workspace, p_.geometry.groups());
     a_.sums = workspace.take<Real>(p_.geometry.groups() * kMaxSums);
   }
 
@@ -100,7 +101,8 @@ class ColumnsPass {
   int round(Kernel kernel, Kernel finish, const ColumnsArgs<Real>& a) const {
     if (const int e = round(kernel, a)) return e;
     const unsigned groups = unsigned(p_.geometry.groups()), threads = finish_threads(int64_t(a.width) * a.splits);
-    return launch(finish, {.grid = groups, .threads = threads, .stream = stream_}, a);
+    const Launch l = {.grid = groups, .threads = threads, .stream = stream_};
+    return p_.round == Round::kAll ? launch(finish, l, a) : launch(column_leave<T>, l, a, round_sums(p_));
   }
 
   using TileKernel = void (*)(const ColumnsArgs<Real>, typename TileThreads<T>::Sync);
@@ -127,17 +129,15 @@ class ColumnsPass {
     if (e != kNotCoResident) return e;
     e = 0;
     ColumnsArgs<Real> a = a_;
-    if (!p_.frozen) {
+    if (p_.runs(Round::kMoments)) {
       const Kernel fused = column_moments<T, kRagged, true>, plain = column_moments<T, kRagged, false>;
       e = round(fuses_prologue(p_, false) ? fused : plain, column_finish<T, Finish::kMoments>, a);
       read_sum_as_input(a);
-      if (!e) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>, a);
     }
-    if (!e && p_.noise.on && !p_.noise.given_scale) {
-      e = round(column_sum_x<T, kRagged, false>, column_finish<T, Finish::kMean>, a);
-      if (!e) e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>, a);
-    }
-    if (e) return e;
+    if (!e && p_.runs(Round::kLambda)) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>, a);
+    if (!e && p_.runs(Round::kMeanX)) e = round(column_sum_x<T, kRagged, false>, column_finish<T, Finish::kMean>, a);
+    if (!e && p_.runs(Round::kDeviation)) e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>, a);
+    if (e || !p_.runs(Round::kOutput)) return e;
     if (fuses_epilogue(p_, false)) return round(column_output<T, kRagged, true, true>, a);
     return round(p_.noise.on ? column_output<T, kRagged, true, false> : column_output<T, kRagged, false, false>, a);
   }
@@ -148,8 +148,9 @@ class ColumnsPass {
     if (plan_.tier == Tier::kGrid) e = launch_tiles(tile_kernel(true));
     if (e != kNotCoResident) return e;
     const Kernel sums = gradient_kernel<kRagged, true>(fuses_prologue(p_, true));
-    e = round(sums, column_finish<T, Finish::kGradient>, a_);
-    if (e || !p_.output.data) return e;
+    e = p_.runs(Round::kSums) ? round(sums, column_finish<T, Finish::kGradient>, a_)
+                              : launch_take_means<T>(p_, a_.sums, stream_);
+    if (e || !p_.runs(Round::kGradient)) return e;
     return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), a_);
   }
   template <bool kRagged, bool kSums>

@@ -321,6 +321,14 @@ __global__ void __launch_bounds__(kFinishThreads) column_finish(const ColumnsArg
   }
 }
 
+// As stream_leave(); a group is one column, and its sums include the weight.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads) column_leave(const ColumnsArgs<RealOf<T>> a, const RoundSums to) {
+  const ColumnPartials<T> partials = {a, 0, blockIdx.x};
+  const auto number = [&](uint32_t i, int k) { return double(partials.get(i, k)); };
+  leave_sums(a, to, partials.entries(), number, blockIdx.x, [](double (&)[kGradientSums]) {});
+}
+
 }  // namespace
 }  // namespace cuda
 }  // namespace normnorm

@@ -8,8 +8,8 @@ extern "C" {
 // The bytes of Problem::workspace that a pass needs on the current device.
 int normnorm_cuda_workspace(const normnorm::cuda::Problem* problem, int backward, size_t* bytes);
 
-// Both return a cudaError_t. The geometry must be one that refusal() of plan.h lets pass. The forward pass writes
-// Problem::stats, in inference too.
+// All rounds of a pass, or one (Problem::round). Both return a cudaError_t. The geometry must be one that refusal() of
+// plan.h lets pass. The forward pass writes Problem::stats, in inference too.
 int normnorm_cuda_forward(const normnorm::cuda::Problem* problem, void* stream);
 int normnorm_cuda_backward(const normnorm::cuda::Problem* problem, void* stream);
 

@@ -89,7 +89,8 @@ KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   a.seed = p.seed, a.stream = p.noise.stream;
   a.noise = p.noise.on, a.given_scale = p.noise.given_scale, a.frozen = p.frozen;
   a.noise_train = Real(p.noise.train);
-  a.inverse_count_double = 1.0 / double(p.geometry.group_size());
+  // the caller of Round::kGradient gives means
+  a.inverse_count_double = p.round == Round::kGradient ? 1.0 : 1.0 / double(p.geometry.group_size());
   a.inverse_count = Real(a.inverse_count_double);
   a.settings = p.settings.as<Real>();
   const auto tensor = [&](const Operand& t) { return FusedTensor{t.data, chunk_strides(p.geometry, t.stride, N)}; };
@@ -111,6 +112,23 @@ template <class T, class F>
 auto with_mode(bool ragged, F f) {
   if constexpr (sizeof(T) == 8) return f(std::true_type());
   else return ragged ? f(std::true_type()) : f(std::false_type());
+}
+
+// Where a round alone leaves its sums.
+inline RoundSums round_sums(const Problem& p) { return {p.round, int(kRoundSums[int(p.round)]), p.sums}; }
+
+// The mean of x between rounds 3 and 4, which is in the statistics where each is computed alone.
+template <class Real>
+Real* place_means(const Problem& p, Workspace& workspace, int64_t groups) {
+  if (p.round == Round::kAll) return workspace.take<Real>(groups);
+  return static_cast<Real*>(p.stats) + kNoiseScale * p.geometry.groups();
+}
+
+template <class T>
+int launch_take_means(const Problem& p, RealOf<T>* sums, void* stream) {
+  const unsigned groups = unsigned(p.geometry.groups());
+  const Launch l = {.grid = unsigned(ceil_div(groups, kStreamThreads)), .threads = kStreamThreads, .stream = stream};
+  return launch(take_means<T>, l, p.sums, groups, sums);
 }
 
 // A resident kernel for each kind of thread group.
@@ -187,7 +205,7 @@ class RowsPass {
       plan_ = choose_plan(d, device, p_.force);
       const bool in_blocks = plan_.tier == Tier::kBlock || plan_.tier == Tier::kCluster;
       sums_elements_ = d.sums_elements && plan_.shared_chunks == 0 && in_blocks;
-      if (p_.frozen && !backward_) plan_.tier = Tier::kStreaming;
+      if (p_.round != Round::kAll || (p_.frozen && !backward_)) plan_.tier = Tier::kStreaming;
       if (plan_.tier != Tier::kCluster && plan_.tier != Tier::kGrid) return;
       if (is_co_resident(device)) return;
       if (p_.force.tier != Tier::kAuto) {
@@ -238,23 +256,25 @@ class RowsPass {
   void place_stream(Workspace& workspace, const Device& device) {
     static_cast<KernelArgs<Real>&>(stream_args_) = args_;
     const int64_t groups = p_.geometry.groups();
-    // The output round alone: evaluation without noise, or with a given scale of the noise.
-    const bool once = p_.frozen && !backward_ && (!p_.noise.on || p_.noise.given_scale);
+    const bool alone = p_.round != Round::kAll;
+    // The output round alone; also evaluation without noise, or with a given scale of the noise.
+    const bool once = alone ? p_.round == Round::kOutput : p_.frozen && !backward_ && !p_.finds_scale();
     const int again = backward_ ? (has_activation(p_) ? 3 : 2) : 1;  // tensors read in every round
     const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
-    wave_ = once ? groups : kWaveBytes / bytes;
+    wave_ = once || alone ? groups : kWaveBytes / bytes;
     wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;
     const int64_t most = ceil_div(args_.chunks, kStreamThreads);
     int64_t splits = ceil_div(int64_t(device.multiprocessors) * (2048 / kStreamThreads), wave_);
     if (once) splits = std::max(splits, ceil_div(most, kOutputChunks));
     splits = splits > most ? most : splits;
     stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
-    if (p_.force.thread_groups) wave_ = p_.force.thread_groups;
+    if (p_.force.thread_groups && !alone) wave_ = p_.force.thread_groups;
     if (plan_.tier == Tier::kStreaming) plan_ = {Tier::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
     if (once) return;  // without sums
     stream_args_.partial = workspace.take<Real>(wave_ * stream_args_.splits * kMaxSums);
-    stream_args_.mean = workspace.take<Real>(wave_);
+    stream_args_.mean = place_means<Real>(p_, workspace, wave_);
     stream_args_.sums = workspace.take<Real>(wave_ * kMaxSums);
+    if (p_.round == Round::kSums) stream_args_.weight_partials = stream_args_.partial;  // not null: wanted, with the noise
   }
 
   void place_partials(Workspace& workspace, const Device& device) {
@@ -334,24 +354,24 @@ class RowsPass {
   }
   int round(StreamKernel kernel, StreamKernel finish, const StreamingArgs<Real>& s, unsigned groups) const {
     if (const int e = round(kernel, s, groups)) return e;
-    return launch(finish, {.grid = groups, .threads = finish_threads(s.splits), .stream = stream_}, s);
+    const Launch l = {.grid = groups, .threads = finish_threads(s.splits), .stream = stream_};
+    return p_.round == Round::kAll ? launch(finish, l, s) : launch(stream_leave<T>, l, s, round_sums(p_));
   }
 
   template <bool kRagged>
   int stream_forward() const {
     return each_wave([&](StreamingArgs<Real> s, unsigned groups) {
       int e = 0;
-      if (!p_.frozen) {
+      if (p_.runs(Round::kMoments)) {
         const auto fused = stream_moments<T, kRagged, true>, plain = stream_moments<T, kRagged, false>;
         e = round(fuses_prologue(p_, false) ? fused : plain, stream_finish<T, Finish::kMoments>, s, groups);
         read_sum_as_input(s);
-        if (!e) e = round(stream_lambda<T, kRagged>, stream_finish<T, Finish::kLambda>, s, groups);
       }
-      if (!e && args_.noise && !args_.given_scale) {
-        e = round(stream_x<T, kRagged, false>, stream_finish<T, Finish::kMean>, s, groups);
-        if (!e) e = round(stream_x<T, kRagged, true>, stream_finish<T, Finish::kDeviation>, s, groups);
-      }
-      if (e) return e;
+      if (!e && p_.runs(Round::kLambda)) e = round(stream_lambda<T, kRagged>, stream_finish<T, Finish::kLambda>, s, groups);
+      if (!e && p_.runs(Round::kMeanX)) e = round(stream_x<T, kRagged, false>, stream_finish<T, Finish::kMean>, s, groups);
+      if (!e && p_.runs(Round::kDeviation))
+        e = round(stream_x<T, kRagged, true>, stream_finish<T, Finish::kDeviation>, s, groups);
+      if (e || !p_.runs(Round::kOutput)) return e;
       if (fuses_epilogue(p_, false)) return round(stream_output<T, kRagged, true, true>, s, groups);
       const auto noisy = stream_output<T, kRagged, true, false>, quiet = stream_output<T, kRagged, false, false>;
       return round(args_.noise ? noisy : quiet, s, groups);
@@ -367,8 +387,9 @@ class RowsPass {
   int stream_backward() const {
     return each_wave([&](const StreamingArgs<Real>& s, unsigned groups) {
       const auto sums = gradient_kernel<kRagged, true>(fuses_prologue(p_, true));
-      const int e = round(sums, stream_finish<T, Finish::kGradient>, s, groups);
-      if (e || !args_.output) return e;
+      const int e = p_.runs(Round::kSums) ? round(sums, stream_finish<T, Finish::kGradient>, s, groups)
+                                          : launch_take_means<T>(p_, s.sums, stream_);
+      if (e || !p_.runs(Round::kGradient)) return e;
       return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), s, groups);
     });
   }

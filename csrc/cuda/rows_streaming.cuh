@@ -15,7 +15,7 @@ struct StreamingArgs : KernelArgs<Real> {
   uint32_t first_group, splits;  // of a wave; blocks a group
   Real* partial;                 // [group of the wave][split][kMaxSums]
   Real* mean;                    // [group of the wave]: mean of x, between rounds 3 and 4
-  Real* sums;                    // [group of the wave][kMaxSums]: backward totals
+  Real* sums;                    // [group of the wave][kMaxSums]: backward totals, which include the weight
 };
 
 // A block's group, and which of the group's blocks it is.
@@ -221,9 +221,10 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
   const PhiloxSchedule keys(kSums && noisy ? uint64_t(*s.seed) : 0);
   const Real noise = s.noise_train * k.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
   InputGradient<Real> du = {};
-  if (!kSums)
-    du = finish_gradient(s.sums + size_t(slice.local) * kMaxSums, group_affine<T>(s, g).weight, s.inverse_count,
-                         k.rstd, s.frozen);
+  if (!kSums) {
+    du = finish_gradient(s.sums + size_t(slice.local) * kMaxSums, Real(1), s.inverse_count, k.rstd, s.frozen);
+    du.through *= group_affine<T>(s, g).weight;
+  }
   Real sums[kGradientSums] = {};
   const SignedExponent<Real> exponent = gradient_exponent(k.exponents);
   with_path(k.path, [&](auto tag) {
@@ -278,19 +279,24 @@ inline unsigned finish_threads(int64_t partials) {
   return unsigned(whole < kFinishThreads ? whole : kFinishThreads);
 }
 
-// Combines the moments of a group's partials around the first one's pilot, so that nothing cancels. partial(i, k) is number
-// k of partial i: count, pilot, mean less the pilot, sum of squares around the mean.
+// Sums a group's elements and their squares around the pilot of its first partial, so that nothing cancels. partial(i, k) is
+// number k of partial i: count, pilot, mean less the pilot, sum of squares around the mean.
+template <class Sum, class Partial>
+__device__ inline void sum_moments(BlockThreads<Sum>& threads, uint32_t partials, Partial partial, Sum pilot, Sum (&sums)[2]) {
+  for (uint32_t i = threadIdx.x; i < partials; i += blockDim.x) {
+    const Sum count = partial(i, 0), delta = (partial(i, 1) - pilot) + partial(i, 2);
+    sums[0] += count * delta;
+    sums[1] += partial(i, 3) + count * delta * delta;
+  }
+  threads.sum(sums);
+}
+
 template <class Real, class Partial>
 __device__ inline void finish_moments_of(const KernelArgs<Real>& a, BlockThreads<Real>& threads, uint32_t partials,
                                          Partial partial, uint32_t group) {
   const Real pilot = partial(0, 1);
   Real sums[2] = {};
-  for (uint32_t i = threadIdx.x; i < partials; i += blockDim.x) {
-    const Real count = partial(i, 0), delta = (partial(i, 1) - pilot) + partial(i, 2);
-    sums[0] += count * delta;
-    sums[1] += partial(i, 3) + count * delta * delta;
-  }
-  threads.sum(sums);
+  sum_moments(threads, partials, partial, pilot, sums);
   const Real shift = sums[0] * a.inverse_count, squares = sums[1];
   const Real mean = pilot + shift;
   // shift = mean of u - pilot: finish_moments() subtracts its square from the variance
@@ -325,6 +331,14 @@ __device__ inline void finish_sums(const KernelArgs<Real>& a, const Real (&sums)
   }
 }
 
+// Multiplies the sums that lack a weight which is the same for the whole group (weighted_gradient()) by it.
+template <class T, class Real, class Sum>
+__device__ inline void weigh_sums(const KernelArgs<Real>& a, uint32_t group, Sum (&sums)[kGradientSums]) {
+  const Sum weight = group_affine<T>(a, locate_group(a, group)).weight;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) sums[k] *= weight;
+}
+
 template <class T, Finish kFinish>
 __global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamingArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
@@ -342,6 +356,7 @@ __global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamingA
       for (int k = 0; k < K; ++k) sums[k] += partial[size_t(i) * kMaxSums + k];
     threads.sum(sums);
     if (threadIdx.x > 0) return;
+    if constexpr (kFinish == Finish::kGradient) weigh_sums<T>(s, group, sums);
     finish_sums<kFinish>(s, sums, group, s.mean + local, s.sums + size_t(local) * kMaxSums);
     if constexpr (kFinish == Finish::kGradient) {
       if (s.affine != Affine::kPerGroup) return;
@@ -349,6 +364,61 @@ __global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamingA
       if (s.weight_partials) s.weight_partials[group] = sums[6];
     }
   }
+}
+
+// Where the sums of one round go, (count, groups): PassParams::sums.
+struct RoundSums {
+  Round round;
+  int count;
+  double* sums;
+};
+
+// The sums of one round over a group's partials, in float64. weigh(sums) multiplies those of the backward pass by the
+// weight.
+template <class Real, class Partial, class Weigh>
+__device__ inline void leave_sums(const KernelArgs<Real>& a, const RoundSums& to, uint32_t partials, Partial partial,
+                                  uint32_t group, Weigh weigh) {
+  BlockThreads<double> threads({});
+  double sums[kGradientSums] = {};
+  if (to.round == Round::kMoments) {
+    const double pilot = partial(0, 1), count = double(a.length) * double(a.runs);
+    double around[2] = {};
+    sum_moments(threads, partials, partial, pilot, around);
+    const double shift = around[0] / count;  // divided, so that the mean of equal numbers is exact
+    sums[0] = pilot + shift;
+    sums[1] = shift - (sums[0] - pilot);
+    const double squares = around[1] - around[0] * shift;
+    sums[2] = squares < 0 ? 0 : squares;
+  } else {
+    for (uint32_t i = threadIdx.x; i < partials; i += blockDim.x)
+#pragma unroll
+      for (int k = 0; k < kGradientSums; ++k)
+        if (k < to.count) sums[k] += partial(i, k);
+    threads.sum(sums);
+  }
+  if (threadIdx.x > 0) return;
+  if (to.round == Round::kSums) weigh(sums);
+#pragma unroll
+  for (int k = 0; k < kGradientSums; ++k)
+    if (k < to.count) to.sums[int64_t(k) * a.groups + group] = sums[k];
+}
+
+// In place of stream_finish() after a round alone.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads) stream_leave(const StreamingArgs<RealOf<T>> s, const RoundSums to) {
+  const uint32_t group = blockIdx.x;
+  const RealOf<T>* partial = s.partial + size_t(group) * s.splits * kMaxSums;
+  const auto number = [&](uint32_t i, int k) { return double(partial[size_t(i) * kMaxSums + k]); };
+  leave_sums(s, to, s.splits, number, group, [&](double (&sums)[kGradientSums]) { weigh_sums<T>(s, group, sums); });
+}
+
+// The means that a caller gives for Round::kGradient, (5, groups), in the place of a pass's own totals.
+template <class T>
+__global__ void __launch_bounds__(kStreamThreads) take_means(const double* means, uint32_t groups, RealOf<T>* sums) {
+  const uint32_t group = blockIdx.x * kStreamThreads + threadIdx.x;
+  if (group >= groups) return;
+#pragma unroll
+  for (int k = 0; k < 5; ++k) sums[size_t(group) * kMaxSums + k] = RealOf<T>(means[int64_t(k) * groups + group]);
 }
 
 // The gradients of weights that vary within a group, where the main kernels do not sum them: kernels of their own over input

@@ -11,9 +11,8 @@ with the whole batch. Collectives:
 
 Messages are float64, so that the merge adds no rounding error, and nothing is copied to the host
 in between: the same code serves gloo and NCCL. The passes between the collectives are rounds of the
-compiled CPU kernels or of the Triton kernels, or PyTorch operations from :mod:`normnorm.reference`
-where these do not serve: for another backend, under torch.compile, which traces them, and for
-second derivatives.
+backend's kernels, or PyTorch operations from :mod:`normnorm.reference`: for the reference backend,
+under torch.compile, which traces them, and for second derivatives.
 """
 
 import importlib
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..autograd import normal_norm
-from ..backends import cpu
 from ..backends.reference import pull_back, through_activation
 from ..config import PACKED_SCHEMA, Config, packed
 from ..namespace import compiled_namespace
@@ -165,13 +163,17 @@ def _finish(
 # The two classes have the same methods, called in this order; sums are (k, C), float64.
 
 
-_library = torch.library.Library(compiled_namespace(cpu.NAME), "FRAGMENT")
-_library.define(
+_SCHEMA = (
     "round_(Tensor input, Tensor stats, Tensor(a!)? sums, Tensor(b!)? result, Tensor? weight, "
     "Tensor? bias, Tensor? residual, Tensor? seed, Tensor? grad_output, Tensor? output, "
     f"{PACKED_SCHEMA}) -> ()"
 )
-_compiled = getattr(torch.ops, compiled_namespace(cpu.NAME)).round_.default
+_libraries: list[torch.library.Library] = []
+_compiled: dict[str, Any] = {}  # the op of each compiled backend
+for _name in ("cpu", "cuda"):
+    _libraries.append(torch.library.Library(compiled_namespace(_name), "FRAGMENT"))
+    _libraries[-1].define(_SCHEMA)
+    _compiled[_name] = getattr(torch.ops, compiled_namespace(_name)).round_.default
 
 # Runs a round: the arguments of the compiled op to ``output``, the configuration, the round.
 _Run = Callable[..., None]
@@ -179,14 +181,14 @@ _Run = Callable[..., None]
 
 def _run_compiled(*arguments: Any) -> None:
     *tensors, config, number = arguments
-    _compiled(*tensors, *packed(config, number))
+    _compiled[config.backend](*tensors, *packed(config, number))
 
 
 def _kernels_of(input: Tensor, config: Config) -> _Run | None:
     """What runs the rounds of the backend's kernels; None if they do not compute the passes."""
     if torch.compiler.is_compiling() or not ops.direct(input):
         return None
-    if config.backend == cpu.NAME:
+    if config.backend in _compiled:
         return _run_compiled
     if config.backend == "triton":
         launch = importlib.import_module("..triton_kernels.launch", __package__)

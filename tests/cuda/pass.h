@@ -21,6 +21,7 @@ struct Pass {
   int32_t storage, parameters;                // 0: none, 1: in the statistics' type, 2: in the input's
   int32_t backward, channels_last, noise, given_scale, frozen, relu, residual, add;
   int32_t needs_input, needs_weight, needs_bias, parameter_offset;
+  int32_t round;  // Round; of one alone, nothing is frozen, given or added before the norm
 };
 
 // memory(name, count, storage, offset): the address of so many numbers, `offset` numbers behind a boundary. Returns false
@@ -31,6 +32,9 @@ bool make_problem(const Pass& pass, Memory memory, cuda::Problem& p) try {
   const Storage storage = Storage(pass.storage);
   const Storage real = storage == Storage::kFloat64 ? storage : Storage::kFloat32;
   const bool backward = pass.backward != 0;
+  const Round round = Round(pass.round);
+  const bool alone = round != Round::kAll;
+  const bool writes = alone ? writes_tensor(round) : !backward || pass.needs_input;
   const auto view = [&](const int64_t* strides) {
     TensorView v;
     v.given = true, v.dim = pass.dim, v.sizes = pass.sizes, v.strides = strides, v.dtype = dtypes[pass.storage];
@@ -38,14 +42,17 @@ bool make_problem(const Pass& pass, Memory memory, cuda::Problem& p) try {
   };
   Arguments a;
   a.input = view(pass.input.strides);
+  a.shard = alone;
   Config c;
   c.kind = Kind(pass.kind), c.num_groups = pass.num_groups, c.normalized_ndim = pass.normalized_ndim;
   c.channels_last = pass.channels_last != 0;
   check_forward(a, c);
-  const bool noise = pass.noise && (!backward || (pass.needs_weight && pass.parameters));
+  const bool draws = alone ? round == Round::kOutput || round == Round::kSums
+                           : !backward || (pass.needs_weight && pass.parameters);
+  const bool noise = pass.noise && draws;
   if (noise && noise_order_is_out_of_reach(a.input, c)) return false;
   c.noise_train = noise ? 0.4 : 0.0;
-  const Layout layout = cuda_layout(a.input, backward && !pass.needs_input ? a.input : view(pass.output.strides), c, noise);
+  const Layout layout = cuda_layout(a.input, writes ? view(pass.output.strides) : a.input, c, noise);
   p = cuda_problem(storage, layout, c, noise);
   // a tensor, or its dense copy where the layout cannot access it in place
   const auto operand = [&](const char* name, const Tensor& t) {
@@ -71,16 +78,19 @@ bool make_problem(const Pass& pass, Memory memory, cuda::Problem& p) try {
   }
   if (noise) p.seed = static_cast<const int64_t*>(memory("seed", 1, Storage::kFloat64, 0));
   p.activation = Activation(pass.relu), p.frozen = pass.frozen;
+  p.round = round;
+  if (const int64_t sums = kRoundSums[pass.round])
+    p.sums = static_cast<double*>(memory("round", sums * group_count(a.input, c), Storage::kFloat64, 0));
+  if (writes) p.output = operand("output", pass.output);
   if (!backward) {
-    p.output = operand("output", pass.output);
     if (pass.add) p.sum = operand("sum", pass.output), p.addend = operand("addend", pass.beside);
-    else if (pass.residual) p.residual = operand("residual", pass.beside);
+    else if (pass.residual && writes) p.residual = operand("residual", pass.beside);
     p.noise.given_scale = noise && pass.given_scale;
     return true;
   }
   p.grad_output = operand("grad_output", pass.grad_output);
   if (pass.relu) p.activated = operand("activated", pass.output);
-  if (pass.needs_input) p.output = operand("output", pass.output);
+  if (alone) return true;
   if (pass.needs_input && pass.add) p.grad_sum = operand("grad_sum", pass.beside);
   if (pass.parameters && pass.needs_weight) p.grad_weight = parameter("grad_weight", 0);
   if (pass.parameters && pass.needs_bias) p.grad_bias = parameter("grad_bias", 0);

@@ -208,15 +208,22 @@ def test_a_graph_that_saved_a_buffer_refuses_to_go_backward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["backends", "ops", "noise", "numerics", "bad_input", "fused"])
-def test_the_tests_of_all_backends_pass_on_this_one(file):
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        *((f"core/test_{name}.py", "cuda")
+          for name in ("backends", "ops", "noise", "numerics", "bad_input", "fused")),
+        ("distributed/test_sync.py", "one_process or every_backend"),
+    ],
+)  # fmt: skip
+def test_the_tests_of_all_backends_pass_on_this_one(file, chosen):
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {
         "NORMNORM_HOST_RUN": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
-        [*command, "-m", "not slow", str(Path(__file__).parents[1] / f"core/test_{file}.py")],
+        [*command, "-m", "not slow", str(Path(__file__).parents[1] / file)],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

@@ -23,13 +23,16 @@ from raw_ops import (
     both_passes,
     channels_last,
     check,
+    compare,
     forward_pass,
     operands,
     same,
 )
+from shards import sharded_passes
 from tiers import COLUMN_TIERS, COLUMNS, DTYPES, FUSIONS, ROW_TIERS, ROWS, case_and_plan, layouts
 from torch import Tensor
 
+from normnorm.config import packed
 from normnorm.statistics import Row
 
 pytestmark = pytest.mark.skipif(
@@ -319,6 +322,89 @@ def test_fused_equals_separate_operations_bitwise(kernels, case, tier, columns, 
     case, plan = case_and_plan(case, tier, columns)
     kernels.force(**plan)
     assert_fused_equals_steps("cuda", case, make(case, dtype, columns), columns, **NOISE)
+
+
+# --- one round at a time, for synchronised layers ------------------------------------------------
+
+ROUNDS = [
+    (case, columns)
+    for case, tier, columns in layouts(tuple(ROWS), tuple(COLUMNS))
+    if case.startswith("batch") and tier == "streaming"
+]
+RESIDUAL, RELU = ("residual",), ("relu",)
+
+
+@each_dtype
+@pytest.mark.parametrize(("case", "columns"), ROUNDS)
+def test_rounds(kernels, case, columns, dtype):
+    """With noise over the whole batch, and without over shards, one of them empty."""
+    case = (COLUMNS if columns else ROWS)[case]
+    t, size = make(case, dtype, columns), case.shape[0]
+    last = columns and len(case.shape) > 2
+
+    def check_rounds(t, sizes, fused, **options) -> None:
+        got = sharded_passes("cuda", case, t, sizes, fused, last, **options)
+        if len(sizes) == 1:
+            assert got[0].stride() == got[2].stride() == t["x"].stride()
+        compare(case, t, fused, last, got, **options)
+
+    for fused in ((), FUSIONS[0]):
+        check_rounds(t, [size], fused, **NOISE)
+    check_rounds(without_parameters(t), [size], (), **NOISE)
+    kernels.force(tier="streaming", blocks=3, thread_groups=2)
+    t["weight"][1] = 0.0
+    for fused in (RESIDUAL, RELU):
+        check_rounds(t, [1, 0, size - 1], fused)
+
+
+def test_the_launches_of_rounds(kernels):
+    """A round and its sums, of which the output has none, and the gradient's are given."""
+    case = ROWS["batch"]
+    for options, rounds in ((NOISE, 7), ({}, 5)):
+        sharded_passes("cuda", case, make(case), [case.shape[0]], **options)
+        assert len(kernels.launches()) == 2 * rounds - 1
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rounds_over_equal_numbers_give_exact_zeros(kernels, columns, dtype):
+    case = Case("batch", (21, 3, 5, 7))
+    t = without_parameters(make(case, dtype, columns))
+    t["x"] = torch.full_like(t["x"], 0.1)
+    y, stats, *_ = sharded_passes("cuda", case, t, [2, 19], (), columns, **NOISE)
+    assert (y == 0).all()
+    assert (stats[Row.LMBDA] == 1).all()
+
+
+@each_layout
+def test_rounds_in_any_thread_order(kernels, columns):
+    case = (COLUMNS if columns else ROWS)["batch"]
+    results = []
+    for order in ORDERS:
+        kernels.configure(order)
+        t = make(case, columns=columns)
+        results.append(sharded_passes("cuda", case, t, [case.shape[0]], (), columns, **NOISE))
+    assert all(same(results[0], each) for each in results[1:])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"number": 0}, {"number": 6}, {"sums": None}, {"sums": torch.zeros(3, 5)},
+        {"sums": torch.zeros(5, 3, dtype=torch.float64).T}, {"stats": torch.zeros(8, 4)},
+    ],
+    ids=["all rounds", "a gradient's round", "no sums", "dtype", "strides", "shape"],
+)  # fmt: skip
+def test_a_round_refuses_what_does_not_fit(kernels, changed):
+    case = ROWS["batch"]
+    t = make(case)
+    given = {"stats": torch.zeros(8, 5), "sums": torch.zeros(3, 5, dtype=torch.float64)}
+    given |= {"number": 1, **changed}
+    settings = packed(case.config("cuda"), given["number"])
+    with pytest.raises((ValueError, RuntimeError), match="do not fit the"):
+        torch.ops.normnorm_cuda.round_(
+            t["x"], given["stats"], given["sums"], *(None,) * 7, *settings
+        )
 
 
 # --- frozen statistics and hard data -------------------------------------------------------------

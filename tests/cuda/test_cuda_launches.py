@@ -76,7 +76,7 @@ class _Tensor(ctypes.Structure):
 
 _FLAGS = (
     "storage", "parameters", "backward", "channels_last", "noise", "given_scale", "frozen", "relu",
-    "residual", "add", "needs_input", "needs_weight", "needs_bias", "parameter_offset",
+    "residual", "add", "needs_input", "needs_weight", "needs_bias", "parameter_offset", "round",
 )  # fmt: skip
 
 
@@ -227,7 +227,10 @@ def draw(rng: random.Random, storages: tuple[str, ...], backward: bool) -> tuple
     input = strides(shape)
     output = _dense(shape, last if input == _dense(shape, last) else rows)
     frozen = kind == "batch" and rng.random() < 0.2
-    add = not frozen and rng.random() < 0.3
+    round = 0
+    if kind == "batch" and not frozen and rng.random() < 0.3:
+        round = rng.choice([6, 7] if backward else [1, 2, 3, 4, 5])
+    add = not frozen and not round and rng.random() < 0.3
     likely: Callable[[float], bool] = lambda p: rng.random() < p  # noqa: E731
     flags = {
         "storage": STORAGES.index(rng.choice(storages)),
@@ -235,7 +238,7 @@ def draw(rng: random.Random, storages: tuple[str, ...], backward: bool) -> tuple
         "backward": backward,
         "channels_last": output == _dense(shape, last) != _dense(shape, rows),
         "noise": likely(0.5),
-        "given_scale": likely(0.1),
+        "given_scale": not round and likely(0.1),
         "frozen": frozen,
         "relu": likely(0.3),
         "residual": not add and likely(0.3),
@@ -244,6 +247,7 @@ def draw(rng: random.Random, storages: tuple[str, ...], backward: bool) -> tuple
         "needs_weight": likely(0.9),
         "needs_bias": likely(0.9),
         "parameter_offset": rng.choice([0, 0, 0, 1, 2]),
+        "round": round,
     }
     tensors = {
         "input": _tensor(input, offset()),

@@ -40,6 +40,10 @@ def _run(rank, ranks, folder):
     import dtensor_cases  # noqa: F401
     import sync_cases  # noqa: F401
 
+    if os.environ.get("NORMNORM_HOST_RUN") == "1":
+        from host_cuda import torch_library
+
+        torch_library.register()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks,

@@ -81,15 +81,17 @@ class Look {
       if (backward) parts(a, elementwise ? grid_ / blocks * a.length : a.affine == Affine::kPerGroup ? a.groups : 0);
     } else if (starts("stream_")) {
       const auto& s = *static_cast<const StreamingArgs<Real>*>(given[0]);
-      const unsigned splits = starts("stream_finish") ? 1 : s.splits;
+      const bool finish = starts("stream_finish"), leave = starts("stream_leave");
+      const unsigned splits = finish || leave ? 1 : s.splits;
       rows<T>(s, aligned, 0);
       require(grid_ % splits == 0, "a group lacks blocks");
       require(s.first_group + grid_ / splits <= s.groups, "blocks without a group");
       if (starts("stream_output")) return;
       workspace("parts", s.partial, grid_ / splits * size_t(s.splits) * kMaxSums);
-      workspace("means", s.mean, grid_ / splits);
+      means(s.mean, grid_ / splits);
       workspace("sums", s.sums, grid_ / splits * kMaxSums);
-      if (starts("stream_finish") && s.affine == Affine::kPerGroup) parts(s, s.groups);
+      if (leave) round_sums(given[1], s.groups);
+      if (finish && s.affine == Affine::kPerGroup) parts(s, s.groups);
     } else if (starts("column_")) {
       const auto& a = *static_cast<const ColumnsArgs<Real>*>(given[0]);
       rows<T>(a, aligned, a.columns);
@@ -102,13 +104,20 @@ class Look {
         holds<T>(a.runs * kTileChunks, blocks, backward ? kColumnBackwardRegister<T> : kForwardRegister<T>,
                  backward ? 3 : 1);
       } else {
-        const bool finish = starts("column_finish");
+        const bool leave = starts("column_leave"), finish = leave || starts("column_finish");
         require(grid_ == (finish ? a.groups : outer * a.tiles * a.splits), "not as many blocks as there is work for");
         workspace("parts", a.partial, size_t(outer) * a.tiles * a.splits * kMaxSums * kTileColumns<T>);
-        workspace("means", a.mean, a.groups);
+        means(a.mean, a.groups);
         workspace("sums", a.sums, size_t(a.groups) * kMaxSums);
+        if (leave) round_sums(given[1], a.groups);
       }
       if (backward || starts("column_finish")) parts(a, outer * a.columns);
+    } else if (starts("take_means")) {
+      const uint32_t groups = *static_cast<const uint32_t*>(given[1]);
+      require(inside("round", *static_cast<const double* const*>(given[0]), size_t(groups) * 5 * sizeof(double)),
+              "means beyond their memory");
+      workspace("sums", *static_cast<Real* const*>(given[2]), size_t(groups) * kMaxSums);
+      require(uint64_t(grid_) * threads_ >= groups, "groups without a thread");
     } else if (starts("run_parameters")) {
       const auto& a = *static_cast<const KernelArgs<Real>*>(given[0]);
       rows<T>(a, aligned, 0);
@@ -151,6 +160,16 @@ class Look {
     require(inside("workspace", p, count * sizeof(V)), std::string(what) + " beyond the workspace");
     for (const Region& r : claimed_) require(end <= r.begin || begin >= r.end, std::string(what) + " upon " + r.name);
     claimed_.push_back({what, begin, end});
+  }
+
+  // In the workspace, or in the statistics for a round alone.
+  template <class Real>
+  void means(const Real* p, size_t count) {
+    if (!inside("stats", p, count * sizeof(Real))) workspace("means", p, count);
+  }
+  void round_sums(const void* given, size_t groups) const {
+    const auto& to = *static_cast<const RoundSums*>(given);
+    require(to.count > 0 && inside("round", to.sums, size_t(to.count) * groups * sizeof(double)), "sums beyond their memory");
   }
 
   template <class Sync>

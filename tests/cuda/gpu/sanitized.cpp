@@ -1,4 +1,4 @@
-// Small layers in every tier, forward and backward, under compute-sanitizer: without torch. Inputs are copied from the
+// Small layers in every tier, forward and backward, and round by round, under compute-sanitizer: without torch. Inputs are copied from the
 // host; outputs are not initialised, so that initcheck reports elements that are read before they are written.
 #include <cstdint>
 #include <cstdio>
@@ -48,19 +48,19 @@ void must(int error, const char* what) {
   exit(1);
 }
 
-// Memory of float32 or bfloat16, which is the upper half of a float32, or of a seed of 8 bytes.
+// Memory of float64, float32 or bfloat16, which is the upper half of a float32, or of a seed of 8 bytes.
 struct Buffer {
   std::string name;
-  size_t bytes;
+  size_t halves_each, bytes;  // halves of 2 bytes a number
   bool half;
   void* data;
 
   Buffer(const std::string& name, size_t count, Storage storage)
-      : name(name), bytes(count * (storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2)),
-        half(storage == Storage::kBFloat16) {
+      : name(name), halves_each(storage == Storage::kFloat64 ? 4 : storage == Storage::kFloat32 ? 2 : 1),
+        bytes(count * halves_each * 2), half(storage == Storage::kBFloat16) {
     must(cudaMalloc(&data, bytes), "cudaMalloc");
   }
-  // Numbers of magnitude [0.5, 1).
+  // Numbers of magnitude [0.5, 1), of float64 smaller ones.
   void fill() {
     static std::mt19937 random(20260105);
     std::vector<uint16_t> halves(bytes / 2);
@@ -72,8 +72,9 @@ struct Buffer {
   size_t bad() const {
     std::vector<uint16_t> halves(bytes / 2);
     must(copy(halves.data(), data, bytes), "copy to the host");
+    const int exponent = halves_each == 4 ? 0x7ff0 : 0x7f80;
     size_t found = 0;
-    for (size_t i = 0; i < halves.size(); ++i) found += (half || i % 2) && (halves[i] & 0x7f80) == 0x7f80;
+    for (size_t i = halves_each - 1; i < halves.size(); i += halves_each) found += (halves[i] & exponent) == exponent;
     return found;
   }
 };
@@ -83,7 +84,8 @@ bool run(const Pass& pass) {
   std::vector<Buffer> read, written;
   const auto memory = [&](const std::string& name, int64_t count, Storage storage, int64_t) {
     const bool result = name == "output" || name == "sum" || name.rfind("grad_w", 0) == 0 || name == "grad_bias" ||
-                        (name == "stats" && !pass.backward);
+                        (name == "stats" && !pass.backward && !pass.round) ||
+                        (name == "round" && pass.round != int(Round::kGradient));
     Buffer& b = (result ? written : read).emplace_back(name, size_t(count), storage);
     if (!result) b.fill();
     return b.data;
@@ -120,15 +122,19 @@ int passes = 0, wrong = 0;
 
 void run_all(const Layer& layer, bool columns, const Forced& f) {
   normnorm_cuda_force(int(f.tier), f.threads, f.blocks, f.thread_groups);
+  const bool in_rounds = layer.kind == Kind::kBatch && f.tier == cuda::Tier::kStreaming;
   for (Storage storage : {Storage::kFloat32, Storage::kBFloat16})
-    for (int backward : {0, 1}) {
+    for (int number = -1; number <= (in_rounds ? int(Round::kGradient) : 0); ++number) {
+      const int round = number < 0 ? 0 : number;  // both passes, then each round
+      const bool backward = round ? is_backward(Round(round)) : number == 0;
       Pass pass = {int32_t(layer.kind), layer.num_groups, layer.normalized_ndim, layer.dim};
       memcpy(pass.sizes, layer.sizes, sizeof pass.sizes);
       pass.input = pass.grad_output = pass.output = pass.beside = dense(layer, columns);
       pass.storage = int(storage), pass.parameters = 1;
       pass.backward = backward, pass.channels_last = columns;
       pass.noise = pass.relu = pass.needs_input = pass.needs_weight = pass.needs_bias = 1;
-      pass.add = storage == Storage::kFloat32, pass.residual = !pass.add;
+      pass.round = round;
+      pass.add = storage == Storage::kFloat32 && !round, pass.residual = !pass.add;
       ++passes;
       wrong += !run(pass);
     }

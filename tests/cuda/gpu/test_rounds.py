@@ -21,12 +21,6 @@ LARGE = Case("batch", (64, 16, 112, 112)), Case("batch", (5, 3, 9, 9))
 NOISE = {"noise_train": 0.7}
 
 
-@pytest.fixture(autouse=True)
-def _of_kernels(backend):
-    if backend != "triton":
-        pytest.skip("of the Triton kernels alone")
-
-
 def check(rig, backend, case, t, sizes, fused=(), last=False, **options):
     got = sharded_passes(backend, case, t, sizes, fused, last, **options)
     compare(rig, case, t, fused, last, got, **options)
