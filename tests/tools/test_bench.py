@@ -113,13 +113,7 @@ def test_a_terminal_sees_the_progress_and_the_remaining_time():
 BAD_OPTIONS = {
     "unknown provider 'apex'; there are torch, ": "--providers torch apex",
     "provider 'cudnn' cannot run here: ": "--providers cudnn",
-    "unknown layer 'BatchNorm2d'; there are Batch": "--layers BatchNorm2d",
     "unknown dtype 'float8'; there are float32, ": "--dtype float8",
-    "unknown mode 'training'; there are noise, ": "--modes training",
-    "unknown operation 'sideways'; there are forward, ": "--operations sideways",
-    "unknown memory format 'nhwc'; there are contig": "--memory-format nhwc",
-    "unknown suite 'alexnet'; there are resnet, ": "--suites alexnet",
-    "unknown network 'alexnet'; there are conv_net, ": "--networks alexnet",
     "takes inputs of 4 dimensions; got shape 8x16": "--layers BatchNormalNorm2d --shape 8x16",
     "more than one value in a group; got shape 1x16": "--layers BatchNormalNorm1d --shape 1x16",
     "every size must be at least 1; got shape 8x0x4x4": "--shape 8x0x4x4",

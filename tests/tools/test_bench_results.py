@@ -14,7 +14,6 @@ from report import parser as report_parser
 
 from normnorm.cli import execute
 from speed import counts, results
-from speed.plots import in_order, look
 from speed.results import Count, Measurement, NetworkMeasurement, ResultsError, load, save
 from speed.tables import (
     BEGIN,
@@ -52,13 +51,10 @@ def put(old, new):
 
 DAMAGED = {
     "truncated": lambda text: text[: len(text) // 2],
-    "JSON is malformed": lambda text: "\x7fELF",
-    "Expected `object`, got `array`": lambda text: "[]",
     "Invalid enum value 'pytest-benchmark' - at `$.format`": put("normnorm-bench",
                                                                  "pytest-benchmark"),
     "Invalid enum value 99 - at `$.version`": put('"version": 1,', '"version": 99,'),
     "Expected `float | null`": put('"median_ms": 1.0', '"median_ms": "fast"'),
-    "missing required field `provider`": put('"provider"', '"who"'),
 }  # fmt: skip
 
 
@@ -225,12 +221,6 @@ def test_the_tables_of_every_run_are_written_and_each_plot_shows_something(files
         # Nothing is cut off: the outermost pixels are white.
         border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         assert border.min() == 1.0, name
-
-
-def test_the_legend_has_ours_first_and_a_copy_last():
-    order = ["normnorm-cpu", "torch", "somebody new", "copy"]
-    assert in_order(reversed(order)) == order
-    assert look("somebody new").label == "somebody new"
 
 
 def test_readme_ratio_is_that_of_the_two_columns_beside_it(files, tmp_path):
