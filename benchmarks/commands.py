@@ -61,11 +61,8 @@ def usable_device(text: str | None, backend: bool = True) -> torch.device:
 
 
 def check_output(option: str, path: Path) -> None:
-    """Raises if a file cannot be written, before any work.
-
-    Raises:
-        CommandError: the path is a folder, or its parent is missing or read-only.
-    """
+    """CommandError where a file cannot be written: the path is a folder, or its parent is missing
+    or read-only."""
     folder = path.resolve().parent
     if path.is_dir():
         raise CommandError(f"{option} {path} is a folder; a file's name is wanted")
@@ -76,11 +73,8 @@ def check_output(option: str, path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raises if a folder cannot be written to or made; makes nothing.
-
-    Raises:
-        CommandError: a file is in the way, or permission is missing.
-    """
+    """CommandError where a folder cannot be written to or made: a file is in the way, or permission
+    is missing. Makes nothing."""
     there = path.resolve()
     while not os.path.lexists(there):
         there = there.parent

@@ -34,6 +34,7 @@ from accuracy.data import Data, load
 from accuracy.experiment import Experiment
 from accuracy.nets import ConvNet, Transformer
 from accuracy.trainer import Trainer, World
+from speed import tables
 
 TUNING_EPOCHS = 3  # with a tenth of the learning rate
 OF_BATCH, OF_LAYER = (0.4, 0.2, 0.1, 0.05, 0.0), (1.0, 0.5, 0.25, 0.1, 0.0)
@@ -189,15 +190,14 @@ def table(rows: list[record.Row]) -> str:
     for row in rows:
         of = runs.setdefault((row["network"], row["start"], row["schedule"]), {})
         of.setdefault(row["noise_train"], []).append(row["accuracy"])
-    lines = ["| network | start | noise | accuracy %, mean over seeds, by noise_train |"]
-    lines.append("| --- | --- | --- | --- |")
+    head, lines = ("network", "start", "noise", "accuracy %, mean over seeds, by noise_train"), []
     for names, levels in runs.items():
         cells = (
             f"{'plain' if noise is None else noise}: {mean(found):.1f}"
             for noise, found in levels.items()
         )
-        lines.append(f"| {' | '.join(names)} | {', '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((*names, ", ".join(cells)))
+    return tables.table(head, lines, len(head))
 
 
 def rows(options: argparse.Namespace) -> list[record.Row]:

@@ -145,30 +145,19 @@ class Images(Dataset[tuple[Tensor, int]]):
     scaled to the size, and the middle is cropped."""
 
     def __init__(self, source: Any, spec: Spec) -> None:
-        self._source, self._spec = source, spec
-        self._mean = torch.tensor(spec.mean).view(-1, 1, 1)
-        self._std = torch.tensor(spec.std).view(-1, 1, 1)
+        self._source, self._mode = source, "L" if spec.channels == 1 else "RGB"
+        transforms = torchvision("transforms")
+        self._transform = transforms.Compose([
+            transforms.Resize(spec.size), transforms.CenterCrop(spec.size), transforms.ToTensor(),
+            transforms.Normalize(spec.mean, spec.std),
+        ])  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        import numpy as np  # here, so that nets.py needs torch alone
-
         image, label = self._source[index]
-        values = torch.from_numpy(np.array(self._square(image), dtype=np.float32)) / 255
-        values = values.unsqueeze(0) if values.dim() == 2 else values.movedim(-1, 0)
-        return (values - self._mean) / self._std, int(label)
-
-    def _square(self, image: Any) -> Any:
-        size = self._spec.size
-        image = image.convert("L" if self._spec.channels == 1 else "RGB")
-        if image.size == (size, size):
-            return image
-        shorter = min(image.size)
-        width, height = (round(side * size / shorter) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        return image.resize((width, height), resample=2).crop((left, top, left + size, top + size))
+        return self._transform(image.convert(self._mode)), int(label)
 
 
 MNIST1D = {"train": 4_000, "test": 10_000, "validation": 5_000}
@@ -226,22 +215,18 @@ def _stratified(images: Any, labels: Any, seed: int, test: float, validate: floa
     training images' mean and standard deviation."""
     from sklearn.model_selection import train_test_split
 
-    kept: tuple[Any, Any] | None = None
-    x, held, y, held_labels = train_test_split(
-        images, labels, test_size=test, stratify=labels, random_state=seed
-    )
-    if validate is not None:
-        x, kept_images, y, kept_labels = train_test_split(
-            x, y, test_size=validate, stratify=y, random_state=seed
-        )
-        kept = kept_images, kept_labels
-    mean, std = x.mean(), torch.from_numpy(x).std().item()
+    def split(part: Any, size: float) -> Any:
+        return train_test_split(part, test_size=size, stratify=labels[part], random_state=seed)
 
-    def dataset(part: Any, of: Any) -> TensorDataset:
-        return TensorDataset(torch.from_numpy((part - mean) / std), torch.from_numpy(of))
+    def dataset(part: Any) -> TensorDataset:
+        standardized = (images[part] - mean) / std
+        return TensorDataset(torch.from_numpy(standardized), torch.from_numpy(labels[part]))
 
-    found = Data(dataset(x, y), dataset(held, held_labels), images.shape[1:], 10)
-    return found, kept and dataset(*kept)
+    chosen, held_out = split(range(len(labels)), test)
+    chosen, kept = (chosen, None) if validate is None else split(chosen, validate)
+    mean, std = images[chosen].mean(), torch.from_numpy(images[chosen]).std().item()
+    found = Data(dataset(chosen), dataset(held_out), images.shape[1:], 10)
+    return found, kept and dataset(kept)
 
 
 def _images(name: str, spec: Spec, directory: Path, seed: int, validation: bool) -> Splits:
@@ -288,7 +273,7 @@ def load(
 
 def _subset(data: Any, order: Tensor) -> Any:
     if isinstance(data, TensorDataset):
-        return TensorDataset(*(tensor[order] for tensor in data.tensors))
+        return TensorDataset(*data[order])
     return Subset(data, order.tolist())
 
 

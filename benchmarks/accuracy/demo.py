@@ -218,13 +218,8 @@ def _run(args: argparse.Namespace) -> int:
     data = _train(found)[0].data[0]
     seconds = time.perf_counter() - began
 
-    failures: list[str] = []
-    if not args.quick:
-        failures = [
-            sentence
-            for comparison, row in zip(chosen, rows, strict=True)
-            for sentence in judge(comparison, row)
-        ]
+    judged = () if args.quick else zip(chosen, rows, strict=True)
+    failures = [sentence for comparison, row in judged for sentence in judge(comparison, row)]
     around = environment.facts() | {
         "command_line": environment.command_line(),
         "backend": backends.resolve(torch.device("cpu")).name,

@@ -36,9 +36,7 @@ class _InverseSquareRoot(torch.autograd.Function):
         return vectors @ ((inside + inside.mT) / 2) @ vectors.mT
 
 
-def inverse_square_root(matrix: Tensor) -> Tensor:
-    """S^(-1/2) of symmetric positive definite matrices (..., n, n), with its gradient."""
-    return _InverseSquareRoot.apply(matrix)
+inverse_square_root = _InverseSquareRoot.apply
 
 
 class DecorrelatedBatchNorm2d(nn.Module):
@@ -94,23 +92,18 @@ class DecorrelatedBatchNorm2d(nn.Module):
             )
         with torch.autocast(input.device.type, enabled=False):
             mean = rows.mean(1) if self.training else self.running_mean
+            centred = (rows - mean.unsqueeze(1)).unflatten(0, (-1, self.group_size))
+            covariance = self.running_covariance
             if self.training:
+                covariance = centred @ centred.mT / centred.size(2)
                 with torch.no_grad():
                     self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            centred = (rows - mean.unsqueeze(1)).unflatten(0, (-1, self.group_size))
-            whitened = self._whiten(centred).flatten(0, 1)
+                    running = self.running_covariance
+                    running.lerp_(covariance.to(running.dtype), self.momentum)
+            ridge = self.eps * torch.eye(self.group_size, dtype=rows.dtype, device=rows.device)
+            whitened = inverse_square_root(covariance.to(rows.dtype) + ridge) @ centred
         shape = (input.size(1), input.size(0), *input.shape[2:])
         return self.after(whitened.view(shape).transpose(0, 1).to(input.dtype))
-
-    def _whiten(self, centred: Tensor) -> Tensor:
-        running = self.running_covariance
-        covariance = running
-        if self.training:
-            covariance = centred @ centred.mT / centred.size(2)
-            with torch.no_grad():
-                running.lerp_(covariance.to(running.dtype), self.momentum)
-        ridge = self.eps * torch.eye(self.group_size, dtype=centred.dtype, device=centred.device)
-        return inverse_square_root(covariance.to(centred.dtype) + ridge) @ centred
 
 
 class _Affine(nn.Module):
@@ -155,14 +148,10 @@ class IteratedBatchNormalNorm2d(BatchNormalNorm2d):
             seed=draw_seed(input.device) if self.noise_train > 0 else None,
             lmbda=estimate_lmbda(h, dims, eps=self._eps, iterations=self.iterations),
         )
-        mean, var, running_lmbda = self.running_mean, self.running_var, self.running_lmbda
-        assert mean is not None
-        assert var is not None
-        assert running_lmbda is not None
-        count = input.numel() // input.size(1)
         fold_running_(
-            statistics, mean, var, running_lmbda, self.num_batches_tracked, self.momentum, count,
-            self._eps, "reference",
+            statistics, self.running_mean, self.running_var, self.running_lmbda,
+            self.num_batches_tracked, self.momentum, input.numel() // input.size(1), self._eps,
+            "reference",
         )  # fmt: skip
         return output
 

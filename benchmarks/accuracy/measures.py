@@ -3,7 +3,7 @@ each copy of the network."""
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -37,15 +37,11 @@ def _outputs(
     layers: list[nn.Module], see: Callable[[Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Calls ``see(input, output)`` for every run of a layer; it may return another output."""
-    handles = [
-        layer.register_forward_hook(lambda _, inputs, output: see(inputs[0], output))
-        for layer in layers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            handle = layer.register_forward_hook(lambda _, inputs, output: see(inputs[0], output))
+            hooks.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def robustness(trainer: Trainer) -> dict[str, list[float]]:

@@ -21,6 +21,7 @@ from accuracy.norms import has_transform
 from accuracy.trainer import Epoch, Trainer, World, load_data, process_group, read_checkpoint
 from commands import check_folder, check_output
 from normnorm.cli import CommandError, execute
+from speed.results import write_atomically
 
 _METRICS, _CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
 _SWEPT = (
@@ -91,7 +92,7 @@ def run(experiment: Experiment, options: argparse.Namespace, world: World) -> Ep
 
 
 def _write_metrics(path: Path, trainer: Trainer) -> None:
-    """Writes the epochs so far to a copy and renames it; keeps an earlier process's first line."""
+    """Writes the epochs so far; keeps an earlier process's first line."""
     lines = path.read_text().splitlines()[:1] if path.exists() else []
     if not lines:
         start = {
@@ -104,9 +105,7 @@ def _write_metrics(path: Path, trainer: Trainer) -> None:
         }
         lines = [json.dumps(start)]
     lines += [json.dumps({"event": "epoch", **epoch._asdict()}) for epoch in trainer.epochs]
-    half = path.with_name(path.name + ".part")
-    half.write_text("\n".join(lines) + "\n")
-    half.replace(path)
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def _summary_writer() -> Callable[[str], Any]:

@@ -25,6 +25,7 @@ from accuracy.runs import folder_name
 from accuracy.trainer import Trainer, World, load_data
 from commands import check_folder, check_output
 from normnorm.cli import CommandError, execute
+from speed.results import write_atomically
 
 FORMAT = "normnorm study 2"
 
@@ -61,11 +62,9 @@ class Study:
         return study
 
     def save(self, path: Path) -> None:
-        """Writes a copy and renames it: a kill leaves the file as it was."""
-        half = path.with_name(path.name + ".part")
+        """Writes the file in one step: a kill leaves it as it was."""
         content = {"format": FORMAT, "environment": self.environment, "runs": self.runs}
-        half.write_text(json.dumps(content, indent=1) + "\n")
-        half.replace(path)
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def measured(self, experiments: Iterable[Experiment], measure: str) -> list[float]:
         """One number a seed, over blocks of seeds; empty if a block is missing or lacks it."""
@@ -213,9 +212,6 @@ def _run(args: argparse.Namespace) -> int:
     from accuracy.study_page import write
 
     every = plan.QUICK if args.quick else plan.FULL
-    unknown = [name for name in args.questions or [] if name not in every]
-    if unknown:
-        raise CommandError(f"questions must be among {', '.join(every)}; got {', '.join(unknown)}")
     path, page = args.results, args.page
     check_folder(path.parent)
     if path.is_dir():
@@ -249,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "already are not repeated, so that a killed study goes on.",
     )
     parser.add_argument("--results", type=Path, default=Path("runs/study.json"))
-    parser.add_argument("--questions", nargs="+", help="by name; all by default")
+    parser.add_argument("--questions", nargs="+", choices=plan.FULL, metavar="NAME", help="(all)")
     parser.add_argument("--quick", action="store_true", help="two seeds, a few steps each")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of drawn data (data)")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (2)")

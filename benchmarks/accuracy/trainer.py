@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -181,13 +181,10 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         choice, parameters = self.experiment, self.network.parameters()
+        rates: dict[str, Any] = {"lr": choice.learning_rate, "weight_decay": choice.weight_decay}
         if choice.optimizer == "adamw":
-            return torch.optim.AdamW(
-                parameters, choice.learning_rate, weight_decay=choice.weight_decay
-            )
-        return torch.optim.SGD(
-            parameters, choice.learning_rate, choice.momentum, weight_decay=choice.weight_decay
-        )
+            return torch.optim.AdamW(parameters, **rates)
+        return torch.optim.SGD(parameters, momentum=choice.momentum, **rates)
 
     def _make_schedule(self) -> LRScheduler:
         choice = self.experiment
@@ -289,9 +286,8 @@ class Trainer:
         return tensor.to(self.world.device, non_blocking=True)
 
     def _autocast(self) -> Any:
-        if self.experiment.amp == "none":
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=_AMP[self.experiment.amp])
+        dtype = _AMP.get(self.experiment.amp)  # None for "none"
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the epoch's remaining batches."""
@@ -309,11 +305,9 @@ class Trainer:
         set and the indices of its batches, (copies, batches, N)."""
         if isinstance(data[0], TensorDataset):
             for numbers in zip(*batches, strict=True):
-                parts = [one.tensors for one in data]
-                yield (
-                    torch.cat([p[0][n] for p, n in zip(parts, numbers, strict=True)], dim=1),
-                    torch.stack([p[1][n] for p, n in zip(parts, numbers, strict=True)], dim=1),
-                )
+                parts = [one[indices] for one, indices in zip(data, numbers, strict=True)]
+                images, labels = zip(*parts, strict=True)
+                yield torch.cat(images, dim=1), torch.stack(labels, dim=1)
             return
         for images, labels in DataLoader(
             data[0],
@@ -368,11 +362,7 @@ class Trainer:
         half.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Restores the state of a checkpoint.
-
-        Raises:
-            CommandError: it cannot be read, or is of another experiment.
-        """
+        """Restores the state that :func:`read_checkpoint` finds."""
         saved = read_checkpoint(path, self.experiment, self.world)
         for name, part in self._stateful().items():
             part.load_state_dict(saved[name])
