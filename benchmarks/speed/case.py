@@ -117,14 +117,9 @@ class Case:
             transform: whether for a normality layer; else for torch's (alpha 0, no noise).
             seed: the random state that the provider's noise is drawn from.
         """
-        work = self.work
-        noise = 0.0
+        work, noise, z = self.work, 0.0, None
         if transform and work.mode == "noise":
-            sizes, keywords = work.constructor()
-            made: Any = LAYERS[work.layer].ours(*sizes, **keywords)
-            noise = made.noise_train
-        z = None
-        if noise:
+            noise = self.module(ours=True).noise_train
             torch.manual_seed(seed)
             drawn = draw_seed(self.device)
             z = standard_normals(work.shape, drawn, 0, work.memory_format == "channels_last")

@@ -24,10 +24,6 @@ _FLAGS = ["-std=c++20", "-O3", "-g1", "-fno-math-errno", "-fno-trapping-math", "
 _AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
 
 
-class CallgrindError(CommandError):
-    """The instructions cannot be counted here; its text says why."""
-
-
 _PROGRAM = """
 #include <valgrind/callgrind.h>
 #include <cmath>
@@ -94,7 +90,7 @@ def _run(command: list[str], folder: Path) -> None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         first = next((line for line in lines if "error" in line), lines[-1])
-        raise CallgrindError(f"{command[0]} failed: {first}")
+        raise CommandError(f"{command[0]} failed: {first}")
 
 
 def _build(folder: Path) -> Path:
@@ -102,7 +98,7 @@ def _build(folder: Path) -> Path:
     needed = {"a C++ compiler": compiler, "valgrind": shutil.which("valgrind")}
     missing = [name for name, path in needed.items() if path is None]
     if compiler is None or missing:
-        raise CallgrindError(f"counting needs {' and '.join(missing)}")
+        raise CommandError(f"counting needs {' and '.join(missing)}")
     (folder / "program.cpp").write_text(_PROGRAM, encoding="utf-8")
     objects = []
     for isa, flags in (("generic", ["-DNN_GENERIC"]), (_ISA, _AVX2)):
@@ -135,7 +131,7 @@ def count_cpu() -> list[Count]:
     """Compiles the kernels and counts: about a minute.
 
     Raises:
-        CallgrindError: there is no valgrind or compiler, or one of them fails.
+        CommandError: there is no valgrind or compiler, or one of them fails.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -146,7 +142,7 @@ def count_cpu() -> list[Count]:
         dumps = sorted(folder.glob("counts.*"), key=lambda path: int(path.suffix[1:]))
         counts = [found for found in map(_read, dumps) if found is not None]
     if not counts:
-        raise CallgrindError("valgrind wrote no counts")
+        raise CommandError("valgrind wrote no counts")
     return counts
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,21 +11,10 @@ from tqdm import tqdm
 
 from normnorm.cli import CommandError
 from speed import tables
-from speed.counts import CallgrindError, count_cpu
+from speed.counts import count_cpu
 from speed.measure import Run
 from speed.options import Plan, make_plan
 from speed.results import Results, ResultsError, load, save, write_atomically
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """That many of torch's threads inside; afterwards those of before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure_all(plan: Plan, run: Run) -> None:
@@ -50,7 +39,7 @@ def _measure_all(plan: Plan, run: Run) -> None:
             bar.set_postfix_str("callgrind")
             try:
                 run.results.counts += count_cpu()
-            except CallgrindError as error:
+            except CommandError as error:
                 run.problem(f"callgrind: {error}")
 
 
@@ -69,19 +58,20 @@ def bench(args: argparse.Namespace) -> int:
     json = plan.outputs.get("json")
     # What stands at the JSON's path stays until the run is over.
     partial = json and json.with_name(json.name + ".partial")
-    with _threads(args.threads):
-        run = Run(
-            plan.device, plan.settings, partial,
-            lambda words: tqdm.write(f"bench.py: {words}", file=sys.stderr),
-        )  # fmt: skip
-        try:
-            _measure_all(plan, run)
-        except KeyboardInterrupt:
-            run.finish(complete=False)
-            print(tables.text(run.results), end="")
-            where = f"what was measured is in {partial}" if partial else ""
-            raise KeyboardInterrupt(where) from None
-        run.finish(complete=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    run = Run(
+        plan.device, plan.settings, partial,
+        lambda words: tqdm.write(f"bench.py: {words}", file=sys.stderr),
+    )  # fmt: skip
+    try:
+        _measure_all(plan, run)
+    except KeyboardInterrupt:
+        run.finish(complete=False)
+        print(tables.text(run.results), end="")
+        where = f"what was measured is in {partial}" if partial else ""
+        raise KeyboardInterrupt(where) from None
+    run.finish(complete=True)
     try:  # files first: printing to a closed pipe raises
         _write([run.results], plan.outputs)
         if partial:

@@ -5,7 +5,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from speed.case import Case, Runner, bound, worst_error
 from speed.counts import count_cuda
 from speed.networks import Network, measure_network
 from speed.providers import PROVIDERS, Provider, Unavailable
-from speed.results import Measurement, Operation, Results, Row, Status, save
+from speed.results import Measurement, Operation, Results, Row, Status, save, with_ratios
 from speed.timing import (
     Call,
     Settings,
@@ -30,9 +30,6 @@ from speed.timing import (
     sentence,
 )
 from speed.work import Work
-
-# The faster of these stands for torch's layer.
-_PEERS = ("torch", "cudnn")
 
 
 class Run:
@@ -140,79 +137,64 @@ def measure(
         case = Case(work, device, copies, settings.seed)
         expected: dict[bool, dict[str, Tensor]] = {}
         for candidate in candidates:
-            _check(candidate, case, expected)
+            with candidate.attempt():
+                candidate.runner = candidate.provider.build(case)
+                _check(candidate, case, expected)
+                _remember_memory(candidate, case)
         for operation in work.operations:
             _time(candidates, case, operation, settings)
-        for candidate in candidates:
-            _check_again(candidate, case, expected)
-        rows = [
-            _row(candidate, work, operation)
-            for operation in work.operations
-            for candidate in candidates
-            if candidate.provider.name != "copy" or operation == "forward"
-        ]
+        for candidate in candidates:  # again, after thousands of calls
+            with candidate.attempt():
+                _check(candidate, case, expected, "after it was timed, ")
+        rows: list[Measurement] = []
+        for operation in work.operations:
+            rows += with_ratios(
+                _row(candidate, work, operation)
+                for candidate in candidates
+                if candidate.provider.name != "copy" or operation == "forward"
+            )
     del case, candidates, expected
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return [_with_ratio(row, rows) for row in rows]
+    return rows
 
 
-def _compare(
-    candidate: _Candidate, runner: Runner, case: Case, expected: dict[bool, dict[str, Tensor]]
-) -> str | None:
-    """Sets a provider's result beside the float64 reference; a sentence where it is too far off.
+def _check(
+    candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Tensor]], when: str = ""
+) -> None:
+    """Sets a provider's result beside the float64 reference; one that is too far off has failed and
+    has no times.
 
     Args:
         expected: the reference's results, filled in as they are needed: with the transform and
             without.
+        when: the words that its message begins with.
     """
+    runner, normality = candidate.runner, candidate.provider.normality
+    if runner is None:
+        return
     if candidate.provider.name == "copy":
         candidate.bound = 0.0
-        same = runner.forward(case.inputs[0]).equal(case.inputs[0])
-        candidate.error = 0.0 if same else 1.0
-        return None if same else "its copy differs from the input"
-    candidate.bound = bound(case.work) + candidate.provider.allowance(case)
-    normality = candidate.provider.normality
-    got = case.result(runner, case.seed)
-    if normality not in expected:
-        expected[normality] = case.expected(normality, case.seed)
-    name, error = worst_error(got, expected[normality])
+        error = 0.0 if runner.forward(case.inputs[0]).equal(case.inputs[0]) else 1.0
+        wrong = "its copy differs from the input"
+    else:
+        candidate.bound = bound(case.work) + candidate.provider.allowance(case)
+        got = case.result(runner, case.seed)
+        if normality not in expected:
+            expected[normality] = case.expected(normality, case.seed)
+        name, error = worst_error(got, expected[normality])
+        allowed = f"{candidate.bound:.1e} is allowed"
+        wrong = f"its {name} is off by {error:.1e} of the largest value; {allowed}"
     candidate.error = max(error, candidate.error or 0.0)
-    if error <= candidate.bound:
-        return None
-    return (
-        f"its {name} is off by {error:.1e} of the largest value; {candidate.bound:.1e} is allowed"
-    )
+    if error > candidate.bound:
+        candidate.fail("wrong", when + wrong)
+        candidate.timings.clear()
 
 
-def _check(candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Tensor]]) -> None:
-    """Makes a provider ready and compares what it gives with the reference."""
-    with candidate.attempt():
-        runner = candidate.provider.build(case)
-        wrong = _compare(candidate, runner, case, expected)
-        if wrong is not None:
-            candidate.fail("wrong", wrong)
-            return
-        candidate.runner = runner
-        _remember_memory(candidate, runner, case)
-
-
-def _check_again(
-    candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Tensor]]
-) -> None:
-    """After thousands of calls: a provider that is wrong by now has no times."""
-    if candidate.runner is None:
-        return
-    with candidate.attempt():
-        wrong = _compare(candidate, candidate.runner, case, expected)
-        if wrong is not None:
-            candidate.fail("wrong", f"after it was timed, {wrong}")
-            candidate.timings.clear()
-
-
-def _remember_memory(candidate: _Candidate, runner: Runner, case: Case) -> None:
-    if candidate.provider.name == "copy":
+def _remember_memory(candidate: _Candidate, case: Case) -> None:
+    runner = candidate.runner
+    if runner is None or candidate.provider.name == "copy":
         return
     x, grad = case.inputs[0], case.grads[0]
     if case.work.mode != "eval":
@@ -274,15 +256,3 @@ def _row(candidate: _Candidate, work: Work, operation: Operation) -> Measurement
         error=candidate.error, bound=candidate.bound, **(timing._asdict() if timing else {}),
         **{name: getattr(work, name) for name in _OF_WORK},
     )  # fmt: skip
-
-
-def _with_ratio(row: Measurement, rows: Sequence[Measurement]) -> Measurement:
-    """The row with its ratio to the faster of those that stand for torch's layer."""
-    peers = [
-        other for other in rows
-        if other.provider in _PEERS and other.operation == row.operation and other.median_ms
-    ]  # fmt: skip
-    if not peers or not row.median_ms or row.provider == "copy":
-        return row
-    peer = min(peers, key=lambda other: other.median_ms or 0.0)
-    return replace(row, ratio=row.median_ms / (peer.median_ms or 1.0), peer=peer.provider)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from accuracy.nets import Block, ConvNet, Norm, Transformer
 from speed.providers import PROVIDERS
-from speed.results import MemoryFormat, NetworkMeasurement, Status
+from speed.results import MemoryFormat, NetworkMeasurement, Status, with_ratios
 from speed.timing import Settings, Timing, interleaved, peak_bytes, sentence
 from speed.work import DTYPES, LAYERS, Preset
 
@@ -212,17 +212,10 @@ def measure_network(
     for name, timing in found.items():
         if isinstance(timing, Exception):
             failures[name] = "failed", sentence(timing)
-    rows = [
+    return with_ratios(
         _row(network, name, trainings.get(name), timings.get(name), failures.get(name))
         for name in providers
-    ]
-    peer = timings.get("torch")
-    return [
-        replace(row, ratio=row.median_ms / peer.median_ms, peer="torch")
-        if row.median_ms and peer
-        else row
-        for row in rows
-    ]
+    )
 
 
 def _row(

@@ -6,6 +6,7 @@ A provider turns a :class:`~speed.case.Case` into a :class:`~speed.case.Runner`.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,8 +43,8 @@ class Provider:
 # Ours
 
 
-def _eager(case: Case) -> Runner:
-    module = case.module(ours=True)
+def _layer(case: Case, ours: bool = True) -> Runner:
+    module = case.module(ours)
     return Runner(module, module.weight, module.bias)
 
 
@@ -57,7 +58,7 @@ def _backend(name: str) -> Provider:
         return reason
 
     return Provider(
-        f"normnorm-{name}", _eager, missing, lambda: backends.use_backend(name), allowance=_normals
+        f"normnorm-{name}", _layer, missing, lambda: backends.use_backend(name), allowance=_normals
     )
 
 
@@ -183,13 +184,8 @@ def _running_sums(case: Case) -> float:
     return sums_in_storage(case.work) if affected else 0.0
 
 
-def _torch(case: Case) -> Runner:
-    module = case.module(ours=False)
-    return Runner(module, module.weight, module.bias)
-
-
 def _with_cudnn(case: Case) -> Runner:
-    runner = _torch(case)
+    runner = _layer(case, ours=False)
     with torch.enable_grad():
         output = runner.forward(case.inputs[0])
     if "Cudnn" not in type(output.grad_fn).__name__:
@@ -204,7 +200,7 @@ def _no_cudnn(device: torch.device) -> str | None:
 
 
 def _compiled_torch(case: Case) -> Runner:
-    runner = _torch(case)
+    runner = _layer(case, ours=False)
     runner.forward = _compile(runner.forward)
     return runner
 
@@ -276,7 +272,7 @@ PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider(
-            "torch", _torch, within=lambda: _cudnn(False), normality=False,
+            "torch", partial(_layer, ours=False), within=lambda: _cudnn(False), normality=False,
             allowance=_running_sums,
         ),
         Provider("cudnn", _with_cudnn, _no_cudnn, lambda: _cudnn(True), normality=False),

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +24,8 @@ from normnorm.environment import Gpu
 FORMAT: Literal["normnorm-bench"] = "normnorm-bench"
 VERSION: Literal[1] = 1
 
-R = TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R", bound="Row")
 K = TypeVar("K")
 LANES = 128  # instructions of single elements that a multiprocessor issues in a clock
 
@@ -224,12 +225,28 @@ class Count:
     instructions: float  # an element
 
 
-def grouped(rows: Iterable[R], key: Callable[[R], K]) -> dict[K, list[R]]:
+def grouped(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Rows by a key, in order."""
-    groups: dict[K, list[R]] = {}
+    groups: dict[K, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
+
+
+def with_ratios(rows: Iterable[R]) -> list[R]:
+    """The rows of one work with their ratios to the faster of those that stand for torch's layer; a
+    copy has none."""
+    rows = list(rows)
+    peers = [row for row in rows if row.provider in ("torch", "cudnn") and row.median_ms]
+    if not peers:
+        return rows
+    peer = min(peers, key=lambda row: row.times[0])
+    return [
+        replace(row, ratio=row.median_ms / peer.times[0], peer=peer.provider)
+        if row.median_ms and row.provider != "copy"
+        else row
+        for row in rows
+    ]
 
 
 @dataclass(kw_only=True)
@@ -315,11 +332,7 @@ def load(path: str | os.PathLike[str]) -> Results:
 
 
 def save(results: Results, path: str | os.PathLike[str]) -> None:
-    """Writes a result file, whole or not at all.
-
-    Raises:
-        ResultsError: it cannot be written there; what stood there is unchanged.
-    """
+    """Writes a result file by :func:`write_atomically`."""
     write_atomically(path, json_text(results))
 
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import NamedTuple
 
 from speed.results import (
@@ -150,7 +151,7 @@ def _means(results: Results) -> list[list[str]]:
         means = []
         for provider in providers:
             ratios = cell.get(provider, [])
-            mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if ratios else None
+            mean = geometric_mean(ratios) if ratios else None
             # A mean over fewer works than its neighbours' is not comparable with them.
             fewer = f" ({len(ratios)})" if 0 < len(ratios) < most else ""
             means.append(_number(mean, ".2f") + fewer)

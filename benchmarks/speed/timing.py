@@ -32,7 +32,6 @@ from torch import Tensor
 from speed.results import Method
 
 Call = Callable[[int], object]
-Sample = Callable[[], float]
 Within = Callable[[], AbstractContextManager[Any]]
 
 _SHORTEST_SAMPLE_MS = 0.5
@@ -99,31 +98,10 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def cuda_graph(call: Call, copies: int, device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph of one call for each copy, captured on :func:`capture_stream` after two turns
-    outside it.
-
-    Raises:
-        RuntimeError: something in the call cannot be captured.
-    """
-    stream = capture_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for copy in range(copies):
-                call(copy)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for copy in range(copies):
-            call(copy)
-    return graph
-
-
 class _Sampler(NamedTuple):
     """A way to take a sample."""
 
-    sample: Sample  # takes one; milliseconds a call
+    sample: Callable[[], float]  # takes one; milliseconds a call
     calls: int  # in it
     estimate_s: float  # seconds that taking one costs
     warm_up: int  # calls that were made to find this out
@@ -153,10 +131,19 @@ def _wall(call: Call, device: torch.device, copies: int) -> _Sampler:
 
 
 def _graph(call: Call, device: torch.device, copies: int) -> _Sampler:
-    """CUDA events around replays of a graph that turns once through all copies."""
+    """CUDA events around replays of a graph that turns once through all copies, captured after two
+    turns outside it; RuntimeError where something in the call cannot be captured."""
     with torch.cuda.device(device):
         stream = capture_stream(device)
-        graph = cuda_graph(call, copies, device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for turn in range(2 * copies):
+                call(turn % copies)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for copy in range(copies):
+                call(copy)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample(replays: int) -> float:

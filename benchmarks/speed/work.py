@@ -71,7 +71,7 @@ class Work:
         if self.mode == "eval":
             forward = tuple(o for o in self.operations if o == "forward")
             object.__setattr__(self, "operations", forward)
-        layer, text = LAYERS[self.layer], self.shape_text
+        layer, text = LAYERS[self.layer], "x".join(map(str, self.shape))
         if len(self.shape) not in layer.ranks:
             wanted = " or ".join(map(str, layer.ranks))
             raise CommandError(
@@ -95,10 +95,6 @@ class Work:
     @property
     def kind(self) -> str:
         return LAYERS[self.layer].kind
-
-    @property
-    def shape_text(self) -> str:
-        return "x".join(map(str, self.shape))
 
     @property
     def elements(self) -> int:

@@ -14,6 +14,7 @@ from speed import case as case_module
 from speed import measure
 from speed.case import Case, bound, sums_in_storage, worst_error
 from speed.networks import _Training, measure_network, networks
+from speed.results import with_ratios
 from speed.work import LAYERS, RESNET18, RESNET50, Work, named_shapes, preset
 
 # One small work a layer class.
@@ -191,9 +192,9 @@ def test_the_worst_error_is_relative_and_nan_is_worst():
 
 def test_the_ratio_is_to_the_faster_of_torchs():
     rows = [row("torch", 2.0), row("cudnn", 1.0), row("normnorm-cuda", 1.5), row("copy", 0.1)]
-    found = [(r.ratio, r.peer) for r in (measure._with_ratio(r, rows) for r in rows)]
+    found = [(r.ratio, r.peer) for r in with_ratios(rows)]
     assert found == [(2.0, "cudnn"), (1.0, "cudnn"), (1.5, "cudnn"), (None, None)]
-    assert measure._with_ratio(rows[2], [row("torch", None)]).ratio is None
+    assert with_ratios([rows[2], row("torch", None)])[0].ratio is None
 
 
 # Networks
