@@ -22,11 +22,6 @@ OF_COPY, OF_ISSUE, LANES = 0.80, 0.75, 128
 OURS = ("normnorm-cuda", "normnorm-triton")
 
 
-def _loaded(folder: Path) -> list[dict[str, Any]]:
-    paths = [folder / f"gpu_check_{part}.json" for part in ("cuda", "triton", "networks")]
-    return [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()]
-
-
 def roof(name: str) -> float | None:
     """The GB/s that a copy reaches on a device of that name; None for one that is not listed."""
     known = max((model for model in MEMORY if model in name), key=len, default=None)
@@ -99,7 +94,8 @@ def markdown(record: dict[str, Any], folder: Path) -> str:
     if contact:
         rows = [[path, error or "right"] for path, error in contact.items()]
         parts += ["## First contact", _table(("path", "against float64"), rows)]
-    files = _loaded(folder)
+    paths = [folder / f"gpu_check_{part}.json" for part in ("cuda", "triton", "networks")]
+    files = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()]
     measured = [row for file in files for row in file["measurements"]]
     networks = [row for file in files for row in file["networks"]]
     if measured and not record["dry"]:

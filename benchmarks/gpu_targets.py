@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
-Value = Callable[[Row, Sequence[Row]], float | None]
 _WORK = ("suite", "layer", "shape", "dtype", "memory_format", "mode", "operation", "method")
 
 
@@ -42,7 +41,7 @@ class Target:
     where: dict[str, Any]  # fields that a row has to have to count, each with its value or values
     of: int = 1  # how many rows it wants
     # The number of a row: its time over that of torch's layer, the faster one where there are two.
-    value: Value = lambda row, rows: row["ratio"]
+    value: Callable[[Row, Sequence[Row]], float | None] = lambda row, rows: row["ratio"]
     worst: bool = True  # the worst row decides, not the geometric mean of all
     at_most: bool = True  # less is better
 

@@ -61,13 +61,10 @@ def convolution(channels: int, width: int) -> list[nn.Module]:
     ]  # fmt: skip
 
 
-def head(width: int) -> list[nn.Module]:
-    return [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * width, 10)]
-
-
 def stack(layers: int, width: int = 16) -> nn.Module:
     body = [part for _ in range(layers - 1) for part in convolution(width, width)]
-    return nn.Sequential(*convolution(1, width), *body, *head(width))
+    first = convolution(1, width)
+    return nn.Sequential(*first, *body, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * width, 10))
 
 
 def mlp(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Module:
@@ -75,10 +72,6 @@ def mlp(norm: Callable[[int], nn.Module], width: int = 16) -> nn.Module:
     for features in (64, width):
         layers += [nn.Linear(features, width), norm(width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(width, 10))
-
-
-def transformer(depth: int) -> nn.Module:
-    return Transformer(nn.LayerNorm, (1, 8, 8), 10, (1, 8), 48, depth)
 
 
 def mobilenet() -> nn.Module:
@@ -106,7 +99,11 @@ NETWORKS = {
     ),
     "convolutions, 16 norms": Network(lambda: stack(16), 0.003, annealed=True),
     "transformer, 2 blocks": Network(
-        lambda: transformer(2), 0.003, OF_LAYER[:3], seeds=2, tuned=True
+        lambda: Transformer(nn.LayerNorm, (1, 8, 8), 10, (1, 8), 48, 2),
+        0.003,
+        OF_LAYER[:3],
+        seeds=2,
+        tuned=True,
     ),
     "MobileNetV3-small x0.5": Network(mobilenet, 0.002, (0.4, 0.1), epochs=4, seeds=2, pixels=32),
     "EfficientNet-B0 x0.25": Network(efficientnet, 0.002, (0.4, 0.1), epochs=4, seeds=2, pixels=32),

@@ -32,10 +32,6 @@ def directions(features: int) -> Tensor:
     return slices / slices.norm(dim=1, keepdim=True)
 
 
-def definition(h: Tensor) -> Tensor:
-    return per._definition(h, directions(h.size(1)))
-
-
 def per_loss(backend: str, h: Tensor) -> Tensor:
     with normnorm.use_backend(backend):
         return normnorm.per_loss(h, SLICES)
@@ -55,7 +51,10 @@ def products(h: Tensor, _: int = 0) -> None:
 
 def measure(vectors: int, features: int, budget_s: float) -> list[record.Row]:
     h = torch.randn(vectors, features, requires_grad=True)
-    losses = {"definition": definition, "plain blocks": partial(per_loss, "reference")}
+    losses = {
+        "definition": lambda h: per._definition(h, directions(features)),
+        "plain blocks": partial(per_loss, "reference"),
+    }
     if normnorm.available_backends()["cpu"] is None:
         losses["compiled blocks"] = partial(per_loss, "cpu")
     found = {}

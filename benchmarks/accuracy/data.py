@@ -230,7 +230,17 @@ def _stratified(images: Any, labels: Any, seed: int, test: float, validate: floa
 
 
 def _images(name: str, spec: Spec, directory: Path, seed: int, validation: bool) -> Splits:
-    train, test = (Images(_open(name, spec, directory, part), spec) for part in (True, False))
+    try:
+        parts = [spec.open(directory, train) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        how = f"It is at {spec.source}."
+        if not spec.source.startswith("http"):
+            call = spec.source.format(root=repr(str(directory)))
+            code = shlex.quote(f"from torchvision.datasets import *; {call}")
+            how = f"This command fetches it: python -c {code}"
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"'{name}' is not in {directory} ({reason}). {how}") from None
+    train, test = (Images(part, spec) for part in parts)
     return Data(train, test, (spec.channels, spec.size, spec.size), spec.classes), None
 
 
@@ -275,19 +285,6 @@ def _subset(data: Any, order: Tensor) -> Any:
     if isinstance(data, TensorDataset):
         return TensorDataset(*data[order])
     return Subset(data, order.tolist())
-
-
-def _open(name: str, spec: Spec, directory: Path, train: bool) -> Any:
-    try:
-        return spec.open(directory, train)
-    except (OSError, RuntimeError) as error:
-        how = f"It is at {spec.source}."
-        if not spec.source.startswith("http"):
-            call = spec.source.format(root=repr(str(directory)))
-            code = shlex.quote(f"from torchvision.datasets import *; {call}")
-            how = f"This command fetches it: python -c {code}"
-        reason = str(error).splitlines()[0]
-        raise CommandError(f"'{name}' is not in {directory} ({reason}). {how}") from None
 
 
 def shift_and_mirror(images: Tensor, mirror: bool) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -108,15 +108,14 @@ def _write_metrics(path: Path, trainer: Trainer) -> None:
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def _summary_writer() -> Callable[[str], Any]:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise CommandError(
             "--tensorboard needs TensorBoard, which is not installed: pip install tensorboard"
         ) from None
-    writer: Callable[[str], Any] = SummaryWriter
-    return writer
+    return SummaryWriter
 
 
 def _check(experiments: Sequence[Experiment], options: argparse.Namespace, world: World) -> None:

@@ -271,6 +271,7 @@ def _missing(questions: dict[str, Question], found: dict[Contrast, Finding]) -> 
     )
 
 
+_DECAYS = ("weight decay 0.0005", "weight decay 0.01")
 # For each claim of the paper the comparisons that test it: a question's name, a comparison's title
 # and measure, and words for the two that are compared.
 CLAIMS: dict[str, list[tuple[str, str, str, str]]] = {
@@ -297,21 +298,11 @@ CLAIMS: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "over batch sizes": [
-        (
-            "batch-size", "both less plain, weight decay 0.0005", "accuracy",
-            "batches of 8 to 256, weight decay 0.0005",
-        ),
-        (
-            "batch-size", "both less plain, weight decay 0.01", "accuracy",
-            "batches of 8 to 256, weight decay 0.01",
-        ),
+        ("batch-size", f"both less plain, {decay}", "accuracy", f"batches of 8 to 256, {decay}")
+        for decay in _DECAYS
     ],
     "over widths and depths": [
-        (
-            "size", "both less plain, weight decay 0.0005", "accuracy",
-            "12 sizes, weight decay 0.0005",
-        ),
-        ("size", "both less plain, weight decay 0.01", "accuracy", "12 sizes, weight decay 0.01"),
+        ("size", f"both less plain, {decay}", "accuracy", f"12 sizes, {decay}") for decay in _DECAYS
     ],
     "with other norms": [
         ("transformer", "both, tuned", "accuracy", "layer norm, transformer, tuned"),
@@ -398,9 +389,7 @@ def _primary(study: Study, question: Question, found: dict[Contrast, Finding]) -
         ("replication", difference(*again), ""),
         ("together", difference(*(a + b for a, b in zip(seeds, again, strict=True))), ""),
     ]
-    table = [
-        [name, d.seeds, _signed(d, 2), p] for name, d, p in rows if d is not None
-    ]  # fmt: skip
+    table = [[name, d.seeds, _signed(d, 2), p] for name, d, p in rows if d is not None]
     head = ["", "seeds", "both less plain, points (95 % interval)", "adjusted p"]
     return (
         f"{question.title}, every arm tuned:\n\n{_markdown(table, head)}\n\nThe first seeds find a "
@@ -413,9 +402,7 @@ def _primary(study: Study, question: Question, found: dict[Contrast, Finding]) -
 _PAIR = ("both", "plain")
 
 
-def _section(
-    study: Study, name: str, question: Question, found: dict[Contrast, Finding]
-) -> str:  # fmt: skip
+def _section(study: Study, name: str, question: Question, found: dict[Contrast, Finding]) -> str:
     mine = [finding for contrast, finding in found.items() if contrast.question == name]
     if not mine:
         return ""

@@ -52,14 +52,11 @@ class World(NamedTuple):
 
 @contextmanager
 def process_group(device: str | None) -> Iterator[World]:
-    """Initializes torch.distributed under torchrun; otherwise gives a world of one process.
+    """Initializes torch.distributed under torchrun, where each process uses the GPU of its local
+    rank; otherwise gives a world of one process.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", ...; None for a GPU if there is one. Under torchrun each
-            process uses the GPU of its local rank.
-
-    Raises:
-        CommandError: the device cannot be used.
+        device: see :func:`commands.usable_device`, which checks it.
     """
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, usable_device(device))

@@ -195,5 +195,4 @@ def worst_error(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[st
     for name, value in expected.items():
         error = ((got[name].double() - value).abs().max() / value.abs().max()).item()
         errors[name] = error if error == error else float("inf")
-    name = max(errors, key=errors.__getitem__)
-    return name, errors[name]
+    return max(errors.items(), key=lambda item: item[1])

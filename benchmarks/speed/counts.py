@@ -23,7 +23,6 @@ _ISA = "avx2"
 _FLAGS = ["-std=c++20", "-O3", "-g1", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 _AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mf16c"]
 
-
 _PROGRAM = """
 #include <valgrind/callgrind.h>
 #include <cmath>

@@ -163,7 +163,7 @@ def measure(
 def _check(
     candidate: _Candidate, case: Case, expected: dict[bool, dict[str, Tensor]], when: str = ""
 ) -> None:
-    """Sets a provider's result beside the float64 reference; one that is too far off has failed and
+    """Sets a provider's result beside the float64 reference; one that is too far off is wrong, and
     has no times.
 
     Args:

@@ -17,8 +17,6 @@ from speed.results import MemoryFormat, NetworkMeasurement, Status, with_ratios
 from speed.timing import Settings, Timing, interleaved, peak_bytes, sentence
 from speed.work import DTYPES, LAYERS, Preset
 
-Source = Literal["torchvision", "timm", "normnorm"]
-
 # Providers of a network's norm layers; "torch" may use cuDNN here.
 NETWORK_PROVIDERS = tuple(n for n in PROVIDERS if n == "torch" or n.startswith("normnorm-"))
 _WARM_UP_STEPS = 3
@@ -45,7 +43,7 @@ class Network:
     fields that it has too."""
 
     name: str
-    source: Source
+    source: Literal["torchvision", "timm", "normnorm"]
     layer: str  # the normality layer that takes the place of its norm layers
     build: Callable[[Norm], nn.Module]
     batch: int
@@ -162,21 +160,6 @@ class _Training:
         self.loss = loss.detach()
 
 
-def _prepare(network: Network, provider: str, device: torch.device, seed: int) -> _Training:
-    """Builds the network and trains it for some steps.
-
-    Raises:
-        ArithmeticError: the loss is not finite then.
-    """
-    training = _Training(network, provider, device, seed)
-    for _ in range(_WARM_UP_STEPS):
-        training()
-    if not math.isfinite(training.loss.item()):
-        raise ArithmeticError(f"the loss is {training.loss.item()} after {_WARM_UP_STEPS} steps")
-    training.peak_bytes = peak_bytes(training, device)
-    return training
-
-
 def measure_network(
     network: Network, providers: Sequence[str], device: torch.device, settings: Settings
 ) -> list[NetworkMeasurement]:
@@ -198,9 +181,15 @@ def measure_network(
         for name in providers:
             try:
                 with within[name]():
-                    trainings[name] = _prepare(network, name, device, settings.seed)
-            except ArithmeticError as error:
-                failures[name] = "wrong", str(error)
+                    training = _Training(network, name, device, settings.seed)
+                    for _ in range(_WARM_UP_STEPS):
+                        training()
+                    loss = training.loss.item()
+                    if not math.isfinite(loss):
+                        failures[name] = "wrong", f"the loss is {loss} after {_WARM_UP_STEPS} steps"
+                        continue
+                    training.peak_bytes = peak_bytes(training, device)
+                    trainings[name] = training
             except Exception as error:  # whatever a provider raises is its result
                 failures[name] = "failed", sentence(error)
         found = interleaved(

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from commands import check_output, positive, usable_device
+from commands import check_folder, check_output, positive, usable_device
 from normnorm.cli import CommandError
 from speed.networks import NETWORK_PROVIDERS, Network, networks
 from speed.providers import PROVIDERS, runnable
@@ -209,12 +209,10 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
         other = seen.setdefault(path.resolve(), name)
         if other != name:
             raise CommandError(f"--{other} and --{name} name the same file: {path}")
-        if name != "png":
+        if name == "png":
+            check_folder(path)
+        else:
             check_output(f"--{name}", path)
-        elif path.exists() and not path.is_dir():
-            raise CommandError(f"--png {path} is a file; a folder's name is wanted")
-        elif not path.resolve().parent.is_dir():
-            raise CommandError(f"--png {path}: there is no folder {path.resolve().parent}")
     return outputs
 
 

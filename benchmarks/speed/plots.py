@@ -95,16 +95,9 @@ class Plot(NamedTuple):
     figure: Figure
 
 
-def plots_of(results: Results) -> Iterator[Plot]:
-    """Every figure that a run has the numbers for, in this module's style."""
-    with matplotlib.rc_context(_STYLE):
-        for make in (_ratios, _sizes, _networks):
-            yield from make(results)
-
-
 def write_plots(runs: Sequence[Results], folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes every plot of every run as PNG, the same bytes for the same numbers; with several
-    runs, their numbers lead the names.
+    """Writes every plot that a run has the numbers for as PNG, the same bytes for the same numbers;
+    with several runs, their numbers lead the names.
 
     Returns:
         The files, in order.
@@ -119,7 +112,9 @@ def write_plots(runs: Sequence[Results], folder: str | os.PathLike[str]) -> list
     written = []
     for number, results in enumerate(runs, start=1):
         prefix = f"{number}_" if len(runs) > 1 else ""
-        for plot in plots_of(results):
+        with matplotlib.rc_context(_STYLE):
+            plots = [*_ratios(results), *_sizes(results), *_networks(results)]
+        for plot in plots:
             out = io.BytesIO()
             plot.figure.suptitle(plot.title, fontsize=10.5, weight="bold")
             plot.figure.savefig(out, format="png", metadata={"Software": "normnorm"}, dpi=160)

@@ -108,59 +108,42 @@ def _no_compiler(device: torch.device) -> str | None:
     return None
 
 
-def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compile(function: Callable[..., Tensor], case: Case, *more: Any) -> Callable[..., Tensor]:
     """Compiled for one shape, without graph breaks, and without donated buffers: a backward pass is
     repeated after one forward pass, so that gradients must not overwrite what was saved."""
     from torch._functorch import config
 
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
-    ready = False
-
-    def call(*arguments: Any) -> Tensor:
-        nonlocal ready
-        if ready:
-            return compiled(*arguments)
-        with config.patch(donated_buffer=False):  # read while compiling, at the first call
-            output = compiled(*arguments)
-        ready = True
-        return output
-
-    return call
+    # The first call compiles, and reads the setting.
+    with config.patch(donated_buffer=False), torch.set_grad_enabled(case.work.mode != "eval"):
+        compiled(case.inputs[0], *more)
+    return compiled
 
 
 def _compiled_reference(case: Case) -> Runner:
     """Our layer compiled as a function of input and seed: compiled code draws other random numbers
     than eager code does."""
     work, module = case.work, case.module(ours=True)
-    training, noise = work.mode != "eval", module.noise_train
-    common: dict[str, Any] = {"eps": EPS, "noise_train": noise}
+    function = getattr(F, f"{work.kind}_normal_norm")
+    config: dict[str, Any] = {
+        "training": work.mode != "eval", "eps": EPS, "noise_train": module.noise_train,
+    }  # fmt: skip
+    # The arguments between the input and the weight.
+    before: dict[str, tuple[Any, ...]] = {
+        "layer": (work.shape[-1:],), "group": (work.groups,), "instance": (None, None, None),
+    }  # fmt: skip
+    if work.kind == "batch":
+        before["batch"] = module.running_mean, module.running_var, module.running_lmbda
+        config["num_batches_tracked"] = module.num_batches_tracked
 
     def call(x: Tensor, seed: Tensor | None) -> Tensor:
-        if work.kind == "batch":
-            return F.batch_normal_norm(
-                x, module.running_mean, module.running_var, module.running_lmbda, module.weight,
-                module.bias, training, seed=seed, num_batches_tracked=module.num_batches_tracked,
-                **common,
-            )  # fmt: skip
-        if work.kind == "layer":
-            return F.layer_normal_norm(
-                x, module.normalized_shape, module.weight, module.bias, training=training,
-                seed=seed, **common,
-            )  # fmt: skip
-        if work.kind == "group":
-            return F.group_normal_norm(
-                x, work.groups, module.weight, module.bias, training=training, seed=seed, **common
-            )
-        return F.instance_normal_norm(
-            x, None, None, None, module.weight, module.bias, training=training, seed=seed, **common
-        )
+        return function(x, *before[work.kind], module.weight, module.bias, seed=seed, **config)
 
-    compiled = _compile(call)
+    def seed() -> Tensor | None:
+        return draw_seed(case.device) if work.mode == "noise" else None
 
-    def forward(x: Tensor) -> Tensor:
-        return compiled(x, draw_seed(x.device) if work.mode == "noise" else None)
-
-    return Runner(forward, module.weight, module.bias)
+    compiled = _compile(call, case, seed())
+    return Runner(lambda x: compiled(x, seed()), module.weight, module.bias)
 
 
 # torch's
@@ -201,7 +184,7 @@ def _no_cudnn(device: torch.device) -> str | None:
 
 def _compiled_torch(case: Case) -> Runner:
     runner = _layer(case, ours=False)
-    runner.forward = _compile(runner.forward)
+    runner.forward = _compile(runner.forward, case)
     return runner
 
 

@@ -364,8 +364,10 @@ def readme_section(paths: Sequence[Path], folder: Path) -> str:
         if not results.complete:
             parts.append("The run was interrupted; the file has the rows up to then.")
         numbers = ("torch, ms", "ms", "ratio")
+        networks = grouped(results.networks, lambda row: row.name).items()
+        steps = [(name, *cells) for name, rows in networks for cells in _against_torch(rows)]
         for head, rows in (
-            (("network", "provider"), list(_network_ratios(results))),
+            (("network", "provider"), steps),
             (("layer", "input", "operation", "provider"), list(_layer_ratios(results))),
         ):
             if rows:
@@ -385,12 +387,6 @@ def _against_torch(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             medians = (f"{ms:#.3g}".removesuffix(".") for ms in (peer.times[0], row.times[0]))
             found.append((_OURS[provider], *medians, f"{row.ratio:.2f}"))
     return found
-
-
-def _network_ratios(results: Results) -> Iterator[tuple[str, ...]]:
-    for rows in grouped(results.networks, lambda row: row.work).values():
-        for cells in _against_torch(rows):
-            yield rows[0].name, *cells
 
 
 def _layer_ratios(results: Results) -> Iterator[tuple[str, ...]]:

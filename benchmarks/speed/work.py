@@ -193,13 +193,13 @@ def _growing(first: int, last: int, factor: int) -> Iterator[int]:
 
 
 def _sweeps(largest_batch: int, most_channels: int, rows: int, longest: int) -> Iterator[Work]:
-    images: dict[str, Any] = {"layer": "BatchNormalNorm2d"}
+    layer = "BatchNormalNorm2d"
     for batch in _growing(1, largest_batch, 4 if largest_batch <= 32 else 2):
         shape = (batch, 64, 56, 56)
-        yield Work(**images, shape=shape, suite="batch sweep", x_name="batch size")
+        yield Work(layer=layer, shape=shape, suite="batch sweep", x_name="batch size")
     for channels in _growing(16, most_channels, 4 if most_channels <= 256 else 2):
         shape = (32, channels, 28, 28)
-        yield Work(**images, shape=shape, suite="channel sweep", x_name="channels")
+        yield Work(layer=layer, shape=shape, suite="channel sweep", x_name="channels")
     for length in ROW_LENGTHS:
         if length <= longest:
             yield Work(
@@ -254,9 +254,8 @@ def _variants(work: Work, name: Preset, device: str) -> Iterator[Work]:
     if sweep and name != "full":
         modes = ("noise",)
     dtypes = ("float32",) if device == "cpu" else ("float32", "bfloat16")
-    method: Method = "wall" if device == "cpu" else "graph"
-    if device != "cpu" and work.method == "stream":
-        method = "stream"
+    on_gpu: Method = "stream" if work.method == "stream" else "graph"
+    method: Method = "wall" if device == "cpu" else on_gpu
     for dtype in tuple(DTYPES) if name == "full" else dtypes:
         for memory_format in formats:
             for mode in modes:
