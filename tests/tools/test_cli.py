@@ -137,14 +137,6 @@ def test_doctor_exits_1_on_a_failed_build_and_not_on_one_left_out(
     assert found["build_failure"] == ("a.cpp:1:2: error: x" if status else None)
 
 
-@pytest.mark.usefixtures("no_checks")
-def test_doctor_is_content_with_a_choice_that_can_run(monkeypatch, capsys):
-    for chosen in ("auto", "reference"):
-        monkeypatch.setenv("NORMNORM_BACKEND", chosen)
-        assert cli.main(["doctor"]) == 0
-        assert "raises" not in capsys.readouterr().out
-
-
 def test_gradcheck_passes_on_every_available_backend(capsys):
     assert cli.main(["gradcheck"]) == 0
     text = capsys.readouterr().out
@@ -243,19 +235,11 @@ def test_plan_refuses_what_no_layer_takes_with_and_without_kernels(
         monkeypatch.setattr(cuda, "missing", lambda: "the CUDA kernels were not built: no nvcc")
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("--kind batch", "--kind"),
-        ("--sms 0 --no-noise", "--no-noise, --sms"),
-        ("--dtype bfloat16 --memory-format channels_last", "--dtype, --memory-format"),
-    ],
-)
-def test_options_of_a_plan_are_refused_without_one(words, named, capsys):
-    assert cli.main(["doctor", *words.split()]) == 2
+def test_options_of_a_plan_are_refused_without_one(capsys):
+    assert cli.main(["doctor", "--sms", "0", "--no-noise"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"options of --plan SHAPE, which was not given: {named}\n"
+    assert captured.err == "options of --plan SHAPE, which was not given: --no-noise, --sms\n"
 
 
 def test_plan_without_kernels_says_why(capsys, monkeypatch):
