@@ -94,6 +94,7 @@ test-floor:
 
 lint: install
 	$(BIN)/ruff check .
+	$(SAY) 'checking types'
 	@$(TICK) $(BIN)/mypy
 
 docs: $(VENV)/.dev
