@@ -261,7 +261,7 @@ def aligned(x, S: tl.constexpr):
 
 @triton.jit
 def locate_group(block, geometry, S: tl.constexpr):
-    by_outer, by_inner, _ = geometry.noise
+    by_outer, by_inner = geometry.noise_outer, geometry.noise_inner
     if S.LAYOUT == COLUMNS:
         tiles = tl.cdiv(geometry.inner, S.L)
         outer = block // tiles
@@ -326,7 +326,7 @@ def locate_tile(i, place, geometry, S: tl.constexpr):
             within = run < geometry.runs
             run = index(run, S)
             if S.SHIFTED:
-                first = first - ((place.noise + run * geometry.noise[2]) & 3).to(tl.int32)
+                first = first - ((place.noise + run * geometry.noise_run) & 3).to(tl.int32)
             column = first + lane
             inside = within & (column < length)
         if S.SHIFTED:

@@ -88,7 +88,11 @@ class Geometry(NamedTuple):
     chunks: int
     factor: int
     bits: int
-    noise: tuple[int, ...]  # strides of the canonical order of the noise
+    # Strides of the canonical order of the noise. Not a tuple: within loops Triton 3.6 loses a
+    # constant (a stride of 1) of a tuple in a tuple.
+    noise_outer: int
+    noise_inner: int
+    noise_run: int
 
 
 class Splits(NamedTuple):

@@ -346,7 +346,7 @@ def _make_plan(
         between, spec = replace(spec, R=1, L=MOMENT_COLUMNS), replace(spec, SPLITS=1)
     geometry = Geometry(
         layout.groups, layout.inner, layout.runs, layout.length, chunks, *_divisor(chunks),
-        tuple(layout.noise),
+        *layout.noise,
     )  # fmt: skip
     return Plan(layout, strides, tiles, resident, spec, between, geometry, blocks)
 

@@ -172,7 +172,7 @@ def forward(
         y = x[i]
         tile = tile_at(tiles, i)
         if S.NOISE > 0:
-            y += factor * normals(key, noise.stream, place, tile, geometry.noise[2], S)
+            y += factor * normals(key, noise.stream, place, tile, geometry.noise_run, S)
         w = parameter(affine.weight, 1.0, place, tile, geometry, S)
         b = parameter(affine.bias, 0.0, place, tile, geometry, S)
         y = y * w + b
@@ -256,7 +256,7 @@ def backward(
             if PARTS > 0:
                 if parts.weight is not None:
                     if S.NOISE > 0:
-                        z = normals(key, noise.stream, place, tile, geometry.noise[2], S)
+                        z = normals(key, noise.stream, place, tile, geometry.noise_run, S)
                         x += n.noise_train * scale * z
                     if PARTS == 2:
                         next_weight = next_weight + (weight_sums[i] + g * x,)

@@ -243,7 +243,7 @@ def stream_output(
         u = read(tensors.input, place, tile, S)
         y = transformed(u, mean, offset, rstd, exponents, series, S)
         if S.NOISE > 0:
-            y += factor * normals(key, noise.stream, place, tile, geometry.noise[2], S)
+            y += factor * normals(key, noise.stream, place, tile, geometry.noise_run, S)
         w = parameter(affine.weight, 1.0, place, tile, geometry, S)
         b = parameter(affine.bias, 0.0, place, tile, geometry, S)
         y = with_residual(y * w + b, tensors.residual, place, tile, S)
@@ -303,7 +303,7 @@ def stream_gradient(
                 bias_sum = add(bias_sum, g, S)
             if WEIGHT:
                 if S.NOISE > 0:
-                    x += factor * normals(key, noise.stream, place, tile, geometry.noise[2], S)
+                    x += factor * normals(key, noise.stream, place, tile, geometry.noise_run, S)
                 weight_sum = add(weight_sum, g * x, S)
         if tensors.output.data is not None:
             du = input_gradient(through_h, w, h, rstd, finished)
@@ -355,7 +355,8 @@ def parameter_sums(
         outer = each // row_runs
         run = each - outer * row_runs + fixed_run
         present = each < rows
-        at_noise = row_offset(outer, which, run, geometry.noise)
+        strides = (geometry.noise_outer, geometry.noise_inner, geometry.noise_run)
+        at_noise = row_offset(outer, which, run, strides)
         place = Place(outer * inner + which, outer, which, present, at_noise)
         mean, low, rstd = load_moments(stats, place, geometry)
         lmbda = tl.load(stat(stats, LMBDA, place, geometry), mask=present, other=1.0)

@@ -223,8 +223,8 @@ def test_rounds_over_a_shard_spill_nothing_either(work, tmp_path):
 
 
 def every_path() -> None:
-    """Given statistics and noise scales, one gradient alone, running statistics, float64, offsets
-    beyond 31 bits."""
+    """Given statistics and noise scales, one gradient alone, running statistics, float64, rows of
+    one element, one channel, offsets beyond 31 bits."""
     from normnorm.triton_kernels import launch, plan
 
     noise, case = {"noise_train": 0.4}, Case("batch", (16, 8, 8, 8))
@@ -242,13 +242,13 @@ def every_path() -> None:
     fused = empty_operands(case, torch.bfloat16, False, torch.bfloat16)
     both_passes("triton", case, fused, FUSED["before"])
     both_passes("triton", case, fused, FUSED["after"], running=running)
-    for length in (333, 70000):
+    for length in (1, 333, 70000):
         rows = Case("layer", (8, length), normalized_ndim=1)
         double = empty_operands(rows, torch.float64, False, torch.float64)
         both_passes("triton", rows, double, **noise)
     narrow, plan._is_wide = plan._is_wide, lambda *_: True
     try:
-        for channels, last in ((8, False), (6, True)):
+        for channels, last in ((8, False), (6, True), (1, True)):
             case = Case("batch", (64, channels, 30, 30))
             t = empty_operands(case, torch.float32, last)
             both_passes("triton", case, t, (), last, **noise)
