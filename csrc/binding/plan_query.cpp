@@ -93,8 +93,7 @@ NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanA
     const size_t workspace = passes.workspace(p, backward, device);
     // A plan has no more thread groups than there are items.
     p.force.thread_groups = std::numeric_limits<int>::max();
-    const bool streaming = plan.tier == cuda::Tier::kStreaming;
-    const int64_t items = streaming && !p.geometry.columns ? p.geometry.groups() : passes.plan(p, backward, device).thread_groups;
+    const int64_t items = passes.plan(p, backward, device).thread_groups;
     *answer = {p.geometry.groups(), p.geometry.group_size(), items, int64_t(workspace), p.geometry.columns,
                int(plan.tier), plan.threads, plan.blocks, plan.thread_groups, plan.shared_chunks};
   } catch (const std::exception& e) {

@@ -101,7 +101,7 @@ class GroupStats {
 // Whether the backward pass takes psi_slopes() with kSeries.
 template <class T>
 inline bool needs_series(const cpu::Problem& p, const Exponents<T>& e) {
-  return p.frozen || p.settings.transform_eps > 0 || has_small_exponent(e);
+  return p.frozen || p.settings.transform_eps > 0 || has_small_exponent(e, T(p.settings.small_exponent));
 }
 
 // The same constants in every lane.

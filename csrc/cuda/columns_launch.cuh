@@ -8,6 +8,12 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
+// Blocks of a streaming launch for each multiprocessor, those that it runs at the same time: fewer blocks leave fewer partial
+// sums, and more would end unevenly. The backward pass has registers for two blocks, or three of smaller chunks.
+constexpr int kColumnBlocks = 4;
+// Of more rows a pass takes less time where it reads them again.
+constexpr int64_t kResidentRows = 8192, kResidentGradientRows = 1024;
+
 // The forward and backward passes of one storage type, as RowsPass.
 template <class T>
 class ColumnsPass {
@@ -27,20 +33,21 @@ class ColumnsPass {
     d.groups = slabs_;
     d.chunks = g.runs * kTileChunks;
     d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
-    d.grouped_register_chunks = backward ? kColumnBackwardRegister<T> : kForwardRegister<T>;
+    d.register_chunks = backward ? kColumnBackwardRegister<T> : kForwardRegister<T>;
     d.largest_block = kColumnThreads;
     d.static_shared = int(sizeof(TileShared<T>)) + kColumnWarps * kGradientSums * kTileColumns<T> * int(sizeof(Real));
-    chunk_bytes_ = size_t(d.chunk_bytes);
-    const bool resident = a_.width == 1 && !(p.frozen && !backward) && p.round == Round::kAll;
+    bool resident = a_.width == 1 && !(p.frozen && !backward) && p.round == Round::kAll;
+    if (p.force.tier == Tier::kAuto) resident = resident && p.geometry.runs <= (backward ? kResidentGradientRows : kResidentRows);
     plan_ = resident ? choose_tile_plan(d, device, kColumnThreads, p.force) : Plan();
-    if (plan_.tier == Tier::kGrid && !are_co_resident(tile_kernel(backward), tile_launch(), device)) plan_ = Plan();
+    if (plan_.tier == Tier::kGrid && co_resident_blocks(tile_kernel(backward), tile_launch(), device) < tile_launch().grid)
+      plan_ = Plan();
     Workspace workspace(p.workspace);
     if (plan_.tier == Tier::kGrid) {
       sync_.blocks = unsigned(plan_.blocks);
       sync_.counters = workspace.take<unsigned>(plan_.thread_groups);
       sync_.partial = workspace.take<Real>(int64_t(plan_.thread_groups) * 2 * plan_.blocks * kMaxSums * kTileColumns<T>);
     }
-    place_stream(workspace, device);  // also for co-operating blocks, whose launch the device may refuse
+    place_stream(workspace, device, backward);  // also for co-operating blocks, whose launch the device may refuse
     if (backward) {
       a_.weight_partials = p.round == Round::kSums ? a_.partial  // not null: wanted, with the noise
                                                    : partials_of(workspace, p.grad_weight);
@@ -63,9 +70,10 @@ class ColumnsPass {
   }
 
  private:
-  void place_stream(Workspace& workspace, const Device& device) {
+  void place_stream(Workspace& workspace, const Device& device, bool backward) {
     const int64_t most = ceil_div(p_.geometry.runs, kColumnRows);
-    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * (2048 / kColumnThreads), slabs_);
+    const int blocks = !backward ? kColumnBlocks : N == 8 ? 2 : 3;
+    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * blocks, slabs_);
     a_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : wanted < most ? wanted : most);
     blocks_ = unsigned(slabs_ * a_.splits);
     if (plan_.tier != Tier::kGrid) plan_ = {Tier::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
@@ -106,7 +114,7 @@ class ColumnsPass {
   }
 
   using TileKernel = void (*)(const ColumnsArgs<Real>, typename TileThreads<T>::Sync);
-  Launch tile_launch() const { return resident_launch(plan_, chunk_bytes_, stream_); }
+  Launch tile_launch() const { return resident_launch(plan_, stream_); }
   TileKernel tile_kernel(bool backward) const {
     return with_mode<T>(ragged_, [&](auto ragged) { return tile_kernel_as<ragged.value>(backward); });
   }
@@ -165,7 +173,6 @@ class ColumnsPass {
   Plan plan_;
   typename TileThreads<T>::Sync sync_ = {};
   int64_t slabs_ = 1;
-  size_t chunk_bytes_ = 0;
   unsigned blocks_ = 1;
   size_t workspace_bytes_ = 0;
 };

@@ -274,7 +274,7 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sy
   for (uint32_t slab = threads.index(); slab < slabs; slab += threads.count()) {
     const ColumnPlace p = locate_tile<T>(a, slab);
     load_tile<T>(a, p, shared.of);
-    TileCache<Real, N, kColumnBackwardRegister<T>, 3, true, 1> cache(
+    TileCache<Real, N, kColumnBackwardRegister<T>, 3, 1> cache(
         p.span.hi > 0 ? a.runs : 0, threads.block() * kColumnRows + p.y, threads.blocks() * kColumnRows);
     const GroupConstants<Real>* constants = shared.of + p.x * N;
     ColumnGradients<kRagged, N, Real> pass(constants, p.span);

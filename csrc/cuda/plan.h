@@ -8,6 +8,9 @@
 //   the same of many co-operating blocks       kGrid      a share of a cooperative launch's blocks  1 read, 1 write
 //   none of these                              kStreaming many blocks, a launch a round             4-5 reads, 1 write
 //
+// The backward pass keeps a group in one block or streams, which reads two tensors twice: where several blocks shared a
+// group, they waited longer for one another (benchmarks/NOTES.md).
+//
 // Two blocks share a multiprocessor, so that one computes while the other waits for memory or at a barrier. Where there
 // are too few groups to fill the device, a group is spread over more blocks than it needs.
 #pragma once
@@ -21,10 +24,12 @@ namespace cuda {
 
 struct Plan {
   Tier tier = Tier::kStreaming;
-  int threads = 512;      // of a block
-  int blocks = 1;         // of a thread group
-  int thread_groups = 1;  // running at the same time
-  int shared_chunks = 0;  // chunks a thread keeps in shared memory
+  int threads = 512;           // of a block
+  int blocks = 1;              // of a thread group
+  int thread_groups = 1;       // running at the same time
+  int shared_chunks = 0;       // chunks a thread keeps in shared memory
+  bool sums_elements = false;  // the gradients of a weight per element, in shared memory
+  size_t shared = 0;           // bytes of dynamic shared memory
 };
 
 // One kernel launch.
@@ -40,11 +45,10 @@ struct Launch {
 struct Demand {
   int64_t groups = 0, chunks = 0;  // chunks of a group
   int chunk_bytes = 0;             // of one chunk, as kept
-  int register_chunks = 0;         // of a thread
-  int grouped_register_chunks = 0;    // the same where blocks share a group, which lies mostly in shared memory
+  int register_chunks = 0;         // of a thread; half where gradients are summed by element
   int largest_block = 0;           // the most threads for which the kernel has registers
   int static_shared = 0;           // bytes of the kernel's static shared memory
-  bool sums_elements = false;      // gradients of a weight per element are summed too, where all chunks are in registers
+  int sum_bytes = 0;               // a chunk's, of the gradients of a weight per element; 0 where there are none
 };
 
 // Threads of a block; more would spill. A fused backward pass loads a third tensor, for which twelve warps lack one or two
@@ -52,39 +56,44 @@ struct Demand {
 constexpr int kForwardBlock = 512, kBackwardBlock = 384, kFusedBackwardBlock = 256;
 constexpr int kLargestBlock = 512, kLargestCluster = 8;
 constexpr int kBlocksPerMultiprocessor = 2;  // where blocks wait for one another
+constexpr int kThreadChunks = 8;             // of a group in one block: fewer warps wait for one another at its sums
 constexpr int kGridMargin = 3;               // multiprocessors that a cooperative launch leaves to other streams
 
-// Chunks that a thread must keep in shared memory.
-inline int shared_chunks(const Demand& d, Tier tier, int threads, int blocks) {
-  const int64_t each = ceil_div(d.chunks, int64_t(threads) * blocks);
-  const int in_registers = tier == Tier::kBlock ? d.register_chunks : d.grouped_register_chunks;
-  return each > in_registers ? int(each - in_registers) : 0;
-}
-// Whether `co_resident` such blocks fit on a multiprocessor.
-inline bool fits(const Demand& d, const Device& device, Tier tier, int threads, int blocks, int co_resident) {
-  const int64_t bytes = int64_t(shared_chunks(d, tier, threads, blocks)) * d.chunk_bytes * threads;
-  const int64_t share = device.multiprocessor_shared / co_resident - 1024;
-  return bytes <= (share < device.shared_bytes ? share : device.shared_bytes) - d.static_shared;
-}
-
-inline int block_threads(const Demand& d) {
-  const int64_t warps = ceil_div(d.chunks, 32 * d.register_chunks);
-  return int(warps * 32 < d.largest_block ? warps * 32 : d.largest_block);
-}
-
-inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks) {
+inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks, bool sums_elements = false) {
   Plan p;
   p.tier = tier;
   p.threads = threads;
   p.blocks = blocks;
-  p.shared_chunks = shared_chunks(d, tier, threads, blocks);
+  p.sums_elements = sums_elements;
+  const int64_t each = ceil_div(d.chunks, int64_t(threads) * blocks);  // chunks of a thread
+  const int in_registers = sums_elements ? d.register_chunks / 2 : d.register_chunks;
+  p.shared_chunks = each > in_registers ? int(each - in_registers) : 0;
+  p.shared = size_t(threads) * (size_t(p.shared_chunks) * d.chunk_bytes + (sums_elements ? size_t(each) * d.sum_bytes : 0));
   return p;
+}
+
+// Static shared memory: a block of several exchanges its sums with all others.
+inline int static_shared(const Demand& d, Tier tier) {
+  return tier == Tier::kBlock ? d.static_shared / kLargestCluster : d.static_shared;
+}
+// How many blocks of a plan a multiprocessor has shared memory for.
+inline int64_t count_fitting(const Demand& d, const Device& device, const Plan& p) {
+  const int64_t bytes = int64_t(p.shared) + static_shared(d, p.tier);
+  return bytes > device.shared_bytes ? 0 : device.multiprocessor_shared / (bytes + 1024);
+}
+
+// The warps for `each` chunks a thread, as far as there are registers.
+inline int block_threads(const Demand& d, int each) {
+  const int64_t warps = ceil_div(d.chunks, 32 * each);
+  return int(warps * 32 < d.largest_block ? warps * 32 : d.largest_block);
 }
 
 // The smallest number of blocks that fits, doubling from `least` up to `most`; 0 where none does.
 inline int fitting_blocks(const Demand& d, const Device& device, int threads, int least, int most) {
   for (int blocks = least; blocks <= most; blocks *= 2)
-    if (fits(d, device, blocks == 1 ? Tier::kBlock : Tier::kCluster, threads, blocks, kBlocksPerMultiprocessor)) return blocks;
+    if (count_fitting(d, device, with_blocks(d, blocks == 1 ? Tier::kBlock : Tier::kCluster, threads, blocks)) >=
+        kBlocksPerMultiprocessor)
+      return blocks;
   return 0;
 }
 
@@ -98,7 +107,7 @@ inline int grid_blocks(const Device& device) {
 inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
   const int all = grid_blocks(device);
   for (int blocks = 1; blocks <= all; ++blocks) {
-    if (!fits(d, device, Tier::kGrid, threads, blocks, kBlocksPerMultiprocessor)) continue;
+    if (count_fitting(d, device, with_blocks(d, Tier::kGrid, threads, blocks)) < kBlocksPerMultiprocessor) continue;
     const int64_t turns = ceil_div(d.groups, all / blocks), thread_groups = ceil_div(d.groups, turns);
     const int64_t busy = ceil_div(d.chunks, threads);
     Plan p = with_blocks(d, Tier::kGrid, threads, int(all / thread_groups < busy ? all / thread_groups : busy));
@@ -108,36 +117,40 @@ inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
   return Plan();
 }
 
+// A block that sums the gradients of a weight per element beside its groups: of the sizes of which the most threads run at
+// the same time, the smallest. Streaming where those are too few: a kernel of its own then sums the gradients.
+inline Plan summing_plan(const Demand& d, const Device& device) {
+  Plan best;
+  int64_t most = d.largest_block / 2;
+  for (int threads = 32; threads <= d.largest_block; threads += 32) {
+    const Plan p = with_blocks(d, Tier::kBlock, threads, 1, true);
+    const int64_t by_shared = count_fitting(d, device, p), by_registers = d.largest_block / threads;
+    const int64_t running = threads * (by_shared < by_registers ? by_shared : by_registers);
+    if (running > most) most = running, best = p;
+  }
+  return best;
+}
+
 inline Plan resident_plan(const Demand& d, const Device& device) {
-  const int whole = block_threads(d), half = whole < d.largest_block / 2 ? whole : d.largest_block / 64 * 32;
-  const bool in_registers = d.chunks <= int64_t(whole) * d.register_chunks;
-  if (d.sums_elements && in_registers) return with_blocks(d, Tier::kBlock, whole, 1);
-  if (d.sums_elements && device.clusters)
-    for (int blocks = 2; blocks <= kLargestCluster; blocks *= 2) {
-      if (d.chunks > int64_t(whole) * blocks * d.register_chunks) continue;
-      Plan p = with_blocks(d, Tier::kCluster, whole, blocks);
-      p.shared_chunks = 0;  // the kernel that sums elements keeps as many chunks in registers as a single block does
-      return p;
-    }
+  const int whole = block_threads(d, d.register_chunks), few = block_threads(d, kThreadChunks);
+  const int half = whole < d.largest_block / 2 ? whole : d.largest_block / 64 * 32;
+  if (d.sum_bytes > 0)
+    if (const Plan p = summing_plan(d, device); p.tier == Tier::kBlock) return p;
   // too few groups to fill the device: more blocks a group than it needs
   int least = 1;
   while (device.clusters && least < kLargestCluster && d.groups * least <= device.multiprocessors &&
          d.chunks >= int64_t(half) * least * 2)
     least *= 2;
-  if (least == 1 && in_registers) return with_blocks(d, Tier::kBlock, whole, 1);
+  if (const Plan p = with_blocks(d, Tier::kBlock, few, 1);
+      least == 1 && few <= half && count_fitting(d, device, p) >= kBlocksPerMultiprocessor * half / few)
+    return p;
+  if (least == 1 && d.chunks <= int64_t(whole) * d.register_chunks) return with_blocks(d, Tier::kBlock, whole, 1);
   if (const int blocks = fitting_blocks(d, device, half, least, device.clusters ? kLargestCluster : 1))
     return with_blocks(d, blocks == 1 ? Tier::kBlock : Tier::kCluster, half, blocks);
-  if (!device.clusters && fits(d, device, Tier::kBlock, d.largest_block, 1, 1))
-    return with_blocks(d, Tier::kBlock, d.largest_block, 1);
+  // one block a multiprocessor; not of the backward pass, which has no tier of several blocks, but streams in less time
+  const Plan alone = with_blocks(d, Tier::kBlock, d.largest_block, 1);
+  if (!device.clusters && device.cooperative && count_fitting(d, device, alone) > 0) return alone;
   return grid_plan(d, device, half);
-}
-
-// Thread groups of the block and cluster tiers: enough to fill the device several times over, no more than there are groups.
-inline int count_thread_groups(const Demand& d, const Device& device, int threads, int blocks) {
-  const int64_t co_resident = int64_t(device.multiprocessors) * ceil_div(d.largest_block, threads) / blocks;
-  const int64_t wanted = d.sums_elements ? co_resident : co_resident * 16;  // the parameter sums of each take memory
-  const int64_t count = d.groups < wanted ? d.groups : wanted;
-  return int(count < 1 ? 1 : count);
 }
 
 inline Plan choose_plan(const Demand& d, const Device& device, const Override& force) {
@@ -145,10 +158,11 @@ inline Plan choose_plan(const Demand& d, const Device& device, const Override& f
   if (force.tier == Tier::kAuto) {
     p = resident_plan(d, device);
   } else {
-    const int threads = force.threads ? force.threads : block_threads(d);
-    p = with_blocks(d, force.tier, threads, force.blocks ? force.blocks : 1);
+    const int threads = force.threads ? force.threads : block_threads(d, d.register_chunks);
+    const int blocks = force.blocks ? force.blocks : 1;
+    p = with_blocks(d, force.tier, threads, blocks, d.sum_bytes > 0 && force.tier == Tier::kBlock);
+    if (p.sums_elements && count_fitting(d, device, p) == 0) p = with_blocks(d, force.tier, threads, blocks);
   }
-  if (p.tier == Tier::kBlock || p.tier == Tier::kCluster) p.thread_groups = count_thread_groups(d, device, p.threads, p.blocks);
   if (force.thread_groups) p.thread_groups = force.thread_groups;
   if (p.thread_groups > d.groups) p.thread_groups = int(d.groups);
   return p;

@@ -168,7 +168,7 @@ class GridThreads {
   unsigned turn_ = 0, passed_ = 0;
 };
 
-constexpr int kReduceColumns = 32, kReduceRows = 8;  // of a block
+constexpr int kReduceColumns = 32, kReduceRows = 32;  // of a block
 
 // out[i] = sum over p of partial[p][i], in a fixed order; a block takes kReduceColumns neighbouring columns.
 template <class T>

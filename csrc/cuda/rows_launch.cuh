@@ -93,6 +93,7 @@ KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   a.inverse_count_double = p.round == Round::kGradient ? 1.0 : 1.0 / double(p.geometry.group_size());
   a.inverse_count = Real(a.inverse_count_double);
   a.settings = p.settings.as<Real>();
+  if (sizeof(T) == 2) a.settings.small_exponent = Real(1) / 16;  // 16 ulp of float are 2^-9 ulp of half or less
   const auto tensor = [&](const Operand& t) { return FusedTensor{t.data, chunk_strides(p.geometry, t.stride, N)}; };
   a.fused = {tensor(p.residual), tensor(p.addend), tensor(p.sum), tensor(p.activated),
              tensor(p.grad_sum), p.activation};
@@ -131,7 +132,7 @@ int launch_take_means(const Problem& p, RealOf<T>* sums, void* stream) {
   return launch(take_means<T>, l, p.sums, groups, sums);
 }
 
-// A resident kernel for each kind of thread group.
+// A resident kernel of the forward pass for each kind of thread group.
 template <class Real>
 struct ResidentKernels {
   void (*block)(const KernelArgs<Real>, typename BlockThreads<Real>::Sync);
@@ -139,16 +140,16 @@ struct ResidentKernels {
   void (*grid)(const KernelArgs<Real>, typename GridThreads<Real>::Sync);
 };
 
-inline Launch resident_launch(const Plan& plan, size_t chunk_bytes, void* stream) {
+inline Launch resident_launch(const Plan& plan, void* stream) {
   return {.grid = unsigned(plan.thread_groups * plan.blocks),
           .threads = unsigned(plan.threads),
-          .shared = size_t(plan.shared_chunks) * chunk_bytes * size_t(plan.threads),
+          .shared = plan.shared,
           .cluster = plan.tier == Tier::kCluster ? plan.blocks : 1,
           .cooperative = plan.tier == Tier::kGrid,
           .stream = stream};
 }
 
-constexpr int64_t kWaveBytes = 32 << 20;  // of the tensors that the rounds of a wave read again, so that they stay in L2
+constexpr int kStreamBlocks = 16;         // of a multiprocessor, in turn; the groups of few blocks would end unevenly
 constexpr int kOutputChunks = 16;         // of a thread in a single round: enough to hide the start of a block
 
 // The forward and backward passes of one storage type: chooses the plan and kernels, divides the workspace, launches.
@@ -165,14 +166,12 @@ class RowsPass {
     d.chunks = args_.chunks;
     d.chunk_bytes = N * int(sizeof(Real)) * (backward ? 3 : 1);
     d.register_chunks = backward ? kBackwardRegister<T> : kForwardRegister<T>;
-    d.grouped_register_chunks = backward ? kGroupedBackwardRegister<T> : kForwardRegister<T>;
     // The main kernel can sum the gradients of a weight per element where a thread's chunks are the same elements of every
     // group.
-    const bool element_gradients = backward && p.affine == Affine::kPerElement && wants_parameters();
-    d.sums_elements = element_gradients && !mode_.ragged;
+    const bool sums_elements = backward && p.affine == Affine::kPerElement && wants_parameters() && !mode_.ragged;
+    d.sum_bytes = sums_elements ? 2 * N * int(sizeof(Real)) : 0;
     d.static_shared = kReduceNumbers * int(sizeof(Real));
     d.largest_block = !backward ? kForwardBlock : is_fused(p, true) ? kFusedBackwardBlock : kBackwardBlock;
-    chunk_bytes_ = size_t(d.chunk_bytes);
     choose(d, device);
     place(device);
   }
@@ -201,40 +200,51 @@ class RowsPass {
  private:
   // The plan; where the device would not run its blocks at the same time, one of the next tier.
   void choose(const Demand& d, Device device) {
+    if (backward_) device.clusters = device.cooperative = false;  // its kernels keep a group in one block
     for (;;) {
       plan_ = choose_plan(d, device, p_.force);
-      const bool in_blocks = plan_.tier == Tier::kBlock || plan_.tier == Tier::kCluster;
-      sums_elements_ = d.sums_elements && plan_.shared_chunks == 0 && in_blocks;
-      if (p_.round != Round::kAll || (p_.frozen && !backward_)) plan_.tier = Tier::kStreaming;
-      if (plan_.tier != Tier::kCluster && plan_.tier != Tier::kGrid) return;
-      if (is_co_resident(device)) return;
-      if (p_.force.tier != Tier::kAuto) {
-        plan_ = Plan();
-        return;
+      if (backward_ && plan_.tier != Tier::kBlock) plan_ = Plan();
+      if (p_.round != Round::kAll || (p_.frozen && !backward_)) plan_ = Plan();
+      if (plan_.tier == Tier::kStreaming) return;
+      const int64_t blocks = co_resident_blocks(device);
+      const bool wait = plan_.tier != Tier::kBlock;  // for one another
+      if (wait && blocks < plan_.blocks * (plan_.tier == Tier::kGrid ? plan_.thread_groups : 1)) {
+        if (p_.force.tier != Tier::kAuto) {
+          plan_ = Plan();
+          return;
+        }
+        (plan_.tier == Tier::kCluster ? device.clusters : device.cooperative) = false;
+        continue;
       }
-      (plan_.tier == Tier::kCluster ? device.clusters : device.cooperative) = false;
+      // each thread group prefetches the group that it processes next
+      if (plan_.tier != Tier::kGrid && !p_.force.thread_groups)
+        plan_.thread_groups = int(blocks > 0 ? std::clamp(blocks / plan_.blocks, int64_t(1), d.groups) : d.groups);
+      return;
     }
   }
 
-  ResidentKernels<Real> kernels() const {
+  // How many blocks of the plan the device runs at the same time.
+  int64_t co_resident_blocks(const Device& device) const {
+    const Launch l = resident_launch(plan_, nullptr);
     return with_mode<T>(mode_.ragged, [&](auto ragged) {
-      return backward_ ? backward_kernels<ragged.value>() : forward_kernels<ragged.value>();
+      if (backward_) return cuda::co_resident_blocks(backward_kernel<ragged.value>(), l, device);
+      const ResidentKernels<Real> k = forward_kernels<ragged.value>();
+      if (plan_.tier == Tier::kBlock) return cuda::co_resident_blocks(k.block, l, device);
+      return l.cooperative ? cuda::co_resident_blocks(k.grid, l, device) : cuda::co_resident_blocks(k.cluster, l, device);
     });
   }
 
-  bool is_co_resident(const Device& device) const {
-    const Launch l = resident_launch(plan_, chunk_bytes_, nullptr);
-    const ResidentKernels<Real> k = kernels();
-    return l.cooperative ? are_co_resident(k.grid, l, device) : are_co_resident(k.cluster, l, device);
-  }
-
   int launch_resident(const KernelArgs<Real>& a) const {
-    const Launch l = resident_launch(plan_, chunk_bytes_, stream_);
-    const ResidentKernels<Real> k = kernels();
-    if (plan_.tier == Tier::kBlock) return launch(k.block, l, a, typename BlockThreads<Real>::Sync());
-    if (plan_.tier == Tier::kCluster) return launch(k.cluster, l, a, typename ClusterThreads<Real>::Sync());
-    if (const int e = zero(sync_.counters, size_t(plan_.thread_groups) * sizeof(unsigned), stream_)) return e;
-    return launch(k.grid, l, a, sync_);
+    const Launch l = resident_launch(plan_, stream_);
+    const typename BlockThreads<Real>::Sync alone = {};
+    return with_mode<T>(mode_.ragged, [&](auto ragged) {
+      if (backward_) return launch(backward_kernel<ragged.value>(), l, a, alone);
+      const ResidentKernels<Real> k = forward_kernels<ragged.value>();
+      if (plan_.tier == Tier::kBlock) return launch(k.block, l, a, alone);
+      if (plan_.tier == Tier::kCluster) return launch(k.cluster, l, a, typename ClusterThreads<Real>::Sync());
+      if (const int e = zero(sync_.counters, size_t(plan_.thread_groups) * sizeof(unsigned), stream_)) return e;
+      return launch(k.grid, l, a, sync_);
+    });
   }
 
   bool wants_parameters() const { return p_.grad_weight.data || p_.grad_bias.data; }
@@ -259,21 +269,16 @@ class RowsPass {
     const bool alone = p_.round != Round::kAll;
     // The output round alone; also evaluation without noise, or with a given scale of the noise.
     const bool once = alone ? p_.round == Round::kOutput : p_.frozen && !backward_ && !p_.finds_scale();
-    const int again = backward_ ? (has_activation(p_) ? 3 : 2) : 1;  // tensors read in every round
-    const int64_t bytes = p_.geometry.group_size() * int64_t(sizeof(T)) * again;
-    wave_ = once || alone ? groups : kWaveBytes / bytes;
-    wave_ = wave_ < 1 ? 1 : wave_ > groups ? groups : wave_;
     const int64_t most = ceil_div(args_.chunks, kStreamThreads);
-    int64_t splits = ceil_div(int64_t(device.multiprocessors) * (2048 / kStreamThreads), wave_);
+    int64_t splits = ceil_div(int64_t(device.multiprocessors) * kStreamBlocks, groups);
     if (once) splits = std::max(splits, ceil_div(most, kOutputChunks));
     splits = splits > most ? most : splits;
     stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
-    if (p_.force.thread_groups && !alone) wave_ = p_.force.thread_groups;
-    if (plan_.tier == Tier::kStreaming) plan_ = {Tier::kStreaming, kStreamThreads, int(stream_args_.splits), int(wave_), 0};
+    if (plan_.tier == Tier::kStreaming) plan_ = {Tier::kStreaming, kStreamThreads, int(stream_args_.splits), int(groups), 0};
     if (once) return;  // without sums
-    stream_args_.partial = workspace.take<Real>(wave_ * stream_args_.splits * kMaxSums);
-    stream_args_.mean = place_means<Real>(p_, workspace, wave_);
-    stream_args_.sums = workspace.take<Real>(wave_ * kMaxSums);
+    stream_args_.partial = workspace.take<Real>(groups * stream_args_.splits * kMaxSums);
+    stream_args_.mean = place_means<Real>(p_, workspace, groups);
+    stream_args_.sums = workspace.take<Real>(groups * kMaxSums);
     if (p_.round == Round::kSums) stream_args_.weight_partials = stream_args_.partial;  // not null: wanted, with the noise
   }
 
@@ -284,9 +289,9 @@ class RowsPass {
     if (p_.affine == Affine::kPerElement) {
       slabs_ = uint32_t(ceil_div(int64_t(device.multiprocessors) * 8, ceil_div(args_.chunks, kStreamThreads)));
       if (slabs_ > args_.groups) slabs_ = args_.groups;
-      partials_ = sums_elements_ ? plan_.thread_groups : slabs_;
+      partials_ = plan_.sums_elements ? plan_.thread_groups : slabs_;
     }
-    separate_gradients_ = p_.affine == Affine::kPerRun || (p_.affine == Affine::kPerElement && !sums_elements_);
+    separate_gradients_ = p_.affine == Affine::kPerRun || (p_.affine == Affine::kPerElement && !plan_.sums_elements);
     args_.weight_partials = partials_of(workspace, p_.grad_weight);
     args_.bias_partials = partials_of(workspace, p_.grad_bias);
     static_cast<KernelArgs<Real>&>(stream_args_) = main_args();
@@ -318,64 +323,43 @@ class RowsPass {
             rows_forward<T, kRagged, kNoise, GridThreads<Real>, kFused>};
   }
 
+  using BackwardKernel = void (*)(const KernelArgs<Real>, typename BlockThreads<Real>::Sync);
   template <bool kRagged>
-  ResidentKernels<Real> backward_kernels() const {
-    return is_fused(p_, true) ? backward_kernels<kRagged, true>() : backward_kernels<kRagged, false>();
+  BackwardKernel backward_kernel() const {
+    return is_fused(p_, true) ? backward_kernel<kRagged, true>() : backward_kernel<kRagged, false>();
   }
   template <bool kRagged, bool kFused>
-  ResidentKernels<Real> backward_kernels() const {
-    ResidentKernels<Real> k = {rows_backward<T, kRagged, false, BlockThreads<Real>, kFused>,
-                               rows_backward<T, kRagged, false, ClusterThreads<Real>, kFused>,
-                               rows_backward<T, kRagged, false, GridThreads<Real>, kFused>};
+  BackwardKernel backward_kernel() const {
     if constexpr (!kRagged)
-      if (sums_elements_) {
-        k.block = rows_backward<T, kRagged, true, BlockThreads<Real>, kFused>;
-        k.cluster = rows_backward<T, kRagged, true, ClusterThreads<Real>, kFused>;
-      }
-    return k;
-  }
-
-  // f(arguments, groups) for each wave of groups.
-  template <class F>
-  int each_wave(F f) const {
-    int e = 0;
-    for (int64_t first = 0; first < p_.geometry.groups() && e == 0; first += wave_) {
-      StreamingArgs<Real> s = stream_args_;
-      s.first_group = uint32_t(first);
-      const int64_t left = p_.geometry.groups() - first;
-      e = f(s, unsigned(left < wave_ ? left : wave_));
-    }
-    return e;
+      if (plan_.sums_elements) return rows_backward<T, kRagged, true, kFused>;
+    return rows_backward<T, kRagged, false, kFused>;
   }
 
   using StreamKernel = void (*)(const StreamingArgs<Real>);
-  int round(StreamKernel kernel, const StreamingArgs<Real>& s, unsigned groups) const {
-    return launch(kernel, {.grid = groups * s.splits, .threads = kStreamThreads, .stream = stream_}, s);
+  int round(StreamKernel kernel, const StreamingArgs<Real>& s) const {
+    return launch(kernel, {.grid = s.groups * s.splits, .threads = kStreamThreads, .stream = stream_}, s);
   }
-  int round(StreamKernel kernel, StreamKernel finish, const StreamingArgs<Real>& s, unsigned groups) const {
-    if (const int e = round(kernel, s, groups)) return e;
-    const Launch l = {.grid = groups, .threads = finish_threads(s.splits), .stream = stream_};
+  int round(StreamKernel kernel, StreamKernel finish, const StreamingArgs<Real>& s) const {
+    if (const int e = round(kernel, s)) return e;
+    const Launch l = {.grid = s.groups, .threads = finish_threads(s.splits), .stream = stream_};
     return p_.round == Round::kAll ? launch(finish, l, s) : launch(stream_leave<T>, l, s, round_sums(p_));
   }
 
   template <bool kRagged>
   int stream_forward() const {
-    return each_wave([&](StreamingArgs<Real> s, unsigned groups) {
-      int e = 0;
-      if (p_.runs(Round::kMoments)) {
-        const auto fused = stream_moments<T, kRagged, true>, plain = stream_moments<T, kRagged, false>;
-        e = round(fuses_prologue(p_, false) ? fused : plain, stream_finish<T, Finish::kMoments>, s, groups);
-        read_sum_as_input(s);
-      }
-      if (!e && p_.runs(Round::kLambda)) e = round(stream_lambda<T, kRagged>, stream_finish<T, Finish::kLambda>, s, groups);
-      if (!e && p_.runs(Round::kMeanX)) e = round(stream_x<T, kRagged, false>, stream_finish<T, Finish::kMean>, s, groups);
-      if (!e && p_.runs(Round::kDeviation))
-        e = round(stream_x<T, kRagged, true>, stream_finish<T, Finish::kDeviation>, s, groups);
-      if (e || !p_.runs(Round::kOutput)) return e;
-      if (fuses_epilogue(p_, false)) return round(stream_output<T, kRagged, true, true>, s, groups);
-      const auto noisy = stream_output<T, kRagged, true, false>, quiet = stream_output<T, kRagged, false, false>;
-      return round(args_.noise ? noisy : quiet, s, groups);
-    });
+    StreamingArgs<Real> s = stream_args_;
+    int e = 0;
+    if (p_.runs(Round::kMoments)) {
+      const auto fused = stream_moments<T, kRagged, true>, plain = stream_moments<T, kRagged, false>;
+      e = round(fuses_prologue(p_, false) ? fused : plain, stream_finish<T, Finish::kMoments>, s);
+      read_sum_as_input(s);
+    }
+    if (!e && p_.runs(Round::kLambda)) e = round(stream_lambda<T, kRagged>, stream_finish<T, Finish::kLambda>, s);
+    if (!e && p_.runs(Round::kMeanX)) e = round(stream_x<T, kRagged, false>, stream_finish<T, Finish::kMean>, s);
+    if (!e && p_.runs(Round::kDeviation)) e = round(stream_x<T, kRagged, true>, stream_finish<T, Finish::kDeviation>, s);
+    if (e || !p_.runs(Round::kOutput)) return e;
+    if (fuses_epilogue(p_, false)) return round(stream_output<T, kRagged, true, true>, s);
+    return round(args_.noise ? stream_output<T, kRagged, true, false> : stream_output<T, kRagged, false, false>, s);
   }
 
   template <bool kRagged, bool kSums>
@@ -385,13 +369,12 @@ class RowsPass {
 
   template <bool kRagged>
   int stream_backward() const {
-    return each_wave([&](const StreamingArgs<Real>& s, unsigned groups) {
-      const auto sums = gradient_kernel<kRagged, true>(fuses_prologue(p_, true));
-      const int e = p_.runs(Round::kSums) ? round(sums, stream_finish<T, Finish::kGradient>, s, groups)
-                                          : launch_take_means<T>(p_, s.sums, stream_);
-      if (e || !p_.runs(Round::kGradient)) return e;
-      return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), s, groups);
-    });
+    const StreamingArgs<Real>& s = stream_args_;
+    const auto sums = gradient_kernel<kRagged, true>(fuses_prologue(p_, true));
+    const int e = p_.runs(Round::kSums) ? round(sums, stream_finish<T, Finish::kGradient>, s)
+                                        : launch_take_means<T>(p_, s.sums, stream_);
+    if (e || !p_.runs(Round::kGradient)) return e;
+    return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), s);
   }
 
   template <bool kRagged>
@@ -411,12 +394,12 @@ class RowsPass {
   KernelArgs<Real> args_;
   void* stream_;
   Plan plan_;
-  size_t chunk_bytes_ = 0, workspace_bytes_ = 0;
+  size_t workspace_bytes_ = 0;
   typename GridThreads<Real>::Sync sync_;
   StreamingArgs<Real> stream_args_ = {};
-  int64_t wave_ = 1, partials_ = 1, elements_ = 0;
+  int64_t partials_ = 1, elements_ = 0;
   uint32_t slabs_ = 1;
-  bool sums_elements_ = false, separate_gradients_ = false;
+  bool separate_gradients_ = false;
 };
 
 }  // namespace

@@ -2,8 +2,6 @@
 // memory is read once (backward: twice, input and gradient) and written once.
 #pragma once
 
-#include <type_traits>
-
 #include "math.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
@@ -12,6 +10,22 @@
 namespace normnorm {
 namespace cuda {
 namespace {
+
+// Prefetches into L2 the group that a thread group processes next, so that its first round waits for L2 and not for device
+// memory. A lane of each warp takes a run; short runs, which would take an instruction each, are left out.
+template <class T, class Threads, class Real>
+__device__ __forceinline__ void prefetch_group(const KernelArgs<Real>& a, const Threads& threads, uint32_t group,
+                                               const void* grad) {
+  constexpr int64_t kShortRun = 1024;  // bytes
+  const int64_t bytes = a.length * int64_t(sizeof(T));
+  if (group >= a.groups || bytes < kShortRun || threads.rank() % 32 != 0) return;
+  const GroupPlace g = locate_group(a, group);
+#pragma unroll 1
+  for (uint32_t run = threads.rank() / 32; run < a.runs; run += threads.size() / 32) {
+    prefetch_bytes(static_cast<const T*>(a.input) + g.input + int64_t(run) * a.at_input.run, bytes);
+    if (grad) prefetch_bytes(static_cast<const T*>(grad) + g.grad + int64_t(run) * a.at_grad.run, bytes);
+  }
+}
 
 // --- forward ---
 
@@ -215,7 +229,7 @@ class ForwardGroup {
   }
 
   static constexpr uint32_t kAhead = kFused ? fused_ahead() : chunks_ahead<kRegister * N, 1, kNoise>();
-  TileCache<Real, N, kRegister, 1, true, kAhead, kFused ? fused_ahead() : kRegister> cache_;
+  TileCache<Real, N, kRegister, 1, kAhead, kFused ? fused_ahead() : kRegister> cache_;
   Real pilot_ = 0;  // minus the group's rounded mean
 };
 
@@ -228,6 +242,7 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const KernelArg
   for (uint32_t group = threads.index(); group < a.groups; group += threads.count()) {
     const GroupPlace g = locate_group(a, group);
     const Moments1<Real> m = pass.moments(g);
+    prefetch_group<T>(a, threads, group + threads.count(), nullptr);
     const Estimate<Real> estimate = pass.estimate(g, m);
     const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.settings);
     const PrecisionPath path = precision_path(e, a.settings, false);
@@ -249,22 +264,9 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const KernelArg
 
 // --- backward ---
 
-// Chunks of a group in registers: three numbers an element, and two more where the weight varies by element.
-template <class T>
-constexpr int kBackwardRegister = 16 / kChunkOf<T>;
-
-// Where blocks share a group: fewer, so that more chunks can be in flight to shared memory.
-template <class T>
-constexpr int kGroupedBackwardRegister = sizeof(T) == 8 ? 2 : 8 / kChunkOf<T>;
-
-// Sums for the gradients of the parameters, a pair for each element of this thread's chunks, over all groups.
-template <class T, bool kElementwise, int kRegister>
-struct ElementSums {
-  RealOf<T> weight[kRegister][kChunkOf<T>] = {};
-  RealOf<T> bias[kRegister][kChunkOf<T>] = {};
-};
-template <class T, int kRegister>
-struct ElementSums<T, false, kRegister> {};
+// Chunks of a group in registers, three numbers an element; the sums of gradients by element leave registers for half.
+template <class T, bool kElementwise = false>
+constexpr int kBackwardRegister = (kElementwise ? 8 : 16) / kChunkOf<T>;
 
 // g times the weight, where it varies within the group; else finish_gradient() multiplies by it.
 template <class T, bool kRagged, class Real>
@@ -282,17 +284,22 @@ __device__ __forceinline__ void weighted_gradient(const KernelArgs<Real>& a, con
   }
 }
 
-template <class T, bool kRagged, bool kElementwise, class Threads, int kRegister = kBackwardRegister<T>,
-          bool kFused = false>
+template <class T, bool kRagged, bool kElementwise, bool kFused, int kRegister = kBackwardRegister<T, kElementwise>>
 class BackwardGroup {
   static constexpr int N = kChunkOf<T>;
   using At = ChunkAt<T, kRagged>;
   using Real = RealOf<T>;
+  using Threads = BlockThreads<Real>;
   using Chunk = Real (&)[3][N];  // G psi_h, w, h
 
  public:
   __device__ BackwardGroup(const KernelArgs<Real>& a, Threads& threads)
-      : a_(a), threads_(threads), cache_(a.chunks, threads.rank(), threads.size()) {}
+      : a_(a), threads_(threads), cache_(a.chunks, threads.rank(), threads.size()) {
+    if constexpr (kElementwise) {
+      const uint32_t first = first_element_sum();
+      for (uint32_t i = 0; i < cache_.count() * kSumFours; ++i) element_sum(first + i * blockDim.x) = {};
+    }
+  }
 
   __device__ __forceinline__ void reduce(const GroupPlace& place, const GroupConstants<Real>& constants,
                                          Real (&sums)[kGradientSums]) {
@@ -300,6 +307,7 @@ class BackwardGroup {
     // in the unit of x, that of the logarithms
     const Real noise = a_.noise_train * constants.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
     const PhiloxSchedule keys(noisy ? uint64_t(*a_.seed) : 0);
+    uint32_t of_chunk = kElementwise ? first_element_sum() : 0;
     with_path(constants.path, [&](auto tag) {
       constexpr bool kLate = kRagged || tag.value != PrecisionPath::kPlain;
       struct Raw {
@@ -312,7 +320,7 @@ class BackwardGroup {
         fetch<T, kRagged>(a_.grad, place.grad, a_.at_grad, c, raw.g);
         fetch_mask<kFused>(At{place, c}, a_.fused.activated, raw.activated);
       };
-      cache_.template fill<Raw>(load, [&](Chunk kept, uint32_t chunk, uint32_t slot, const Raw& raw) {
+      cache_.template fill<Raw>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const Raw& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         Real g[N], x[N];
         values<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u, kept[2]);
@@ -322,9 +330,11 @@ class BackwardGroup {
         slopes<tag.value>(c.span, constants, kept, x, sums);
         if constexpr (kElementwise) {
           if (noisy) add_noise<kRagged>(a_, place, c, keys, noise, x);
-          add_parameters(g, x, slot, sums);
+          add_element_sums(of_chunk, g, x);
+          of_chunk += kSumFours * blockDim.x;
         } else {
-          add_parameters(g, x, slot, sums);
+#pragma unroll
+          for (int j = 0; j < N; ++j) sums[5] += g[j], sums[6] += g[j] * x[j];
           if (noisy) sums[6] += noise * noise_product<kRagged>(a_, place, c, keys, g);
         }
       });
@@ -350,20 +360,20 @@ class BackwardGroup {
   }
 
   // This thread group's partial gradients of parameters that vary by element.
-  __device__ __forceinline__ void write_element_sums() {
+  __device__ __forceinline__ void write_element_sums() const {
     if constexpr (kElementwise) {
-      const GroupPlace origin = {};
-      const uint32_t rank = threads_.rank();
-      cache_.template each<false, false>([&](Chunk, uint32_t, uint32_t slot) {
-        const ChunkPlace c = locate_chunk<kRagged, N>(a_, origin, rank + slot * threads_.size());
+      uint32_t of_chunk = first_element_sum();
+#pragma unroll 1
+      for (uint32_t i = 0; i < cache_.count(); ++i, of_chunk += kSumFours * blockDim.x) {
+        const ChunkPlace c = locate_chunk<kRagged, N>(a_, GroupPlace(), threads_.rank() + i * threads_.size());
         const int64_t at = threads_.index() * a_.length + c.first;
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          if (kRagged && !c.span.has(j)) continue;
-          if (a_.weight_partials) a_.weight_partials[at + j] = element_.weight[slot][j] * DeviceLog<Real>::kUnit;
-          if (a_.bias_partials) a_.bias_partials[at + j] = element_.bias[slot][j];
+          const Four<Real>&weight = element_sum(of_chunk + j / 4 * blockDim.x), &bias = element_sum(of_chunk + (N + j) / 4 * blockDim.x);
+          if (a_.weight_partials) a_.weight_partials[at + j] = weight.v[j % 4] * DeviceLog<Real>::kUnit;
+          if (a_.bias_partials) a_.bias_partials[at + j] = bias.v[j % 4];
         }
-      });
+      }
     }
   }
 
@@ -386,41 +396,51 @@ class BackwardGroup {
     }
   }
 
-  __device__ __forceinline__ void add_parameters(const Real (&g)[N], const Real (&x)[N], uint32_t slot,
-                                                 Real (&sums)[kGradientSums]) {
+  // Sums of all groups for the gradients of the parameters, of the weight and then of the bias, for each of this thread's
+  // chunks, behind the chunks in shared memory: in registers they would halve the threads that run at the same time.
+  static constexpr uint32_t kSumFours = 2 * N / 4;
+  __device__ __forceinline__ uint32_t first_element_sum() const {
+    const uint32_t each = (a_.chunks + blockDim.x - 1) / blockDim.x, kept = each > kRegister ? each - kRegister : 0;
+    return kept * (3 * N / 4) * blockDim.x + threadIdx.x;
+  }
+  static __device__ __forceinline__ Four<Real>& element_sum(uint32_t at) {
+    NN_DYNAMIC_SHARED(raw);
+    return reinterpret_cast<Four<Real>*>(raw)[at];
+  }
+  static __device__ __forceinline__ void add_element_sums(uint32_t at, const Real (&g)[N], const Real (&x)[N]) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if constexpr (kElementwise) {
-        element_.bias[slot][j] += g[j];
-        element_.weight[slot][j] += g[j] * x[j];
-      } else {
-        sums[5] += g[j];
-        sums[6] += g[j] * x[j];
-      }
+    for (int q = 0; q < N / 4; ++q) {
+      Four<Real>&weight = element_sum(at + q * blockDim.x), &bias = element_sum(at + (N / 4 + q) * blockDim.x);
+      Four<Real> sum = weight;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.v[j] += g[4 * q + j] * x[4 * q + j];
+      weight = sum;
+      sum = bias;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.v[j] += g[4 * q + j];
+      bias = sum;
     }
   }
 
   const KernelArgs<Real>& a_;
   Threads& threads_;
   static constexpr uint32_t kAhead = kFused ? fused_ahead() : chunks_ahead<kRegister * N, 3>();
-  TileCache<Real, N, kRegister, 3, !kElementwise, kAhead, kFused ? fused_ahead() : kRegister> cache_;
-  ElementSums<T, kElementwise, kRegister> element_;
+  TileCache<Real, N, kRegister, 3, kAhead, kFused ? fused_ahead() : kRegister> cache_;
 };
 
-template <class T, bool kRagged, bool kElementwise, class Threads, bool kFused>
+template <class T, bool kRagged, bool kElementwise, bool kFused>
 __global__ void __launch_bounds__(kFused ? kFusedBackwardBlock : kBackwardBlock, 1)
-rows_backward(const KernelArgs<RealOf<T>> a, typename Threads::Sync sync) {
+rows_backward(const KernelArgs<RealOf<T>> a, typename BlockThreads<RealOf<T>>::Sync sync) {
   using Real = RealOf<T>;
-  Threads threads(sync);
-  constexpr bool kAlone = kElementwise || std::is_same_v<Threads, BlockThreads<Real>>;
-  constexpr int kRegister = kAlone ? kBackwardRegister<T> : kGroupedBackwardRegister<T>;
-  BackwardGroup<T, kRagged, kElementwise, Threads, kRegister, kFused> pass(a, threads);
+  BlockThreads<Real> threads(sync);
+  BackwardGroup<T, kRagged, kElementwise, kFused> pass(a, threads);
 #pragma unroll 1
   for (uint32_t group = threads.index(); group < a.groups; group += threads.count()) {
     const GroupPlace place = locate_group(a, group);
     const GroupConstants<Real> constants =
         load_constants(a.stats, group, a.groups, a.settings, a.frozen);
     Real sums[kGradientSums] = {};
+    prefetch_group<T>(a, threads, group + threads.count(), a.grad);
     pass.reduce(place, constants, sums);
     if (!kElementwise && threads.rank() == 0 && a.affine == Affine::kPerGroup) {
       if (a.bias_partials) a.bias_partials[group] = sums[5];

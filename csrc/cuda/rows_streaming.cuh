@@ -12,20 +12,20 @@ constexpr int kStreamThreads = 256;
 
 template <class Real>
 struct StreamingArgs : KernelArgs<Real> {
-  uint32_t first_group, splits;  // of a wave; blocks a group
-  Real* partial;                 // [group of the wave][split][kMaxSums]
-  Real* mean;                    // [group of the wave]: mean of x, between rounds 3 and 4
-  Real* sums;                    // [group of the wave][kMaxSums]: backward totals, which include the weight
+  uint32_t splits;  // blocks a group
+  Real* partial;    // [group][split][kMaxSums]
+  Real* mean;       // [group]: mean of x, between rounds 3 and 4
+  Real* sums;       // [group][kMaxSums]: backward totals, which include the weight
 };
 
 // A block's group, and which of the group's blocks it is.
 struct Slice {
-  uint32_t local, group, split;
+  uint32_t group, split;
 };
 template <class Real>
 __device__ inline Slice locate_slice(const StreamingArgs<Real>& s) {
-  const uint32_t local = blockIdx.x / s.splits;
-  return {local, s.first_group + local, blockIdx.x - local * s.splits};
+  const uint32_t group = blockIdx.x / s.splits;
+  return {group, blockIdx.x - group * s.splits};
 }
 
 constexpr int kStreamAhead = 2;
@@ -79,7 +79,7 @@ __device__ inline void write_partial(const StreamingArgs<Real>& s, const Slice& 
   BlockThreads<Real> threads({});
   threads.sum(sums);
   if (threadIdx.x > 0) return;
-  Real* partial = s.partial + (size_t(slice.local) * s.splits + slice.split) * kMaxSums;
+  Real* partial = s.partial + (size_t(slice.group) * s.splits + slice.split) * kMaxSums;
 #pragma unroll
   for (int k = 0; k < K; ++k) partial[k] = sums[k];
 }
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const Streaming
   each_input<T, kRagged, kFused>(s, g, slice.split, s.fused.addend, add);
   threads.sum(sums);
   if (threadIdx.x > 0) return;
-  Real* partial = s.partial + (size_t(slice.local) * s.splits + slice.split) * kMaxSums;
+  Real* partial = s.partial + (size_t(slice.group) * s.splits + slice.split) * kMaxSums;
   const Real shift = sums[0] > Real(0) ? sums[1] / sums[0] : Real(0);
   partial[0] = sums[0];
   partial[1] = centre;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamingArgs<R
   const Slice slice = locate_slice(s);
   const GroupPlace g = locate_group(s, slice.group);
   const GroupConstants<Real> k = constants_of(s, slice.group);
-  const Real mean = kDeviation ? s.mean[slice.local] : Real(0);
+  const Real mean = kDeviation ? s.mean[slice.group] : Real(0);
   Real sums[1] = {0};
   with_path(k.path, [&](auto tag) {
     each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, Real (&x)[N]) {
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
   const Real noise = s.noise_train * k.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
   InputGradient<Real> du = {};
   if (!kSums) {
-    du = finish_gradient(s.sums + size_t(slice.local) * kMaxSums, Real(1), s.inverse_count, k.rstd, s.frozen);
+    du = finish_gradient(s.sums + size_t(slice.group) * kMaxSums, Real(1), s.inverse_count, k.rstd, s.frozen);
     du.through *= group_affine<T>(s, g).weight;
   }
   Real sums[kGradientSums] = {};
@@ -343,8 +343,8 @@ template <class T, Finish kFinish>
 __global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamingArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   BlockThreads<Real> threads({});
-  const uint32_t local = blockIdx.x, group = s.first_group + local;
-  const Real* partial = s.partial + size_t(local) * s.splits * kMaxSums;
+  const uint32_t group = blockIdx.x;
+  const Real* partial = s.partial + size_t(group) * s.splits * kMaxSums;
   if constexpr (kFinish == Finish::kMoments) {
     const auto number = [&](uint32_t i, int k) { return partial[size_t(i) * kMaxSums + k]; };
     finish_moments_of(s, threads, s.splits, number, group);
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kFinishThreads) stream_finish(const StreamingA
     threads.sum(sums);
     if (threadIdx.x > 0) return;
     if constexpr (kFinish == Finish::kGradient) weigh_sums<T>(s, group, sums);
-    finish_sums<kFinish>(s, sums, group, s.mean + local, s.sums + size_t(local) * kMaxSums);
+    finish_sums<kFinish>(s, sums, group, s.mean + group, s.sums + size_t(group) * kMaxSums);
     if constexpr (kFinish == Finish::kGradient) {
       if (s.affine != Affine::kPerGroup) return;
       if (s.bias_partials) s.bias_partials[group] = sums[5];

@@ -59,6 +59,13 @@ __device__ __forceinline__ void store_global(void* p, const uint4& raw) {
 
 // Prefetches into L2 what a thread will load later and has no registers for yet.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// The same of many bytes, in one instruction, less what lies before and after the 16-byte boundaries; before sm_90 nothing.
+__device__ inline void prefetch_bytes(const void* p, int64_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t before = uint32_t(-reinterpret_cast<intptr_t>(p)) % 16, whole = (uint32_t(bytes) - before) & ~15u;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(p) + before), "r"(whole));
+#endif
+}
 
 // Clusters of blocks; before sm_90 there are none, and the launchers ask for none.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -141,11 +148,11 @@ inline cudaError_t cleared(cudaError_t e) {
   return e;
 }
 
-// How many blocks of clusters, or of a cooperative launch, the device runs at the same time.
+// How many blocks of a launch the device runs at the same time.
 inline cudaError_t count_co_resident(const void* kernel, const Launch& l, const Device& device, int* blocks) {
   cudaError_t e = l.shared > 0 ? allow_shared(kernel) : cudaSuccess;
   if (e != cudaSuccess) return e;
-  if (l.cooperative) {
+  if (l.cluster == 1) {
     e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, int(l.threads), l.shared);
     *blocks *= device.multiprocessors;
     return e;
@@ -159,26 +166,25 @@ inline cudaError_t count_co_resident(const void* kernel, const Launch& l, const 
   return e;
 }
 
-// Whether blocks that wait for one another run at the same time; if not, their barriers would never open. Only the driver
-// knows, because other processes and a divided device (MIG) take their share. The answer is kept, so that the workspace and
-// the launch are planned alike.
+// The same, and 0 where there is no answer. Only the driver knows, because other processes and a divided device (MIG) take
+// their share. The answer is kept, so that the workspace and the launch are planned alike. Of a device that is not present
+// it says what its threads allow.
 template <class... P>
-bool are_co_resident(void (*kernel)(P...), const Launch& l, const Device& device) {
+int64_t co_resident_blocks(void (*kernel)(P...), const Launch& l, const Device& device) {
   using Query = std::tuple<const void*, int, unsigned, size_t, int>;
   static std::mutex lock;
   static std::map<Query, int> known;
-  if (!device.present) return true;
+  if (!device.present) return int64_t(device.multiprocessors) * (kLargestBlock / l.threads);
   const void* entry = reinterpret_cast<const void*>(kernel);
   int id = 0, blocks = 0;
-  if (cleared(cudaGetDevice(&id)) != cudaSuccess) return false;
-  const int wanted = l.cooperative ? int(l.grid) : l.cluster;
+  if (cleared(cudaGetDevice(&id)) != cudaSuccess) return 0;
   const Query query = {entry, id, l.threads, l.shared, l.cluster};
   const std::lock_guard<std::mutex> guard(lock);
   const auto answer = known.find(query);
-  if (answer != known.end()) return answer->second >= wanted;
-  if (cleared(count_co_resident(entry, l, device, &blocks)) != cudaSuccess) return false;
+  if (answer != known.end()) return answer->second;
+  if (cleared(count_co_resident(entry, l, device, &blocks)) != cudaSuccess) return 0;
   known[query] = blocks;
-  return blocks >= wanted;
+  return blocks;
 }
 
 template <class... P, class... A>

@@ -40,10 +40,9 @@ constexpr uint32_t fused_ahead() {
 #endif
 }
 
-// kPlanes numbers an element; kRegister chunks of N elements a thread in registers; kShared: more in shared memory. Loads
+// kPlanes numbers an element; kRegister chunks of N elements a thread in registers, the others in shared memory. Loads
 // kAhead chunks at a time on the way to shared memory, kRegisterAhead on the way to registers.
-template <class Real, int N, int kRegister, int kPlanes, bool kShared = true,
-          uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>(), uint32_t kRegisterAhead = kRegister>
+template <class Real, int N, int kRegister, int kPlanes, uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>(), uint32_t kRegisterAhead = kRegister>
 class TileCache {
  public:
   using Chunk = Real[kPlanes][N];
@@ -62,7 +61,7 @@ class TileCache {
       if (i >= count_) break;  // a single exit: a branch around each chunk would have to reconverge after each
       f(register_[i], rank_ + i * size_, i);
     }
-    if constexpr (kShared) each_shared<kRead, kWrite>(f);
+    each_shared<kRead, kWrite>(f);
   }
 
   // The first round: load(chunk number, raw) starts a load, f(values, chunk number, register slot or kRegister, raw) leaves
@@ -70,10 +69,10 @@ class TileCache {
   // in flight in every multiprocessor. hint(chunk number) is called kHinted chunks before load().
   template <class Raw, class Load, class F, class Hint = NoHint>
   __device__ __forceinline__ void fill(Load load, F f, Hint hint = {}) {
-    if constexpr (kShared && !std::is_same_v<Hint, NoHint>)
+    if constexpr (!std::is_same_v<Hint, NoHint>)
       for (uint32_t i = kRegister; i < kRegister + kHinted && i < count_; ++i) hint(rank_ + i * size_);
     registers_with<kRegisterAhead, Raw>(load, f);
-    if constexpr (kShared) shared_with<false, true, kAhead, Raw>(load, f, hint);
+    shared_with<false, true, kAhead, Raw>(load, f, hint);
   }
 
   // each<true, false>() with a chunk loaded from memory beside each of the values: load() and f() as in fill().
@@ -83,7 +82,7 @@ class TileCache {
       each<true, false>([&](Chunk& values, uint32_t chunk, uint32_t slot) { f(values, chunk, slot, Raw()); });
     } else {
       registers_with<kAhead, Raw>(load, f);
-      if constexpr (kShared) shared_with<true, false, kAhead, Raw>(load, f, NoHint());
+      shared_with<true, false, kAhead, Raw>(load, f, NoHint());
     }
   }
 

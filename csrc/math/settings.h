@@ -12,6 +12,7 @@ struct Settings {
   S alpha = S(1);
   S transform_eps = S(0);
   int order = 2;
+  S small_exponent = S(0.25);  // below it powers are computed by series (transform.h)
 
   // Whether the kernels can compute with these values; normnorm/checks.py has the error message for each rule.
   bool valid() const {
@@ -21,7 +22,7 @@ struct Settings {
 
   template <class T>
   Settings<T> as() const {
-    return {T(eps), T(root_eps), T(alpha), T(transform_eps), order};
+    return {T(eps), T(root_eps), T(alpha), T(transform_eps), order, T(small_exponent)};
   }
 };
 

@@ -130,10 +130,9 @@ NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, c
   return {psi_h, psi_lambda};
 }
 
-// Whether an exponent of the group is small: with both at least `bound` the direct form loses less than 4 ulp of l.
+// Whether an exponent of the group is small: with both at least `bound` the direct form loses less than 1 / bound ulp of l.
 template <class S>
-NN_HD bool has_small_exponent(const Exponents<S>& e) {
-  const S bound = S(0.25);
+NN_HD bool has_small_exponent(const Exponents<S>& e, S bound) {
   return !((e.eta_pos >= bound || e.eta_pos <= -bound) && (e.eta_neg >= bound || e.eta_neg <= -bound));
 }
 

@@ -43,7 +43,7 @@ __device__ __forceinline__ void backward(KernelArgs<RealOf<T>> a) {
   a.noise = kGradients == 2;
   if (kGradients == 0) a.weight_partials = nullptr;
   if (kFused) fuse(a.fused);
-  BackwardGroup<T, false, false, BlockThreads<Real>, kRegister, kFused> pass(a, threads);
+  BackwardGroup<T, false, false, kFused, kRegister> pass(a, threads);
   const GroupPlace place = locate_group(a, threads.index());
   GroupConstants<Real> constants =
       load_constants(a.stats, threads.index(), a.groups, a.settings, false);

@@ -132,12 +132,13 @@ const T* opaque_address(const T* p) {
 inline uint4 load_global(const void* p) { return *static_cast<const uint4*>(p); }
 inline void store_global(void* p, const uint4& raw) { *static_cast<uint4*>(p) = raw; }
 inline void prefetch(const void*) {}
+inline void prefetch_bytes(const void*, int64_t) {}
 
 constexpr int kNotCoResident = cudaErrorCooperativeLaunchTooLarge;
 
 template <class... P>
-bool are_co_resident(void (*)(P...), const Launch& l, const Device&) {
-  return int(l.cooperative ? l.grid : l.cluster) <= host_cuda::settings().co_resident;
+int64_t co_resident_blocks(void (*)(P...), const Launch&, const Device&) {
+  return host_cuda::settings().co_resident;
 }
 template <class... P, class... A>
 int launch(void (*kernel)(P...), const Launch& l, A... arguments) {
