@@ -286,7 +286,7 @@ def test_every_launch_fits_its_device(runtime, architecture):
     found = _problems(runtime, architecture, 24_000)
     assert not found, f"{len(found)} problems:\n" + "\n".join(found[:5])
     made = runtime.launches() - before
-    assert made.total() > 100_000
+    assert made.total() > 50_000
     if architecture == sass.HOST:  # all its kernels are read
         kernels = set(runtime.kernels.values())
         running = {k for k in kernels if re.match("fold_running|pack_running|advance", k)}

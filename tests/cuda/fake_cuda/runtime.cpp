@@ -75,9 +75,8 @@ class Look {
         const auto& sync = *static_cast<const typename GridThreads<Real>::Sync*>(given[1]);
         blocks = sync_blocks(sync, grid_ / std::max(1u, sync.blocks) * 2 * kMaxSums * sync.blocks);
       }
-      int in_registers = backward ? kGroupedBackwardRegister<T> : kForwardRegister<T>;
-      if (elementwise || (backward && k_.threads_class == "BlockThreads")) in_registers = kBackwardRegister<T>;
-      holds<T>(a.chunks, blocks, in_registers, elementwise ? 0 : backward ? 3 : 1);
+      const int in_registers = !backward ? kForwardRegister<T> : elementwise ? kBackwardRegister<T, true> : kBackwardRegister<T>;
+      holds<T>(a.chunks, blocks, in_registers, backward ? 3 : 1, elementwise ? 2 : 0);
       if (backward) parts(a, elementwise ? grid_ / blocks * a.length : a.affine == Affine::kPerGroup ? a.groups : 0);
     } else if (starts("stream_")) {
       const auto& s = *static_cast<const StreamingArgs<Real>*>(given[0]);
@@ -85,7 +84,7 @@ class Look {
       const unsigned splits = finish || leave ? 1 : s.splits;
       rows<T>(s, aligned, 0);
       require(grid_ % splits == 0, "a group lacks blocks");
-      require(s.first_group + grid_ / splits <= s.groups, "blocks without a group");
+      require(grid_ / splits == s.groups, "not as many blocks as there are groups");
       if (starts("stream_output")) return;
       workspace("parts", s.partial, grid_ / splits * size_t(s.splits) * kMaxSums);
       means(s.mean, grid_ / splits);
@@ -181,10 +180,10 @@ class Look {
   }
 
   template <class T>
-  void holds(int64_t chunks, unsigned blocks, int in_registers, int planes) const {
-    const int64_t each = ceil_div(chunks, int64_t(threads_) * blocks) - in_registers;
-    const size_t bytes = size_t(planes * kChunkOf<T>) * sizeof(RealOf<T>) * threads_;
-    require(each <= 0 || (planes && size_t(each) * bytes <= dynamic_), "a group does not fit on chip");
+  void holds(int64_t chunks, unsigned blocks, int in_registers, int planes, int sums = 0) const {
+    const int64_t each = ceil_div(chunks, int64_t(threads_) * blocks), kept = each > in_registers ? each - in_registers : 0;
+    const size_t plane = kChunkOf<T> * sizeof(RealOf<T>) * threads_;
+    require(size_t(kept * planes + each * sums) * plane <= dynamic_, "a group does not fit on chip");
   }
 
   template <class Real>
@@ -308,7 +307,8 @@ cudaError_t cudaMemsetAsync(void* p, int, size_t bytes, cudaStream_t) {
 // A plan assumes two blocks a multiprocessor where blocks wait for one another.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* entry, int threads, size_t dynamic) {
   *blocks = occupancy(kernels.at(entry), threads, dynamic);
-  if (*blocks < kBlocksPerMultiprocessor) report(kernels.at(entry), "two blocks do not share a multiprocessor");
+  const bool waits = kernels.at(entry).threads_class == "GridThreads";
+  if (waits && *blocks < kBlocksPerMultiprocessor) report(kernels.at(entry), "two blocks do not share a multiprocessor");
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* entry, const cudaLaunchConfig_t* c) {
