@@ -8,11 +8,8 @@ import normnorm
 
 @pytest.mark.parametrize("kind", ["batch", "layer"])
 def test_compiled_layers_agree_with_eager_ones(rig, backend, kind):
-    make = {
-        "batch": lambda: normnorm.BatchNormalNorm2d(16, noise_train=0.0, device=rig.device),
-        "layer": lambda: normnorm.LayerNormalNorm(16, noise_train=0.0, device=rig.device),
-    }[kind]
-    eager, layer = make(), make()
+    make = {"batch": normnorm.BatchNormalNorm2d, "layer": normnorm.LayerNormalNorm}[kind]
+    eager, layer = (make(16, noise_train=0.0, device=rig.device) for _ in range(2))
     compiled = torch.compile(layer, fullgraph=True, backend=rig.pick("inductor", "aot_eager"))
     x = torch.randn(8, 16, 16, 16, device=rig.device, requires_grad=True)
     g = torch.randn_like(x)
