@@ -157,7 +157,7 @@ def main() -> int:
         if left(1.0 + work.elements * 2e-8 + 20 * any(PROVIDERS[n].compiled for n in names), work):
             show(run.layer(work, names), work)
     names = tuple(
-        name for name in ("torch", "normnorm-cuda", "normnorm-triton")
+        name for name in ("torch", "normnorm-cuda")
         if PROVIDERS[name].missing(device) is None
     )  # fmt: skip
     for network in nets:
