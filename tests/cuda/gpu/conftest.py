@@ -25,15 +25,13 @@ DRY = MODE == "dry"
 HAS_RIG = MODE != "gpu" or torch.cuda.is_available()
 collect_ignore_glob = [] if HAS_RIG else ["test_[!d]*.py"]
 LINES = os.environ.get("NORMNORM_GPU_CHECK_LINES")
-# "2/5": the second of every five tests.
-SHARE = os.environ.get("NORMNORM_GPU_CHECK_SHARE", "1/1")
+SHARE = os.environ.get("NORMNORM_GPU_CHECK_SHARE", "1/1")  # "2/5": the second of every five tests
 # Triton's kernels take a second each to compile, and tests/triton interprets every variant of them:
 # here a case per behaviour. By test, the ids that are kept; a test that is not named keeps all.
 TRITON = {
     "test_training": "(.*-float32|batch-2d(-last)?-bfloat16|layer-float(16|64))-noise",
     "test_evaluation": "batch-2d-float32|batch-2d-last-bfloat16",
-    "test_row_lengths": "float32-(1|37|760|5000)",
-    "test_absent_parameters": ".*'weight', 'bias'.*",
+    "test_row_lengths": "float32-(1|37|760|5000)", "test_absent_parameters": ".*'weight', 'bias'.*",
     "test_automatic_tiers": "(row-|channel-|channel-.*-)(warp|streaming|last)-float32",
     "test_results_repeat_bitwise": r"(batch-2d|layer-long|group)-.*\.float32",
     "test_rounds": "batch-2d(-last)?-float32", "test_rounds_repeat_bitwise": "columns-float32",
