@@ -436,11 +436,11 @@ rows_backward(const KernelArgs<RealOf<T>> a, typename BlockThreads<RealOf<T>>::S
   BackwardGroup<T, kRagged, kElementwise, kFused> pass(a, threads);
 #pragma unroll 1
   for (uint32_t group = threads.index(); group < a.groups; group += threads.count()) {
+    prefetch_group<T>(a, threads, group + threads.count(), a.grad);  // here it takes no register from what follows
     const GroupPlace place = locate_group(a, group);
     const GroupConstants<Real> constants =
         load_constants(a.stats, group, a.groups, a.settings, a.frozen);
     Real sums[kGradientSums] = {};
-    prefetch_group<T>(a, threads, group + threads.count(), a.grad);
     pass.reduce(place, constants, sums);
     if (!kElementwise && threads.rank() == 0 && a.affine == Affine::kPerGroup) {
       if (a.bias_partials) a.bias_partials[group] = sums[5];

@@ -83,8 +83,7 @@ class Look {
       const bool finish = starts("stream_finish"), leave = starts("stream_leave");
       const unsigned splits = finish || leave ? 1 : s.splits;
       rows<T>(s, aligned, 0);
-      require(grid_ % splits == 0, "a group lacks blocks");
-      require(grid_ / splits == s.groups, "not as many blocks as there are groups");
+      require(grid_ == s.groups * splits, "not as many blocks as there is work for");
       if (starts("stream_output")) return;
       workspace("parts", s.partial, grid_ / splits * size_t(s.splits) * kMaxSums);
       means(s.mean, grid_ / splits);
