@@ -2,7 +2,6 @@
 #include <cuda_runtime_api.h>
 
 #include <exception>
-#include <limits>
 #include <string>
 
 #include "../cuda/plan.h"
@@ -91,8 +90,7 @@ NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanA
     const bool backward = request->backward != 0;
     const cuda::Plan plan = passes.plan(p, backward, device);
     const size_t workspace = passes.workspace(p, backward, device);
-    // A plan has no more thread groups than there are items.
-    p.force.thread_groups = std::numeric_limits<int>::max();
+    p.force.tier = cuda::Tier::kStreaming;  // a thread group for each item
     const int64_t items = passes.plan(p, backward, device).thread_groups;
     *answer = {p.geometry.groups(), p.geometry.group_size(), items, int64_t(workspace), p.geometry.columns,
                int(plan.tier), plan.threads, plan.blocks, plan.thread_groups, plan.shared_chunks};

@@ -28,7 +28,7 @@ struct Plan {
   int blocks = 1;              // of a thread group
   int thread_groups = 1;       // running at the same time
   int shared_chunks = 0;       // chunks a thread keeps in shared memory
-  bool sums_elements = false;  // the gradients of a weight per element, in shared memory
+  bool sums_elements = false;  // sums the gradients of a weight per element in shared memory
   size_t shared = 0;           // bytes of dynamic shared memory
 };
 
@@ -49,6 +49,7 @@ struct Demand {
   int largest_block = 0;           // the most threads for which the kernel has registers
   int static_shared = 0;           // bytes of the kernel's static shared memory
   int sum_bytes = 0;               // a chunk's, of the gradients of a weight per element; 0 where there are none
+  bool one_block = false;          // there are no kernels for several blocks a group
 };
 
 // Threads of a block; more would spill. A fused backward pass loads a third tensor, for which twelve warps lack one or two
@@ -56,7 +57,8 @@ struct Demand {
 constexpr int kForwardBlock = 512, kBackwardBlock = 384, kFusedBackwardBlock = 256;
 constexpr int kLargestBlock = 512, kLargestCluster = 8;
 constexpr int kBlocksPerMultiprocessor = 2;  // where blocks wait for one another
-constexpr int kThreadChunks = 8;             // of a group in one block: fewer warps wait for one another at its sums
+constexpr int kThreadChunks = 8;             // chunks a thread of a block; fewer warps wait at each barrier
+constexpr int kMostGridBlocks = 40;          // of a thread group: waiting for more takes longer than streaming
 constexpr int kGridMargin = 3;               // multiprocessors that a cooperative launch leaves to other streams
 
 inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks, bool sums_elements = false) {
@@ -106,7 +108,7 @@ inline int grid_blocks(const Device& device) {
 }
 inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
   const int all = grid_blocks(device);
-  for (int blocks = 1; blocks <= all; ++blocks) {
+  for (int blocks = 1; blocks <= all && blocks <= kMostGridBlocks; ++blocks) {
     if (count_fitting(d, device, with_blocks(d, Tier::kGrid, threads, blocks)) < kBlocksPerMultiprocessor) continue;
     const int64_t turns = ceil_div(d.groups, all / blocks), thread_groups = ceil_div(d.groups, turns);
     const int64_t busy = ceil_div(d.chunks, threads);
@@ -117,8 +119,9 @@ inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
   return Plan();
 }
 
-// A block that sums the gradients of a weight per element beside its groups: of the sizes of which the most threads run at
-// the same time, the smallest. Streaming where those are too few: a kernel of its own then sums the gradients.
+// A block that sums the gradients of a weight per element too: the smallest size that maximizes the resident threads of a
+// multiprocessor. Streaming where these are fewer than half of those that registers allow: a separate kernel then sums the
+// gradients.
 inline Plan summing_plan(const Demand& d, const Device& device) {
   Plan best;
   int64_t most = d.largest_block / 2;
@@ -137,19 +140,20 @@ inline Plan resident_plan(const Demand& d, const Device& device) {
   if (d.sum_bytes > 0)
     if (const Plan p = summing_plan(d, device); p.tier == Tier::kBlock) return p;
   // too few groups to fill the device: more blocks a group than it needs
+  const bool clusters = device.clusters && !d.one_block;
   int least = 1;
-  while (device.clusters && least < kLargestCluster && d.groups * least <= device.multiprocessors &&
+  while (clusters && least < kLargestCluster && d.groups * least <= device.multiprocessors &&
          d.chunks >= int64_t(half) * least * 2)
     least *= 2;
   if (const Plan p = with_blocks(d, Tier::kBlock, few, 1);
       least == 1 && few <= half && count_fitting(d, device, p) >= kBlocksPerMultiprocessor * half / few)
     return p;
   if (least == 1 && d.chunks <= int64_t(whole) * d.register_chunks) return with_blocks(d, Tier::kBlock, whole, 1);
-  if (const int blocks = fitting_blocks(d, device, half, least, device.clusters ? kLargestCluster : 1))
+  if (const int blocks = fitting_blocks(d, device, half, least, clusters ? kLargestCluster : 1))
     return with_blocks(d, blocks == 1 ? Tier::kBlock : Tier::kCluster, half, blocks);
-  // one block a multiprocessor; not of the backward pass, which has no tier of several blocks, but streams in less time
-  const Plan alone = with_blocks(d, Tier::kBlock, d.largest_block, 1);
-  if (!device.clusters && device.cooperative && count_fitting(d, device, alone) > 0) return alone;
+  if (d.one_block) return Plan();
+  const Plan alone = with_blocks(d, Tier::kBlock, d.largest_block, 1);  // on a multiprocessor
+  if (!clusters && count_fitting(d, device, alone) > 0) return alone;
   return grid_plan(d, device, half);
 }
 

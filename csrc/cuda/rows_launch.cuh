@@ -93,7 +93,8 @@ KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   a.inverse_count_double = p.round == Round::kGradient ? 1.0 : 1.0 / double(p.geometry.group_size());
   a.inverse_count = Real(a.inverse_count_double);
   a.settings = p.settings.as<Real>();
-  if (sizeof(T) == 2) a.settings.small_exponent = Real(1) / 16;  // 16 ulp of float are 2^-9 ulp of half or less
+  // psi and its slope by lambda then lose 2^-20 and 2^-16, where storage rounds to 2^-12 (float16) or 2^-9 of a value
+  if (sizeof(T) == 2) a.settings.small_exponent = Real(1) / 16;
   const auto tensor = [&](const Operand& t) { return FusedTensor{t.data, chunk_strides(p.geometry, t.stride, N)}; };
   a.fused = {tensor(p.residual), tensor(p.addend), tensor(p.sum), tensor(p.activated),
              tensor(p.grad_sum), p.activation};
@@ -149,7 +150,7 @@ inline Launch resident_launch(const Plan& plan, void* stream) {
           .stream = stream};
 }
 
-constexpr int kStreamBlocks = 16;         // of a multiprocessor, in turn; the groups of few blocks would end unevenly
+constexpr int kStreamBlocks = 16;         // of a multiprocessor: more than run at once, to even out the tail
 constexpr int kOutputChunks = 16;         // of a thread in a single round: enough to hide the start of a block
 
 // The forward and backward passes of one storage type: chooses the plan and kernels, divides the workspace, launches.
@@ -171,6 +172,7 @@ class RowsPass {
     const bool sums_elements = backward && p.affine == Affine::kPerElement && wants_parameters() && !mode_.ragged;
     d.sum_bytes = sums_elements ? 2 * N * int(sizeof(Real)) : 0;
     d.static_shared = kReduceNumbers * int(sizeof(Real));
+    d.one_block = backward;
     d.largest_block = !backward ? kForwardBlock : is_fused(p, true) ? kFusedBackwardBlock : kBackwardBlock;
     choose(d, device);
     place(device);
@@ -200,15 +202,14 @@ class RowsPass {
  private:
   // The plan; where the device would not run its blocks at the same time, one of the next tier.
   void choose(const Demand& d, Device device) {
-    if (backward_) device.clusters = device.cooperative = false;  // its kernels keep a group in one block
     for (;;) {
       plan_ = choose_plan(d, device, p_.force);
       if (backward_ && plan_.tier != Tier::kBlock) plan_ = Plan();
       if (p_.round != Round::kAll || (p_.frozen && !backward_)) plan_ = Plan();
       if (plan_.tier == Tier::kStreaming) return;
-      const int64_t blocks = co_resident_blocks(device);
+      const int64_t blocks = co_resident_blocks(d, device);
       const bool wait = plan_.tier != Tier::kBlock;  // for one another
-      if (wait && blocks < plan_.blocks * (plan_.tier == Tier::kGrid ? plan_.thread_groups : 1)) {
+      if (wait && blocks < int64_t(plan_.blocks) * (plan_.tier == Tier::kGrid ? plan_.thread_groups : 1)) {
         if (p_.force.tier != Tier::kAuto) {
           plan_ = Plan();
           return;
@@ -218,13 +219,15 @@ class RowsPass {
       }
       // each thread group prefetches the group that it processes next
       if (plan_.tier != Tier::kGrid && !p_.force.thread_groups)
-        plan_.thread_groups = int(blocks > 0 ? std::clamp(blocks / plan_.blocks, int64_t(1), d.groups) : d.groups);
+        plan_.thread_groups = int(std::clamp((blocks > 0 ? blocks : device.multiprocessors) / plan_.blocks, int64_t(1), d.groups));
       return;
     }
   }
 
-  // How many blocks of the plan the device runs at the same time.
-  int64_t co_resident_blocks(const Device& device) const {
+  // How many blocks of the plan the device runs at the same time; of one that is not present an estimate.
+  int64_t co_resident_blocks(const Demand& d, const Device& device) const {
+    if (!device.present)
+      return device.multiprocessors * std::min(count_fitting(d, device, plan_), int64_t(d.largest_block / plan_.threads));
     const Launch l = resident_launch(plan_, nullptr);
     return with_mode<T>(mode_.ragged, [&](auto ragged) {
       if (backward_) return cuda::co_resident_blocks(backward_kernel<ragged.value>(), l, device);

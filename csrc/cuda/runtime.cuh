@@ -166,15 +166,13 @@ inline cudaError_t count_co_resident(const void* kernel, const Launch& l, const 
   return e;
 }
 
-// The same, and 0 where there is no answer. Only the driver knows, because other processes and a divided device (MIG) take
-// their share. The answer is kept, so that the workspace and the launch are planned alike. Of a device that is not present
-// it says what its threads allow.
+// The same, and 0 where there is no answer. Only the driver knows the registers, and a divided device's share (MIG). The
+// answer is kept, so that the workspace and the launch are planned alike.
 template <class... P>
 int64_t co_resident_blocks(void (*kernel)(P...), const Launch& l, const Device& device) {
   using Query = std::tuple<const void*, int, unsigned, size_t, int>;
   static std::mutex lock;
   static std::map<Query, int> known;
-  if (!device.present) return int64_t(device.multiprocessors) * (kLargestBlock / l.threads);
   const void* entry = reinterpret_cast<const void*>(kernel);
   int id = 0, blocks = 0;
   if (cleared(cudaGetDevice(&id)) != cudaSuccess) return 0;
@@ -182,7 +180,7 @@ int64_t co_resident_blocks(void (*kernel)(P...), const Launch& l, const Device& 
   const std::lock_guard<std::mutex> guard(lock);
   const auto answer = known.find(query);
   if (answer != known.end()) return answer->second;
-  if (cleared(count_co_resident(entry, l, device, &blocks)) != cudaSuccess) return 0;
+  if (cleared(count_co_resident(entry, l, device, &blocks)) != cudaSuccess) blocks = 0;
   known[query] = blocks;
   return blocks;
 }

@@ -77,7 +77,7 @@ void bind_real(py::module_& m) {
         const auto side = side_of(h, spread<V>(e));
         const auto pair = transform_power(l, side_of(h, power_exponents(spread<V>(e))));
         const V psi = pair.minus_one * side.inverse;
-        const auto s = has_small_exponent(e) ? psi_slopes<true, V>(l, reciprocal, pair.power, psi, side)
+        const auto s = has_small_exponent(e, T(0.25)) ? psi_slopes<true, V>(l, reciprocal, pair.power, psi, side)
                                              : psi_slopes<false, V>(l, reciprocal, pair.power, psi, side);
         return by_lambda ? s.psi_lambda : s.psi_h;
       });

@@ -172,14 +172,14 @@ def test_thread_orders_agree_bitwise(kernels, case, tier, columns, fused):
 _TWO = {"thread_groups": 2, "threads": 64}
 _LAYER, _BATCH = Case("layer", (4, 600), normalized_ndim=1), Case("batch", (3, 4, 16, 16))
 _COLUMNS = Case("batch", (40, 100, 2, 2))
-# A case a tier, with two groups for each thread group one after the other; the last has
-# reduce_partials().
+# A case a tier, with two groups for each thread group one after the other where it is resident; the
+# last has reduce_partials().
 PROGRAMS = (
     (_LAYER, False, {"tier": "block", **_TWO}),
     (_BATCH, False, {"tier": "cluster", "blocks": 2, **_TWO}),
     (_BATCH, False, {"tier": "grid", "blocks": 2, **_TWO}),
-    (_BATCH, False, {"tier": "streaming", "blocks": 2, "thread_groups": 2}),
-    (_COLUMNS, True, {"tier": "streaming", "blocks": 2, "thread_groups": 2}),
+    (_BATCH, False, {"tier": "streaming", "blocks": 2}),
+    (_COLUMNS, True, {"tier": "streaming", "blocks": 2}),
     (_COLUMNS, True, {"tier": "grid", "blocks": 2, "thread_groups": 2}),
     (Case("instance", (3, 4, 16, 16)), False, {"tier": "block"}),
 )

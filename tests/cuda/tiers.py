@@ -1,4 +1,5 @@
-"""Every tier of the CUDA kernels as a forced plan, and cases for each, on the CPU and on a GPU."""
+"""Every tier of the CUDA kernels as a forced plan, and cases for each, on the CPU and on a GPU. The
+backward pass of rows streams where a forced plan has several blocks a group."""
 
 from typing import Any
 
@@ -12,7 +13,7 @@ ROW_TIERS = {
     "shared": {"tier": "block", "threads": 32, "thread_groups": 2},
     "cluster": {"tier": "cluster", "threads": 32, "blocks": 2, "thread_groups": 2},
     "grid": {"tier": "grid", "threads": 64, "blocks": 3, "thread_groups": 2},
-    "streaming": {"tier": "streaming", "blocks": 2, "thread_groups": 3},
+    "streaming": {"tier": "streaming", "blocks": 2},
 }
 COLUMN_TIERS = {
     "one block": {"tier": "grid", "blocks": 1, "thread_groups": 2},

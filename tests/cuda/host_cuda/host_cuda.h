@@ -137,9 +137,7 @@ inline void prefetch_bytes(const void*, int64_t) {}
 constexpr int kNotCoResident = cudaErrorCooperativeLaunchTooLarge;
 
 template <class... P>
-int64_t co_resident_blocks(void (*)(P...), const Launch&, const Device&) {
-  return host_cuda::settings().co_resident;
-}
+int64_t co_resident_blocks(void (*)(P...), const Launch&, const Device&) { return host_cuda::settings().co_resident; }
 template <class... P, class... A>
 int launch(void (*kernel)(P...), const Launch& l, A... arguments) {
   const int concurrent = l.cooperative ? int(l.grid) : l.cluster;
@@ -154,7 +152,7 @@ inline int zero(void* data, size_t bytes, void*) {
   return cudaSuccess;
 }
 inline int current_device(Device* out) {
-  *out = host_cuda::settings().device;
+  (*out = host_cuda::settings().device).present = true;
   return cudaSuccess;
 }
 
