@@ -196,11 +196,11 @@ other seeds.
 make study
 ```
 
-runs what `runs/study.json` lacks, on two processes of one thread. On two cores of the machine below,
-beside other work, all of it took 88 minutes a second time, and gave the same numbers bit by bit.
-`QUICK=1` runs a few steps of everything in two minutes. A norm, a network or a data set of one's own
-is one more entry of the tables in `benchmarks/accuracy/norms.py`, `nets.py` and `data.py`, and one
-more question in `plan.py`.
+runs what `runs/study.json` lacks, on two processes of one thread. On two cores of the machine
+below, beside other work, all of it took 88 minutes a second time, and gave the same numbers bit by
+bit. `QUICK=1` runs a few steps of everything in two minutes. A norm, a network or a data set of
+one's own is one more entry of the tables in `benchmarks/accuracy/norms.py`, `nets.py` and
+`data.py`, and one more question in `plan.py`.
 
 ## Provenance
 
