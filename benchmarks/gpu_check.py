@@ -71,7 +71,8 @@ class Check:
         self.children: set[subprocess.Popen] = set()
         self.record: dict[str, Any] = {
             "format": "normnorm-gpu-check", "version": 2, "dry": dry, "started": now(),
-            "finished": None, "command": [sys.executable, *sys.argv], "machine": {}, "steps": [],
+            "finished": None, "command": [Path(sys.executable).name, *sys.argv], "machine": {},
+            "steps": [],
         }  # fmt: skip
 
     def keep_in(self, folder: Path) -> None:
@@ -399,9 +400,11 @@ def sanitizers_verdict(ended: Ended) -> tuple[str, float, str]:
 def bench(check: Check, part: str, seconds: float) -> None:
     """The engine of ``bench.py`` over one part of the works; it stops in time by itself."""
     seconds = min(seconds, check.left_s - 10)
+    # Relative to where the program runs: the file holds its command, and may be stored.
+    file = os.path.relpath(check.folder / f"gpu_check_{part}.json", ROOT)
     command = [
         sys.executable, str(ROOT / "benchmarks/gpu_bench.py"), "--part", part, "--seconds",
-        f"{seconds:.0f}", "--json", str(check.folder / f"gpu_check_{part}.json"),
+        f"{seconds:.0f}", "--json", file,
         *(["--dry"] if check.dry else []),
     ]  # fmt: skip
     check.step(f"benchmark: {part}", command, seconds + 8, needs_s=20.0)
