@@ -232,8 +232,8 @@ def _print_plans(found: dict[str, Any]) -> None:
     what = "tile of columns" if forward["layout"] == "columns" else "group"
     print(
         f"\nthreads of a block; blocks of a thread group, which processes one {what} at a time;\n"
-        f"thread groups that run at the same time, or all of them where a pass streams; waves: how\n"
-        f"many each processes one after the other; workspace in bytes"
+        f"thread groups that run at the same time, or all where a pass streams; waves: how many\n"
+        f"each processes one after the other; workspace in bytes"
     )
 
 
