@@ -156,10 +156,7 @@ def main() -> int:
         # Beside the samples: inputs, the reference in float64, and compilation.
         if left(1.0 + work.elements * 2e-8 + 20 * any(PROVIDERS[n].compiled for n in names), work):
             show(run.layer(work, names), work)
-    names = tuple(
-        name for name in ("torch", "normnorm-cuda")
-        if PROVIDERS[name].missing(device) is None
-    )  # fmt: skip
+    names = [n for n in ("torch", "normnorm-cuda") if PROVIDERS[n].missing(device) is None]
     for network in nets:
         if left(25.0 if not options.dry else 0.0, network):
             show(run.network(network, names), network)
