@@ -38,6 +38,12 @@ enum ColumnRow : int {
   kColumnRows
 };
 
+// The part of a strip from a row and a column on; null stays null.
+template <class T>
+NN_HD Strip<T> at(const Strip<T>& s, int64_t row, int64_t column) {
+  return {s.data ? s.data + row * s.step + column : nullptr, s.step};
+}
+
 // A tile is rows that are processed strip by strip while they are in the cache: kTileElements elements, or more where a
 // pass asks for a number of rows that kWideTile elements hold.
 constexpr int64_t kTileElements = 2048, kWideTile = 1 << 18;
@@ -144,6 +150,16 @@ class ColumnLayout {
     int64_t c = 0;
     for (; c + kLanes<V> <= columns_; c += kLanes<V>) body(std::false_type(), c, kLanes<V>);
     if (c < columns_) body(std::true_type(), c, int(columns_ - c));
+  }
+
+  // body(partial, row, rows, column, lanes) for each strip of each tile of a chunk, so that memory is read nearly in
+  // order, which the processor prefetches.
+  template <class F>
+  NN_HD void for_tile_strips(int64_t chunk, F body) const {
+    for (int64_t r = 0; r < chunk_rows(chunk); r += tile_) {
+      const int64_t rows = smaller(tile_, chunk_rows(chunk) - r);
+      for_strips([&](auto partial, int64_t c, int lanes) { body(partial, r, rows, c, lanes); });
+    }
   }
 
   // body(row, rows, normals) for each tile of a chunk; `row` counts from the chunk's first. `buffer` has normal_size()

@@ -86,13 +86,6 @@ class ColumnBackward {
              layout_.vector(t, kColTwoD, c)}};
   }
 
-  static Strip<const T> at(const Strip<const T>& s, int64_t row, int64_t column) {
-    return {s.data + row * s.step + column, s.step};
-  }
-  static Strip<T> at(const Strip<T>& s, int64_t row, int64_t column) {
-    return {s.data ? s.data + row * s.step + column : nullptr, s.step};
-  }
-
   // The chunk's cache of G psi_h, which is its part of the gradient to be written.
   Strip<T> cache_strip(int64_t outer, int64_t chunk) const {
     return layout_.caches(p_.output) ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
@@ -150,7 +143,6 @@ class ColumnBackward {
   }
 
   void input_chunk(int64_t outer, int64_t chunk, const T* table) const {
-    const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
     const bool cached = layout_.caches(p_.output);
     Buffer<T> u_buffer(layout_.buffer_size()), g_buffer(cached ? 0 : layout_.gradient_size());
     Buffer<T> out_buffer(layout_.buffer_size());
@@ -158,20 +150,18 @@ class ColumnBackward {
     const auto g =
         cached ? Strip<const T>{nullptr, 0} : layout_.gradient(outer, chunk, g_buffer.data());
     const auto out = layout_.target(p_.output, outer, chunk, out_buffer.data());
-    layout_.for_strips([&](auto partial, int64_t c, int lanes) {
-      const GradientStrips<V> strips{at(u, 0, c),
-                                     {g.data + c, g.step},
-                                     cached ? at(out, 0, c) : Strip<T>{nullptr, 0},
-                                     {nullptr, 0},
-                                     {nullptr, 0}};
+    layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
+      const auto to = at(out, row, c);
+      const GradientStrips<V> strips{
+          at(u, row, c), at(g, row, c), cached ? to : Strip<T>{nullptr, 0}, {nullptr, 0}, {nullptr, 0}};
       const InputGradient<V> k{layout_.vector(table, kColDirect, c), layout_.vector(table, kColLmbda, c),
                                layout_.vector(table, kColOffset, c), layout_.vector(table, kColSlope, c)};
       const auto none = no_element_gradients<V>();
       if (cached)
-        input_gradient_pass<partial.value, Cached::kThroughH, false, V>(strips, at(out, 0, c), rows, lanes,
+        input_gradient_pass<partial.value, Cached::kThroughH, false, V>(strips, to, rows, lanes,
                                                                       constants(table, c), none, k);
       else
-        input_gradient_pass<partial.value, Cached::kNothing, false, V>(strips, at(out, 0, c), rows, lanes,
+        input_gradient_pass<partial.value, Cached::kNothing, false, V>(strips, to, rows, lanes,
                                                                      constants(table, c), none, k);
     });
     layout_.add_sum_gradient(outer, chunk, out);

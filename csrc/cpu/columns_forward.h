@@ -45,6 +45,7 @@ class ColumnForward {
       Buffer<T> sums(3 * padded), buffer(layout_.buffer_size());
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         if (p_.addend.data) layout_.add_addend(outer, chunk);
+        sums.zero(3 * padded);
         moments_chunk(layout_.source(normalized(p_), outer, chunk, buffer.data()), chunk, sums.data());
         const double rows = double(layout_.chunk_end(chunk) - layout_.chunk_begin(chunk));
         for (int64_t i = 0; i < g_.inner; ++i) {
@@ -68,40 +69,42 @@ class ColumnForward {
     }
   }
 
+  // Adds to three rows of zeros.
   void moments_chunk(Strip<const T> u, int64_t chunk, T* sums) const {
-    const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk), padded = layout_.padded();
+    const int64_t padded = layout_.padded();
+    const T each = T(1.0 / double(layout_.chunk_rows(chunk)));
+    layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
+      const V pilot = read<partial.value, V>(u.data + c, lanes);
+      add_dense<V>(sums + c, sum_pass<partial.value, V>(at(u, row, c), rows, lanes, pilot));
+    });
     layout_.for_strips([&](auto partial, int64_t c, int lanes) {
-      const Strip<const T> strip{u.data + c, u.step};
-      const V pilot = read<partial.value, V>(strip.data, lanes);
-      const V sum = sum_pass<partial.value, V>(strip, rows, lanes, pilot);
-      const V centre = pilot + sum * T(1.0 / double(rows));
-      const auto s = centred_pass<partial.value, V>(strip, rows, lanes, centre);
-      store_dense<V>(sums + c, centre);
-      store_dense<V>(sums + padded + c, s.sum);
-      store_dense<V>(sums + 2 * padded + c, s.squares);
+      store_dense<V>(sums + c, read<partial.value, V>(u.data + c, lanes) + load_dense<V>(sums + c) * each);
+    });
+    layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
+      const auto s = centred_pass<partial.value, V>(at(u, row, c), rows, lanes, load_dense<V>(sums + c));
+      add_dense<V>(sums + padded + c, s.sum);
+      add_dense<V>(sums + 2 * padded + c, s.squares);
     });
   }
 
   void lambda_round(int64_t outer, bool split, const T* table, double* totals, const double* variances) {
     const int64_t padded = layout_.padded();
     layout_.template reduce_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
-      const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
       Buffer<T> buffer(layout_.buffer_size());
       const auto u = layout_.source(normalized(p_), outer, chunk, buffer.data());
       const auto cache = cache_strip(outer, chunk);
-      layout_.for_strips([&](auto partial, int64_t c, int lanes) {
+      layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
         LambdaSums<V> s;
         const auto h = layout_.transform(table, c).standardize;
         if (cached_)
-          lambda_pass<partial.value, true, V>({u.data + c, u.step}, {cache.data + c, cache.step}, rows, lanes,
-                                              h, s);
+          lambda_pass<partial.value, true, V>(at(u, row, c), at(cache, row, c), rows, lanes, h, s);
         else
-          lambda_pass<partial.value, false, V>({u.data + c, u.step}, {nullptr, 0}, rows, lanes, h, s);
+          lambda_pass<partial.value, false, V>(at(u, row, c), {nullptr, 0}, rows, lanes, h, s);
         const LambdaTerms<V> total = s.totals(1);
-        store_dense<V>(sums + c, total.hd);
-        store_dense<V>(sums + padded + c, total.log);
-        store_dense<V>(sums + 2 * padded + c, total.d);
-        store_dense<V>(sums + 3 * padded + c, total.e);
+        add_dense<V>(sums + c, total.hd);
+        add_dense<V>(sums + padded + c, total.log);
+        add_dense<V>(sums + 2 * padded + c, total.d);
+        add_dense<V>(sums + 3 * padded + c, total.e);
       });
     });
     for (int64_t i = 0; i < g_.inner; ++i) {
@@ -117,8 +120,8 @@ class ColumnForward {
     return cached_ ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
   }
 
-  // The mean of one term over each group, into kNoiseScale: pass(partial, u, cache, rows, lanes, column) returns a
-  // strip's sum.
+  // The mean of one term over each group, into kNoiseScale: pass(partial, u, cache, rows, lanes, column, sum) adds a
+  // strip's sum to `sum`.
   template <class F>
   void mean_round(int64_t outer, bool split, double* totals, F pass) const {
     layout_.template reduce_chunks<1>(split, totals, [&](int64_t chunk, T* sums) {
@@ -126,10 +129,9 @@ class ColumnForward {
       const auto u =
           cached_ ? Strip<const T>{nullptr, 0} : layout_.source(normalized(p_), outer, chunk, buffer.data());
       const auto cache = cache_strip(outer, chunk);
-      const int64_t rows = layout_.chunk_end(chunk) - layout_.chunk_begin(chunk);
-      layout_.for_strips([&](auto partial, int64_t c, int lanes) {
-        store_dense<V>(sums + c, pass(partial, Strip<const T>{u.data + c, u.step},
-                                      Strip<T>{cache.data + c, cache.step}, rows, lanes, c));
+      layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
+        const V sum = load_dense<V>(sums + c);
+        store_dense<V>(sums + c, pass(partial, at(u, row, c), at(cache, row, c), rows, lanes, c, sum));
       });
     });
     for (int64_t i = 0; i < g_.inner; ++i) {
@@ -141,23 +143,21 @@ class ColumnForward {
 
   // kNoiseScale holds the mean of x from this round to the next.
   void mean_x_round(int64_t outer, bool split, const T* table, double* totals) const {
-    const V zero = splat<V>(0);
-    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
+    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
       const auto k = layout_.transform(table, c);
-      return cached_ ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, zero)
-                     : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, zero);
+      return cached_ ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, sum)
+                     : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, sum);
     });
   }
 
   void deviation_round(int64_t outer, bool split, T* table, double* totals) const {
     for (int64_t i = 0; i < g_.inner; ++i)
       layout_.spread(table, kColCentre, i, GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
-    const V zero = splat<V>(0);
-    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c) {
+    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
       const auto k = layout_.transform(table, c);
       const V centre = layout_.vector(table, kColCentre, c);
-      return cached_ ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, zero)
-                     : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, zero);
+      return cached_ ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, sum)
+                     : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, sum);
     });
   }
 

@@ -45,11 +45,11 @@ struct Strip {
 constexpr int kTile = 32;
 template <class T>
 NN_HD void prefetch(const Strip<const T>& s, int64_t i) {
-  __builtin_prefetch(s.data + (i + kTile) * s.step);
+  __builtin_prefetch(s.data + (i + kTile) * s.step, 0, 2);
 }
 template <class T>
 NN_HD void prefetch(const Strip<T>& s, int64_t i) {
-  __builtin_prefetch(s.data + (i + kTile) * s.step, 1);
+  __builtin_prefetch(s.data + (i + kTile) * s.step, 1, 2);
 }
 
 // The sum of u - pilot.

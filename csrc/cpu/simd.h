@@ -129,6 +129,11 @@ NN_HD void store_dense(ScalarOf<V>* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
+template <class V>
+NN_HD void add_dense(ScalarOf<V>* p, V v) {
+  store_dense<V>(p, load_dense<V>(p) + v);
+}
+
 // A mask of the first `count` lanes.
 template <class V>
 NN_HD typename Lanes<V>::Int first_lanes(int count) {
