@@ -47,6 +47,9 @@ NN_HD Strip<T> at(const Strip<T>& s, int64_t row, int64_t column) {
 // A tile is rows that are processed strip by strip while they are in the cache: kTileElements elements, or more where a
 // pass asks for a number of rows that kWideTile elements hold.
 constexpr int64_t kTileElements = 2048, kWideTile = 1 << 18;
+// Matrices that cache intermediate values in scratch memory: w in the backward pass, what half types cannot hold in the
+// forward pass, which saves more. The C library keeps such memory from one call to the next.
+constexpr int64_t kSmallMatrix = 1 << 17, kScratchMatrix = (1 << 23) - 4096;
 
 // Access to the chunks, tiles and strips of a problem in the columns layout.
 template <class T>
@@ -144,6 +147,11 @@ class ColumnLayout {
   // Whether the tensor that will be written can cache intermediate values, which half types cannot hold.
   bool caches(const Operand& to) const { return !half_ && to.data; }
 
+  // Whether a matrix of size() elements has its cache in scratch memory, which one round alone cannot leave to the next.
+  bool scratched(int64_t most) const { return p_.round == Round::kAll && size() <= most; }
+  int64_t size() const { return g_.runs * columns_; }
+  Strip<T> scratch(T* data, int64_t chunk) const { return at(Strip<T>{data, columns_}, chunk_begin(chunk), 0); }
+
   // body(partial, column, lanes) for each strip of columns.
   template <class F>
   NN_HD void for_strips(F body) const {
@@ -166,11 +174,9 @@ class ColumnLayout {
   // elements.
   template <class F>
   void for_tiles(int64_t outer, int64_t chunk, bool noisy, T* buffer, F body) const {
-    const int64_t begin = chunk_begin(chunk), all = chunk_end(chunk) - begin;
-    const int64_t step = tile_;
-    for (int64_t r = 0; r < all; r += step) {
-      const int64_t rows = smaller(step, all - r);
-      const int64_t position = outer * p_.noise.position.outer + (begin + r) * p_.noise.position.run;
+    for (int64_t r = 0; r < chunk_rows(chunk); r += tile_) {
+      const int64_t rows = smaller(tile_, chunk_rows(chunk) - r), row = chunk_begin(chunk) + r;
+      const int64_t position = outer * p_.noise.position.outer + row * p_.noise.position.run;
       body(r, rows, noisy ? normals(buffer, position, rows * columns_, noise_) : nullptr);
     }
   }

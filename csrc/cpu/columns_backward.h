@@ -15,6 +15,8 @@ class ColumnBackward {
       : layout_(p, kTile),  // a strip loads and stores eight sums per tile
         p_(p),
         g_(p.geometry),
+        cached_(p.output.data && (layout_.caches(p.output) || layout_.scratched(kScratchMatrix))),
+        w_cached_(p.output.data && layout_.scratched(kSmallMatrix)),
         slots_(2 * g_.outer * layout_.columns()) {}
 
   void run() {
@@ -22,8 +24,9 @@ class ColumnBackward {
     for_range(p_.pool, !split, g_.outer, [&](int64_t begin, int64_t end) {
       Buffer<T> table(kColumnRows * layout_.padded());
       Buffer<double> totals(kSums * layout_.padded());
+      Buffer<T> scratch(((cached_ && !layout_.caches(p_.output)) + w_cached_) * layout_.size());
       table.zero(kColumnRows * layout_.padded());
-      for (int64_t o = begin; o < end; ++o) backward(o, split, table.data(), totals.data());
+      for (int64_t o = begin; o < end; ++o) backward(o, split, table.data(), totals.data(), scratch.data());
     });
     add_slots();
   }
@@ -31,7 +34,7 @@ class ColumnBackward {
  private:
   static constexpr int kSums = 8;  // the rows of GradientSums
 
-  void backward(int64_t outer, bool split, T* table, double* totals) {
+  void backward(int64_t outer, bool split, T* table, double* totals, T* scratch) {
     layout_.spread_transform(table, outer);
     for (int64_t i = 0; i < g_.inner; ++i) {
       const GroupStats<T> stats(p_, outer * g_.inner + i);
@@ -42,19 +45,17 @@ class ColumnBackward {
       layout_.spread(table, kColTwoD, i, w.two_d);
       layout_.spread(table, kColNoise, i, p_.noise.on ? T(p_.noise.train * double(stats.get(kNoiseScale))) : T(0));
     }
-    if (p_.runs(Round::kSums)) sums_round(outer, split, table, totals);
-    if (p_.runs(Round::kGradient)) gradient_round(outer, split, table, totals);
+    if (p_.runs(Round::kSums)) sums_round(outer, split, table, totals, scratch);
+    if (p_.runs(Round::kGradient)) gradient_round(outer, split, table, totals, scratch);
   }
 
-  void sums_round(int64_t outer, bool split, const T* table, double* totals) {
+  void sums_round(int64_t outer, bool split, const T* table, double* totals, T* scratch) {
     bool series = false;
     for (int64_t i = 0; i < g_.inner; ++i)
       series = series || needs_series(p_, GroupStats<T>(p_, outer * g_.inner + i).transform(p_).exponents);
     layout_.template reduce_chunks<kSums>(split, totals, [&](int64_t chunk, T* sums) {
-      if (series)
-        sums_chunk<true>(outer, chunk, table, sums);
-      else
-        sums_chunk<false>(outer, chunk, table, sums);
+      series ? sums_chunk<true>(outer, chunk, table, sums, scratch)
+             : sums_chunk<false>(outer, chunk, table, sums, scratch);
     });
     keep_slots(outer, table, totals);
     if (p_.round == Round::kAll) return;
@@ -73,10 +74,10 @@ class ColumnBackward {
              layout_.group_total(totals, 4, group)}};
   }
 
-  void gradient_round(int64_t outer, bool split, T* table, const double* totals) const {
+  void gradient_round(int64_t outer, bool split, T* table, const double* totals, T* scratch) const {
     set_input_constants(outer, table, totals);
     for_range(p_.pool, split, layout_.chunks(), [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) input_chunk(outer, chunk, table);
+      for (int64_t chunk = begin; chunk < end; ++chunk) input_chunk(outer, chunk, table, scratch);
     });
   }
 
@@ -86,31 +87,32 @@ class ColumnBackward {
              layout_.vector(t, kColTwoD, c)}};
   }
 
-  // The chunk's cache of G psi_h, which is its part of the gradient to be written.
-  Strip<T> cache_strip(int64_t outer, int64_t chunk) const {
-    return layout_.caches(p_.output) ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
+  // The chunk's cache of G psi_h: its part of the gradient to be written or, for half types, of the scratch memory.
+  Strip<T> cache_strip(int64_t outer, int64_t chunk, T* scratch) const {
+    if (layout_.caches(p_.output)) return layout_.target(p_.output, outer, chunk, nullptr);
+    return layout_.scratch(cached_ ? scratch + w_cached_ * layout_.size() : nullptr, chunk);
   }
+  // The chunk's cache of w.
+  Strip<T> w_strip(int64_t chunk, T* scratch) const { return layout_.scratch(w_cached_ ? scratch : nullptr, chunk); }
 
   template <bool kSeries>
-  void sums_chunk(int64_t outer, int64_t chunk, const T* table, T* sums) const {
+  void sums_chunk(int64_t outer, int64_t chunk, const T* table, T* sums, T* scratch) const {
     Buffer<T> normal_buffer(p_.noise.on ? layout_.normal_size() : 0);
     Buffer<T> u_buffer(layout_.buffer_size()), g_buffer(layout_.gradient_size());
     const auto u = layout_.source(p_.input, outer, chunk, u_buffer.data());
     const auto g = layout_.gradient(outer, chunk, g_buffer.data());
-    const auto cache = cache_strip(outer, chunk);
+    const auto cache = cache_strip(outer, chunk, scratch), w = w_strip(chunk, scratch);
     layout_.for_tiles(outer, chunk, p_.noise.on, normal_buffer.data(), [&](int64_t row, int64_t rows, const T* z) {
       layout_.for_strips([&](auto partial, int64_t c, int lanes) {
         const GradientStrips<V> strips{
-            at(u, row, c), at(g, row, c), at(cache, row, c), {nullptr, 0}, {z + c, layout_.columns()}};
+            at(u, row, c), at(g, row, c), at(cache, row, c), at(w, row, c), {z + c, layout_.columns()}};
         GradientSums<V> s;
         V* each[kSums] = {&s.psi_h, &s.psi_h_h, &s.lmbda, &s.w, &s.w_h, &s.bias, &s.weight, &s.noise};
         for (int k = 0; k < kSums; ++k) *each[k] = load_dense<V>(sums + k * layout_.padded() + c);
         const auto k = constants(table, c);
         const auto none = no_element_gradients<V>();
-        if (z)
-          gradient_sums_pass<partial.value, kSeries, true, false, V>(strips, rows, lanes, k, none, s);
-        else
-          gradient_sums_pass<partial.value, kSeries, false, false, V>(strips, rows, lanes, k, none, s);
+        z ? gradient_sums_pass<partial.value, kSeries, true, false, V>(strips, rows, lanes, k, none, s)
+          : gradient_sums_pass<partial.value, kSeries, false, false, V>(strips, rows, lanes, k, none, s);
         for (int k = 0; k < kSums; ++k) store_dense<V>(sums + k * layout_.padded() + c, *each[k]);
       });
     });
@@ -142,27 +144,27 @@ class ColumnBackward {
     for (int64_t c = 0; c < layout_.columns(); ++c) layout_.column(table, kColDirect)[c] *= weight[c];
   }
 
-  void input_chunk(int64_t outer, int64_t chunk, const T* table) const {
-    const bool cached = layout_.caches(p_.output);
-    Buffer<T> u_buffer(layout_.buffer_size()), g_buffer(cached ? 0 : layout_.gradient_size());
+  void input_chunk(int64_t outer, int64_t chunk, const T* table, T* scratch) const {
+    const auto cache = cache_strip(outer, chunk, scratch), w = w_strip(chunk, scratch);
+    Buffer<T> u_buffer(layout_.buffer_size()), g_buffer(cache.data ? 0 : layout_.gradient_size());
     Buffer<T> out_buffer(layout_.buffer_size());
     const auto u = layout_.source(p_.input, outer, chunk, u_buffer.data());
-    const auto g =
-        cached ? Strip<const T>{nullptr, 0} : layout_.gradient(outer, chunk, g_buffer.data());
+    const auto g = cache.data ? Strip<const T>{nullptr, 0} : layout_.gradient(outer, chunk, g_buffer.data());
     const auto out = layout_.target(p_.output, outer, chunk, out_buffer.data());
     layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
-      const auto to = at(out, row, c);
-      const GradientStrips<V> strips{
-          at(u, row, c), at(g, row, c), cached ? to : Strip<T>{nullptr, 0}, {nullptr, 0}, {nullptr, 0}};
+      const GradientStrips<V> strips{at(u, row, c), at(g, row, c), at(cache, row, c), at(w, row, c), {nullptr, 0}};
       const InputGradient<V> k{layout_.vector(table, kColDirect, c), layout_.vector(table, kColLmbda, c),
                                layout_.vector(table, kColOffset, c), layout_.vector(table, kColSlope, c)};
-      const auto none = no_element_gradients<V>();
-      if (cached)
-        input_gradient_pass<partial.value, Cached::kThroughH, false, V>(strips, to, rows, lanes,
-                                                                      constants(table, c), none, k);
+      const auto pass = [&](auto cached) {
+        input_gradient_pass<partial.value, cached.value, false, V>(strips, at(out, row, c), rows, lanes,
+                                                                   constants(table, c), no_element_gradients<V>(), k);
+      };
+      if (w_cached_)
+        pass(std::integral_constant<Cached, Cached::kBoth>());
+      else if (cached_)
+        pass(std::integral_constant<Cached, Cached::kThroughH>());
       else
-        input_gradient_pass<partial.value, Cached::kNothing, false, V>(strips, to, rows, lanes,
-                                                                     constants(table, c), none, k);
+        pass(std::integral_constant<Cached, Cached::kNothing>());
     });
     layout_.add_sum_gradient(outer, chunk, out);
     layout_.store(p_.output, outer, chunk, out_buffer.data());
@@ -186,6 +188,7 @@ class ColumnBackward {
   ColumnLayout<T> layout_;
   const cpu::Problem& p_;
   const Geometry& g_;
+  const bool cached_, w_cached_;  // whether G psi_h and w are cached
   Buffer<double> slots_;  // (matrix, column) x {bias, weight}
 };
 

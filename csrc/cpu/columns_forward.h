@@ -12,29 +12,34 @@ class ColumnForward {
   using V = VectorOf<T>;
 
   explicit ColumnForward(const cpu::Problem& p)
-      : layout_(p, p.frozen ? kTile : 1), p_(p), g_(p.geometry), cached_(!p.frozen && layout_.caches(p.output)) {}
+      : layout_(p, p.frozen ? kTile : 8),
+        p_(p),
+        g_(p.geometry),
+        cached_(!p.frozen && (layout_.caches(p.output) || layout_.scratched(kScratchMatrix))) {}
 
   void run() {
     const bool split = layout_.split_matrix();
     for_range(p_.pool, !split, g_.outer, [&](int64_t begin, int64_t end) {
       Buffer<T> table(kColumnRows * layout_.padded());
       Buffer<double> totals(4 * layout_.padded()), variances(g_.inner);
+      Buffer<T> scratch(cached_ && !layout_.caches(p_.output) ? layout_.size() : 0);
       table.zero(kColumnRows * layout_.padded());
-      for (int64_t o = begin; o < end; ++o) forward(o, split, table.data(), totals.data(), variances.data());
+      for (int64_t o = begin; o < end; ++o)
+        forward(o, split, table.data(), totals.data(), variances.data(), scratch.data());
     });
   }
 
  private:
-  void forward(int64_t outer, bool split, T* table, double* totals, double* variances) {
+  void forward(int64_t outer, bool split, T* table, double* totals, double* variances, T* scratch) {
     if (p_.runs(Round::kMoments)) moments_round(outer, split, variances);
     layout_.spread_transform(table, outer);
     if (p_.runs(Round::kLambda)) {
-      lambda_round(outer, split, table, totals, variances);
+      lambda_round(outer, split, table, totals, variances, scratch);
       layout_.spread_transform(table, outer);
     }
-    if (p_.runs(Round::kMeanX)) mean_x_round(outer, split, table, totals);
-    if (p_.runs(Round::kDeviation)) deviation_round(outer, split, table, totals);
-    if (p_.runs(Round::kOutput)) output_round(outer, split, table);
+    if (p_.runs(Round::kMeanX)) mean_x_round(outer, split, table, totals, scratch);
+    if (p_.runs(Round::kDeviation)) deviation_round(outer, split, table, totals, scratch);
+    if (p_.runs(Round::kOutput)) output_round(outer, split, table, scratch);
   }
 
   // A chunk's columns are summed around its first row, then around the mean that this gives, rounded.
@@ -87,24 +92,20 @@ class ColumnForward {
     });
   }
 
-  void lambda_round(int64_t outer, bool split, const T* table, double* totals, const double* variances) {
-    const int64_t padded = layout_.padded();
+  void lambda_round(int64_t outer, bool split, const T* table, double* totals, const double* variances,
+                    T* scratch) {
     layout_.template reduce_chunks<4>(split, totals, [&](int64_t chunk, T* sums) {
       Buffer<T> buffer(layout_.buffer_size());
       const auto u = layout_.source(normalized(p_), outer, chunk, buffer.data());
-      const auto cache = cache_strip(outer, chunk);
+      const auto cache = cache_strip(outer, chunk, scratch);
       layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
         LambdaSums<V> s;
         const auto h = layout_.transform(table, c).standardize;
-        if (cached_)
-          lambda_pass<partial.value, true, V>(at(u, row, c), at(cache, row, c), rows, lanes, h, s);
-        else
-          lambda_pass<partial.value, false, V>(at(u, row, c), {nullptr, 0}, rows, lanes, h, s);
+        cached_ ? lambda_pass<partial.value, true, V>(at(u, row, c), at(cache, row, c), rows, lanes, h, s)
+                : lambda_pass<partial.value, false, V>(at(u, row, c), {nullptr, 0}, rows, lanes, h, s);
         const LambdaTerms<V> total = s.totals(1);
-        add_dense<V>(sums + c, total.hd);
-        add_dense<V>(sums + padded + c, total.log);
-        add_dense<V>(sums + 2 * padded + c, total.d);
-        add_dense<V>(sums + 3 * padded + c, total.e);
+        const V terms[4] = {total.hd, total.log, total.d, total.e};
+        for (int k = 0; k < 4; ++k) add_dense<V>(sums + k * layout_.padded() + c, terms[k]);
       });
     });
     for (int64_t i = 0; i < g_.inner; ++i) {
@@ -115,20 +116,21 @@ class ColumnForward {
     }
   }
 
-  // The chunk's cache, which is its part of the output.
-  Strip<T> cache_strip(int64_t outer, int64_t chunk) const {
-    return cached_ ? layout_.target(p_.output, outer, chunk, nullptr) : Strip<T>{nullptr, 0};
+  // The chunk's cache: its part of the output or, for half types, of the scratch memory.
+  Strip<T> cache_strip(int64_t outer, int64_t chunk, T* scratch) const {
+    if (cached_ && layout_.caches(p_.output)) return layout_.target(p_.output, outer, chunk, nullptr);
+    return layout_.scratch(cached_ ? scratch : nullptr, chunk);
   }
 
   // The mean of one term over each group, into kNoiseScale: pass(partial, u, cache, rows, lanes, column, sum) adds a
   // strip's sum to `sum`.
   template <class F>
-  void mean_round(int64_t outer, bool split, double* totals, F pass) const {
+  void mean_round(int64_t outer, bool split, double* totals, T* scratch, F pass) const {
     layout_.template reduce_chunks<1>(split, totals, [&](int64_t chunk, T* sums) {
       Buffer<T> buffer(cached_ ? 0 : layout_.buffer_size());
       const auto u =
           cached_ ? Strip<const T>{nullptr, 0} : layout_.source(normalized(p_), outer, chunk, buffer.data());
-      const auto cache = cache_strip(outer, chunk);
+      const auto cache = cache_strip(outer, chunk, scratch);
       layout_.for_tile_strips(chunk, [&](auto partial, int64_t row, int64_t rows, int64_t c, int lanes) {
         const V sum = load_dense<V>(sums + c);
         store_dense<V>(sums + c, pass(partial, at(u, row, c), at(cache, row, c), rows, lanes, c, sum));
@@ -142,18 +144,18 @@ class ColumnForward {
   }
 
   // kNoiseScale holds the mean of x from this round to the next.
-  void mean_x_round(int64_t outer, bool split, const T* table, double* totals) const {
-    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
+  void mean_x_round(int64_t outer, bool split, const T* table, double* totals, T* scratch) const {
+    mean_round(outer, split, totals, scratch, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
       const auto k = layout_.transform(table, c);
       return cached_ ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, sum)
                      : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, sum);
     });
   }
 
-  void deviation_round(int64_t outer, bool split, T* table, double* totals) const {
+  void deviation_round(int64_t outer, bool split, T* table, double* totals, T* scratch) const {
     for (int64_t i = 0; i < g_.inner; ++i)
       layout_.spread(table, kColCentre, i, GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
-    mean_round(outer, split, totals, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
+    mean_round(outer, split, totals, scratch, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
       const auto k = layout_.transform(table, c);
       const V centre = layout_.vector(table, kColCentre, c);
       return cached_ ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, sum)
@@ -161,7 +163,7 @@ class ColumnForward {
     });
   }
 
-  void output_round(int64_t outer, bool split, T* table) const {
+  void output_round(int64_t outer, bool split, T* table, T* scratch) const {
     const From from = !cached_ ? From::kInput : p_.finds_scale() ? From::kX : From::kLog;
     for (int64_t i = 0; i < g_.inner; ++i) {
       const double s = double(GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
@@ -178,47 +180,43 @@ class ColumnForward {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const auto u = from == From::kInput ? layout_.source(normalized(p_), outer, chunk, in_buffer.data())
                                             : Strip<const T>{nullptr, 0};
+        const auto cache = cache_strip(outer, chunk, scratch);
         const auto out = layout_.target(p_.output, outer, chunk, out_buffer.data());
         const auto residual = layout_.residual(outer, chunk, residual_buffer.data());
         layout_.for_tiles(outer, chunk, p_.noise.on, normal_buffer.data(),
                         [&](int64_t row, int64_t rows, const T* z) {
-                          const Strip<const T> tile_u{u.data + row * u.step, u.step};
-                          const Strip<T> tile_out{out.data + row * out.step, out.step};
-                          output_tile(from, tile_u, tile_out, rows, z, table);
-                          layout_.apply_epilogue(tile_out, {residual.data + row * residual.step, residual.step}, rows);
+                          const auto tile_out = at(out, row, 0);
+                          output_tile(from, at(u, row, 0), at(cache, row, 0), tile_out, rows, z, table);
+                          layout_.apply_epilogue(tile_out, at(residual, row, 0), rows);
                         });
         layout_.store(p_.output, outer, chunk, out_buffer.data());
       }
     });
   }
 
-  void output_tile(From from, Strip<const T> u, Strip<T> out, int64_t rows, const T* z, const T* table) const {
+  void output_tile(From from, Strip<const T> u, Strip<T> cache, Strip<T> out, int64_t rows, const T* z,
+                   const T* table) const {
     switch (from) {
       case From::kInput:
-        return output_tile<From::kInput>(u, out, rows, z, table);
+        return output_tile<From::kInput>(u, cache, out, rows, z, table);
       case From::kLog:
-        return output_tile<From::kLog>(u, out, rows, z, table);
+        return output_tile<From::kLog>(u, cache, out, rows, z, table);
       case From::kX:
-        return output_tile<From::kX>(u, out, rows, z, table);
+        return output_tile<From::kX>(u, cache, out, rows, z, table);
     }
   }
 
   template <From kFrom>
-  void output_tile(Strip<const T> u, Strip<T> out, int64_t rows, const T* z, const T* table) const {
+  void output_tile(Strip<const T> u, Strip<T> cache, Strip<T> out, int64_t rows, const T* z, const T* table) const {
     layout_.for_strips([&](auto partial, int64_t c, int lanes) {
       const auto k = layout_.transform(table, c);
-      const Strip<const T> from{u.data + c, u.step};
-      const Strip<T> to{out.data + c, out.step};
-      const OutputParams<V> a{layout_.vector(table, kColWeight, c),
-                          layout_.vector(table, kColBias, c),
-                          layout_.vector(table, kColNoise, c),
-                          {nullptr, 0},
-                          {nullptr, 0},
-                          {z + c, layout_.columns()}};
-      if (z)
-        output_pass<partial.value, kFrom, true, false, V>(from, to, to, rows, lanes, k, a);
-      else
-        output_pass<partial.value, kFrom, false, false, V>(from, to, to, rows, lanes, k, a);
+      const auto from = at(u, 0, c);
+      const auto kept = at(cache, 0, c), to = at(out, 0, c);
+      const OutputParams<V> a{layout_.vector(table, kColWeight, c), layout_.vector(table, kColBias, c),
+                              layout_.vector(table, kColNoise, c),  {nullptr, 0},
+                              {nullptr, 0},                         {z + c, layout_.columns()}};
+      z ? output_pass<partial.value, kFrom, true, false, V>(from, kept, to, rows, lanes, k, a)
+        : output_pass<partial.value, kFrom, false, false, V>(from, kept, to, rows, lanes, k, a);
     });
   }
 

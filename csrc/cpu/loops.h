@@ -40,16 +40,18 @@ struct Strip {
   int64_t step;
 };
 
-// Prefetches the vector one tile after step i, for writing unless T is const. The hardware does not predict the stride
-// of columns, and the computation of a vector is too long for the processor to overlap a cache miss with other vectors.
+// Prefetches into the second-level cache what lies a tile, and at least 2048 elements, after step i; for writing unless T
+// is const. The hardware does not predict the stride of columns, and the computation of a vector is too long for the
+// processor to overlap a cache miss with other vectors. The first-level cache does not hold so much.
 constexpr int kTile = 32;
+NN_HD int64_t prefetch_distance(int64_t step) { return kTile * step > 2048 ? kTile * step : 2048; }
 template <class T>
 NN_HD void prefetch(const Strip<const T>& s, int64_t i) {
-  __builtin_prefetch(s.data + (i + kTile) * s.step, 0, 2);
+  __builtin_prefetch(s.data + i * s.step + prefetch_distance(s.step), 0, 2);
 }
 template <class T>
 NN_HD void prefetch(const Strip<T>& s, int64_t i) {
-  __builtin_prefetch(s.data + (i + kTile) * s.step, 1, 2);
+  __builtin_prefetch(s.data + i * s.step + prefetch_distance(s.step), 1, 2);
 }
 
 // The sum of u - pilot.
@@ -205,7 +207,7 @@ template <bool kPartial, From kFrom, bool kNoise, bool kPerElement, class V>
 NN_HD void output_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, Strip<ScalarOf<V>> out,
                        int64_t steps, int lanes, const TransformConstants<V>& c, const OutputParams<V>& a) {
   for_transformed<kPartial, kFrom, V>(u, cache, steps, lanes, c, [&](int64_t i, V y) {
-    if constexpr (kFrom != From::kLog) prefetch(out, i);
+    prefetch(out, i);
     if constexpr (kNoise) y += a.noise * read<kPartial, V>(a.normals.data + i * a.normals.step, lanes);
     V weight = a.weight, bias = a.bias;
     if constexpr (kPerElement) {
@@ -276,9 +278,10 @@ NN_HD void power_stage(int steps, const Exponents<V>& exponents, const V* hs, co
   }
 }
 
+// Constants are passed by value, so that the compiler keeps them in registers while tensors are written.
 template <bool kPartial, bool kSeries, bool kNoise, bool kPerElement, class V>
 NN_HD void gradient_sums_tile(const GradientStrips<V>& at, int steps, int lanes,
-                              const GradientConstants<V>& c, const ElementGradients<V>& e,
+                              GradientConstants<V> c, ElementGradients<V> e,
                               GradientSums<V>& sums) {
   using T = ScalarOf<V>;
   const Active<kPartial, V> active(lanes);
@@ -335,13 +338,13 @@ NN_HD GradientStrips<V> advance(const GradientStrips<V>& at, int64_t steps) {
 }
 
 template <class V>
-NN_HD ElementGradients<V> advance(const ElementGradients<V>& e, int64_t steps) {
+NN_HD ElementGradients<V> advance(ElementGradients<V> e, int64_t steps) {
   return {advance(e.weights, steps), advance(e.grad_weights, steps), advance(e.grad_biases, steps), e.noise};
 }
 
 template <bool kPartial, bool kSeries, bool kNoise, bool kPerElement, class V>
 NN_HD void gradient_sums_pass(const GradientStrips<V>& at, int64_t steps, int lanes,
-                              const GradientConstants<V>& c, const ElementGradients<V>& e,
+                              GradientConstants<V> c, ElementGradients<V> e,
                               GradientSums<V>& sums) {
   for (int64_t i = 0; i < steps; i += kTile)
     gradient_sums_tile<kPartial, kSeries, kNoise, kPerElement, V>(advance(at, i), tile_steps(i, steps), lanes,
@@ -359,8 +362,8 @@ enum class Cached { kNothing, kThroughH, kBoth };
 
 template <bool kPartial, Cached kCached, bool kPerElement, class V>
 NN_HD void input_gradient_tile(const GradientStrips<V>& at, Strip<ScalarOf<V>> out, int steps, int lanes,
-                               const GradientConstants<V>& c, const ElementGradients<V>& e,
-                               const InputGradient<V>& k) {
+                               GradientConstants<V> c, ElementGradients<V> e,
+                               InputGradient<V> k) {
   using T = ScalarOf<V>;
   V hs[kTile], logs[kTile], powers[kTile], psis[kTile];
   if constexpr (kCached != Cached::kBoth)
@@ -381,7 +384,7 @@ NN_HD void input_gradient_tile(const GradientStrips<V>& at, Strip<ScalarOf<V>> o
         if constexpr (kPerElement) through_h *= read<kPartial, V>(e.weights.data + i * e.weights.step, lanes);
       }
     }
-    if constexpr (kCached == Cached::kThroughH) prefetch(at.cache, i);
+    prefetch(out, i);
     if constexpr (kCached != Cached::kNothing)
       through_h = read<kPartial, V>(static_cast<const T*>(at.cache.data + i * at.cache.step), lanes);
     write<kPartial, V>(out.data + i * out.step,
@@ -391,8 +394,8 @@ NN_HD void input_gradient_tile(const GradientStrips<V>& at, Strip<ScalarOf<V>> o
 
 template <bool kPartial, Cached kCached, bool kPerElement, class V>
 NN_HD void input_gradient_pass(const GradientStrips<V>& at, Strip<ScalarOf<V>> out, int64_t steps, int lanes,
-                               const GradientConstants<V>& c, const ElementGradients<V>& e,
-                               const InputGradient<V>& k) {
+                               GradientConstants<V> c, ElementGradients<V> e,
+                               InputGradient<V> k) {
   for (int64_t i = 0; i < steps; i += kTile)
     input_gradient_tile<kPartial, kCached, kPerElement, V>(advance(at, i), advance(out, i), tile_steps(i, steps),
                                                          lanes, c, advance(e, i), k);

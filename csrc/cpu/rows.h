@@ -94,12 +94,10 @@ class RowLayout {
     const int64_t offset = locate(from, at, b);
     if (b.runs == 1 && !half_) return static_cast<const T*>(from.data) + offset;
     const int64_t length = b.runs == 1 ? b.size : g_.length;
-    if (b.runs > 1 && length >= kRunInPlace) {  // the processor prefetches what lies between shorter runs
-      const int64_t size = half_ ? 2 : sizeof(T);
-      const char* next = static_cast<const char*>(from.data) + (offset + from.stride.inner) * size;
-      for (int64_t r = 0; r < b.runs; ++r, next += from.stride.run * size)
-        for (int64_t byte = 0; byte < length * size; byte += 64) __builtin_prefetch(next + byte, 0, 2);
-    }
+    const int64_t size = half_ ? 2 : sizeof(T);
+    const char* next = static_cast<const char*>(from.data) + (offset + from.stride.inner) * size;
+    for (int64_t r = 0; b.runs > 1 && length >= kRunInPlace && r < b.runs; ++r, next += from.stride.run * size)
+      for (int64_t byte = 0; byte < length * size; byte += 64) __builtin_prefetch(next + byte, 0, 2);
     for (int64_t r = 0; r < b.runs; ++r)
       load_run(p_.storage, from.data, offset + r * from.stride.run, buffer + r * length, length);
     return buffer;
