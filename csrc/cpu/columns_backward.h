@@ -15,7 +15,7 @@ class ColumnBackward {
       : layout_(p, kTile),  // a strip loads and stores eight sums per tile
         p_(p),
         g_(p.geometry),
-        cached_(p.output.data && (layout_.caches(p.output) || layout_.scratched(kScratchMatrix))),
+        cached_(p.output.data && (layout_.caches(p.output) || layout_.scratched(kScratchMatrix / 4))),
         w_cached_(p.output.data && layout_.scratched(kSmallMatrix)),
         slots_(2 * g_.outer * layout_.columns()) {}
 
