@@ -54,6 +54,12 @@ NN_HD void prefetch(const Strip<T>& s, int64_t i) {
   __builtin_prefetch(s.data + i * s.step + prefetch_distance(s.step), 1, 2);
 }
 
+// The same where a vector's computation starts from the input: adjacent vectors' next tile into the first-level cache.
+template <class T>
+NN_HD void prefetch_tile(const Strip<T>& s, int64_t i) {
+  s.step == kVectorBytes / int(sizeof(T)) ? __builtin_prefetch(s.data + (i + kTile) * s.step) : prefetch(s, i);
+}
+
 // The sum of u - pilot.
 template <bool kPartial, class V>
 NN_HD V sum_pass(Strip<const ScalarOf<V>> u, int64_t steps, int lanes, V pilot) {
@@ -138,7 +144,7 @@ template <bool kPartial, class V>
 NN_HD void log_stage(Strip<const ScalarOf<V>> u, int steps, int lanes, const Standardizer<V>& standardize, V* hs,
                      V* logs) {
   for (int i = 0; i < steps; ++i) {
-    prefetch(u, i);
+    prefetch_tile(u, i);
     hs[i] = standardize(read<kPartial, V>(u.data + i * u.step, lanes));
     logs[i] = log1p_nonneg<V>(magnitude(hs[i]));
   }
@@ -207,7 +213,7 @@ template <bool kPartial, From kFrom, bool kNoise, bool kPerElement, class V>
 NN_HD void output_pass(Strip<const ScalarOf<V>> u, Strip<ScalarOf<V>> cache, Strip<ScalarOf<V>> out,
                        int64_t steps, int lanes, const TransformConstants<V>& c, const OutputParams<V>& a) {
   for_transformed<kPartial, kFrom, V>(u, cache, steps, lanes, c, [&](int64_t i, V y) {
-    prefetch(out, i);
+    kFrom == From::kInput ? prefetch_tile(out, i) : prefetch(out, i);
     if constexpr (kNoise) y += a.noise * read<kPartial, V>(a.normals.data + i * a.normals.step, lanes);
     V weight = a.weight, bias = a.bias;
     if constexpr (kPerElement) {
