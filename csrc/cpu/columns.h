@@ -160,8 +160,7 @@ class ColumnLayout {
     if (c < columns_) body(std::true_type(), c, int(columns_ - c));
   }
 
-  // body(partial, row, rows, column, lanes) for each strip of each tile of a chunk, so that memory is read nearly in
-  // order, which the processor prefetches.
+  // body(partial, row, rows, column, lanes) for each strip of each tile of a chunk: nearly in the order of memory.
   template <class F>
   NN_HD void for_tile_strips(int64_t chunk, F body) const {
     for (int64_t r = 0; r < chunk_rows(chunk); r += tile_) {

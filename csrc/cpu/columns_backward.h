@@ -87,12 +87,11 @@ class ColumnBackward {
              layout_.vector(t, kColTwoD, c)}};
   }
 
-  // The chunk's cache of G psi_h: its part of the gradient to be written or, for half types, of the scratch memory.
+  // A chunk's cache of G psi_h, in the gradient to be written or, for half types, in scratch memory; and that of w.
   Strip<T> cache_strip(int64_t outer, int64_t chunk, T* scratch) const {
     if (layout_.caches(p_.output)) return layout_.target(p_.output, outer, chunk, nullptr);
     return layout_.scratch(cached_ ? scratch + w_cached_ * layout_.size() : nullptr, chunk);
   }
-  // The chunk's cache of w.
   Strip<T> w_strip(int64_t chunk, T* scratch) const { return layout_.scratch(w_cached_ ? scratch : nullptr, chunk); }
 
   template <bool kSeries>
