@@ -21,11 +21,41 @@ constexpr int kMaxCluster = kLargestCluster;
 constexpr int kReduceNumbers = 2 * kMaxSums * kMaxCluster * kMaxWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <class V>
+// The sum over the lanes whose numbers are equal modulo kLanes, in each of them.
+template <int kLanes = 1, class V>
 __device__ inline V warp_sum(V v) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(kAllLanes, v, offset);
+  for (int offset = 16; offset >= kLanes; offset >>= 1) v += __shfl_xor_sync(kAllLanes, v, offset);
   return v;
+}
+
+// K rounded up to a power of two.
+template <int K>
+constexpr int kLanesFor = K == 1 ? 1 : 2 * kLanesFor<(K + 1) / 2>;
+
+// K sums over a warp at once: lane l is left with the total of v[k], k = l % kLanesFor<K> (or of the last). At each level a
+// lane keeps half of its numbers and gives its neighbour the other half, so that the sums take K + 2 shuffles instead of 5 K.
+template <int kLevel = 1, class V, int K>
+__device__ __forceinline__ V transposed_sum(const V (&v)[K]) {
+  if constexpr (K == 1) {
+    return warp_sum<kLevel>(v[0]);
+  } else {
+    const bool odd = threadIdx.x & kLevel;
+    V kept[(K + 1) / 2];
+#pragma unroll
+    for (int i = 0; i < K / 2; ++i) {
+      const V given = odd ? v[2 * i] : v[2 * i + 1];
+      kept[i] = (odd ? v[2 * i + 1] : v[2 * i]) + __shfl_xor_sync(kAllLanes, given, kLevel);
+    }
+    if constexpr (K % 2 == 1) kept[K / 2] = v[K - 1] + __shfl_xor_sync(kAllLanes, v[K - 1], kLevel);
+    return transposed_sum<2 * kLevel>(kept);
+  }
+}
+// The K totals, in every lane.
+template <class V, int K>
+__device__ __forceinline__ void share_totals(V total, V (&v)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) v[k] = K == 1 ? total : __shfl_sync(kAllLanes, total, k);
 }
 
 template <class Real>
@@ -47,19 +77,21 @@ class BlockThreads {
   template <class V, int K>
   __device__ void sum(V (&v)[K]) {
     static_assert(K * sizeof(V) <= kMaxSums * sizeof(Real), "the shared buffer is too small");
-    const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr unsigned kLanes = kLanesFor<K>;
+    const unsigned warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    V total = transposed_sum(v);
+    if (warps > 1) {
+      V* buffer = reinterpret_cast<V*>(partial_ + turn_ * kMaxSums * kMaxWarps);
+      turn_ ^= 1;
+      if (lane < kLanes) buffer[threadIdx.x / 32 * kLanes + lane] = total;
+      __syncthreads();
+      total = 0;
 #pragma unroll
-    for (int k = 0; k < K; ++k) v[k] = warp_sum(v[k]);
-    if (warps == 1) return;
-    V* buffer = reinterpret_cast<V*>(partial_ + turn_ * kMaxSums * kMaxWarps);
-    turn_ ^= 1;
-    if (lane == 0) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) buffer[k * kMaxWarps + warp] = v[k];
+      for (unsigned first = 0; first < kMaxWarps * kLanes; first += 32)
+        if (first + lane < warps * kLanes) total += buffer[first + lane];
+      total = warp_sum<kLanes>(total);
     }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < K; ++k) v[k] = warp_sum(lane < warps ? buffer[k * kMaxWarps + lane] : V(0));
+    share_totals(total, v);
   }
 
  private:
@@ -87,25 +119,20 @@ class ClusterThreads {
   template <class V, int K>
   __device__ void sum(V (&v)[K]) {
     static_assert(K * sizeof(V) <= kMaxSums * sizeof(Real), "the shared buffer is too small");
+    constexpr unsigned kLanes = kLanesFor<K>;
+    static_assert(kLanes == K && kLanes * kMaxCluster <= 32, "a lane writes one total to one block");
     const unsigned warps = blockDim.x / 32, warp = opaque(threadIdx.x) / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < K; ++k) v[k] = warp_sum(v[k]);
+    V total = transposed_sum(v);
     V* buffer = reinterpret_cast<V*>(partial_ + turn_ * kMaxSums * kMaxCluster * kMaxWarps);
     turn_ ^= 1;
-    const unsigned entries = cluster_size() * warps;
-    if (lane < cluster_size()) {
-      V* remote = in_block_of_cluster(buffer, lane) + (cluster_rank() * warps + warp);
-#pragma unroll
-      for (int k = 0; k < K; ++k) remote[k * kMaxCluster * kMaxWarps] = v[k];
-    }
+    const unsigned entries = cluster_size() * warps * kLanes;
+    if (lane < cluster_size() * kLanes)
+      in_block_of_cluster(buffer, lane / kLanes)[(cluster_rank() * warps + warp) * kLanes + lane % kLanes] = total;
     cluster_sync();
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      V total = 0;
+    total = 0;
 #pragma unroll 1  // unrolled, its bounds would take five registers throughout the kernel
-      for (unsigned i = lane; i < entries; i += 32) total += buffer[k * kMaxCluster * kMaxWarps + i];
-      v[k] = warp_sum(total);
-    }
+    for (unsigned i = lane; i < entries; i += 32) total += buffer[i];
+    share_totals(warp_sum<kLanes>(total), v);
   }
 
  private:
@@ -121,7 +148,7 @@ class GridThreads {
  public:
   struct Sync {
     unsigned* counters;  // one a thread group, zeroed before the launch
-    Real* partial;       // [thread group][2][kMaxSums][blocks]
+    Real* partial;       // [thread group][2][blocks][kMaxSums]
     unsigned blocks;     // of a thread group
   };
 
@@ -141,16 +168,14 @@ class GridThreads {
     turn_ ^= 1;
     if (threadIdx.x == 0) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) buffer[k * sync_.blocks + block] = v[k];
+      for (int k = 0; k < K; ++k) buffer[block * K + k] = v[k];
       barrier(sync_.counters + index);
     }
     __syncthreads();
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      V total = 0;
-      for (unsigned i = threadIdx.x % 32; i < sync_.blocks; i += 32) total += __ldcg(buffer + k * sync_.blocks + i);
-      v[k] = warp_sum(total);
-    }
+    static_assert(kLanesFor<K> == K, "a lane adds the totals of one number");
+    V total = 0;
+    for (unsigned i = threadIdx.x % 32; i < sync_.blocks * K; i += 32) total += __ldcg(buffer + i);
+    share_totals(warp_sum<K>(total), v);
   }
 
  private:
