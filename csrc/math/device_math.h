@@ -127,7 +127,7 @@ enum class PrecisionPath {
 
 template <class S>
 NN_HD PrecisionPath precision_path(const Exponents<S>& e, Settings<S> s, bool frozen) {
-  if (s.transform_eps > S(0) || has_small_exponent(e, s.small_exponent)) return PrecisionPath::kSeries;
+  if ((s.transform_eps > S(0)) | has_small_exponent(e, s.small_exponent)) return PrecisionPath::kSeries;
   return frozen ? PrecisionPath::kBounded : PrecisionPath::kPlain;
 }
 

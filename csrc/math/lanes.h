@@ -79,6 +79,18 @@ NN_HD V splat(ScalarOf<V> s) {
   return s - V{};
 }
 
+// a / b of a group's constants. On a device to 2 ulp: rounded correctly it takes four times as many instructions.
+NN_HD double quotient(double a, double b) { return a / b; }
+NN_HD float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return a * inverse;
+#else
+  return a / b;
+#endif
+}
+
 template <class To, class From>
 NN_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");

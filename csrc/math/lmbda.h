@@ -55,7 +55,7 @@ NN_HD LambdaEstimate<S> newton_step(const LambdaTerms<S>& mean, Settings<S> s) {
   // not a maximum, which would drop a NaN
   const S q = (variance < S(0) ? S(0) : variance) + s.root_eps;
   const S first = mean.hd - mean.log;
-  return {S(1) - s.alpha * (s.order == 1 ? first : first / q), q};
+  return {S(1) - s.alpha * (s.order == 1 ? first : quotient(first, q)), q};
 }
 
 // The constants of w in n dlmbda/dh_i = w(h_i), n being the group's size:
@@ -69,11 +69,9 @@ struct LambdaGradient {
 template <class S>
 NN_HD LambdaGradient<S> lambda_gradient(S lmbda, S mean_hd, S mean_d, S curvature, Settings<S> s) {
   const S two_d = S(2) + S(2) * mean_d;
-  if (s.alpha == S(0)) return {S(0), S(0), S(0), two_d};
   if (s.order == 1) return {-s.alpha, s.alpha, S(0), two_d};
-  const S kap = (lmbda - S(1)) / s.alpha;
-  const S c_r = s.alpha / curvature;
-  return {-c_r * (S(1) - S(4) * mean_hd * kap), c_r, -c_r * kap, two_d};
+  const S inverse = quotient(S(1), curvature), c_r = s.alpha * inverse, c_o = (S(1) - lmbda) * inverse;
+  return {-(c_r + S(4) * mean_hd * c_o), c_r, c_o, two_d};
 }
 
 // w by Horner's rule in t.

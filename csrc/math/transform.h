@@ -40,12 +40,11 @@ struct TransformLimits<double> {
 
 template <class S>
 NN_HD Side<S> make_side(S eta, S transform_eps) {
-  const bool linear = transform_eps > S(0) && (eta < S(0) ? -eta : eta) <= transform_eps;
+  const bool linear = transform_eps > S(0) && S(::fabs(eta)) <= transform_eps;
   S shifted = linear ? S(0) : eta + (eta < S(0) ? -transform_eps : transform_eps);
   // For eta = 0 the limit is psi = log(1+t), which a tiny exponent gives to rounding, without a branch per element.
-  const S tiny = TransformLimits<S>::kTinyEta;
-  shifted = shifted < tiny && shifted > -tiny ? tiny : shifted;
-  return {shifted, S(1) / shifted, linear ? S(0) : S(1)};
+  shifted = S(::fabs(shifted)) < TransformLimits<S>::kTinyEta ? TransformLimits<S>::kTinyEta : shifted;
+  return {shifted, quotient(S(1), shifted), linear ? S(0) : S(1)};
 }
 
 template <class S>
@@ -133,7 +132,7 @@ NN_HD PsiSlopes<V> psi_slopes(V l, V reciprocal /* 1/(1+t) */, V power, V psi, c
 // Whether an exponent of the group is small: with both at least `bound` the direct form loses less than 1 / bound ulp of l.
 template <class S>
 NN_HD bool has_small_exponent(const Exponents<S>& e, S bound) {
-  return !((e.eta_pos >= bound || e.eta_pos <= -bound) && (e.eta_neg >= bound || e.eta_neg <= -bound));
+  return !((S(::fabs(e.eta_pos)) >= bound) & (S(::fabs(e.eta_neg)) >= bound));
 }
 
 }  // namespace
