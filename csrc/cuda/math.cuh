@@ -88,10 +88,9 @@ struct GroupConstants {
   __device__ Real standardize(Real u) const { return fused(u - mean, rstd, shift); }
 };
 
-template <class Real>
-__device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t group, int64_t groups,
-                                                      Settings<Real> s, bool frozen) {
-  const auto row = [&](StatRow r) { return stats[r * groups + group]; };
+// row(r) is the group's statistic r.
+template <class Real, class Row>
+__device__ inline GroupConstants<Real> group_constants(Row row, Settings<Real> s, bool frozen) {
   GroupConstants<Real> c;
   c.mean = row(kMean);
   c.rstd = row(kRstd);
@@ -103,6 +102,11 @@ __device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t
   c.lmbda = frozen ? LambdaGradient<Real>{Real(0), Real(0), Real(0), Real(2)}
                    : lambda_gradient<Real>(lmbda, row(kMeanHd), row(kMeanD), row(kCurvature), s);
   return c;
+}
+template <class Real>
+__device__ inline GroupConstants<Real> load_constants(const Real* stats, int64_t group, int64_t groups,
+                                                      Settings<Real> s, bool frozen) {
+  return group_constants([&](StatRow r) { return stats[r * groups + group]; }, s, frozen);
 }
 
 // The backward reduction: gradient_round() adds an element's terms to sums[5]; natural_sums() converts these to natural
@@ -168,11 +172,11 @@ __device__ __forceinline__ Slopes<Real> gradient_round(PrecisionPath path, Real 
 
 constexpr int kGradientSums = 7;  // the five of gradient_round(), then of the bias and the weight: g, g x
 
-template <class Real>
-__device__ inline void natural_sums(Real (&sums)[kGradientSums]) {
+template <int K, class Real>
+__device__ inline void natural_sums(Real (&sums)[K]) {
   constexpr Real unit = DeviceLog<Real>::kUnit;
   sums[2] *= unit * unit;
-  sums[6] *= unit;
+  if constexpr (K == kGradientSums) sums[6] *= unit;
 }
 
 // du = rstd (G psi_h + Lambda w - offset - slope h); the constants include rstd and the signs.

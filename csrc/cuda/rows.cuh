@@ -47,6 +47,9 @@ struct FusedTensors {
   Activation activation;
 };
 
+// The types of a weight and a bias of each element that are both given; else kOther.
+enum class Parameters { kOther, kStorage, kCompute };
+
 // The parameters of every kernel of a pass; those of the streaming kernels and of the columns layout add to them.
 template <class Real>
 struct KernelArgs {
@@ -54,7 +57,7 @@ struct KernelArgs {
   int64_t length;  // of a run
   uint32_t groups, runs;
   FastDivide inner, chunks_per_run;
-  uint32_t chunks;  // of a group
+  uint32_t chunks, shared_chunks;  // of a group; of a thread, in shared memory
   bool wide;        // ragged: whole chunks are aligned to 16 bytes
   // tensors
   const void* input;
@@ -67,6 +70,7 @@ struct KernelArgs {
   // affine map
   const void *weight, *bias;
   bool weight_in_storage, bias_in_storage;
+  Parameters parameters;
   Affine affine;
   // noise
   const int64_t* seed;
@@ -256,13 +260,10 @@ __device__ inline void unaligned_normals(const KernelArgs<Real>& a, const GroupP
 
 // The weight (or bias) of each element of a chunk, where it varies along the run (kPerElement).
 template <class T, bool kRagged, class Real>
-__device__ inline void element_parameters(const void* data, bool in_storage, Real missing, const ChunkPlace& c,
-                                          Real (&out)[kChunkOf<T>]) {
+__device__ __forceinline__ void element_parameters(const void* data, bool in_storage, const ChunkPlace& c,
+                                                   Real (&out)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
-  if (data == nullptr) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = missing;
-  } else if constexpr (kRagged) {
+  if constexpr (kRagged) {
 #pragma unroll
     for (int j = 0; j < N; ++j) out[j] = c.span.has(j) ? load_parameter<T>(data, in_storage, c.first + j) : Real(0);
   } else if (in_storage) {

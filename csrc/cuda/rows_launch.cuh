@@ -85,6 +85,8 @@ KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   a.stats = static_cast<Real*>(p.stats);
   a.weight = p.weight.data, a.weight_in_storage = p.weight.in_storage_type;
   a.bias = p.bias.data, a.bias_in_storage = p.bias.in_storage_type;
+  if (p.weight.data && p.bias.data && p.weight.in_storage_type == p.bias.in_storage_type)
+    a.parameters = p.weight.in_storage_type ? Parameters::kStorage : Parameters::kCompute;
   a.affine = p.affine;
   a.seed = p.seed, a.stream = p.noise.stream;
   a.noise = p.noise.on, a.given_scale = p.noise.given_scale, a.frozen = p.frozen;
@@ -175,6 +177,7 @@ class RowsPass {
     d.one_block = backward;
     d.largest_block = !backward ? kForwardBlock : is_fused(p, true) ? kFusedBackwardBlock : kBackwardBlock;
     choose(d, device);
+    args_.shared_chunks = uint32_t(plan_.shared_chunks);
     place(device);
   }
 

@@ -13,18 +13,20 @@ namespace {
 
 // Prefetches into L2 the group that a thread group processes next, so that its first round waits for L2 and not for device
 // memory. A lane of each warp takes a run; short runs, which would take an instruction each, are left out.
-template <class T, class Threads, class Real>
-__device__ __forceinline__ void prefetch_group(const KernelArgs<Real>& a, const Threads& threads, uint32_t group,
-                                               const void* grad) {
+template <class T, bool kGrad, class Threads, class Real>
+__device__ __forceinline__ void prefetch_group(const KernelArgs<Real>& a, const Threads& threads, uint32_t group) {
   constexpr int64_t kShortRun = 1024;  // bytes
   const int64_t bytes = a.length * int64_t(sizeof(T));
-  if (group >= a.groups || bytes < kShortRun || threads.rank() % 32 != 0) return;
+  if (group >= a.groups || bytes < kShortRun) return;
   const GroupPlace g = locate_group(a, group);
+  uint32_t first = 0;  // run of the block's first warp: a loop that the compiler knows the warp to run together
 #pragma unroll 1
-  for (uint32_t run = threads.rank() / 32; run < a.runs; run += threads.size() / 32) {
-    prefetch_bytes(static_cast<const T*>(a.input) + g.input + int64_t(run) * a.at_input.run, bytes);
-    if (grad) prefetch_bytes(static_cast<const T*>(grad) + g.grad + int64_t(run) * a.at_grad.run, bytes);
-  }
+  do {
+    const uint32_t run = first + threads.rank() / 32;
+    prefetch_bytes(static_cast<const T*>(a.input) + g.input + int64_t(run) * a.at_input.run, bytes, run < a.runs);
+    if (kGrad) prefetch_bytes(static_cast<const T*>(a.grad) + g.grad + int64_t(run) * a.at_grad.run, bytes, run < a.runs);
+    first += threads.size() / 32;
+  } while (first < a.runs);
 }
 
 // --- forward ---
@@ -57,10 +59,28 @@ __device__ __forceinline__ void output_round(const KernelArgs<Real>& a, const Gr
   if (draws_noise<kNoise, kFused>(a)) add_noise<kRagged>(a, g, c, keys, noise, x);
   if (a.affine == Affine::kPerElement) {
     Real weight[N], bias[N];
-    element_parameters<T, kRagged>(a.weight, a.weight_in_storage, Real(1), c, weight);
-    element_parameters<T, kRagged>(a.bias, a.bias_in_storage, Real(0), c, bias);
+    const auto both = [&](bool in_storage) {
+      element_parameters<T, kRagged>(a.weight, in_storage, c, weight);
+      element_parameters<T, kRagged>(a.bias, in_storage, c, bias);
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = x[j] * weight[j] + bias[j];
+      for (int j = 0; j < N; ++j) x[j] = x[j] * weight[j] + bias[j];
+    };
+    if (a.parameters == Parameters::kStorage) {
+      both(true);
+    } else if (a.parameters == Parameters::kCompute) {
+      both(false);
+    } else {
+      if (a.weight) {
+        element_parameters<T, kRagged>(a.weight, a.weight_in_storage, c, weight);
+#pragma unroll
+        for (int j = 0; j < N; ++j) x[j] *= weight[j];
+      }
+      if (a.bias) {
+        element_parameters<T, kRagged>(a.bias, a.bias_in_storage, c, bias);
+#pragma unroll
+        for (int j = 0; j < N; ++j) x[j] += bias[j];
+      }
+    }
   } else {
     if (a.affine == Affine::kPerRun) affine = run_affine<T>(a, g.inner * a.runs + c.run);
 #pragma unroll
@@ -156,8 +176,7 @@ class ForwardGroup {
   }
 
   // The last round, from x.
-  __device__ __forceinline__ void write_noisy(const GroupPlace& g, uint64_t seed, Real noise) {
-    const PhiloxSchedule keys(seed);
+  __device__ __forceinline__ void write_noisy(const GroupPlace& g, const PhiloxSchedule& keys, Real noise) {
     const GroupAffine<Real> affine = group_affine<T>(a_, g);
     each_output(g, [&](Chunk x, uint32_t chunk, uint32_t, const Residual& residual) {
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
@@ -238,11 +257,12 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const KernelArg
   using Real = RealOf<T>;
   Threads threads(sync);
   ForwardGroup<T, kRagged, kNoise, Threads, kForwardRegister<T>, kFused> pass(a, threads);
+  const PhiloxSchedule keys(draws_noise<kNoise, kFused>(a) ? uint64_t(*a.seed) : 0);
 #pragma unroll 1
   for (uint32_t group = threads.index(); group < a.groups; group += threads.count()) {
     const GroupPlace g = locate_group(a, group);
     const Moments1<Real> m = pass.moments(g);
-    prefetch_group<T>(a, threads, group + threads.count(), nullptr);
+    prefetch_group<T, false>(a, threads, group + threads.count());
     const Estimate<Real> estimate = pass.estimate(g, m);
     const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.settings);
     const PrecisionPath path = precision_path(e, a.settings, false);
@@ -254,7 +274,7 @@ __global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const KernelArg
       const Real mean = pass.transform(e, path);
       if (noisy) scale = a.given_scale ? a.stats[int64_t(kNoiseScale) * a.groups + group] : pass.deviation(g, mean);
       const Real noise = a.noise_train * scale * kNormalUnit<Real>;
-      pass.write_noisy(locate_group(a, opaque(group)), noisy ? uint64_t(*a.seed) : 0, noise);
+      pass.write_noisy(g, keys, noise);
     } else {
       pass.write_plain(g, e, path);
     }
@@ -273,8 +293,8 @@ template <class T, bool kRagged, class Real>
 __device__ __forceinline__ void weighted_gradient(const KernelArgs<Real>& a, const GroupPlace& place, const ChunkPlace& c,
                                                   const Real (&g)[kChunkOf<T>], Real (&weighted)[kChunkOf<T>]) {
   constexpr int N = kChunkOf<T>;
-  if (a.affine == Affine::kPerElement) {
-    element_parameters<T, kRagged>(a.weight, a.weight_in_storage, Real(1), c, weighted);
+  if (a.affine == Affine::kPerElement && a.weight) {
+    element_parameters<T, kRagged>(a.weight, a.weight_in_storage, c, weighted);
 #pragma unroll
     for (int j = 0; j < N; ++j) weighted[j] *= g[j];
   } else {
@@ -293,6 +313,8 @@ class BackwardGroup {
   using Chunk = Real (&)[3][N];  // G psi_h, w, h
 
  public:
+  static constexpr int kSums = kElementwise ? 5 : kGradientSums;
+
   __device__ BackwardGroup(const KernelArgs<Real>& a, Threads& threads)
       : a_(a), threads_(threads), cache_(a.chunks, threads.rank(), threads.size()) {
     if constexpr (kElementwise) {
@@ -302,7 +324,7 @@ class BackwardGroup {
   }
 
   __device__ __forceinline__ void reduce(const GroupPlace& place, const GroupConstants<Real>& constants,
-                                         Real (&sums)[kGradientSums]) {
+                                         Real (&sums)[kSums]) {
     const bool noisy = a_.noise && a_.weight_partials != nullptr;
     // in the unit of x, that of the logarithms
     const Real noise = a_.noise_train * constants.noise_scale * (kNormalUnit<Real> / DeviceLog<Real>::kUnit);
@@ -381,7 +403,7 @@ class BackwardGroup {
   // From (G, -, u) to (G psi_h, w, h), with x in the unit of the logarithms; elements outside the run become zeros.
   template <PrecisionPath kPath>
   __device__ __forceinline__ void slopes(Span span, const GroupConstants<Real>& constants, Chunk kept, Real (&x)[N],
-                                         Real (&sums)[kGradientSums]) {
+                                         Real (&sums)[kSums]) {
     const SignedExponent<Real> exponent = gradient_exponent(constants.exponents);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -400,8 +422,7 @@ class BackwardGroup {
   // chunks, behind the chunks in shared memory: in registers they would halve the threads that run at the same time.
   static constexpr uint32_t kSumFours = 2 * N / 4;
   __device__ __forceinline__ uint32_t first_element_sum() const {
-    const uint32_t each = (a_.chunks + blockDim.x - 1) / blockDim.x, kept = each > kRegister ? each - kRegister : 0;
-    return kept * (3 * N / 4) * blockDim.x + threadIdx.x;
+    return a_.shared_chunks * (3 * N / 4) * blockDim.x + threadIdx.x;
   }
   static __device__ __forceinline__ Four<Real>& element_sum(uint32_t at) {
     NN_DYNAMIC_SHARED(raw);
@@ -433,22 +454,34 @@ __global__ void __launch_bounds__(kFused ? kFusedBackwardBlock : kBackwardBlock,
 rows_backward(const KernelArgs<RealOf<T>> a, typename BlockThreads<RealOf<T>>::Sync sync) {
   using Real = RealOf<T>;
   BlockThreads<Real> threads(sync);
-  BackwardGroup<T, kRagged, kElementwise, kFused> pass(a, threads);
+  using Pass = BackwardGroup<T, kRagged, kElementwise, kFused>;
+  Pass pass(a, threads);
+  // A lane loads one statistic of a group, before it writes the gradient of the group before.
+  const auto load_statistic = [&](uint32_t group) {
+    const uint32_t lane = threads.rank() % 32;
+    return group < a.groups && lane < kStatRows ? a.stats[int64_t(lane) * a.groups + group] : Real(0);
+  };
+  Real statistic = load_statistic(threads.index());
 #pragma unroll 1
   for (uint32_t group = threads.index(); group < a.groups; group += threads.count()) {
-    prefetch_group<T>(a, threads, group + threads.count(), a.grad);  // here it takes no register from what follows
+    prefetch_group<T, true>(a, threads, group + threads.count());  // here it takes no register from what follows
     const GroupPlace place = locate_group(a, group);
-    const GroupConstants<Real> constants =
-        load_constants(a.stats, group, a.groups, a.settings, a.frozen);
-    Real sums[kGradientSums] = {};
+    const auto row = [&](StatRow r) { return __shfl_sync(kAllLanes, statistic, int(r)); };
+    const GroupConstants<Real> constants = group_constants(row, a.settings, a.frozen);
+    Real sums[Pass::kSums] = {};
     pass.reduce(place, constants, sums);
-    if (!kElementwise && threads.rank() == 0 && a.affine == Affine::kPerGroup) {
-      if (a.bias_partials) a.bias_partials[group] = sums[5];
-      if (a.weight_partials) a.weight_partials[group] = sums[6];
+    statistic = load_statistic(group + threads.count());
+    if constexpr (!kElementwise) {
+      if (threads.rank() == 0 && a.affine == Affine::kPerGroup) {
+        if (a.bias_partials) a.bias_partials[group] = sums[5];
+        if (a.weight_partials) a.weight_partials[group] = sums[6];
+      }
     }
     if (a.output) {
       const Real weight = group_affine<T>(a, place).weight;
-      pass.write(locate_group(a, opaque(group)), finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
+      // kept or computed again: each kernel has the registers for one of these alone
+      const GroupPlace to = kElementwise ? place : locate_group(a, opaque(group));
+      pass.write(to, finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
     }
   }
   pass.write_element_sums();

@@ -59,11 +59,14 @@ __device__ __forceinline__ void store_global(void* p, const uint4& raw) {
 
 // Prefetches into L2 what a thread will load later and has no registers for yet.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-// The same of many bytes, in one instruction, less what lies before and after the 16-byte boundaries; before sm_90 nothing.
-__device__ inline void prefetch_bytes(const void* p, int64_t bytes) {
+// The same of many bytes, in one instruction of a warp, whose lanes call it together with the same arguments. Counted from
+// the 16-byte boundary before p; before sm_90 nothing.
+__device__ inline void prefetch_bytes(const void* p, int64_t bytes, bool wanted) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const uint32_t before = uint32_t(-reinterpret_cast<intptr_t>(p)) % 16, whole = (uint32_t(bytes) - before) & ~15u;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(p) + before), "r"(whole));
+  asm volatile(
+      "{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.ne.and.u32 q, %2, 0, p; "
+      "@q cp.async.bulk.prefetch.L2.global [%0], %1; }" ::"l"(reinterpret_cast<intptr_t>(p) & ~intptr_t(15)),
+      "r"(uint32_t(bytes) & ~15u), "r"(uint32_t(wanted)));
 #endif
 }
 

@@ -28,7 +28,7 @@ __device__ __forceinline__ void forward(KernelArgs<RealOf<T>> a) {
   const Exponents<Real> e = make_exponents<Real>(estimate.lmbda, a.settings);
   if constexpr (kNoise) {
     const Real mean = pass.transform(e, PrecisionPath::kPlain);
-    pass.write_noisy(g, uint64_t(*a.seed), a.noise_train * pass.deviation(g, mean) * kNormalUnit<Real>);
+    pass.write_noisy(g, PhiloxSchedule(uint64_t(*a.seed)), a.noise_train * pass.deviation(g, mean) * kNormalUnit<Real>);
   } else {
     pass.write_plain(g, e, PrecisionPath::kPlain);
   }

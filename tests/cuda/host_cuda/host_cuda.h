@@ -132,7 +132,7 @@ const T* opaque_address(const T* p) {
 inline uint4 load_global(const void* p) { return *static_cast<const uint4*>(p); }
 inline void store_global(void* p, const uint4& raw) { *static_cast<uint4*>(p) = raw; }
 inline void prefetch(const void*) {}
-inline void prefetch_bytes(const void*, int64_t) {}
+inline void prefetch_bytes(const void*, int64_t, bool) {}
 
 constexpr int kNotCoResident = cudaErrorCooperativeLaunchTooLarge;
 
