@@ -90,14 +90,14 @@ __device__ __forceinline__ void row_normals(const KernelArgs<Real>& a, const Col
 }
 
 // fetch() and values() of this layout.
-template <class T, bool kRagged, bool kLate>
+template <class T, bool kRagged, bool kLate, class Place>
 __device__ __forceinline__ void fetch_row(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
-                                          Fetched<T, kLate>& out) {
-  if constexpr (!kLate) out.raw = load_global(row_address<T>(tensor, s, p, row));
+                                          Fetched<T, kLate, Place>& out) {
+  if constexpr (!kLate) out.load(row_address<T>(tensor, s, p, row));
 }
-template <class T, bool kRagged, bool kLate>
+template <class T, bool kRagged, bool kLate, class Place>
 __device__ __forceinline__ void row_values(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
-                                           const Fetched<T, kLate>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
+                                           const Fetched<T, kLate, Place>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
   if constexpr (kLate) read_row<T, kRagged>(tensor, s, p, row, out);
   else unpack_chunk<T>(fetched.raw, out);
 }
@@ -108,12 +108,12 @@ struct RowAt {
   const ColumnPlace& p;
   uint32_t row;
 
-  template <bool kLate>
-  __device__ __forceinline__ void fetch(const FusedTensor& t, Fetched<T, kLate>& out) const {
+  template <bool kLate, class Place>
+  __device__ __forceinline__ void fetch(const FusedTensor& t, Fetched<T, kLate, Place>& out) const {
     fetch_row<T, kRagged>(t.data, t.at, p, row, out);
   }
-  template <bool kLate>
-  __device__ __forceinline__ void values(const FusedTensor& t, const Fetched<T, kLate>& fetched,
+  template <bool kLate, class Place>
+  __device__ __forceinline__ void values(const FusedTensor& t, const Fetched<T, kLate, Place>& fetched,
                                          RealOf<T> (&out)[kChunkOf<T>]) const {
     row_values<T, kRagged>(t.data, t.at, p, row, fetched, out);
   }

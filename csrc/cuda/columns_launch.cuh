@@ -8,9 +8,9 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
-// Blocks of a streaming launch for each multiprocessor, those that it runs at the same time: fewer blocks leave fewer partial
-// sums, and more would end unevenly. The backward pass has registers for two blocks, or three of smaller chunks.
-constexpr int kColumnBlocks = 4;
+// Blocks of a streaming launch that a multiprocessor has registers for: in the forward pass, in the backward pass's sums with
+// chunks of eight and of four elements, and in its second round without and with fused operations or ragged chunks.
+constexpr int kColumnBlocks = 4, kSumsBlocks = 2, kHalfSumsBlocks = 3, kGradientBlocks = 3, kLargeGradientBlocks = 2;
 // Of more rows a pass is streamed. On an H200 65536 rows took less time so; 12544 took the same; less was not told from
 // the host's time.
 constexpr int64_t kResidentRows = 8192, kResidentGradientRows = 1024;
@@ -73,15 +73,24 @@ class ColumnsPass {
 
  private:
   void place_stream(Workspace& workspace, const Device& device, bool backward) {
-    const int64_t most = ceil_div(p_.geometry.runs, kColumnRows);
-    const int blocks = !backward ? kColumnBlocks : N == 8 ? 2 : 3;
-    const int64_t wanted = ceil_div(int64_t(device.multiprocessors) * blocks, slabs_);
-    a_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : wanted < most ? wanted : most);
-    blocks_ = unsigned(slabs_ * a_.splits);
+    a_.splits = splits(device, !backward ? kColumnBlocks : N == 8 ? kSumsBlocks : kHalfSumsBlocks);
+    gradient_splits_ = splits(device, ragged_ || is_fused(p_, true) ? kLargeGradientBlocks : kGradientBlocks);
     if (plan_.tier != Tier::kGrid) plan_ = {Tier::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
-    a_.partial = workspace.take<Real>(int64_t(blocks_) * kMaxSums * kTileColumns<T>);
+    a_.partial = workspace.take<Real>(slabs_ * a_.splits * kMaxSums * kTileColumns<T>);
     a_.mean = place_means<Real>(p_, workspace, p_.geometry.groups());
     a_.sums = workspace.take<Real>(p_.geometry.groups() * kMaxSums);
+  }
+
+  // Blocks a tile: a launch of as many blocks as run at the same time or, where that divides badly by the tiles, in as few
+  // turns for their number as possible. Fewer blocks leave fewer partial sums.
+  uint32_t splits(const Device& device, int blocks) const {
+    if (p_.force.blocks) return uint32_t(p_.force.blocks);
+    const int64_t most = ceil_div(p_.geometry.runs, kColumnRows), at_once = int64_t(device.multiprocessors) * blocks;
+    const auto turns = [&](int64_t n) { return ceil_div(slabs_ * n, at_once); };
+    int64_t best = std::clamp(at_once / slabs_, int64_t(1), most);
+    for (int64_t n = best + 1; n <= best + 3 && n <= most; ++n)
+      if (turns(n) * best < turns(best) * n) best = n;
+    return uint32_t(best);
   }
 
   // Whether a chunk of some tensor is not 16 aligned bytes, or does not begin at a multiple of its size in the order
@@ -106,7 +115,7 @@ class ColumnsPass {
 
   using Kernel = void (*)(const ColumnsArgs<Real>);
   int round(Kernel kernel, const ColumnsArgs<Real>& a) const {
-    return launch(kernel, {.grid = blocks_, .threads = kColumnThreads, .stream = stream_}, a);
+    return launch(kernel, {.grid = unsigned(slabs_ * a.splits), .threads = kColumnThreads, .stream = stream_}, a);
   }
   int round(Kernel kernel, Kernel finish, const ColumnsArgs<Real>& a) const {
     if (const int e = round(kernel, a)) return e;
@@ -161,7 +170,9 @@ class ColumnsPass {
     e = p_.runs(Round::kSums) ? round(sums, column_finish<T, Finish::kGradient>, a_)
                               : launch_take_means<T>(p_, a_.sums, stream_);
     if (e || !p_.runs(Round::kGradient)) return e;
-    return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), a_);
+    ColumnsArgs<Real> a = a_;
+    a.splits = gradient_splits_, a.partial = nullptr;
+    return round(gradient_kernel<kRagged, false>(fuses_epilogue(p_, true)), a);
   }
   template <bool kRagged, bool kSums>
   static Kernel gradient_kernel(bool fused) {
@@ -175,7 +186,7 @@ class ColumnsPass {
   Plan plan_;
   typename TileThreads<T>::Sync sync_ = {};
   int64_t slabs_ = 1;
-  unsigned blocks_ = 1;
+  uint32_t gradient_splits_ = 1;
   size_t workspace_bytes_ = 0;
 };
 

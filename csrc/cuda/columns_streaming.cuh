@@ -1,4 +1,5 @@
-// The columns layout, streaming: a launch a round, as rows_streaming.cuh.
+// The columns layout, streaming: a launch a round, as rows_streaming.cuh. Every other round goes through the rows from the
+// last to the first: L2 holds what the round before has read last.
 #pragma once
 
 #include "columns_resident.cuh"
@@ -14,35 +15,41 @@ __device__ inline ColumnPlace locate_column(const ColumnsArgs<RealOf<T>>& a) {
   return locate_tile<T>(a, slab, blockIdx.x - slab * a.splits);
 }
 
+constexpr int kRowsAhead = 4;
+using InColumnRing = InShared<kColumnThreads>;
+template <class T, bool kFused, bool kLate>
+using ColumnFetch = FusedFetch<T, kFused, kLate, InColumnRing>;
+
 // f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have no rows.
-template <class Raw, int kAhead, class Real, class Load, class F>
+template <class Raw, int kAhead, bool kReversed, class Real, class Load, class F>
 __device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, Load load, F f) {
-  const uint32_t end = p.span.hi == 0 ? 0 : a.runs;
-  each_ahead<Raw, kAhead>(p.split * kColumnRows + p.y, end, a.splits * kColumnRows, load, f);
+  const uint32_t end = p.span.hi == 0 ? 0 : a.runs, first = p.split * kColumnRows + p.y, step = a.splits * kColumnRows;
+  if constexpr (kReversed) each_ahead<Raw, kAhead>(end - 1 - first, end, 0 - step, load, f);  // below 0 is above `end`
+  else each_ahead<Raw, kAhead>(first, end, step, load, f);
 }
 
 // The same over the input, and in fused kernels one tensor `beside` it: f(row, values, what was fetched of `beside`).
-template <class T, bool kRagged, bool kFused, class F>
+template <class T, bool kRagged, bool kReversed, bool kFused, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
                                                const FusedTensor& beside, F f) {
   struct Raw {
-    Fetched<T, kRagged> u;
-    FusedFetch<T, kFused, kRagged> beside;
+    Fetched<T, kRagged, InColumnRing> u;
+    ColumnFetch<T, kFused, kRagged> beside;
   };
   const auto load = [&](uint32_t row, Raw& raw) {
     fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
     fetch_fused<kFused>(RowAt<T, kRagged>{p, row}, beside, raw.beside);
   };
-  each_row<Raw, kRagged ? 1 : 4>(a, p, load, [&](uint32_t row, const Raw& raw) {
+  each_row<Raw, kRagged ? 0 : kRowsAhead, kReversed>(a, p, load, [&](uint32_t row, const Raw& raw) {
     RealOf<T> u[kChunkOf<T>];
     row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
     f(row, u, raw.beside);
   });
 }
-template <class T, bool kRagged, class F>
+template <class T, bool kRagged, bool kReversed, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
-  each_input_row<T, kRagged, false>(a, p, a.fused.addend,
-                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const Fetched<T, true>&) { f(row, u); });
+  each_input_row<T, kRagged, kReversed, false>(a, p, a.fused.addend,
+                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const ColumnFetch<T, false, kRagged>&) { f(row, u); });
 }
 
 // Writes a block's sums as its partial.
@@ -77,7 +84,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
     const Real count = totals[1][p.x * N + j];
     centre[j] = count > Real(0) ? totals[0][p.x * N + j] / count : Real(0);
   }
-  const auto add = [&](uint32_t row, Real (&u)[N], const FusedFetch<T, kFused, kRagged>& addend) {
+  const auto add = [&](uint32_t row, Real (&u)[N], const ColumnFetch<T, kFused, kRagged>& addend) {
     add_and_write_sum<T, kFused>(RowAt<T, kRagged>{p, row}, a.fused, addend, u);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -87,7 +94,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
       sums[2][j] += d * d;
     }
   };
-  each_input_row<T, kRagged, kFused>(a, p, a.fused.addend, add);
+  each_input_row<T, kRagged, false, kFused>(a, p, a.fused.addend, add);
   column_totals<T, 3>(sums, totals);
   Real* partial = a.partial + size_t(blockIdx.x) * kMaxSums * kTileColumns<T>;
   if (p.y > 0) return;
@@ -118,7 +125,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
     shift[j] = -stats[int64_t(kMeanLow) * a.groups] * rstd[j];
   }
   LambdaSums<Real> terms[N];
-  each_input_row<T, kRagged>(a, p, [&](uint32_t, const Real (&u)[N]) {
+  each_input_row<T, kRagged, true>(a, p, [&](uint32_t, const Real (&u)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) add_lambda_terms(terms[j], (u[j] - mean[j]) * rstd[j] + shift[j]);
   });
@@ -159,7 +166,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
   const ColumnScales<N, Real> scales(tile + p.x * N);
   const ColumnExponents<N, Real> exponents(tile + p.x * N, ones, p.span);
   with_path(exponents.path, [&](auto tag) {
-    each_input_row<T, kRagged>(a, p, [&](uint32_t, Real (&x)[N]) {
+    each_input_row<T, kRagged, kDeviation>(a, p, [&](uint32_t, Real (&x)[N]) {
       reread_row<tag.value>(x, scales, exponents, tile + p.x * N, ones);
 #pragma unroll
       for (int j = 0; j < N; ++j) sums[0][j] += kDeviation ? absolute(x[j] - mean[j]) : x[j];
@@ -170,7 +177,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
 
 // Round 5; the only one of a frozen layer without noise.
 template <class T, bool kRagged, bool kNoise, bool kFused>
-__global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, kNoise && kRagged ? 3 : 4) column_output(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];
@@ -188,7 +195,7 @@ __global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(
   const ColumnScales<N, Real> scales(constants);
   const ColumnExponents<N, Real> exponents(constants, weight, p.span);
   with_any_path(exponents.path, [&](auto tag) {
-    const auto write = [&](uint32_t row, Real (&x)[N], const FusedFetch<T, kFused, kRagged>& residual) {
+    const auto write = [&](uint32_t row, Real (&x)[N], const ColumnFetch<T, kFused, kRagged>& residual) {
       Real z[N] = {};
       if (noisy) row_normals<kRagged>(a, p, row, keys, z);
       reread_row<tag.value>(x, scales, exponents, constants, weight);
@@ -197,13 +204,13 @@ __global__ void __launch_bounds__(kColumnThreads, kNoise ? 3 : 4) column_output(
       apply_epilogue<kFused>(RowAt<T, kRagged>{p, row}, a.fused, residual, x);
       write_row<T, kRagged>(a.output, a.at_output, p, row, x);
     };
-    each_input_row<T, kRagged, kFused>(a, p, a.fused.residual, write);
+    each_input_row<T, kRagged, false, kFused>(a, p, a.fused.residual, write);
   });
 }
 
 // kSums: the backward reduction; else the gradient of the input from its totals.
 template <class T, bool kRagged, bool kSums, bool kFused>
-__global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, kSums || kRagged || kFused ? 2 : 3) column_gradient(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   using At = RowAt<T, kRagged>;
   constexpr int N = kChunkOf<T>;
@@ -228,24 +235,17 @@ __global__ void __launch_bounds__(kColumnThreads, 2) column_gradient(const Colum
   ColumnGradients<kRagged, N, Real> pass(constants, p.span);
   with_path(pass.path, [&](auto tag) {
     struct Raw {
-      Fetched<T, kRagged> u, g;
-      FusedFetch<T, kFused, kRagged> activated;
-      FusedFetch<T, kFused && !kSums, kRagged> grad_sum;
+      Fetched<T, kRagged, InColumnRing> u, g;
+      ColumnFetch<T, kFused, kRagged> activated;
+      ColumnFetch<T, kFused && !kSums, kRagged> grad_sum;
     };
     const auto load = [&](uint32_t row, Raw& raw) {
-      const uint64_t ahead = row + 3ull * a.splits * kColumnRows;  // the sums leave few registers for loads in flight
-      if (ahead < a.runs) {
-        prefetch(row_address<T>(a.input, a.at_input, p, uint32_t(ahead)));
-        prefetch(row_address<T>(a.grad, a.at_grad, p, uint32_t(ahead)));
-        if constexpr (kFused) At{p, uint32_t(ahead)}.prefetch(a.fused.activated);
-        if constexpr (kFused && !kSums) At{p, uint32_t(ahead)}.prefetch(a.fused.grad_sum);
-      }
       fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
       fetch_row<T, kRagged>(a.grad, a.at_grad, p, row, raw.g);
       fetch_mask<kFused>(At{p, row}, a.fused.activated, raw.activated);
       fetch_fused<kFused && !kSums>(At{p, row}, a.fused.grad_sum, raw.grad_sum);
     };
-    each_row<Raw, kRagged || kSums ? 1 : 2>(a, p, load, [&](uint32_t row, const Raw& raw) {
+    each_row<Raw, kRagged ? 0 : kRowsAhead, !kSums>(a, p, load, [&](uint32_t row, const Raw& raw) {
       Real u[N], g[N], z[N] = {};
       row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
       row_values<T, kRagged>(a.grad, a.at_grad, p, row, raw.g, g);

@@ -37,8 +37,8 @@ __device__ __forceinline__ void mask_chunk(Real (&g)[N], const Real (&y)[N]) {
 }
 
 // The load of a fused tensor's chunk; empty in kernels without fused operations, and where values() loads (kLate).
-template <class T, bool kFused, bool kLate>
-using FusedFetch = Fetched<T, kLate || !kFused>;
+template <class T, bool kFused, bool kLate, class Place = InRegisters>
+using FusedFetch = Fetched<T, kLate || !kFused, Place>;
 
 // Whether a kernel draws noise. Fused kernels are compiled with noise only and test a flag: without noise they run one
 // round too many, and the binary has half as many of them.

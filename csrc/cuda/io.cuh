@@ -69,7 +69,7 @@ __device__ inline uint32_t pack(const float* in, __half) {
 }
 
 template <class T>
-__device__ __forceinline__ void unpack_chunk(const uint4& raw, float (&out)[kChunkOf<T>]) {
+__device__ __forceinline__ void unpack_chunk(uint4 raw, float (&out)[kChunkOf<T>]) {
   constexpr int per_word = kChunkOf<T> / 4;
   unpack(raw.x, out, T{});
   unpack(raw.y, out + per_word, T{});
@@ -111,29 +111,59 @@ __device__ inline void store_chunk(double* p, const double (&in)[4]) {
   for (int j = 0; j < 4; ++j) p[j] = in[j];
 }
 
+// Where a chunk is from the start of its load to its use.
+struct InRegisters {
+  uint4 raw;
+  __device__ __forceinline__ void load(const void* p) { raw = load_global(p); }
+};
+// The same of kThreads threads: an object begins at the thread's own chunk.
+template <int kThreads>
+struct InShared {
+  uint4 raw, of_other_threads[kThreads - 1];
+  __device__ __forceinline__ void load(const void* p) { copy_async(&raw, p); }
+};
+
 // A chunk loaded in two steps, so that several loads are in flight at once: the layout's fetch() starts the load, and its
 // values() converts what was loaded. kLate: values() loads too, for ragged chunks and where registers are short.
-template <class T, bool kLate>
-struct Fetched {
-  uint4 raw;
-};
-template <class T>
-struct Fetched<T, true> {};
+template <class T, bool kLate, class Place = InRegisters>
+struct Fetched : Place {};
+template <class T, class Place>
+struct Fetched<T, true, Place> {};
 
-// f(i, raw) for i = first, first + step ... below end. load(i, raw) starts the loads of f; kAhead of them are in flight
-// before the first f.
+template <size_t kChunks>
+__device__ __forceinline__ uint4* shared_ring() {
+  __shared__ uint4 ring[kChunks];
+  return ring;
+}
+
+// f(i, raw) for i = first, first + step ... below end. load(i, raw) starts the loads of f, kAhead steps before it, into a ring
+// in shared memory: loads into registers would be waited for together, because the compiler gives them one scoreboard.
+// kAhead = 0: the members of Raw are loaded by f.
 template <class Raw, int kAhead, class Load, class F>
 __device__ __forceinline__ void each_ahead(uint32_t first, uint32_t end, uint32_t step, Load load, F f) {
+  if constexpr (kAhead == 0) {
+    Raw raw;
 #pragma unroll 1
-  for (uint32_t i = first; i < end; i += kAhead * step) {
-    Raw raw[kAhead];
-#pragma unroll
-    for (uint32_t k = 0; k < kAhead; ++k)
-      if (i + k * step < end) load(i + k * step, raw[k]);
+    for (uint32_t i = first; i < end; i += step) load(i, raw), f(i, raw);
+  } else {
+    constexpr uint32_t kStep = sizeof(Raw), kLast = kAhead * kStep;
+    char* ring = reinterpret_cast<char*>(shared_ring<(kLast + kStep) / sizeof(uint4)>());
+    const uint32_t own = opaque(threadIdx.x * sizeof(uint4));
+    const auto at = [&](uint32_t place) -> Raw& { return *reinterpret_cast<Raw*>(ring + place); };
 #pragma unroll
     for (uint32_t k = 0; k < kAhead; ++k) {
-      if (i + k * step >= end) break;
-      f(i + k * step, raw[k]);
+      if (first + k * step < end) load(first + k * step, at(own + k * kStep));
+      commit_copies();
+    }
+    uint32_t now = own, used = own + kLast;
+#pragma unroll 1
+    for (uint32_t i = first; i < end; i += step) {
+      wait_for_copies<kAhead - 1>();
+      if (i + kAhead * step < end) load(i + kAhead * step, at(used));
+      commit_copies();
+      f(i, at(now));
+      used = now;
+      now = now == own + kLast ? own : now + kStep;
     }
   }
 }

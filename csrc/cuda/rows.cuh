@@ -145,14 +145,14 @@ __device__ __forceinline__ void read_chunk(const void* tensor, int64_t group, co
   else load_span(p, c.span, out);
 }
 
-template <class T, bool kRagged, bool kLate>
+template <class T, bool kRagged, bool kLate, class Place>
 __device__ __forceinline__ void fetch(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c,
-                                      Fetched<T, kLate>& out) {
-  if constexpr (!kLate) out.raw = load_global(chunk_address<T, kRagged>(tensor, group, s, c));
+                                      Fetched<T, kLate, Place>& out) {
+  if constexpr (!kLate) out.load(chunk_address<T, kRagged>(tensor, group, s, c));
 }
-template <class T, bool kRagged, bool kLate>
+template <class T, bool kRagged, bool kLate, class Place>
 __device__ __forceinline__ void values(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c,
-                                       const Fetched<T, kLate>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
+                                       const Fetched<T, kLate, Place>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
   if constexpr (kLate) read_chunk<T, kRagged>(tensor, group, s, c, out);
   else unpack_chunk<T>(fetched.raw, out);
 }
@@ -171,12 +171,12 @@ struct ChunkAt {
   const GroupPlace& group;
   const ChunkPlace& chunk;
 
-  template <bool kLate>
-  __device__ __forceinline__ void fetch(const FusedTensor& t, Fetched<T, kLate>& out) const {
+  template <bool kLate, class Place>
+  __device__ __forceinline__ void fetch(const FusedTensor& t, Fetched<T, kLate, Place>& out) const {
     cuda::fetch<T, kRagged>(t.data, offset(t), t.at, chunk, out);
   }
-  template <bool kLate>
-  __device__ __forceinline__ void values(const FusedTensor& t, const Fetched<T, kLate>& fetched,
+  template <bool kLate, class Place>
+  __device__ __forceinline__ void values(const FusedTensor& t, const Fetched<T, kLate, Place>& fetched,
                                          RealOf<T> (&out)[kChunkOf<T>]) const {
     cuda::values<T, kRagged>(t.data, offset(t), t.at, chunk, fetched, out);
   }

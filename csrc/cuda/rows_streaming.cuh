@@ -1,5 +1,6 @@
 // The rows layout, streaming: groups that fit nowhere on chip. Each round is a launch that reads the tensors again, with a
-// group divided among as many blocks as fill the device; a small launch after it adds up the blocks' partial sums.
+// group divided among as many blocks as fill the device; a small launch after it adds up the blocks' partial sums. Every
+// other round goes from the last block to the first: L2 holds what the round before has read last.
 #pragma once
 
 #include "rows_resident.cuh"
@@ -22,27 +23,21 @@ struct StreamingArgs : KernelArgs<Real> {
 struct Slice {
   uint32_t group, split;
 };
-template <class Real>
+template <bool kReversed, class Real>
 __device__ inline Slice locate_slice(const StreamingArgs<Real>& s) {
-  const uint32_t group = blockIdx.x / s.splits;
-  return {group, blockIdx.x - group * s.splits};
+  const uint32_t block = kReversed ? s.groups * s.splits - 1 - blockIdx.x : blockIdx.x, group = block / s.splits;
+  return {group, block - group * s.splits};
 }
 
-constexpr int kStreamAhead = 2;
-constexpr int kFusedGradientAhead = 1;  // of three or four tensors: more would take the registers of a second block
-
-// Of two tensors. With half a counter's noise a chunk (float32) a second load would spill on sm_80.
-template <int N, bool kSums>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kGradientAhead = N == 4 && kSums ? 1 : kStreamAhead;
-#else
-constexpr int kGradientAhead = kStreamAhead;
-#endif
+constexpr int kStreamAhead = 3, kGradientAhead = 2, kFusedGradientAhead = 1;  // of one tensor, two, three or four
+using InStreamRing = InShared<kStreamThreads>;
+template <class T, bool kFused, bool kLate>
+using StreamFetch = FusedFetch<T, kFused, kLate, InStreamRing>;
 
 // f(chunk's place, raw) over a block's chunks; load(chunk's place, raw).
-template <bool kRagged, int N, class Raw, int kAhead = kStreamAhead, class Real, class Load, class F>
+template <bool kRagged, int N, class Raw, int kAhead, class Real, class Load, class F>
 __device__ __forceinline__ void each_chunk(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load, F f) {
-  each_ahead<Raw, kAhead>(
+  each_ahead<Raw, kRagged ? 0 : kAhead>(
       split * blockDim.x + threadIdx.x, s.chunks, s.splits * blockDim.x,
       [&](uint32_t chunk, Raw& raw) { load(locate_chunk<kRagged, N>(s, g, chunk), raw); },
       [&](uint32_t chunk, const Raw& raw) { f(locate_chunk<kRagged, N>(s, g, chunk), raw); });
@@ -55,14 +50,14 @@ __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const G
                                            const FusedTensor& beside, F f) {
   constexpr int N = kChunkOf<T>;
   struct Raw {
-    Fetched<T, kRagged> u;
-    FusedFetch<T, kFused, kRagged> beside;
+    Fetched<T, kRagged, InStreamRing> u;
+    StreamFetch<T, kFused, kRagged> beside;
   };
   const auto load = [&](const ChunkPlace& c, Raw& raw) {
     fetch<T, kRagged>(s.input, g.input, s.at_input, c, raw.u);
     fetch_fused<kFused>(ChunkAt<T, kRagged>{g, c}, beside, raw.beside);
   };
-  each_chunk<kRagged, N, Raw>(s, g, split, load, [&](const ChunkPlace& c, const Raw& raw) {
+  each_chunk<kRagged, N, Raw, kStreamAhead>(s, g, split, load, [&](const ChunkPlace& c, const Raw& raw) {
     Real u[N];
     values<T, kRagged>(s.input, g.input, s.at_input, c, raw.u, u);
     f(c, u, raw.beside);
@@ -71,7 +66,7 @@ __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const G
 template <class T, bool kRagged, class Real, class F>
 __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, F f) {
   each_input<T, kRagged, false>(s, g, split, s.fused.addend,
-                                [&](const ChunkPlace& c, Real (&u)[kChunkOf<T>], const Fetched<T, true>&) { f(c, u); });
+                                [&](const ChunkPlace& c, Real (&u)[kChunkOf<T>], const StreamFetch<T, false, kRagged>&) { f(c, u); });
 }
 
 template <int K, class Real>
@@ -91,7 +86,7 @@ template <class T, bool kRagged, bool kFused>
 __global__ void __launch_bounds__(kStreamThreads) stream_moments(const StreamingArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
-  const Slice slice = locate_slice(s);
+  const Slice slice = locate_slice<false>(s);
   const GroupPlace g = locate_group(s, slice.group);
   BlockThreads<Real> threads({});
   Real pilot[2] = {0, 0};
@@ -108,7 +103,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const Streaming
   threads.sum(pilot);
   const Real centre = pilot[1] > Real(0) ? pilot[0] / pilot[1] : Real(0);
   Real sums[3] = {0, 0, 0};
-  const auto add = [&](const ChunkPlace& c, Real (&u)[N], const FusedFetch<T, kFused, kRagged>& addend) {
+  const auto add = [&](const ChunkPlace& c, Real (&u)[N], const StreamFetch<T, kFused, kRagged>& addend) {
     add_and_write_sum<T, kFused>(ChunkAt<T, kRagged>{g, c}, s.fused, addend, u);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -134,7 +129,7 @@ template <class T, bool kRagged>
 __global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamingArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
-  const Slice slice = locate_slice(s);
+  const Slice slice = locate_slice<true>(s);
   const GroupPlace g = locate_group(s, slice.group);
   const auto row = [&](StatRow r) { return s.stats[int64_t(r) * s.groups + slice.group]; };
   const Moments1<Real> m = {row(kMean), row(kMeanLow), row(kRstd)};
@@ -170,7 +165,7 @@ template <class T, bool kRagged, bool kDeviation>
 __global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamingArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
-  const Slice slice = locate_slice(s);
+  const Slice slice = locate_slice<kDeviation>(s);
   const GroupPlace g = locate_group(s, slice.group);
   const GroupConstants<Real> k = constants_of(s, slice.group);
   const Real mean = kDeviation ? s.mean[slice.group] : Real(0);
@@ -193,14 +188,14 @@ template <class T, bool kRagged, bool kNoise, bool kFused>
 __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamingArgs<RealOf<T>> s) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
-  const Slice slice = locate_slice(s);
+  const Slice slice = locate_slice<false>(s);
   const GroupPlace g = locate_group(s, slice.group);
   const GroupConstants<Real> k = constants_of(s, slice.group);
   const PhiloxSchedule keys(draws_noise<kNoise, kFused>(s) ? uint64_t(*s.seed) : 0);
   const GroupAffine<Real> affine = group_affine<T>(s, g);
   const Real noise = s.noise_train * k.noise_scale * kNormalUnit<Real>;
   with_any_path(k.path, [&](auto tag) {
-    const auto write = [&](const ChunkPlace& c, Real (&x)[N], const FusedFetch<T, kFused, kRagged>& residual) {
+    const auto write = [&](const ChunkPlace& c, Real (&x)[N], const StreamFetch<T, kFused, kRagged>& residual) {
       input_to_x<tag.value>(k, x);
       output_round<T, kRagged, kNoise, kFused>(s, g, c, keys, noise, affine, residual, x);
     };
@@ -214,7 +209,7 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
   using Real = RealOf<T>;
   using At = ChunkAt<T, kRagged>;
   constexpr int N = kChunkOf<T>;
-  const Slice slice = locate_slice(s);
+  const Slice slice = locate_slice<!kSums>(s);
   const GroupPlace g = locate_group(s, slice.group);
   const GroupConstants<Real> k = constants_of(s, slice.group);
   const bool noisy = s.noise && s.weight_partials != nullptr;
@@ -229,9 +224,9 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
   const SignedExponent<Real> exponent = gradient_exponent(k.exponents);
   with_path(k.path, [&](auto tag) {
     struct Raw {
-      Fetched<T, kRagged> u, grad;
-      FusedFetch<T, kFused, kRagged> activated;
-      FusedFetch<T, kFused && !kSums, kRagged> grad_sum;
+      Fetched<T, kRagged, InStreamRing> u, grad;
+      StreamFetch<T, kFused, kRagged> activated;
+      StreamFetch<T, kFused && !kSums, kRagged> grad_sum;
     };
     const auto load = [&](const ChunkPlace& c, Raw& raw) {
       const At at = {g, c};
@@ -240,7 +235,7 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
       fetch_mask<kFused>(at, s.fused.activated, raw.activated);
       fetch_fused<kFused && !kSums>(at, s.fused.grad_sum, raw.grad_sum);
     };
-    constexpr int kAhead = kFused ? kFusedGradientAhead : kGradientAhead<N, kSums>;
+    constexpr int kAhead = kFused ? kFusedGradientAhead : kGradientAhead;
     each_chunk<kRagged, N, Raw, kAhead>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
       Real u[N], grad[N], weighted[N], x[N];
       values<T, kRagged>(s.input, g.input, s.at_input, c, raw.u, u);

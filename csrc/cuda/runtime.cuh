@@ -57,6 +57,19 @@ __device__ __forceinline__ void store_global(void* p, const uint4& raw) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
 }
 
+// Copies 16 bytes, both addresses aligned to 16, from global to shared memory while the thread goes on. The copies since the
+// last commit_copies() are a group; a thread sees its groups in their order, and only its own.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kPending groups, the latest, have not arrived.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Prefetches into L2 what a thread will load later and has no registers for yet.
 __device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // The same of many bytes, in one instruction of a warp, whose lanes call it together with the same arguments. Counted from

@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <numeric>
@@ -67,6 +68,7 @@ struct Fibre {
   const Barrier* waits = nullptr;
   unsigned generation = 0;
   bool done = false;
+  std::deque<std::pair<void*, const void*>> copies;  // asynchronous ones; a null pair ends a group
 };
 
 // Blocks that run concurrently.

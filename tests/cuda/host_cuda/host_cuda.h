@@ -131,6 +131,20 @@ const T* opaque_address(const T* p) {
 }
 inline uint4 load_global(const void* p) { return *static_cast<const uint4*>(p); }
 inline void store_global(void* p, const uint4& raw) { *static_cast<uint4*>(p) = raw; }
+// Copies arrive when they are waited for; until then the destination holds NaNs.
+inline void copy_async(void* shared, const void* global) {
+  memset(shared, 0xff, 16);
+  host_cuda::block->current->copies.push_back({shared, global});
+}
+inline void commit_copies() { host_cuda::block->current->copies.push_back({nullptr, nullptr}); }
+template <int kPending>
+void wait_for_copies() {
+  auto& copies = host_cuda::block->current->copies;
+  int groups = int(std::count(copies.begin(), copies.end(), std::pair<void*, const void*>()));
+  for (; groups > kPending; copies.pop_front())
+    if (const auto [to, from] = copies.front(); to) memcpy(to, from, 16);
+    else --groups;
+}
 inline void prefetch(const void*) {}
 inline void prefetch_bytes(const void*, int64_t, bool) {}
 
