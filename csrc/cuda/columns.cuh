@@ -99,7 +99,7 @@ template <class T, bool kRagged, bool kLate, class Place>
 __device__ __forceinline__ void row_values(const void* tensor, const Strides& s, const ColumnPlace& p, uint32_t row,
                                            const Fetched<T, kLate, Place>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
   if constexpr (kLate) read_row<T, kRagged>(tensor, s, p, row, out);
-  else unpack_chunk<T>(fetched.raw, out);
+  else unpack_chunk<T>(fetched.get(), out);
 }
 
 // The `at` of epilogue.cuh: a row's place in any tensor.
@@ -119,9 +119,6 @@ struct RowAt {
   }
   __device__ __forceinline__ void write(const FusedTensor& t, const RealOf<T> (&in)[kChunkOf<T>]) const {
     write_row<T, kRagged>(t.data, t.at, p, row, in);
-  }
-  __device__ __forceinline__ void prefetch(const FusedTensor& t) const {
-    if (t.data) cuda::prefetch(row_address<T>(t.data, t.at, p, row));
   }
 };
 

@@ -76,6 +76,7 @@ class ForwardTile {
   using At = RowAt<T, kRagged>;
   using Real = RealOf<T>;
   using Chunk = Real (&)[1][N];
+  using Raw = InputFetch<T, kFused, kRagged, InRegisters>;
 
  public:
   __device__ ForwardTile(const ColumnsArgs<Real>& a, TileThreads<T>& threads, TileShared<T>& shared, const ColumnPlace& p)
@@ -84,17 +85,13 @@ class ForwardTile {
 
   __device__ __forceinline__ void moments() {
     Real total[1][N] = {};
-    struct Raw {
-      Fetched<T, kRagged> u;
-      FusedFetch<T, kFused, kRagged> addend;
-    };
-    const auto load = [&](uint32_t row, Raw& raw) {
+    const auto load = [&](uint32_t row, auto& raw) {
       fetch_row<T, kRagged>(a_.input, a_.at_input, p_, row, raw.u);
-      fetch_fused<kFused>(At{p_, row}, a_.fused.addend, raw.addend);
+      fetch_fused<kFused>(At{p_, row}, a_.fused.addend, raw.beside);
     };
-    cache_.template fill<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& raw) {
+    cache_.template fill<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const auto& raw) {
       row_values<T, kRagged>(a_.input, a_.at_input, p_, row, raw.u, x[0]);
-      add_and_write_sum<T, kFused>(At{p_, row}, a_.fused, raw.addend, x[0]);
+      add_and_write_sum<T, kFused>(At{p_, row}, a_.fused, raw.beside, x[0]);
 #pragma unroll
       for (int j = 0; j < N; ++j) total[0][j] += x[0][j];
     });
@@ -205,9 +202,9 @@ class ForwardTile {
   // f(values, row) over the cached rows leaves the values to store.
   template <class F>
   __device__ __forceinline__ void each_output(F f) {
-    using Raw = FusedFetch<T, kFused, kRagged>;
-    const auto load = [&](uint32_t row, Raw& raw) { fetch_fused<kFused>(At{p_, row}, a_.fused.residual, raw); };
-    cache_.template each_with<Raw>(load, [&](Chunk x, uint32_t row, uint32_t, const Raw& residual) {
+    using Residual = FusedFetch<T, kFused, kRagged>;
+    const auto load = [&](uint32_t row, Residual& raw) { fetch_fused<kFused>(At{p_, row}, a_.fused.residual, raw); };
+    cache_.template each_with<Residual>(load, [&](Chunk x, uint32_t row, uint32_t, const Residual& residual) {
       f(x, row);
       apply_epilogue<kFused>(At{p_, row}, a_.fused, residual, x[0]);
       write_row<T, kRagged>(a_.output, a_.at_output, p_, row, x[0]);
@@ -235,7 +232,7 @@ class ForwardTile {
   TileThreads<T>& threads_;
   TileShared<T>& shared_;
   const ColumnPlace& p_;
-  TileCache<Real, N, kForwardRegister<T>, 1> cache_;
+  TileCache<Real, N, kForwardRegister<T>, 1, kFused> cache_;
 };
 
 template <class T, bool kRagged, bool kNoise, bool kFused>
@@ -265,6 +262,7 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sy
   using At = RowAt<T, kRagged>;
   constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
   using Chunk = Real (&)[3][N];  // G psi_h, w, h
+  using Raw = GradientFetch<T, kFused, false, kRagged, InRegisters>;
   __shared__ TileShared<T> shared;
   TileThreads<T> threads(sync);
   const bool noisy = a.noise && a.weight_partials != nullptr;
@@ -274,26 +272,17 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sy
   for (uint32_t slab = threads.index(); slab < slabs; slab += threads.count()) {
     const ColumnPlace p = locate_tile<T>(a, slab);
     load_tile<T>(a, p, shared.of);
-    TileCache<Real, N, kColumnBackwardRegister<T>, 3, 1> cache(
+    TileCache<Real, N, kColumnBackwardRegister<T>, 3, kFused> cache(
         p.span.hi > 0 ? a.runs : 0, threads.block() * kColumnRows + p.y, threads.blocks() * kColumnRows);
     const GroupConstants<Real>* constants = shared.of + p.x * N;
     ColumnGradients<kRagged, N, Real> pass(constants, p.span);
     with_path(pass.path, [&](auto tag) {
-      struct Raw {
-        Fetched<T, kRagged> u, g;
-        FusedFetch<T, kFused, kRagged> activated;
-      };
-      const auto load = [&](uint32_t row, Raw& raw) {
+      const auto load = [&](uint32_t row, auto& raw) {
         fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
         fetch_row<T, kRagged>(a.grad, a.at_grad, p, row, raw.g);
         fetch_mask<kFused>(At{p, row}, a.fused.activated, raw.activated);
       };
-      const auto hint = [&](uint32_t row) {
-        prefetch(row_address<T>(a.input, a.at_input, p, row));
-        prefetch(row_address<T>(a.grad, a.at_grad, p, row));
-        if constexpr (kFused) At{p, row}.prefetch(a.fused.activated);
-      };
-      cache.template fill<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& raw) {
+      cache.template fill<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const auto& raw) {
         Real g[N], z[N] = {};
         row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, kept[2]);
         row_values<T, kRagged>(a.grad, a.at_grad, p, row, raw.g, g);
@@ -307,7 +296,7 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sy
                                                               z[j], constants);
           kept[0][j] = s.through_h, kept[1][j] = s.w, kept[2][j] = h;
         }
-      }, hint);
+      });
     });
     pass.natural();
     threads.sum(pass.sums, shared.totals);
@@ -326,9 +315,9 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sy
     __syncthreads();
     if (a.output == nullptr) continue;
     const ColumnPlace place = locate_tile<T>(a, opaque(slab));
-    using Raw = FusedFetch<T, kFused, kRagged>;
-    const auto load = [&](uint32_t row, Raw& raw) { fetch_fused<kFused>(At{place, row}, a.fused.grad_sum, raw); };
-    cache.template each_with<Raw>(load, [&](Chunk kept, uint32_t row, uint32_t, const Raw& grad_sum) {
+    using SumGradient = FusedFetch<T, kFused, kRagged>;
+    const auto load = [&](uint32_t row, SumGradient& raw) { fetch_fused<kFused>(At{place, row}, a.fused.grad_sum, raw); };
+    cache.template each_with<SumGradient>(load, [&](Chunk kept, uint32_t row, uint32_t, const SumGradient& grad_sum) {
       Real out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = shared.gradient[place.x * N + j](kept[0][j], kept[1][j], kept[2][j]);

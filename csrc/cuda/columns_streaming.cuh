@@ -16,31 +16,25 @@ __device__ inline ColumnPlace locate_column(const ColumnsArgs<RealOf<T>>& a) {
 }
 
 constexpr int kRowsAhead = 4;
-using InColumnRing = InShared<kColumnThreads>;
-template <class T, bool kFused, bool kLate>
-using ColumnFetch = FusedFetch<T, kFused, kLate, InColumnRing>;
 
 // f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have no rows.
-template <class Raw, int kAhead, bool kReversed, class Real, class Load, class F>
+template <class Raw, bool kReversed, class Real, class Load, class F>
 __device__ __forceinline__ void each_row(const ColumnsArgs<Real>& a, const ColumnPlace& p, Load load, F f) {
   const uint32_t end = p.span.hi == 0 ? 0 : a.runs, first = p.split * kColumnRows + p.y, step = a.splits * kColumnRows;
-  if constexpr (kReversed) each_ahead<Raw, kAhead>(end - 1 - first, end, 0 - step, load, f);  // below 0 is above `end`
-  else each_ahead<Raw, kAhead>(first, end, step, load, f);
+  const uint32_t begin = kReversed ? end - 1 - first : first;  // below 0 is above `end`
+  each_ahead<Raw, kColumnThreads, kRowsAhead>(begin, end, kReversed ? 0 - step : step, load, f);
 }
 
 // The same over the input, and in fused kernels one tensor `beside` it: f(row, values, what was fetched of `beside`).
 template <class T, bool kRagged, bool kReversed, bool kFused, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p,
                                                const FusedTensor& beside, F f) {
-  struct Raw {
-    Fetched<T, kRagged, InColumnRing> u;
-    ColumnFetch<T, kFused, kRagged> beside;
-  };
+  using Raw = InputFetch<T, kFused, kRagged, InShared>;
   const auto load = [&](uint32_t row, Raw& raw) {
     fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
     fetch_fused<kFused>(RowAt<T, kRagged>{p, row}, beside, raw.beside);
   };
-  each_row<Raw, kRagged ? 0 : kRowsAhead, kReversed>(a, p, load, [&](uint32_t row, const Raw& raw) {
+  each_row<Raw, kReversed>(a, p, load, [&](uint32_t row, const Raw& raw) {
     RealOf<T> u[kChunkOf<T>];
     row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
     f(row, u, raw.beside);
@@ -49,7 +43,7 @@ __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, 
 template <class T, bool kRagged, bool kReversed, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
   each_input_row<T, kRagged, kReversed, false>(a, p, a.fused.addend,
-                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const ColumnFetch<T, false, kRagged>&) { f(row, u); });
+                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const FusedFetch<T, false, kRagged, InShared>&) { f(row, u); });
 }
 
 // Writes a block's sums as its partial.
@@ -84,7 +78,7 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_moments(const Column
     const Real count = totals[1][p.x * N + j];
     centre[j] = count > Real(0) ? totals[0][p.x * N + j] / count : Real(0);
   }
-  const auto add = [&](uint32_t row, Real (&u)[N], const ColumnFetch<T, kFused, kRagged>& addend) {
+  const auto add = [&](uint32_t row, Real (&u)[N], const FusedFetch<T, kFused, kRagged, InShared>& addend) {
     add_and_write_sum<T, kFused>(RowAt<T, kRagged>{p, row}, a.fused, addend, u);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -195,7 +189,7 @@ __global__ void __launch_bounds__(kColumnThreads, kNoise && kRagged ? 3 : 4) col
   const ColumnScales<N, Real> scales(constants);
   const ColumnExponents<N, Real> exponents(constants, weight, p.span);
   with_any_path(exponents.path, [&](auto tag) {
-    const auto write = [&](uint32_t row, Real (&x)[N], const ColumnFetch<T, kFused, kRagged>& residual) {
+    const auto write = [&](uint32_t row, Real (&x)[N], const FusedFetch<T, kFused, kRagged, InShared>& residual) {
       Real z[N] = {};
       if (noisy) row_normals<kRagged>(a, p, row, keys, z);
       reread_row<tag.value>(x, scales, exponents, constants, weight);
@@ -234,18 +228,14 @@ __global__ void __launch_bounds__(kColumnThreads, kSums || kRagged || kFused ? 2
   column_parameters<T>(a.weight, a.weight_in_storage, Real(1), p, weight);
   ColumnGradients<kRagged, N, Real> pass(constants, p.span);
   with_path(pass.path, [&](auto tag) {
-    struct Raw {
-      Fetched<T, kRagged, InColumnRing> u, g;
-      ColumnFetch<T, kFused, kRagged> activated;
-      ColumnFetch<T, kFused && !kSums, kRagged> grad_sum;
-    };
+    using Raw = GradientFetch<T, kFused, !kSums, kRagged, InShared>;
     const auto load = [&](uint32_t row, Raw& raw) {
       fetch_row<T, kRagged>(a.input, a.at_input, p, row, raw.u);
       fetch_row<T, kRagged>(a.grad, a.at_grad, p, row, raw.g);
       fetch_mask<kFused>(At{p, row}, a.fused.activated, raw.activated);
       fetch_fused<kFused && !kSums>(At{p, row}, a.fused.grad_sum, raw.grad_sum);
     };
-    each_row<Raw, kRagged ? 0 : kRowsAhead, !kSums>(a, p, load, [&](uint32_t row, const Raw& raw) {
+    each_row<Raw, !kSums>(a, p, load, [&](uint32_t row, const Raw& raw) {
       Real u[N], g[N], z[N] = {};
       row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, u);
       row_values<T, kRagged>(a.grad, a.at_grad, p, row, raw.g, g);

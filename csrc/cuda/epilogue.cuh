@@ -40,6 +40,31 @@ __device__ __forceinline__ void mask_chunk(Real (&g)[N], const Real (&y)[N]) {
 template <class T, bool kFused, bool kLate, class Place = InRegisters>
 using FusedFetch = Fetched<T, kLate || !kFused, Place>;
 
+// The loads of a chunk in the forward pass: the input and, fused, one tensor beside it.
+template <class T, bool kFused, bool kLate, class Place>
+struct InputFetch {
+  Fetched<T, kLate, Place> u;
+  FusedFetch<T, kFused, kLate, Place> beside;
+
+  using Shared = InputFetch<T, kFused, kLate, InShared>;
+  static constexpr uint32_t kChunks = kLate ? 0 : kFused ? 2 : 1;
+  // at: of the first chunk; the others are `stride` apart
+  __device__ __forceinline__ void place(uint4* at, uint32_t stride) { u.place(at), beside.place(at + stride); }
+};
+// In the backward pass, where kSum with the gradient of the sum.
+template <class T, bool kFused, bool kSum, bool kLate, class Place>
+struct GradientFetch {
+  Fetched<T, kLate, Place> u, g;
+  FusedFetch<T, kFused, kLate, Place> activated;
+  FusedFetch<T, kFused && kSum, kLate, Place> grad_sum;
+
+  using Shared = GradientFetch<T, kFused, kSum, kLate, InShared>;
+  static constexpr uint32_t kChunks = kLate ? 0 : !kFused ? 2 : kSum ? 4 : 3;
+  __device__ __forceinline__ void place(uint4* at, uint32_t stride) {
+    u.place(at), g.place(at + stride), activated.place(at + 2 * stride), grad_sum.place(at + 3 * stride);
+  }
+};
+
 // Whether a kernel draws noise. Fused kernels are compiled with noise only and test a flag: without noise they run one
 // round too many, and the binary has half as many of them.
 template <bool kNoise, bool kFused, class Args>
@@ -59,7 +84,7 @@ template <bool kFused, class At, class Tensor, class Raw>
 __device__ __forceinline__ void fetch_mask(const At& at, const Tensor& activated, Raw& raw) {
   if constexpr (kFused && !std::is_empty_v<Raw>) {
     if (activated.data) at.fetch(activated, raw);
-    else raw.raw = {0x3f3f3f3f, 0x3f3f3f3f, 0x3f3f3f3f, 0x3f3f3f3f};
+    else raw.set({0x3f3f3f3f, 0x3f3f3f3f, 0x3f3f3f3f, 0x3f3f3f3f});
   }
 }
 

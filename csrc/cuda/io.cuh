@@ -115,20 +115,26 @@ __device__ inline void store_chunk(double* p, const double (&in)[4]) {
 struct InRegisters {
   uint4 raw;
   __device__ __forceinline__ void load(const void* p) { raw = load_global(p); }
+  __device__ __forceinline__ void set(uint4 v) { raw = v; }
+  __device__ __forceinline__ uint4 get() const { return raw; }
 };
-// The same of kThreads threads: an object begins at the thread's own chunk.
-template <int kThreads>
 struct InShared {
-  uint4 raw, of_other_threads[kThreads - 1];
-  __device__ __forceinline__ void load(const void* p) { copy_async(&raw, p); }
+  uint4* at;
+  __device__ __forceinline__ void load(const void* p) { copy_async(at, p); }
+  __device__ __forceinline__ void set(uint4 v) { *at = v; }
+  __device__ __forceinline__ uint4 get() const { return *at; }
 };
 
 // A chunk loaded in two steps, so that several loads are in flight at once: the layout's fetch() starts the load, and its
 // values() converts what was loaded. kLate: values() loads too, for ragged chunks and where registers are short.
 template <class T, bool kLate, class Place = InRegisters>
-struct Fetched : Place {};
+struct Fetched : Place {
+  __device__ __forceinline__ void place(uint4* where) { this->at = where; }
+};
 template <class T, class Place>
-struct Fetched<T, true, Place> {};
+struct Fetched<T, true, Place> {
+  __device__ __forceinline__ void place(uint4*) {}
+};
 
 template <size_t kChunks>
 __device__ __forceinline__ uint4* shared_ring() {
@@ -136,32 +142,33 @@ __device__ __forceinline__ uint4* shared_ring() {
   return ring;
 }
 
-// f(i, raw) for i = first, first + step ... below end. load(i, raw) starts the loads of f, kAhead steps before it, into a ring
-// in shared memory: loads into registers would be waited for together, because the compiler gives them one scoreboard.
-// kAhead = 0: the members of Raw are loaded by f.
-template <class Raw, int kAhead, class Load, class F>
+// f(i, raw) for i = first, first + step ... below end, by the kThreads threads of a block. load(i, raw) starts the loads of f,
+// kAhead steps before it, into a ring in shared memory: loads into registers would be waited for together, because the compiler
+// gives them one scoreboard. Late members of Raw are loaded by f.
+template <class Raw, int kThreads, int kAhead, class Load, class F>
 __device__ __forceinline__ void each_ahead(uint32_t first, uint32_t end, uint32_t step, Load load, F f) {
-  if constexpr (kAhead == 0) {
-    Raw raw;
+  Raw raw;
+  if constexpr (Raw::kChunks == 0) {
 #pragma unroll 1
     for (uint32_t i = first; i < end; i += step) load(i, raw), f(i, raw);
   } else {
-    constexpr uint32_t kStep = sizeof(Raw), kLast = kAhead * kStep;
+    constexpr uint32_t kStep = Raw::kChunks * kThreads * sizeof(uint4), kLast = kAhead * kStep;  // bytes
     char* ring = reinterpret_cast<char*>(shared_ring<(kLast + kStep) / sizeof(uint4)>());
     const uint32_t own = opaque(threadIdx.x * sizeof(uint4));
-    const auto at = [&](uint32_t place) -> Raw& { return *reinterpret_cast<Raw*>(ring + place); };
-#pragma unroll
-    for (uint32_t k = 0; k < kAhead; ++k) {
-      if (first + k * step < end) load(first + k * step, at(own + k * kStep));
+    const auto start = [&](uint32_t i, uint32_t to) {
+      raw.place(reinterpret_cast<uint4*>(ring + to), kThreads);
+      if (i < end) load(i, raw);
       commit_copies();
-    }
+    };
+#pragma unroll
+    for (uint32_t k = 0; k < kAhead; ++k) start(first + k * step, own + k * kStep);
     uint32_t now = own, used = own + kLast;
 #pragma unroll 1
     for (uint32_t i = first; i < end; i += step) {
       wait_for_copies<kAhead - 1>();
-      if (i + kAhead * step < end) load(i + kAhead * step, at(used));
-      commit_copies();
-      f(i, at(now));
+      start(i + kAhead * step, used);
+      raw.place(reinterpret_cast<uint4*>(ring + now), kThreads);
+      f(i, raw);
       used = now;
       now = now == own + kLast ? own : now + kStep;
     }

@@ -154,7 +154,7 @@ template <class T, bool kRagged, bool kLate, class Place>
 __device__ __forceinline__ void values(const void* tensor, int64_t group, const ChunkStrides& s, const ChunkPlace& c,
                                        const Fetched<T, kLate, Place>& fetched, RealOf<T> (&out)[kChunkOf<T>]) {
   if constexpr (kLate) read_chunk<T, kRagged>(tensor, group, s, c, out);
-  else unpack_chunk<T>(fetched.raw, out);
+  else unpack_chunk<T>(fetched.get(), out);
 }
 
 template <class T, bool kRagged>

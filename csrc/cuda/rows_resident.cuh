@@ -96,6 +96,7 @@ class ForwardGroup {
   using At = ChunkAt<T, kRagged>;
   using Real = RealOf<T>;
   using Chunk = Real (&)[1][N];
+  using Raw = InputFetch<T, kFused, kRagged, InRegisters>;
 
  public:
   __device__ ForwardGroup(const KernelArgs<Real>& a, Threads& threads)
@@ -105,21 +106,17 @@ class ForwardGroup {
   // Leaves u minus the pilot.
   __device__ __forceinline__ Moments1<Real> moments(const GroupPlace& g) {
     Real pilot = 0, sum = 0, squares = 0, count = 0;
-    struct Raw {
-      Fetched<T, kRagged> u;
-      FusedFetch<T, kFused, kRagged> addend;
-    };
-    const auto load = [&](uint32_t chunk, Raw& raw) {
+    const auto load = [&](uint32_t chunk, auto& raw) {
       fetch<T, kRagged>(a_.input, g.input, a_.at_input, locate_chunk<kRagged, N>(a_, g, chunk), raw.u);
       if constexpr (kFused) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
-        fetch_fused<kFused>(At{g, c}, a_.fused.addend, raw.addend);
+        fetch_fused<kFused>(At{g, c}, a_.fused.addend, raw.beside);
       }
     };
-    cache_.template fill<Raw>(load, [&](Chunk x, uint32_t chunk, uint32_t slot, const Raw& raw) {
+    cache_.template fill<Raw>(load, [&](Chunk x, uint32_t chunk, uint32_t slot, const auto& raw) {
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, g, chunk);
       values<T, kRagged>(a_.input, g.input, a_.at_input, c, raw.u, x[0]);
-      add_and_write_sum<T, kFused>(At{g, c}, a_.fused, raw.addend, x[0]);
+      add_and_write_sum<T, kFused>(At{g, c}, a_.fused, raw.beside, x[0]);
       const int elements = kRagged ? c.span.count() : N;
       if (kRagged ? count == Real(0) : slot == 0) pilot = chunk_sum(x[0]) / Real(elements > 0 ? elements : 1);
 #pragma unroll
@@ -247,8 +244,7 @@ class ForwardGroup {
     }
   }
 
-  static constexpr uint32_t kAhead = kFused ? fused_ahead() : chunks_ahead<kRegister * N, 1, kNoise>();
-  TileCache<Real, N, kRegister, 1, kAhead, kFused ? fused_ahead() : kRegister> cache_;
+  TileCache<Real, N, kRegister, 1, kFused> cache_;
   Real pilot_ = 0;  // minus the group's rounded mean
 };
 
@@ -331,18 +327,14 @@ class BackwardGroup {
     const PhiloxSchedule keys(noisy ? uint64_t(*a_.seed) : 0);
     uint32_t of_chunk = kElementwise ? first_element_sum() : 0;
     with_path(constants.path, [&](auto tag) {
-      constexpr bool kLate = kRagged || tag.value != PrecisionPath::kPlain;
-      struct Raw {
-        Fetched<T, kLate> u, g;
-        FusedFetch<T, kFused, kLate> activated;
-      };
-      const auto load = [&](uint32_t chunk, Raw& raw) {
+      using Raw = GradientFetch<T, kFused, false, kRagged || tag.value != PrecisionPath::kPlain, InRegisters>;
+      const auto load = [&](uint32_t chunk, auto& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         fetch<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u);
         fetch<T, kRagged>(a_.grad, place.grad, a_.at_grad, c, raw.g);
         fetch_mask<kFused>(At{place, c}, a_.fused.activated, raw.activated);
       };
-      cache_.template fill<Raw>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const Raw& raw) {
+      cache_.template fill<Raw, GradientFetch<T, kFused, false, kRagged, InShared>>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const auto& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         Real g[N], x[N];
         values<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u, kept[2]);
@@ -366,12 +358,12 @@ class BackwardGroup {
   }
 
   __device__ __forceinline__ void write(const GroupPlace& place, const InputGradient<Real>& du) {
-    using Raw = FusedFetch<T, kFused, kRagged>;
-    const auto load = [&](uint32_t chunk, Raw& raw) {
+    using SumGradient = FusedFetch<T, kFused, kRagged>;
+    const auto load = [&](uint32_t chunk, SumGradient& raw) {
       const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
       fetch_fused<kFused>(At{place, c}, a_.fused.grad_sum, raw);
     };
-    cache_.template each_with<Raw>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const Raw& grad_sum) {
+    cache_.template each_with<SumGradient>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const SumGradient& grad_sum) {
       Real out[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = du(kept[0][j], kept[1][j], kept[2][j]);
@@ -445,8 +437,7 @@ class BackwardGroup {
 
   const KernelArgs<Real>& a_;
   Threads& threads_;
-  static constexpr uint32_t kAhead = kFused ? fused_ahead() : chunks_ahead<kRegister * N, 3>();
-  TileCache<Real, N, kRegister, 3, kAhead, kFused ? fused_ahead() : kRegister> cache_;
+  TileCache<Real, N, kRegister, 3, kFused> cache_;
 };
 
 template <class T, bool kRagged, bool kElementwise, bool kFused>
@@ -479,9 +470,7 @@ rows_backward(const KernelArgs<RealOf<T>> a, typename BlockThreads<RealOf<T>>::S
     }
     if (a.output) {
       const Real weight = group_affine<T>(a, place).weight;
-      // kept or computed again: each kernel has the registers for one of these alone
-      const GroupPlace to = kElementwise ? place : locate_group(a, opaque(group));
-      pass.write(to, finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
+      pass.write(locate_group(a, opaque(group)), finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
     }
   }
   pass.write_element_sums();

@@ -30,14 +30,11 @@ __device__ inline Slice locate_slice(const StreamingArgs<Real>& s) {
 }
 
 constexpr int kStreamAhead = 3, kGradientAhead = 2, kFusedGradientAhead = 1;  // of one tensor, two, three or four
-using InStreamRing = InShared<kStreamThreads>;
-template <class T, bool kFused, bool kLate>
-using StreamFetch = FusedFetch<T, kFused, kLate, InStreamRing>;
 
 // f(chunk's place, raw) over a block's chunks; load(chunk's place, raw).
 template <bool kRagged, int N, class Raw, int kAhead, class Real, class Load, class F>
 __device__ __forceinline__ void each_chunk(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load, F f) {
-  each_ahead<Raw, kRagged ? 0 : kAhead>(
+  each_ahead<Raw, kStreamThreads, kAhead>(
       split * blockDim.x + threadIdx.x, s.chunks, s.splits * blockDim.x,
       [&](uint32_t chunk, Raw& raw) { load(locate_chunk<kRagged, N>(s, g, chunk), raw); },
       [&](uint32_t chunk, const Raw& raw) { f(locate_chunk<kRagged, N>(s, g, chunk), raw); });
@@ -49,10 +46,7 @@ template <class T, bool kRagged, bool kFused, class Real, class F>
 __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split,
                                            const FusedTensor& beside, F f) {
   constexpr int N = kChunkOf<T>;
-  struct Raw {
-    Fetched<T, kRagged, InStreamRing> u;
-    StreamFetch<T, kFused, kRagged> beside;
-  };
+  using Raw = InputFetch<T, kFused, kRagged, InShared>;
   const auto load = [&](const ChunkPlace& c, Raw& raw) {
     fetch<T, kRagged>(s.input, g.input, s.at_input, c, raw.u);
     fetch_fused<kFused>(ChunkAt<T, kRagged>{g, c}, beside, raw.beside);
@@ -66,7 +60,7 @@ __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const G
 template <class T, bool kRagged, class Real, class F>
 __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, F f) {
   each_input<T, kRagged, false>(s, g, split, s.fused.addend,
-                                [&](const ChunkPlace& c, Real (&u)[kChunkOf<T>], const StreamFetch<T, false, kRagged>&) { f(c, u); });
+                                [&](const ChunkPlace& c, Real (&u)[kChunkOf<T>], const FusedFetch<T, false, kRagged, InShared>&) { f(c, u); });
 }
 
 template <int K, class Real>
@@ -103,7 +97,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const Streaming
   threads.sum(pilot);
   const Real centre = pilot[1] > Real(0) ? pilot[0] / pilot[1] : Real(0);
   Real sums[3] = {0, 0, 0};
-  const auto add = [&](const ChunkPlace& c, Real (&u)[N], const StreamFetch<T, kFused, kRagged>& addend) {
+  const auto add = [&](const ChunkPlace& c, Real (&u)[N], const FusedFetch<T, kFused, kRagged, InShared>& addend) {
     add_and_write_sum<T, kFused>(ChunkAt<T, kRagged>{g, c}, s.fused, addend, u);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -195,7 +189,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamingA
   const GroupAffine<Real> affine = group_affine<T>(s, g);
   const Real noise = s.noise_train * k.noise_scale * kNormalUnit<Real>;
   with_any_path(k.path, [&](auto tag) {
-    const auto write = [&](const ChunkPlace& c, Real (&x)[N], const StreamFetch<T, kFused, kRagged>& residual) {
+    const auto write = [&](const ChunkPlace& c, Real (&x)[N], const FusedFetch<T, kFused, kRagged, InShared>& residual) {
       input_to_x<tag.value>(k, x);
       output_round<T, kRagged, kNoise, kFused>(s, g, c, keys, noise, affine, residual, x);
     };
@@ -223,15 +217,11 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
   Real sums[kGradientSums] = {};
   const SignedExponent<Real> exponent = gradient_exponent(k.exponents);
   with_path(k.path, [&](auto tag) {
-    struct Raw {
-      Fetched<T, kRagged, InStreamRing> u, grad;
-      StreamFetch<T, kFused, kRagged> activated;
-      StreamFetch<T, kFused && !kSums, kRagged> grad_sum;
-    };
+    using Raw = GradientFetch<T, kFused, !kSums, kRagged, InShared>;
     const auto load = [&](const ChunkPlace& c, Raw& raw) {
       const At at = {g, c};
       fetch<T, kRagged>(s.input, g.input, s.at_input, c, raw.u);
-      fetch<T, kRagged>(s.grad, g.grad, s.at_grad, c, raw.grad);
+      fetch<T, kRagged>(s.grad, g.grad, s.at_grad, c, raw.g);
       fetch_mask<kFused>(at, s.fused.activated, raw.activated);
       fetch_fused<kFused && !kSums>(at, s.fused.grad_sum, raw.grad_sum);
     };
@@ -239,7 +229,7 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
     each_chunk<kRagged, N, Raw, kAhead>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
       Real u[N], grad[N], weighted[N], x[N];
       values<T, kRagged>(s.input, g.input, s.at_input, c, raw.u, u);
-      values<T, kRagged>(s.grad, g.grad, s.at_grad, c, raw.grad, grad);
+      values<T, kRagged>(s.grad, g.grad, s.at_grad, c, raw.g, grad);
       mask_gradient<kFused>(At{g, c}, s.fused, raw.activated, grad);
       weighted_gradient<T, kRagged>(s, g, c, grad, weighted);
 #pragma unroll

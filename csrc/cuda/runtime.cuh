@@ -70,10 +70,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Prefetches into L2 what a thread will load later and has no registers for yet.
-__device__ inline void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-// The same of many bytes, in one instruction of a warp, whose lanes call it together with the same arguments. Counted from
-// the 16-byte boundary before p; before sm_90 nothing.
+// Prefetches many bytes into L2 in one instruction of a warp, whose lanes call it together with the same arguments. Counted
+// from the 16-byte boundary before p; before sm_90 nothing.
 __device__ inline void prefetch_bytes(const void* p, int64_t bytes, bool wanted) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "runtime.cuh"
+#include "io.cuh"
 
 namespace normnorm {
 namespace cuda {
@@ -15,34 +15,15 @@ struct alignas(16) Four {
   Real v[4];
 };
 
-struct NoHint {
-  __device__ void operator()(uint32_t) const {}
-};
-
-// Chunks loaded at a time on the way to shared memory, as many as there are registers for.
-template <int kInRegisters, int kPlanes, bool kNoise = false>
-constexpr uint32_t chunks_ahead() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return kPlanes == 1 && !kNoise ? 4 : 1;  // the keys of the noise take the other registers
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return kPlanes == 1 ? 4 : 1;
+// Chunks of two or three tensors that fused kernels load into registers at a time; more spill on sm_80 and sm_120.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr uint32_t kFusedAhead = 1;
 #else
-  return kPlanes == 1 ? 4 : kInRegisters > 8 ? 1 : 2;
+constexpr uint32_t kFusedAhead = 2;
 #endif
-}
 
-// The same of fused kernels, which load chunks of two or three tensors, and also on the way to registers.
-constexpr uint32_t fused_ahead() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 1;
-#else
-  return 2;
-#endif
-}
-
-// kPlanes numbers an element; kRegister chunks of N elements a thread in registers, the others in shared memory. Loads
-// kAhead chunks at a time on the way to shared memory, kRegisterAhead on the way to registers.
-template <class Real, int N, int kRegister, int kPlanes, uint32_t kAhead = chunks_ahead<kRegister * N, kPlanes>(), uint32_t kRegisterAhead = kRegister>
+// kPlanes numbers an element; kRegister chunks of N elements a thread in registers, the others in shared memory.
+template <class Real, int N, int kRegister, int kPlanes, bool kFused>
 class TileCache {
  public:
   using Chunk = Real[kPlanes][N];
@@ -66,13 +47,37 @@ class TileCache {
 
   // The first round: load(chunk number, raw) starts a load, f(values, chunk number, register slot or kRegister, raw) leaves
   // the values to keep. Several loads are in flight before the first is waited for: a memory latency of 700 ns needs 26 KB
-  // in flight in every multiprocessor. hint(chunk number) is called kHinted chunks before load().
-  template <class Raw, class Load, class F, class Hint = NoHint>
-  __device__ __forceinline__ void fill(Load load, F f, Hint hint = {}) {
-    if constexpr (!std::is_same_v<Hint, NoHint>)
-      for (uint32_t i = kRegister; i < kRegister + kHinted && i < count_; ++i) hint(rank_ + i * size_);
-    registers_with<kRegisterAhead, Raw>(load, f);
-    shared_with<false, true, kAhead, Raw>(load, f, hint);
+  // in flight in every multiprocessor. Chunks for shared memory are copied to their own slots, kInFlight before they are
+  // used, the first of them before those for registers; where a slot is too small for what f reads, they go through registers.
+  template <class Raw, class InSlot = typename Raw::Shared, class Load, class F>
+  __device__ __forceinline__ void fill(Load load, F f) {
+    constexpr uint32_t kRegisterAhead = kFused ? kFusedAhead : kRegister;
+    if constexpr (InSlot::kChunks == 0 || InSlot::kChunks > kFours) {
+      registers_with<kRegisterAhead, Raw>(load, f);
+      shared_with<false, true, Raw>(load, f);
+    } else {
+      NN_DYNAMIC_SHARED(shared);
+      InSlot raw;
+      const auto start = [&](uint32_t i, Four<Real>* to) {
+        raw.place(reinterpret_cast<uint4*>(to), blockDim.x);
+        if (i < count_) load(rank_ + i * size_, raw);
+        commit_copies();
+      };
+      if (count_ > kRegister)
+#pragma unroll
+        for (uint32_t k = 0; k < kInFlight; ++k) start(kRegister + k, first_slot(shared) + k * kFours * blockDim.x);
+      registers_with<kRegisterAhead, Raw>(load, f);
+      Four<Real>* slot = first_slot(shared);
+#pragma unroll 1
+      for (uint32_t i = kRegister; i < count_; ++i, slot += kFours * blockDim.x) {
+        wait_for_copies<kInFlight - 1>();
+        Chunk values;
+        raw.place(reinterpret_cast<uint4*>(slot), blockDim.x);
+        f(values, rank_ + i * size_, kRegister, raw);
+        store_slot(slot, values);
+        start(i + kInFlight, slot + kInFlight * kFours * blockDim.x);
+      }
+    }
   }
 
   // each<true, false>() with a chunk loaded from memory beside each of the values: load() and f() as in fill().
@@ -81,13 +86,13 @@ class TileCache {
     if constexpr (std::is_empty_v<Raw>) {
       each<true, false>([&](Chunk& values, uint32_t chunk, uint32_t slot) { f(values, chunk, slot, Raw()); });
     } else {
-      registers_with<kAhead, Raw>(load, f);
-      shared_with<true, false, kAhead, Raw>(load, f, NoHint());
+      registers_with<kFusedAhead, Raw>(load, f);
+      shared_with<true, false, Raw>(load, f);
     }
   }
 
  private:
-  static constexpr uint32_t kHinted = 4;
+  static constexpr uint32_t kInFlight = 4;
 
   // With several planes recomputed in each round: kept between rounds it would take a register.
   static __device__ __forceinline__ Four<Real>* first_slot(unsigned char* shared) {
@@ -112,8 +117,9 @@ class TileCache {
     }
   }
 
-  template <bool kRead, bool kWrite, uint32_t kCount, class Raw, class Load, class F, class Hint>
-  __device__ __forceinline__ void shared_with(Load load, F f, Hint hint) {
+  template <bool kRead, bool kWrite, class Raw, class Load, class F>
+  __device__ __forceinline__ void shared_with(Load load, F f) {
+    constexpr uint32_t kCount = kFusedAhead;
     NN_DYNAMIC_SHARED(raw_shared);
     Four<Real>* slot = first_slot(raw_shared);
 #pragma unroll 1
@@ -121,7 +127,6 @@ class TileCache {
       Raw raw[kCount];
 #pragma unroll
       for (uint32_t k = 0; k < kCount; ++k) {
-        if (i + k + kHinted < count_) hint(rank_ + (i + k + kHinted) * size_);
         if (i + k < count_) load(rank_ + (i + k) * size_, raw[k]);
       }
 #pragma unroll

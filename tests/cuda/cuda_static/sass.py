@@ -169,8 +169,10 @@ def _in_shared(code: list[tuple[int, str]], planes: int) -> tuple[float, float]:
     for end, jump in code:
         target = re.match(r"BRA\b.*?(0x[0-9a-f]+)", jump)
         if target and int(target[1], 16) < end:
-            loop = _operations([i for at, i in code if int(target[1], 16) <= at <= end])
-            if accesses := max(loop["LDS"], loop["STS"]):
+            body = [i for at, i in code if int(target[1], 16) <= at <= end]
+            loop = _operations(body)
+            empty = body.count("LDS RZ, [RZ]")  # without effect, before an asynchronous copy
+            if accesses := max(loop["LDS"] - empty, loop["STS"]):
                 total += loop.total() * planes / (4 * accesses)
                 special += loop["MUFU"] * planes / (4 * accesses)
     return total, special

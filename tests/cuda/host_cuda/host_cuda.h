@@ -145,7 +145,6 @@ void wait_for_copies() {
     if (const auto [to, from] = copies.front(); to) memcpy(to, from, 16);
     else --groups;
 }
-inline void prefetch(const void*) {}
 inline void prefetch_bytes(const void*, int64_t, bool) {}
 
 constexpr int kNotCoResident = cudaErrorCooperativeLaunchTooLarge;
