@@ -132,17 +132,14 @@ const T* opaque_address(const T* p) {
 inline uint4 load_global(const void* p) { return *static_cast<const uint4*>(p); }
 inline void store_global(void* p, const uint4& raw) { *static_cast<uint4*>(p) = raw; }
 // Copies arrive when they are waited for; until then the destination holds NaNs.
-inline void copy_async(void* shared, const void* global) {
-  memset(shared, 0xff, 16);
-  host_cuda::block->current->copies.push_back({shared, global});
-}
-inline void commit_copies() { host_cuda::block->current->copies.push_back({nullptr, nullptr}); }
+inline auto& copies() { return host_cuda::block->current->copies; }
+inline void copy_async(void* shared, const void* global) { copies().push_back({memset(shared, 0xff, 16), global}); }
+inline void commit_copies() { copies().push_back({}); }
 template <int kPending>
 void wait_for_copies() {
-  auto& copies = host_cuda::block->current->copies;
-  int groups = int(std::count(copies.begin(), copies.end(), std::pair<void*, const void*>()));
-  for (; groups > kPending; copies.pop_front())
-    if (const auto [to, from] = copies.front(); to) memcpy(to, from, 16);
+  const auto end = std::pair<void*, const void*>();
+  for (auto groups = std::count(copies().begin(), copies().end(), end); groups > kPending; copies().pop_front())
+    if (const auto [to, from] = copies().front(); to) memcpy(to, from, 16);
     else --groups;
 }
 inline void prefetch_bytes(const void*, int64_t, bool) {}
