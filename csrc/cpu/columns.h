@@ -47,8 +47,9 @@ NN_HD Strip<T> at(const Strip<T>& s, int64_t row, int64_t column) {
 // A tile is rows that are processed strip by strip while they are in the cache: kTileElements elements, or more where a
 // pass asks for a number of rows that kWideTile elements hold.
 constexpr int64_t kTileElements = 2048, kWideTile = 1 << 18;
-// The largest matrices that cache values in scratch memory: w in the backward pass, and what half types cannot hold in the
-// forward pass, which saves more (the backward pass: a quarter). The C library keeps so much from one call to the next.
+// The largest matrices, all threads' together, that cache values in scratch memory: w in the backward pass, and what half
+// types cannot hold in the forward pass, which saves more (the backward pass: a quarter). The C library keeps so much from
+// one call to the next.
 constexpr int64_t kSmallMatrix = 1 << 17, kScratchMatrix = (1 << 23) - 4096;
 
 // Access to the chunks, tiles and strips of a problem in the columns layout.
@@ -148,7 +149,9 @@ class ColumnLayout {
   bool caches(const Operand& to) const { return !half_ && to.data; }
 
   // Whether a matrix of size() elements has its cache in scratch memory, which one round alone cannot leave to the next.
-  bool scratched(int64_t most) const { return p_.round == Round::kAll && size() <= most; }
+  bool scratched(int64_t most) const {
+    return p_.round == Round::kAll && size() * (split_matrix() ? 1 : p_.pool.threads) <= most;
+  }
   int64_t size() const { return g_.runs * columns_; }
   Strip<T> scratch(T* data, int64_t chunk) const { return at(Strip<T>{data, columns_}, chunk_begin(chunk), 0); }
 

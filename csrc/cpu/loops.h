@@ -54,7 +54,7 @@ NN_HD void prefetch(const Strip<T>& s, int64_t i) {
   __builtin_prefetch(s.data + i * s.step + prefetch_distance(s.step), 1, 2);
 }
 
-// The same where a vector's computation starts from the input: adjacent vectors' next tile into the first-level cache.
+// Where x is computed from the input, adjacent vectors are prefetched a tile ahead into the first-level cache instead.
 template <class T>
 NN_HD void prefetch_tile(const Strip<T>& s, int64_t i) {
   s.step == kVectorBytes / int(sizeof(T)) ? __builtin_prefetch(s.data + (i + kTile) * s.step) : prefetch(s, i);

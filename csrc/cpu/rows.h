@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBlock = 2048;       // elements in a block
 constexpr int64_t kShortRun = 512;     // shorter runs are gathered
-constexpr int64_t kRunInPlace = 128;   // in evaluation, shorter ones
+constexpr int64_t kRunInPlace = 128;   // in evaluation, shorter ones; those that are gathered are not prefetched
 constexpr int64_t kScratch = 1 << 18;  // groups up to this size cache intermediate values in a thread's scratch memory
 constexpr int64_t kSmallGroup = 1 << 17;  // groups up to this size cache a second value in the backward pass
 constexpr int64_t kMaxBundle = 16;     // groups processed together
@@ -96,8 +96,9 @@ class RowLayout {
     const int64_t length = b.runs == 1 ? b.size : g_.length;
     const int64_t size = half_ ? 2 : sizeof(T);
     const char* next = static_cast<const char*>(from.data) + (offset + from.stride.inner) * size;
-    for (int64_t r = 0; b.runs > 1 && length >= kRunInPlace && r < b.runs; ++r, next += from.stride.run * size)
-      for (int64_t byte = 0; byte < length * size; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+    if (b.runs > 1 && length >= kRunInPlace)
+      for (int64_t r = 0; r < b.runs; ++r, next += from.stride.run * size)
+        for (int64_t byte = 0; byte < length * size; byte += 64) __builtin_prefetch(next + byte, 0, 2);
     for (int64_t r = 0; r < b.runs; ++r)
       load_run(p_.storage, from.data, offset + r * from.stride.run, buffer + r * length, length);
     return buffer;

@@ -81,14 +81,15 @@ class ColumnsPass {
     a_.sums = workspace.take<Real>(p_.geometry.groups() * kMaxSums);
   }
 
-  // Blocks a tile: a launch of as many blocks as run at the same time or, where that divides badly by the tiles, in as few
-  // turns for their number as possible. Fewer blocks leave fewer partial sums.
+  // Blocks a tile: at most as many as run at the same time or, where the tiles do not divide these, up to three more, whichever
+  // number wastes the least of the last turn. Fewer blocks leave fewer partial sums.
   uint32_t splits(const Device& device, int blocks) const {
     if (p_.force.blocks) return uint32_t(p_.force.blocks);
     const int64_t most = ceil_div(p_.geometry.runs, kColumnRows), at_once = int64_t(device.multiprocessors) * blocks;
     const auto turns = [&](int64_t n) { return ceil_div(slabs_ * n, at_once); };
-    int64_t best = std::clamp(at_once / slabs_, int64_t(1), most);
-    for (int64_t n = best + 1; n <= best + 3 && n <= most; ++n)
+    const int64_t first = std::clamp(at_once / slabs_, int64_t(1), most);
+    int64_t best = first;
+    for (int64_t n = first + 1; n <= first + 3 && n <= most; ++n)
       if (turns(n) * best < turns(best) * n) best = n;
     return uint32_t(best);
   }

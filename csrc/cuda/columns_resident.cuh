@@ -262,7 +262,9 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sy
   using At = RowAt<T, kRagged>;
   constexpr int N = kChunkOf<T>, kColumns = kTileColumns<T>;
   using Chunk = Real (&)[3][N];  // G psi_h, w, h
+  // the chunk for registers; fused, three tensors' would spill
   using Raw = GradientFetch<T, kFused, false, kRagged || kFused, InRegisters>;
+  using InSlot = GradientFetch<T, kFused, false, kRagged, InShared>;
   __shared__ TileShared<T> shared;
   TileThreads<T> threads(sync);
   const bool noisy = a.noise && a.weight_partials != nullptr;
@@ -282,7 +284,7 @@ column_backward(const ColumnsArgs<RealOf<T>> a, typename TileThreads<T>::Sync sy
         fetch_row<T, kRagged>(a.grad, a.at_grad, p, row, raw.g);
         fetch_mask<kFused>(At{p, row}, a.fused.activated, raw.activated);
       };
-      cache.template fill<Raw, GradientFetch<T, kFused, false, kRagged, InShared>>(load, [&](Chunk kept, uint32_t row, uint32_t, const auto& raw) {
+      cache.template fill<Raw, InSlot>(load, [&](Chunk kept, uint32_t row, uint32_t, const auto& raw) {
         Real g[N], z[N] = {};
         row_values<T, kRagged>(a.input, a.at_input, p, row, raw.u, kept[2]);
         row_values<T, kRagged>(a.grad, a.at_grad, p, row, raw.g, g);

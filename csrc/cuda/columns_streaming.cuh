@@ -15,7 +15,7 @@ __device__ inline ColumnPlace locate_column(const ColumnsArgs<RealOf<T>>& a) {
   return locate_tile<T>(a, slab, blockIdx.x - slab * a.splits);
 }
 
-constexpr int kRowsAhead = 4;
+constexpr int kRowsAhead = 4;  // the ring of four tensors then takes 40 KB
 
 // f(row, raw) over a thread's rows; load(row, raw). Threads whose chunk lies past the last column have no rows.
 template <class Raw, bool kReversed, class Real, class Load, class F>
@@ -42,8 +42,9 @@ __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, 
 }
 template <class T, bool kRagged, bool kReversed, class F>
 __device__ __forceinline__ void each_input_row(const ColumnsArgs<RealOf<T>>& a, const ColumnPlace& p, F f) {
-  each_input_row<T, kRagged, kReversed, false>(a, p, a.fused.addend,
-                                    [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const FusedFetch<T, false, kRagged, InShared>&) { f(row, u); });
+  using Nothing = FusedFetch<T, false, kRagged, InShared>;
+  each_input_row<T, kRagged, kReversed, false>(
+      a, p, a.fused.addend, [&](uint32_t row, RealOf<T> (&u)[kChunkOf<T>], const Nothing&) { f(row, u); });
 }
 
 // Writes a block's sums as its partial.
@@ -204,7 +205,8 @@ __global__ void __launch_bounds__(kColumnThreads, kNoise && kRagged ? 3 : 4) col
 
 // kSums: the backward reduction; else the gradient of the input from its totals.
 template <class T, bool kRagged, bool kSums, bool kFused>
-__global__ void __launch_bounds__(kColumnThreads, kSums || kRagged || kFused ? 2 : 3) column_gradient(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, kSums || kRagged || kFused ? 2 : 3)
+column_gradient(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   using At = RowAt<T, kRagged>;
   constexpr int N = kChunkOf<T>;

@@ -122,7 +122,12 @@ struct InShared {
   uint4* at;
   __device__ __forceinline__ void load(const void* p) { copy_async(at, p); }
   __device__ __forceinline__ void set(uint4 v) { *at = v; }
-  __device__ __forceinline__ uint4 get() const { return *at; }
+  // memcpy: the kernels store numbers of other types to the same memory
+  __device__ __forceinline__ uint4 get() const {
+    uint4 raw;
+    memcpy(&raw, __builtin_assume_aligned(at, 16), 16);
+    return raw;
+  }
 };
 
 // A chunk loaded in two steps, so that several loads are in flight at once: the layout's fetch() starts the load, and its

@@ -19,7 +19,7 @@ __device__ __forceinline__ void prefetch_group(const KernelArgs<Real>& a, const 
   const int64_t bytes = a.length * int64_t(sizeof(T));
   if (group >= a.groups || bytes < kShortRun) return;
   const GroupPlace g = locate_group(a, group);
-  uint32_t first = 0;  // run of the block's first warp: a loop that the compiler knows the warp to run together
+  uint32_t first = 0;  // the same in all threads, so that the warp stays together
 #pragma unroll 1
   do {
     const uint32_t run = first + threads.rank() / 32;
@@ -328,13 +328,14 @@ class BackwardGroup {
     uint32_t of_chunk = kElementwise ? first_element_sum() : 0;
     with_path(constants.path, [&](auto tag) {
       using Raw = GradientFetch<T, kFused, false, kRagged || tag.value != PrecisionPath::kPlain, InRegisters>;
+      using InSlot = GradientFetch<T, kFused, false, kRagged, InShared>;
       const auto load = [&](uint32_t chunk, auto& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         fetch<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u);
         fetch<T, kRagged>(a_.grad, place.grad, a_.at_grad, c, raw.g);
         fetch_mask<kFused>(At{place, c}, a_.fused.activated, raw.activated);
       };
-      cache_.template fill<Raw, GradientFetch<T, kFused, false, kRagged, InShared>>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const auto& raw) {
+      cache_.template fill<Raw, InSlot>(load, [&](Chunk kept, uint32_t chunk, uint32_t, const auto& raw) {
         const ChunkPlace c = locate_chunk<kRagged, N>(a_, place, chunk);
         Real g[N], x[N];
         values<T, kRagged>(a_.input, place.input, a_.at_input, c, raw.u, kept[2]);

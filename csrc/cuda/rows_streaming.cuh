@@ -1,6 +1,6 @@
 // The rows layout, streaming: groups that fit nowhere on chip. Each round is a launch that reads the tensors again, with a
 // group divided among as many blocks as fill the device; a small launch after it adds up the blocks' partial sums. Every
-// other round goes from the last block to the first: L2 holds what the round before has read last.
+// other round goes from the last block and chunk to the first: L2 holds what the round before has read last.
 #pragma once
 
 #include "rows_resident.cuh"
@@ -29,20 +29,22 @@ __device__ inline Slice locate_slice(const StreamingArgs<Real>& s) {
   return {group, block - group * s.splits};
 }
 
-constexpr int kStreamAhead = 3, kGradientAhead = 2, kFusedGradientAhead = 1;  // of one tensor, two, three or four
+// Chunks of one tensor, of the backward pass's two, and of the two to four of fused kernels: rings of 16 to 32 KB a block.
+constexpr int kStreamAhead = 3, kGradientAhead = 2, kFusedStreamAhead = 1;
 
 // f(chunk's place, raw) over a block's chunks; load(chunk's place, raw).
-template <bool kRagged, int N, class Raw, int kAhead, class Real, class Load, class F>
+template <bool kRagged, bool kReversed, int N, class Raw, int kAhead, class Real, class Load, class F>
 __device__ __forceinline__ void each_chunk(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load, F f) {
+  const uint32_t first = split * blockDim.x + threadIdx.x, step = s.splits * blockDim.x;
   each_ahead<Raw, kStreamThreads, kAhead>(
-      split * blockDim.x + threadIdx.x, s.chunks, s.splits * blockDim.x,
+      kReversed ? s.chunks - 1 - first : first, s.chunks, kReversed ? 0 - step : step,  // below 0 is above s.chunks
       [&](uint32_t chunk, Raw& raw) { load(locate_chunk<kRagged, N>(s, g, chunk), raw); },
       [&](uint32_t chunk, const Raw& raw) { f(locate_chunk<kRagged, N>(s, g, chunk), raw); });
 }
 
 // The same over the input, and in fused kernels one tensor `beside` it: f(chunk's place, values, what was fetched of
 // `beside`).
-template <class T, bool kRagged, bool kFused, class Real, class F>
+template <class T, bool kRagged, bool kReversed, bool kFused, class Real, class F>
 __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split,
                                            const FusedTensor& beside, F f) {
   constexpr int N = kChunkOf<T>;
@@ -51,16 +53,18 @@ __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const G
     fetch<T, kRagged>(s.input, g.input, s.at_input, c, raw.u);
     fetch_fused<kFused>(ChunkAt<T, kRagged>{g, c}, beside, raw.beside);
   };
-  each_chunk<kRagged, N, Raw, kStreamAhead>(s, g, split, load, [&](const ChunkPlace& c, const Raw& raw) {
+  constexpr int kAhead = kFused ? kFusedStreamAhead : kStreamAhead;
+  each_chunk<kRagged, kReversed, N, Raw, kAhead>(s, g, split, load, [&](const ChunkPlace& c, const Raw& raw) {
     Real u[N];
     values<T, kRagged>(s.input, g.input, s.at_input, c, raw.u, u);
     f(c, u, raw.beside);
   });
 }
-template <class T, bool kRagged, class Real, class F>
+template <class T, bool kRagged, bool kReversed, class Real, class F>
 __device__ __forceinline__ void each_input(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, F f) {
-  each_input<T, kRagged, false>(s, g, split, s.fused.addend,
-                                [&](const ChunkPlace& c, Real (&u)[kChunkOf<T>], const FusedFetch<T, false, kRagged, InShared>&) { f(c, u); });
+  using Nothing = FusedFetch<T, false, kRagged, InShared>;
+  each_input<T, kRagged, kReversed, false>(
+      s, g, split, s.fused.addend, [&](const ChunkPlace& c, Real (&u)[kChunkOf<T>], const Nothing&) { f(c, u); });
 }
 
 template <int K, class Real>
@@ -107,7 +111,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_moments(const Streaming
     }
     sums[0] += c.span.hi > c.span.lo ? Real(c.span.hi - c.span.lo) : Real(0);
   };
-  each_input<T, kRagged, kFused>(s, g, slice.split, s.fused.addend, add);
+  each_input<T, kRagged, false, kFused>(s, g, slice.split, s.fused.addend, add);
   threads.sum(sums);
   if (threadIdx.x > 0) return;
   Real* partial = s.partial + (size_t(slice.group) * s.splits + slice.split) * kMaxSums;
@@ -128,7 +132,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_lambda(const StreamingA
   const auto row = [&](StatRow r) { return s.stats[int64_t(r) * s.groups + slice.group]; };
   const Moments1<Real> m = {row(kMean), row(kMeanLow), row(kRstd)};
   LambdaSums<Real> terms;
-  each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, const Real (&u)[N]) {
+  each_input<T, kRagged, true>(s, g, slice.split, [&](const ChunkPlace& c, const Real (&u)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
       add_lambda_terms(terms, !kRagged || c.span.has(j) ? m.standardize(u[j] - m.mean) : Real(0));
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_x(const StreamingArgs<R
   const Real mean = kDeviation ? s.mean[slice.group] : Real(0);
   Real sums[1] = {0};
   with_path(k.path, [&](auto tag) {
-    each_input<T, kRagged>(s, g, slice.split, [&](const ChunkPlace& c, Real (&x)[N]) {
+    each_input<T, kRagged, kDeviation>(s, g, slice.split, [&](const ChunkPlace& c, Real (&x)[N]) {
       input_to_x<tag.value>(k, x);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
@@ -193,7 +197,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_output(const StreamingA
       input_to_x<tag.value>(k, x);
       output_round<T, kRagged, kNoise, kFused>(s, g, c, keys, noise, affine, residual, x);
     };
-    each_input<T, kRagged, kFused>(s, g, slice.split, s.fused.residual, write);
+    each_input<T, kRagged, false, kFused>(s, g, slice.split, s.fused.residual, write);
   });
 }
 
@@ -225,8 +229,8 @@ __global__ void __launch_bounds__(kStreamThreads, kFused ? 2 : 3) stream_gradien
       fetch_mask<kFused>(at, s.fused.activated, raw.activated);
       fetch_fused<kFused && !kSums>(at, s.fused.grad_sum, raw.grad_sum);
     };
-    constexpr int kAhead = kFused ? kFusedGradientAhead : kGradientAhead;
-    each_chunk<kRagged, N, Raw, kAhead>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
+    constexpr int kAhead = kFused ? kFusedStreamAhead : kGradientAhead;
+    each_chunk<kRagged, !kSums, N, Raw, kAhead>(s, g, slice.split, load, [&](const ChunkPlace& c, const Raw& raw) {
       Real u[N], grad[N], weighted[N], x[N];
       values<T, kRagged>(s.input, g.input, s.at_input, c, raw.u, u);
       values<T, kRagged>(s.grad, g.grad, s.at_grad, c, raw.g, grad);

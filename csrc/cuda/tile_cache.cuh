@@ -15,7 +15,7 @@ struct alignas(16) Four {
   Real v[4];
 };
 
-// Chunks of two or three tensors that fused kernels load into registers at a time; more spill on sm_80 and sm_120.
+// Chunks of two or three tensors that fused kernels load into registers at a time; more spill below sm_90 and from sm_120.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr uint32_t kFusedAhead = 1;
 #else
