@@ -24,11 +24,6 @@ class Layer(Case):
         return self.cls.__name__
 
     @property
-    def keeps_running(self) -> bool:
-        """Whether running statistics are kept unless asked otherwise."""
-        return self.kind == "batch"
-
-    @property
     def geometry(self) -> tuple[str, int, int]:
         return self.kind, self.num_groups, self.normalized_ndim
 

@@ -154,6 +154,15 @@ def test_a_thread_group_has_no_blocks_without_rows(kernels, shape):
     assert [launch.blocks for launch in kernels.launches()][:2] == [blocks, blocks]
 
 
+def test_blocks_beyond_those_that_run_at_once_are_few(kernels):
+    """Nine tiles, where eight blocks run at once: 36 blocks, though 72 would waste less."""
+    kernels.device(2, 232448, True)
+    kernels.force(tier="streaming")
+    case = Case("instance", (9, 32, 8, 16))
+    check("cuda", case, make(case, columns=True), (), True)
+    assert kernels.launches()[0].blocks == 36
+
+
 @pytest.mark.parametrize("fused", [(), FUSIONS[2]], ids=["plain", "fused"])
 @pytest.mark.parametrize(("case", "tier", "columns"), layouts(("layer", "batch"), ("batch",)))
 def test_thread_orders_agree_bitwise(kernels, case, tier, columns, fused):
