@@ -45,7 +45,7 @@ def test_aligned_kernels_move_128_bits(storage, architecture):
     kernels = {n: c for n, c in sass.instructions(cubin).items() if moves_chunks(n)}
     assert len(kernels) >= 15
     for name, code in kernels.items():
-        assert any(re.match(r"LDG\.E\S*\.128", i) for i in code), name
+        assert any(re.match(r"LDG(STS)?\.E\S*\.128", i) for i in code), name
         writes = r"rows_|\w+_output|\w+_gradient<[\w ]+, false, false"
         writes += r"|\w+_moments<[\w ]+, false, true"
         if re.match(writes, name):  # a fused first round writes the sum
