@@ -104,7 +104,8 @@ class Look {
       } else {
         const bool leave = starts("column_leave"), finish = leave || starts("column_finish");
         require(grid_ == (finish ? a.groups : outer * a.tiles * a.splits), "not as many blocks as there is work for");
-        if (a.partial || !starts("column_gradient")) workspace("parts", a.partial, size_t(outer) * a.tiles * a.splits * kMaxSums * kTileColumns<T>);
+        if (a.partial || !starts("column_gradient"))  // the gradient of the input has no sums
+          workspace("parts", a.partial, size_t(outer) * a.tiles * a.splits * kMaxSums * kTileColumns<T>);
         means(a.mean, a.groups);
         workspace("sums", a.sums, size_t(a.groups) * kMaxSums);
         if (leave) round_sums(given[1], a.groups);
