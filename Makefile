@@ -45,7 +45,7 @@ help:
 	@echo 'make report    the README section and runs/plots from the stored benchmark results'
 	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
 	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
-	@echo 'make wheel     a source archive and a CPU wheel in dist/ (CUDA=1: the wheel with CUDA kernels)'
+	@echo 'make wheel     a source archive and a CPU wheel in dist/cpu (CUDA=1: in dist/cuda the wheel with CUDA kernels)'
 	@echo 'make release   all three, each tried with the oldest and the newest torch (10 GB of disk)'
 	@echo 'make hub       the folder build/hub, for the package kernels of Hugging Face'
 	@echo 'make install   the environment alone, with the extension built in place'

@@ -1,7 +1,7 @@
 """What each layer and whole networks cost beside torch's own; docs/measured/benchmarks.md says how.
 
-    python benchmarks/bench.py [--quick] [--json FILE] ...
-    python benchmarks/bench.py compare before.json after.json
+``python benchmarks/bench.py [--quick] [--json FILE] ...``
+``python benchmarks/bench.py compare before.json after.json``
 """
 
 import sys

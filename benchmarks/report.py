@@ -1,6 +1,6 @@
 """Stored results of ``bench.py`` as PNG plots, Markdown, or a README's performance section.
 
-    python benchmarks/report.py RESULT... [--png FOLDER] [--markdown FILE] [--readme FILE]
+``python benchmarks/report.py RESULT... [--png FOLDER] [--markdown FILE] [--readme FILE]``
 """
 
 import argparse

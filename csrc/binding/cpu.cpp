@@ -148,7 +148,8 @@ void prepare_stats(const Tensor& stats, const OptionalTensor& mean, const Option
       for (int64_t i = 0; i < kStatRows * groups; ++i) data[i] = static_cast<T>(0.0);
       for (int64_t i = 0; i < groups; ++i) {
         data[kMean * groups + i] = static_cast<T>(m[size_t(i)]);
-        data[kRstd * groups + i] = static_cast<T>(1.0 / std::sqrt(v[size_t(i)] + eps)) + in_range(static_cast<T>(v[size_t(i)]));
+        data[kRstd * groups + i] =
+            static_cast<T>(1.0 / std::sqrt(v[size_t(i)] + eps)) + in_range(static_cast<T>(v[size_t(i)]));
         data[kLmbda * groups + i] = static_cast<T>(l[size_t(i)]);
       }
     }
@@ -166,7 +167,9 @@ ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Con
   Tensor stats = empty_contiguous(shape, 2, compute, a.input);
   OptionalTensor sum;
   if (t.prenorm) sum = empty_like(t.input, a.input);
-  const auto result = [&]() -> ForwardResult { return {output, t.keep_stats ? OptionalTensor(stats) : std::nullopt, sum}; };
+  const auto result = [&]() -> ForwardResult {
+    return {output, t.keep_stats ? OptionalTensor(stats) : std::nullopt, sum};
+  };
   if (a.input.numel() == 0) {
     torch::stable::zero_(stats);
     return result();

@@ -120,7 +120,9 @@ ForwardResult run_forward(const ForwardTensors& t, const Arguments& a, const Con
   Tensor stats = empty_contiguous(shape, 2, statistics_dtype(a.input.dtype), a.input);
   OptionalTensor sum;
   if (t.prenorm) sum = empty_like(t.input, a.input);
-  const auto result = [&]() -> ForwardResult { return {output, t.keep_stats ? OptionalTensor(stats) : std::nullopt, sum}; };
+  const auto result = [&]() -> ForwardResult {
+    return {output, t.keep_stats ? OptionalTensor(stats) : std::nullopt, sum};
+  };
   if (a.input.numel() == 0) {
     torch::stable::zero_(stats);
     return result();

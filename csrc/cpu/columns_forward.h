@@ -145,22 +145,24 @@ class ColumnForward {
 
   // kNoiseScale holds the mean of x from this round to the next.
   void mean_x_round(int64_t outer, bool split, const T* table, double* totals, T* scratch) const {
-    mean_round(outer, split, totals, scratch, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
-      const auto k = layout_.transform(table, c);
-      return cached_ ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, sum)
-                     : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, sum);
-    });
+    mean_round(outer, split, totals, scratch,
+               [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
+                 const auto k = layout_.transform(table, c);
+                 return cached_ ? sum_x_pass<partial.value, From::kLog, V>(u, cache, rows, lanes, k, sum)
+                                : sum_x_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, sum);
+               });
   }
 
   void deviation_round(int64_t outer, bool split, T* table, double* totals, T* scratch) const {
     for (int64_t i = 0; i < g_.inner; ++i)
       layout_.spread(table, kColCentre, i, GroupStats<T>(p_, outer * g_.inner + i).get(kNoiseScale));
-    mean_round(outer, split, totals, scratch, [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
-      const auto k = layout_.transform(table, c);
-      const V centre = layout_.vector(table, kColCentre, c);
-      return cached_ ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, sum)
-                     : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, sum);
-    });
+    mean_round(outer, split, totals, scratch,
+               [&](auto partial, auto u, auto cache, int64_t rows, int lanes, int64_t c, V sum) {
+                 const auto k = layout_.transform(table, c);
+                 const V centre = layout_.vector(table, kColCentre, c);
+                 return cached_ ? deviation_pass<partial.value, From::kX, V>(u, cache, rows, lanes, k, centre, sum)
+                                : deviation_pass<partial.value, From::kInput, V>(u, cache, rows, lanes, k, centre, sum);
+               });
   }
 
   void output_round(int64_t outer, bool split, T* table, T* scratch) const {

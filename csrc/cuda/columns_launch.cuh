@@ -38,7 +38,8 @@ class ColumnsPass {
     d.largest_block = kColumnThreads;
     d.static_shared = int(sizeof(TileShared<T>)) + kColumnWarps * kGradientSums * kTileColumns<T> * int(sizeof(Real));
     bool resident = a_.width == 1 && !(p.frozen && !backward) && p.round == Round::kAll;
-    if (p.force.tier == Tier::kAuto) resident = resident && p.geometry.runs <= (backward ? kResidentGradientRows : kResidentRows);
+    if (p.force.tier == Tier::kAuto)
+      resident = resident && p.geometry.runs <= (backward ? kResidentGradientRows : kResidentRows);
     plan_ = resident ? choose_tile_plan(d, device, kColumnThreads, p.force) : Plan();
     if (plan_.tier == Tier::kGrid && device.present &&
         co_resident_blocks(tile_kernel(backward), tile_launch(), device) < tile_launch().grid)
@@ -156,7 +157,8 @@ class ColumnsPass {
     }
     if (!e && p_.runs(Round::kLambda)) e = round(column_lambda<T, kRagged>, column_finish<T, Finish::kLambda>, a);
     if (!e && p_.runs(Round::kMeanX)) e = round(column_sum_x<T, kRagged, false>, column_finish<T, Finish::kMean>, a);
-    if (!e && p_.runs(Round::kDeviation)) e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>, a);
+    if (!e && p_.runs(Round::kDeviation))
+      e = round(column_sum_x<T, kRagged, true>, column_finish<T, Finish::kDeviation>, a);
     if (e || !p_.runs(Round::kOutput)) return e;
     if (fuses_epilogue(p_, false)) return round(column_output<T, kRagged, true, true>, a);
     return round(p_.noise.on ? column_output<T, kRagged, true, false> : column_output<T, kRagged, false, false>, a);

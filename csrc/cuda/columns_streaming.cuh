@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_lambda(const Columns
 // From a row of the input to x times the scale.
 template <PrecisionPath kMost, int N, class Real>
 __device__ __forceinline__ void reread_row(Real (&x)[N], const ColumnScales<N, Real>& scales,
-                                           const ColumnExponents<N, Real>& exponents, const GroupConstants<Real>* constants,
-                                           const Real (&scale)[N]) {
+                                           const ColumnExponents<N, Real>& exponents,
+                                           const GroupConstants<Real>* constants, const Real (&scale)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const Real h = scales.standardize(j, x[j]);
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(kColumnThreads, 4) column_sum_x(const ColumnsA
 
 // Round 5; the only one of a frozen layer without noise.
 template <class T, bool kRagged, bool kNoise, bool kFused>
-__global__ void __launch_bounds__(kColumnThreads, kNoise && kRagged ? 3 : 4) column_output(const ColumnsArgs<RealOf<T>> a) {
+__global__ void __launch_bounds__(kColumnThreads, kNoise && kRagged ? 3 : 4)
+column_output(const ColumnsArgs<RealOf<T>> a) {
   using Real = RealOf<T>;
   constexpr int N = kChunkOf<T>;
   __shared__ GroupConstants<Real> tile[kTileColumns<T>];

@@ -11,7 +11,8 @@ namespace {
 // f(pass) in the layout of a problem.
 template <class T, class F>
 auto with_layout(const Problem& p, bool backward, const Device& device, void* stream, F f) {
-  return p.geometry.columns ? f(ColumnsPass<T>(p, backward, device, stream)) : f(RowsPass<T>(p, backward, device, stream));
+  return p.geometry.columns ? f(ColumnsPass<T>(p, backward, device, stream))
+                            : f(RowsPass<T>(p, backward, device, stream));
 }
 
 template <class T>

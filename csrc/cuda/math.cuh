@@ -152,7 +152,8 @@ __device__ __forceinline__ PowerSlopes<Real> series_slopes(Real h, Real log, Rea
 }
 
 template <class Real>
-__device__ __forceinline__ Slopes<Real> gradient_round(PrecisionPath path, Real h, Real g, const SignedExponent<Real>& exponent,
+__device__ __forceinline__ Slopes<Real> gradient_round(PrecisionPath path, Real h, Real g,
+                                                       const SignedExponent<Real>& exponent,
                                                        const Exponents<Real>& exponents,
                                                        const LambdaGradient<Real>& lmbda, Real* sums) {
   const Real t = absolute(h);

@@ -89,7 +89,9 @@ void each_operand(const Problem& p, bool backward, F f) {
 inline bool has_activation(const Problem& p) { return p.activation != Activation::kNone; }
 
 // Whether a pass has fused operations where it first reads a group, and where it last does.
-inline bool fuses_prologue(const Problem& p, bool backward) { return backward ? has_activation(p) : p.addend.data != nullptr; }
+inline bool fuses_prologue(const Problem& p, bool backward) {
+  return backward ? has_activation(p) : p.addend.data != nullptr;
+}
 inline bool fuses_epilogue(const Problem& p, bool backward) {
   return has_activation(p) || (backward ? p.grad_sum.data : p.residual.data);
 }

@@ -70,7 +70,8 @@ inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks, boo
   const int64_t each = ceil_div(d.chunks, int64_t(threads) * blocks);  // chunks of a thread
   const int in_registers = sums_elements ? d.register_chunks / 2 : d.register_chunks;
   p.shared_chunks = each > in_registers ? int(each - in_registers) : 0;
-  p.shared = size_t(threads) * (size_t(p.shared_chunks) * d.chunk_bytes + (sums_elements ? size_t(each) * d.sum_bytes : 0));
+  p.shared =
+      size_t(threads) * (size_t(p.shared_chunks) * d.chunk_bytes + (sums_elements ? size_t(each) * d.sum_bytes : 0));
   return p;
 }
 

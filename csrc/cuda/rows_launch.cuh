@@ -48,8 +48,9 @@ ChunkMode chunk_mode(const Problem& p, bool backward) {
   if (p.noise.on) m.wide = m.wide && base == 0 && congruent(p, p.noise.position, p.input.stride, N);
   m.origin = m.wide ? p.input.stride : p.noise.position;
   m.base = m.wide ? base : 0;
-  const bool parameters_aligned = p.affine != Affine::kPerElement || (reinterpret_cast<uintptr_t>(p.weight.data) % 16 == 0 &&
-                                                                      reinterpret_cast<uintptr_t>(p.bias.data) % 16 == 0);
+  const bool parameters_aligned =
+      p.affine != Affine::kPerElement ||
+      (reinterpret_cast<uintptr_t>(p.weight.data) % 16 == 0 && reinterpret_cast<uintptr_t>(p.bias.data) % 16 == 0);
   m.ragged = !m.wide || base != 0 || p.geometry.length % N != 0 || !congruent(p, m.origin, Strides(), N) ||
              !parameters_aligned;
   each_operand(p, backward, [&](const Operand& t) {
@@ -222,7 +223,8 @@ class RowsPass {
       }
       // each thread group prefetches the group that it processes next
       if (plan_.tier != Tier::kGrid && !p_.force.thread_groups)
-        plan_.thread_groups = int(std::clamp((blocks > 0 ? blocks : device.multiprocessors) / plan_.blocks, int64_t(1), d.groups));
+        plan_.thread_groups =
+            int(std::clamp((blocks > 0 ? blocks : device.multiprocessors) / plan_.blocks, int64_t(1), d.groups));
       return;
     }
   }
@@ -280,7 +282,8 @@ class RowsPass {
     if (once) splits = std::max(splits, ceil_div(most, kOutputChunks));
     splits = splits > most ? most : splits;
     stream_args_.splits = uint32_t(p_.force.blocks ? p_.force.blocks : splits);
-    if (plan_.tier == Tier::kStreaming) plan_ = {Tier::kStreaming, kStreamThreads, int(stream_args_.splits), int(groups), 0};
+    if (plan_.tier == Tier::kStreaming)
+      plan_ = {Tier::kStreaming, kStreamThreads, int(stream_args_.splits), int(groups), 0};
     if (once) return;  // without sums
     stream_args_.partial = workspace.take<Real>(groups * stream_args_.splits * kMaxSums);
     stream_args_.mean = place_means<Real>(p_, workspace, groups);

@@ -213,7 +213,8 @@ class ForwardGroup {
     Real first = to_real(static_cast<const T*>(a_.input)[g.input]);
     if constexpr (kFused) {
       const FusedTensor& addend = a_.fused.addend;
-      if (addend.data) first += to_real(static_cast<const T*>(addend.data)[group_offset<Real>(addend.at, g.outer, g.inner)]);
+      if (addend.data)
+        first += to_real(static_cast<const T*>(addend.data)[group_offset<Real>(addend.at, g.outer, g.inner)]);
     }
     return first;
   }
@@ -249,7 +250,8 @@ class ForwardGroup {
 };
 
 template <class T, bool kRagged, bool kNoise, class Threads, bool kFused>
-__global__ void __launch_bounds__(kForwardBlock, 1) rows_forward(const KernelArgs<RealOf<T>> a, typename Threads::Sync sync) {
+__global__ void __launch_bounds__(kForwardBlock, 1)
+rows_forward(const KernelArgs<RealOf<T>> a, typename Threads::Sync sync) {
   using Real = RealOf<T>;
   Threads threads(sync);
   ForwardGroup<T, kRagged, kNoise, Threads, kForwardRegister<T>, kFused> pass(a, threads);
@@ -384,7 +386,8 @@ class BackwardGroup {
         const int64_t at = threads_.index() * a_.length + c.first;
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const Four<Real>&weight = element_sum(of_chunk + j / 4 * blockDim.x), &bias = element_sum(of_chunk + (N + j) / 4 * blockDim.x);
+          const Four<Real>& weight = element_sum(of_chunk + j / 4 * blockDim.x);
+          const Four<Real>& bias = element_sum(of_chunk + (N + j) / 4 * blockDim.x);
           if (a_.weight_partials) a_.weight_partials[at + j] = weight.v[j % 4] * DeviceLog<Real>::kUnit;
           if (a_.bias_partials) a_.bias_partials[at + j] = bias.v[j % 4];
         }
@@ -471,7 +474,8 @@ rows_backward(const KernelArgs<RealOf<T>> a, typename BlockThreads<RealOf<T>>::S
     }
     if (a.output) {
       const Real weight = group_affine<T>(a, place).weight;
-      pass.write(locate_group(a, opaque(group)), finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
+      pass.write(locate_group(a, opaque(group)),
+                 finish_gradient(sums, weight, a.inverse_count, constants.rstd, a.frozen));
     }
   }
   pass.write_element_sums();

@@ -34,7 +34,8 @@ constexpr int kStreamAhead = 3, kGradientAhead = 2, kFusedStreamAhead = 1;
 
 // f(chunk's place, raw) over a block's chunks; load(chunk's place, raw).
 template <bool kRagged, bool kReversed, int N, class Raw, int kAhead, class Real, class Load, class F>
-__device__ __forceinline__ void each_chunk(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load, F f) {
+__device__ __forceinline__ void each_chunk(const StreamingArgs<Real>& s, const GroupPlace& g, uint32_t split, Load load,
+                                           F f) {
   const uint32_t first = split * blockDim.x + threadIdx.x, step = s.splits * blockDim.x;
   each_ahead<Raw, kStreamThreads, kAhead>(
       kReversed ? s.chunks - 1 - first : first, s.chunks, kReversed ? 0 - step : step,  // below 0 is above s.chunks
@@ -271,7 +272,8 @@ inline unsigned finish_threads(int64_t partials) {
 // Sums a group's elements and their squares around the pilot of its first partial, so that nothing cancels. partial(i, k) is
 // number k of partial i: count, pilot, mean less the pilot, sum of squares around the mean.
 template <class Sum, class Partial>
-__device__ inline void sum_moments(BlockThreads<Sum>& threads, uint32_t partials, Partial partial, Sum pilot, Sum (&sums)[2]) {
+__device__ inline void sum_moments(BlockThreads<Sum>& threads, uint32_t partials, Partial partial, Sum pilot,
+                                   Sum (&sums)[2]) {
   for (uint32_t i = threadIdx.x; i < partials; i += blockDim.x) {
     const Sum count = partial(i, 0), delta = (partial(i, 1) - pilot) + partial(i, 2);
     sums[0] += count * delta;

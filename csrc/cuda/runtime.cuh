@@ -93,7 +93,9 @@ __device__ inline unsigned cluster_rank() { return cooperative_groups::this_clus
 __device__ inline unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
 template <class T>
-__device__ T* in_block_of_cluster(T* p, unsigned rank) { return cooperative_groups::this_cluster().map_shared_rank(p, rank); }
+__device__ T* in_block_of_cluster(T* p, unsigned rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+}
 #endif
 
 // Adds 1 to a counter, and makes this thread's earlier writes visible to a thread that waits for the count.
@@ -217,7 +219,8 @@ inline cudaError_t query_device(int id, Device* d) {
   int major = 0, cooperative = 0;
   cudaError_t e = cudaDeviceGetAttribute(&d->multiprocessors, cudaDevAttrMultiProcessorCount, id);
   if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d->multiprocessor_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+  if (e == cudaSuccess)
+    e = cudaDeviceGetAttribute(&d->multiprocessor_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
   if (e == cudaSuccess) e = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, id);
   if (e == cudaSuccess) e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
   d->clusters = major >= 9;

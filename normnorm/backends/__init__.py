@@ -112,12 +112,13 @@ def register_compiled_backends() -> None:
     if reason is None:
         register_compiled(cpu.NAME, cpu.DEVICE_TYPE)
     else:
-        _without(cpu.NAME, reason)
+        # Without them layers still run, many times slower, which nothing else would say.
+        _without(cpu.NAME, reason, logging.INFO if cpu.left_out() else logging.WARNING)
 
 
-def _without(name: str, reason: str) -> None:
+def _without(name: str, reason: str, level: int = logging.INFO) -> None:
     _UNAVAILABLE[name] = reason
-    _log.info("backend '%s' is unavailable: %s", name, reason)
+    _log.log(level, "backend '%s' is unavailable: %s", name, reason)
 
 
 def _look_for(name: str) -> None:

@@ -27,6 +27,11 @@ def build_failure() -> str | None:
     return reason if outcome == "failed" else None
 
 
+def left_out() -> bool:
+    """Whether there is no library on purpose: left out at installation, or not this copy's."""
+    return not OWNS_COMPILED or _without()[0] == "left out"
+
+
 def library() -> ctypes.CDLL:
     """The library, for what it says of itself."""
     return ctypes.CDLL(str(LIBRARY))

@@ -246,6 +246,7 @@ def test_merged_parts_are_the_moments_of_the_whole(core):
 
 # --- the noise -----------------------------------------------------------------------------------
 
+
 def test_philox_gives_the_known_answers(core):
     for counter, key, words in KNOWN_ANSWERS:
         assert list(core.philox(np.array(counter, np.uint32), *key)) == words

@@ -30,6 +30,7 @@ def _seed(value: int, device: str = "cpu") -> torch.Tensor:
 
 # --- words ---
 
+
 def test_the_generators_give_the_published_answers():
     for counter, key, words in oracle.KNOWN_ANSWERS:
         assert list(oracle.philox(np.array(counter, np.uint32), key)) == words

@@ -29,6 +29,7 @@ CPU = backends.get("cpu") if cpu.unavailable_reason() is None else None
 
 # --- the library ---------------------------------------------------------------------------------
 
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
 def test_the_library_links_neither_the_unstable_abi_nor_python():
     command = ["nm", "-D", "--undefined-only", str(cpu.LIBRARY)]

@@ -425,7 +425,9 @@ def test_a_sweep_trains_every_combination_once(tmp_path, capsys, refused):
     assert names == sorted(
         f"digits-convnet-{norm}epochs1-{noise}limit128-seed{seed}"
         for norm, noise in (
-            ("batch-", ""), ("batchnormal-", "noise_train0-"), ("batchnormal-", "noise_train0.4-")
+            ("batch-", ""),
+            ("batchnormal-", "noise_train0-"),
+            ("batchnormal-", "noise_train0.4-"),
         )
         for seed in (2, 3)
     )

@@ -275,6 +275,7 @@ def test_python_m_normnorm_is_the_same_program():
 
 # --- a program among others ---
 
+
 @pytest.mark.parametrize(
     ("words", "unbuffered"), [(["--help"], ""), (["doctor", "--no-checks"], "1")]
 )
