@@ -31,10 +31,10 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo study bench report test test-all test-floor lint docs wheel release hub install gpu-build gpu-check clean distclean FORCE
+.PHONY: help demo study bench report test test-all floor test-floor lint docs wheel release hub install gpu-build gpu-check clean distclean FORCE
 
 help:
-	@echo 'make demo      set up what is missing, then train the comparison networks (3 minutes)'
+	@echo 'make demo      set up what is missing, then train the comparison networks (3 to 4 minutes)'
 	@echo 'make study     accuracy with and without noise and transform on small data sets (QUICK=1: minutes)'
 	@echo 'make test      set up what is missing, then lint and run the tests'
 	@echo 'make test-all  the exhaustive tests that `make test` leaves out'
@@ -45,7 +45,7 @@ help:
 	@echo 'make report    the README section and runs/plots from the stored benchmark results'
 	@echo 'make gpu-build compile what gpu-check needs for another machine (ARCH=9.0)'
 	@echo 'make gpu-check build, test and measure on this machine'"'"'s GPU with its own torch (DRY=1: without)'
-	@echo 'make wheel     a source archive and a CPU wheel in dist/cpu (CUDA=1: in dist/cuda the wheel with CUDA kernels)'
+	@echo 'make wheel     a source archive, and a CPU wheel in dist/cpu (CUDA=1: in dist/cuda one with CUDA kernels)'
 	@echo 'make release   all three, each tried with the oldest and the newest torch (10 GB of disk)'
 	@echo 'make hub       the folder build/hub, for the package kernels of Hugging Face'
 	@echo 'make install   the environment alone, with the extension built in place'
@@ -81,14 +81,16 @@ test-all: install
 # The oldest supported torch, in a copy of the tree with an environment of its own: an in-place build would
 # replace this tree's extension. Of the CUDA kernels their binding alone is compiled.
 FLOOR := .venv-floor
-test-floor:
+floor:
 	@mkdir -p $(FLOOR)
 	@find $(FLOOR) -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -rf {} +
 	@git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --create | \
 	    tar --extract --directory=$(FLOOR)
 	@rm -f $(FLOOR)/.venv/.native
 	NORMNORM_CUDA=0 $(MAKE) --directory=$(FLOOR) VENV=.venv TORCH=$(OLDEST) .venv/.native .venv/.test
-	cd $(FLOOR) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) -m 'not slow and not serial' $(ARGS) \
+
+test-floor: floor
+	cd $(FLOOR) && OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(WORKERS) -m 'not slow and not serial' $(ARGS) \
 	    tests/core/test_ops.py tests/core/test_modules.py tests/core/test_compile.py tests/core/test_export.py \
 	    tests/tools/test_packaging.py::test_the_cuda_binding_compiles_against_this_torch
 
@@ -103,11 +105,14 @@ docs: $(VENV)/.dev
 
 install: $(VENV)/.native $(VENV)/.dev $(VENV)/.integrations
 
+# A worker that has finished takes over some of another's tests, a few of which last minutes.
+WORKERS = -n $(JOBS) --dist worksteal
+
 # The parallel part, then the tests that need the machine to themselves. pytest's exit status 5
 # means that no test was selected: right for an empty part, wrong for both.
 define pytest
 @parallel=0; serial=0; \
-OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m '($(1)) and not serial' $(ARGS) || parallel=$$?; \
+OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m '($(1)) and not serial' $(ARGS) || parallel=$$?; \
 case $$parallel in 0|5) ;; *) exit $$parallel;; esac; \
 OMP_NUM_THREADS=1 $(PY) -m pytest -m '($(1)) and serial' $(ARGS) || serial=$$?; \
 case $$serial in 0|5) ;; *) exit $$serial;; esac; \

@@ -31,7 +31,10 @@ _PROGRAM = """
 #include "csrc/cpu/params.h"
 using namespace normnorm;
 using namespace normnorm::cpu;
-namespace normnorm::cpu { const Kernels* avx512_kernels() { return nullptr; } }
+namespace normnorm::cpu {
+const Kernels* avx512_kernels() { return nullptr; }
+const Kernels* generic_kernels() { return nullptr; }
+}
 
 void count(const char* name, Geometry g, Affine affine, Strides s, int64_t parameters) {
   const int64_t n = g.groups() * g.group_size();
@@ -99,16 +102,12 @@ def _build(folder: Path) -> Path:
     if compiler is None or missing:
         raise CommandError(f"counting needs {' and '.join(missing)}")
     (folder / "program.cpp").write_text(_PROGRAM, encoding="utf-8")
-    objects = []
-    for isa, flags in (("generic", ["-DNN_GENERIC"]), (_ISA, _AVX2)):
-        target = folder / f"{isa}.o"
-        names = [f"-DNN_KERNEL_TABLE={isa}_kernels", f'-DNN_ISA_NAME="{isa}"']
-        kernels = str(_ROOT / "csrc/cpu/kernels.cpp")
-        _run([compiler, *_FLAGS, *flags, *names, "-c", kernels, "-o", str(target)], folder)
-        objects.append(str(target))
-    program = folder / "program"
-    sources = [str(folder / "program.cpp"), str(_ROOT / "csrc/cpu/dispatch.cpp")]
-    _run([compiler, *_FLAGS, f"-I{_ROOT}", *sources, *objects, "-o", str(program)], folder)
+    kernels, program = folder / "kernels.o", folder / "program"
+    names = [f"-DNN_KERNEL_TABLE={_ISA}_kernels", f'-DNN_ISA_NAME="{_ISA}"']
+    source = str(_ROOT / "csrc/cpu/kernels.cpp")
+    _run([compiler, *_FLAGS, *_AVX2, *names, "-c", source, "-o", str(kernels)], folder)
+    sources = [str(folder / "program.cpp"), str(_ROOT / "csrc/cpu/dispatch.cpp"), str(kernels)]
+    _run([compiler, *_FLAGS, f"-I{_ROOT}", *sources, "-o", str(program)], folder)
     return program
 
 

@@ -6,7 +6,6 @@ the fast tests keep to a few such graphs and leave the rest of the table to the 
 
 import contextlib
 import copy
-import itertools
 
 import pytest
 import raw_ops
@@ -65,10 +64,14 @@ def assert_compiles_to_the_same(row, compiler, training, noise, **keywords):
         assert layer.num_batches_tracked == 2
 
 
-def is_fast(compiler, row, training, noise):
-    """Batch layers without noise and one training graph with noise."""
-    fast = noise == 0 if row is KINDS[0] else row is KINDS[1] and training and noise > 0
-    return fast and compiler == "aot_eager"
+# Batch layers without noise and one training graph with noise; every kind through the whole compiler.
+GRAPHS = [
+    ("aot_eager", KINDS[0], True, 0.0),
+    ("aot_eager", KINDS[0], False, 0.0),
+    ("aot_eager", KINDS[1], True, 0.4),
+    *(("inductor", row, True, 0.4) for row in KINDS),
+    ("inductor", KINDS[0], False, 0.4),
+]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +79,10 @@ def is_fast(compiler, row, training, noise):
     [
         pytest.param(
             *case,
-            marks=() if is_fast(*case) else pytest.mark.slow,
+            marks=() if case[0] == "aot_eager" else pytest.mark.slow,
             id=f"{case[0]}-{case[1].kind}-{'train' if case[2] else 'eval'}-{case[3]}",
         )
-        for case in itertools.product(("aot_eager", "inductor"), KINDS, (True, False), (0.0, 0.4))
+        for case in GRAPHS
     ],
 )
 def test_compiled_steps_equal_eager_ones(compiler, row, training, noise, backend):

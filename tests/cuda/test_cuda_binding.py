@@ -213,7 +213,7 @@ def test_a_graph_that_saved_a_buffer_refuses_to_go_backward():
     [
         *((f"core/test_{name}.py", "cuda")
           for name in ("backends", "ops", "noise", "numerics", "bad_input", "fused")),
-        ("distributed/test_sync.py", "one_process or every_backend"),
+        ("distributed/test_sync.py", "equal_one_process or every_backend"),
     ],
 )  # fmt: skip
 def test_the_tests_of_all_backends_pass_on_this_one(file, chosen):

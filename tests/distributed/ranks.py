@@ -1,6 +1,7 @@
 """Cases that every rank of a process group runs at once.
 
-The ranks of each size are spawned once, and run every case for so many ranks in the same order.
+The ranks of each size are spawned once, and run the selected cases for so many ranks in the same
+order.
 What a case finds wrong it raises after its last message, so that no rank waits for another.
 """
 
@@ -35,8 +36,8 @@ def names(module):
     return [name for name, (_, function) in CASES.items() if function.__module__ == module]
 
 
-def _run(rank, ranks, folder):
-    """A spawned process: every case for so many ranks, and what came of it in ``folder``."""
+def _run(rank, ranks, folder, selected):
+    """A spawned process: the selected cases for so many ranks, and what came of each in ``folder``."""
     import dtensor_cases  # noqa: F401
     import sync_cases  # noqa: F401
 
@@ -51,7 +52,7 @@ def _run(rank, ranks, folder):
     )  # fmt: skip
     found: dict[str, str | None] = {}
     for name, (wanted, function) in CASES.items():
-        if wanted != ranks:
+        if wanted != ranks or name not in selected:
             continue
         torch.manual_seed(SEED)
         torch._dynamo.reset()
@@ -65,9 +66,10 @@ def _run(rank, ranks, folder):
     dist.destroy_process_group()
 
 
-def check(name, tmp_path_factory):
+def check(name, request):
     """Fails with the tracebacks of the ranks on which the case failed."""
     ranks, _ = CASES[name]
+    tmp_path_factory = request.getfixturevalue("tmp_path_factory")
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # a folder within that of the whole test run
         shared = shared.parent
@@ -75,7 +77,9 @@ def check(name, tmp_path_factory):
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            torch.multiprocessing.spawn(_run, (ranks, str(folder)), nprocs=ranks)
+            parameters = (getattr(item, "callspec", None) for item in request.session.items)
+            selected = {each.params.get("name") for each in parameters if each}
+            torch.multiprocessing.spawn(_run, (ranks, str(folder), selected), nprocs=ranks)
     found = [torch.load(folder / f"{rank}.pt").get(name, "not reached") for rank in range(ranks)]
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
     assert not failed, "\n".join(failed)

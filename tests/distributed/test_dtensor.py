@@ -7,5 +7,5 @@ import ranks
 
 
 @pytest.mark.parametrize("name", ranks.names(dtensor_cases.__name__))
-def test_on_every_rank(name, tmp_path_factory):
-    ranks.check(name, tmp_path_factory)
+def test_on_every_rank(name, request):
+    ranks.check(name, request)

@@ -15,8 +15,8 @@ from normnorm.sync import SyncBatchNormalNormAct2d, revert_sync
 
 
 @pytest.mark.parametrize("name", ranks.names(sync_cases.__name__))
-def test_on_every_rank(name, tmp_path_factory):
-    ranks.check(name, tmp_path_factory)
+def test_on_every_rank(name, request):
+    ranks.check(name, request)
 
 
 # Without a process group
