@@ -64,7 +64,7 @@ def assert_compiles_to_the_same(row, compiler, training, noise, **keywords):
         assert layer.num_batches_tracked == 2
 
 
-# Batch layers without noise and one training graph with noise; every kind through the whole compiler.
+# Batch layers without noise, one training graph with noise; every kind through the whole compiler.
 GRAPHS = [
     ("aot_eager", KINDS[0], True, 0.0),
     ("aot_eager", KINDS[0], False, 0.0),

@@ -37,7 +37,7 @@ def names(module):
 
 
 def _run(rank, ranks, folder, selected):
-    """A spawned process: the selected cases for so many ranks, and what came of each in ``folder``."""
+    """A spawned process: selected cases for so many ranks, and what came of each in ``folder``."""
     import dtensor_cases  # noqa: F401
     import sync_cases  # noqa: F401
 
