@@ -207,6 +207,13 @@ class _Eager(torch.autograd.Function):
         # ``call`` has all arguments. Only the four tensors that may need gradients are also
         # arguments of the Function, because each one costs host time.
         tensors, update, prenorm, config = call
+        for saved in (None if prenorm else input, weight, bias, tensors[7]):
+            # save_for_backward() raises too, but after the running statistics have been updated.
+            if saved is not None and saved.is_inference():
+                raise RuntimeError(
+                    "an inference tensor cannot be saved for the backward pass; clone it, or make "
+                    "it under torch.no_grad() instead of torch.inference_mode()"
+                )
         output, stats, sum, seed = ops.run_step(tensors, update, prenorm, True, config)
         activated = output if config.activation else None
         normalized = sum if prenorm else input

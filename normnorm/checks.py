@@ -141,14 +141,18 @@ def check_tensors(**tensors: Any) -> None:
             raise TypeError(f"{name} must be a tensor or None; got {type(tensor).__name__}")
 
 
+def _check_eps(eps: float) -> None:
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite; got {eps}")
+
+
 def check_transform(eps: float, alpha: float, order: int, transform_eps: float) -> None:
     """Checks the settings of the standardization and the transform."""
     check_number("eps", eps)
     check_number("alpha", alpha)
     check_integer("order", order)
     check_number("transform_eps", transform_eps)
-    if not 0.0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite; got {eps}")
+    _check_eps(eps)
     if not _LEAST <= eps <= _MOST:
         raise ValueError(
             f"eps must lie between 1.1755e-38 and 3.4028e+38, what float32 holds in full; got {eps}"
@@ -180,7 +184,7 @@ def check_is_tensor(tensor: Tensor, name: str = "input") -> None:
 def check_activation(activation: str) -> None:
     """Checks the name of the activation."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be 'relu' or '' for none; got '{activation}'")
+        raise ValueError(f"activation must be 'relu', or None or '' for none; got '{activation}'")
 
 
 def _check_place(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -343,8 +347,7 @@ def check_fold(
     eps: float,
 ) -> None:
     """Checks all arguments of ``fold_running_``."""
-    if not 0.0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite; got {eps}")
+    _check_eps(eps)
     if count < 2:
         raise ValueError(f"running statistics need at least 2 elements a group; got count {count}")
     if stats.dim() != 2 or stats.size(0) != len(Row):

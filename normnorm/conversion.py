@@ -256,7 +256,8 @@ def replace_norms(
         settings.get("transform_eps", 0.0),
     )  # fmt: skip
     _check_model(model, "replace")
-    # Loaded libraries are to freeze normnorm's batch layers where they freeze torch's.
+    # timm and Lightning recognize the batch layers to freeze by torch's classes. If they are
+    # loaded, this patches them to freeze normnorm's too.
     if "timm.utils" in sys.modules:
         importlib.import_module(".integrations.timm", __package__).wrap()
     if "lightning.pytorch" in sys.modules or "pytorch_lightning" in sys.modules:

@@ -411,7 +411,7 @@ def instance_normal_norm(
             it they replace the samples' statistics.
         weight, bias: (C,).
         use_input_stats: whether each instance is normalized by its own statistics.
-        training: whether to add noise.
+        training: whether to add noise; without ``use_input_stats`` none is added.
         num_batches_tracked: int64, one element, incremented with the running statistics.
 
     The other arguments are described in the module's docstring.

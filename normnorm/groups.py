@@ -47,8 +47,9 @@ def groups_of(layer: Any, values: Tensor, at_most: int | None = None) -> Tensor:
     if isinstance(layer, _InstanceNormalNorm) and values.dim() == layer._rank - 1:
         values = values.unsqueeze(0)
     if hasattr(layer, "normalized_shape"):
-        # Thins samples first, because the operations below may copy.
-        values = thin(values, 0, at_most)
+        if values.dim() > len(layer.normalized_shape):
+            # Thins samples first, because the operations below may copy.
+            values = thin(values, 0, at_most)
         if values.dim() > 2 and len(layer.normalized_shape) == 1:
             values = layer_outputs.channels_last(layer, values)
         return thin(values.reshape(-1, math.prod(layer.normalized_shape)), 0, at_most)

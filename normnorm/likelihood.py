@@ -40,7 +40,8 @@ def _mean_log(h: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def negative_log_likelihood(h: Tensor, lmbda: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Yeo and Johnson's, per value and up to a constant, with mean and variance at their optimum.
+    """Yeo and Johnson's negative log-likelihood divided by the number of values, up to a constant,
+    at the mean and variance that maximize the likelihood.
 
     ``log(Var psi(h; lmbda)) / 2 - (lmbda - 1) mean(sign(h) log(1 + |h|))`` over ``dim``; ``lmbda``:
     one per group, with reduced dimensions of size 1.

@@ -101,10 +101,10 @@ class _Transform:
         }
 
     def _node(self, owner: type["_Transform"], *inputs: Any) -> Any:
-        """The layer as one node of a torch.fx graph, like torch's norms, if the inputs are proxies;
-        None for tensors of a subclass.
+        """The call as one node of a torch.fx graph, like torch's norms, if the first input is a
+        proxy; None if it is a tensor of a subclass, TypeError for anything else.
 
-        Called first in the ``forward`` of the class ``owner``, for inputs that are no plain tensor.
+        ``owner``: the class whose ``forward`` calls this, for inputs that are no plain tensor.
         """
         if not isinstance(inputs[0], Proxy):
             checks.check_is_tensor(inputs[0])
@@ -228,7 +228,8 @@ class _RunningNorm(_Transform, Loading):
 
 
 class _BatchNormalNorm(_RunningNorm):
-    """Batch normality normalization over inputs of the ranks ``_ranks``, in words ``_wanted``."""
+    """Batch normality normalization. A subclass sets ``_ranks``, the numbers of dimensions that it
+    accepts, and ``_wanted``, their words in the error message."""
 
     _ranks: Container[int]
     _wanted: str

@@ -307,6 +307,7 @@ def _new_lazy(module: Any, cls: type[nn.Module], settings: dict[str, Any]) -> nn
         floating.device, floating.dtype, **settings,
     )  # fmt: skip
     new._parameters.update(module._parameters)  # the same objects: an optimizer may hold them
+    new._buffers.update({k: v for k, v in module._buffers.items() if k in new._buffers})
     return new.train(module.training)
 
 
@@ -345,8 +346,6 @@ def recast(module: nn.Module, cls: Target, settings: dict[str, Any]) -> nn.Modul
             running_var = new._buffers.get("running_var")
             lmbda = None if running_var is None else torch.ones_like(running_var)
             new.register_buffer("running_lmbda", lmbda)
-        if isinstance(new, SyncBatchNormalNorm):
-            new._alone = None
     vars(new)["original_class"] = type(module)
     return new
 
@@ -358,7 +357,7 @@ def restored(module: nn.Module, cls: Target) -> nn.Module:
     if isinstance(module, LazyModuleMixin):
         return _new_lazy(module, cls, {})
     new = _shell(module, cls)
-    for name in (*_TRANSFORM, "original_class", "registered_class", "_alone"):
+    for name in (*_TRANSFORM, "original_class", "registered_class", "_before_sync"):
         vars(new).pop(name, None)
     new._buffers.pop("running_lmbda", None)
     new._non_persistent_buffers_set.discard("running_lmbda")

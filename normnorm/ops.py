@@ -80,7 +80,7 @@ def _filled(results: Results) -> tuple[Tensor, ...]:
 # Shape inference.
 
 
-def _empty_statistics(input: Tensor, config: Config) -> Tensor:
+def empty_statistics(input: Tensor, config: Config) -> Tensor:
     shape = (len(Row), group_count(input, config))
     return input.new_empty(shape, dtype=statistics_dtype(input.dtype))
 
@@ -90,7 +90,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     check_forward(call)
     input, stats, sum = call.input, None, None
     if call.keep_stats:
-        stats = _empty_statistics(input, call.config)
+        stats = empty_statistics(input, call.config)
     if call.prenorm:
         sum = torch.empty_like(input)
     return _filled((torch.empty_like(input), stats, sum))
@@ -199,7 +199,7 @@ def run_step(
             config = config._replace(noise_train=0.0)
         check_forward(ForwardArguments.of(*tensors, prenorm, keep_stats, *config))
         if update is not None:
-            check_fold(*fold_arguments(_empty_statistics(input, config), update, input, config)[:8])
+            check_fold(*fold_arguments(empty_statistics(input, config), update, input, config)[:8])
         raise refusal
     if seed is None and config.noise_train > 0.0:
         seed = draw_seed(input.device)

@@ -52,6 +52,16 @@ def unfreeze_statistics(model: nn.Module) -> int:
     return len(layers)
 
 
+def modes(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(module, attribute, value) for all attributes of a model that train() and eval() set."""
+    return [
+        (module, name, value)
+        for module in model.modules()
+        for name in ("training", "_frozen_mode")
+        if (value := getattr(module, name, None)) is not None
+    ]
+
+
 def _running(model: nn.Module) -> list[Any]:
     check_is_module(model)
     return [module for module in model.modules() if isinstance(module, _RunningNorm)]
@@ -126,7 +136,7 @@ def update_stats(
         return 0
     noisy = [layer for layer in model.modules() if isinstance(layer, _Transform)]
     attributes = [
-        *((module, "training", module.training) for module in model.modules()),
+        *modes(model),
         *((layer, "momentum", layer.momentum) for layer in layers),
         *((layer, "noise_train", layer.noise_train) for layer in noisy),
     ]

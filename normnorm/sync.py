@@ -20,6 +20,7 @@ from .distributed.statistics import Synchronised
 from .fused import BatchNormalNormAct2d
 from .modules import _BatchNormalNorm
 from .noise import as_seed
+from .ops import empty_statistics
 
 # Whether torch.compile differentiates the collectives; under 2.11 the input's gradient is wrong.
 COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -99,6 +100,9 @@ def sync_batch_normal_norm(
         num_batches_tracked = to_local(num_batches_tracked)
     tensors = (input, *running, weight, bias, residual, seed_tensor, None)
     checks.check_forward(ForwardArguments._make((*tensors, False, True, config)), shard=True)
+    if tracked:
+        stats = empty_statistics(input, config)
+        checks.check_fold(stats, *running, num_batches_tracked, momentum, 2, eps)  # type: ignore[arg-type]
     output, stats, count = Synchronised.apply(
         input, weight, bias, residual, seed_tensor, config, process_group
     )
@@ -108,16 +112,16 @@ def sync_batch_normal_norm(
             f"(input size {list(input.shape)} on this one)"
         )
     if tracked:
-        checks.check_fold(stats, *running, num_batches_tracked, momentum, 2, eps)  # type: ignore[arg-type]
         # An empty batch changes no running statistics. A branch on the count would synchronize.
         factor = (count > 0).double() * count_batch(num_batches_tracked, momentum)
         move_running(stats, running, factor, count.clamp_min(2.0), eps)  # type: ignore[arg-type]
     return output if shards is None else shards.whole(output)
 
 
-# For revert_sync(): the layer's class before the conversion, and the attribute "original_class"
-# that replace_norms() set, or None. A synchronised layer must not keep that attribute.
-_Alone = tuple[type[_BatchNormalNorm], type[nn.Module] | None]
+# For revert_sync(): the layer's class before the conversion, and its attribute "original_class",
+# which replace_norms() set, or None. convert_sync() removes that attribute, because it names an
+# unsynchronised class.
+_BeforeSync = tuple[type[_BatchNormalNorm], type[nn.Module] | None]
 
 
 class SyncBatchNormalNorm(_BatchNormalNorm):
@@ -147,6 +151,7 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
 
     _ranks: Container[int] = range(2, 65)  # torch's tensors have at most 64 dimensions
     _wanted = "at least 2D"
+    _before_sync: _BeforeSync | None = None
 
     def __init__(
         self,
@@ -170,7 +175,6 @@ class SyncBatchNormalNorm(_BatchNormalNorm):
             noise_train=noise_train, alpha=alpha, order=order, transform_eps=transform_eps,
         )  # fmt: skip
         self.process_group = process_group
-        self._alone: _Alone | None = None
 
     def _normalize(
         self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
@@ -210,7 +214,6 @@ class SyncBatchNormalNormAct2d(SyncBatchNormalNorm, BatchNormalNormAct2d):
         # SyncBatchNormalNorm's constructor takes no activation.
         BatchNormalNormAct2d.__init__(self, *arguments, **keywords)
         self.process_group = process_group
-        self._alone = None
 
 
 # Classes and their synchronised counterparts, without subclasses, which may add state.
@@ -256,9 +259,9 @@ def convert_sync(module: nn.Module, process_group: Any = None) -> nn.Module:
                 )
             layers.append(layer)
     for layer in layers:
-        alone: _Alone = type(layer), layer.__dict__.pop("original_class", None)
+        before: _BeforeSync = type(layer), layer.__dict__.pop("original_class", None)
         layer.__class__ = SYNCHRONISED[type(layer)]  # type: ignore[assignment]
-        layer.__dict__.update(process_group=process_group, _alone=alone)
+        layer.__dict__.update(process_group=process_group, _before_sync=before)
     return module
 
 
@@ -269,10 +272,10 @@ def revert_sync(module: nn.Module) -> nn.Module:
         The same module.
     """
     for layer in module.modules():
-        if isinstance(layer, SyncBatchNormalNorm) and layer._alone is not None:
-            alone, original = layer._alone
-            del layer.process_group, layer._alone
-            layer.__class__ = alone  # type: ignore[assignment]
+        if isinstance(layer, SyncBatchNormalNorm) and layer._before_sync is not None:
+            plain, original = layer._before_sync
+            del layer.process_group, layer._before_sync
+            layer.__class__ = plain  # type: ignore[assignment]
             if original is not None:
                 layer.__dict__["original_class"] = original
     return module

@@ -163,8 +163,8 @@ def _channel_layout(input: Tensor, config: Config, channels_last: bool) -> Layou
     return Layout(False, samples, channels, 1, spatial, one, noise, *common)
 
 
-def make_layout(input: Tensor, output: Tensor, config: Config, noisy: bool) -> Layout:
-    """The layout of a pass over a non-empty input and an output with strides of its own.
+def make_layout(input: Tensor, config: Config, noisy: bool) -> Layout:
+    """The layout of a pass over a non-empty input.
 
     With noise it is the noise's order, so that neighbours share a counter; else that of the
     tensors.
@@ -181,6 +181,7 @@ def make_layout(input: Tensor, output: Tensor, config: Config, noisy: bool) -> L
         return _channel_layout(input, config, True)
     if noisy:
         return _channel_layout(input, config, config.channels_last)
+    output = torch.empty_like(input)
     rows, columns = (_channel_layout(input, config, last) for last in (False, True))
     if rows.strides(input) is not None and rows.strides(output) is not None:
         return rows

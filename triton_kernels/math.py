@@ -9,7 +9,8 @@ Two compile-time constants select the code:
   GPU each, as in ``device_math.h``. Without it (AMD, the interpreter) and in float64 they are
   Triton's functions.
 * ``SERIES``: the precision path. A series replaces P - 1 where it would cancel, and exponents are
-  clamped. Groups take it whose exponent is small, or whose lambda is given, so that h is unbounded.
+  clamped. Groups with a small or a large exponent take it, and those whose lambda is given, so
+  that h is unbounded.
 """
 
 from typing import NamedTuple
@@ -202,10 +203,12 @@ def make_exponents(lmbda, transform_eps):
 
 @triton.jit
 def needs_series(e):
-    """Whether a group with these exponents takes the SERIES path: with both exponents at least a
-    quarter, P - 1 loses less than 4 ulp of l. True wherever an exponent is not active."""
-    large = (tl.abs(e.eta_pos) >= 0.25) & (tl.abs(e.eta_neg) >= 0.25)
-    return (large & (e.active_pos > 0) & (e.active_neg > 0)) == 0
+    """Whether a group with these exponents takes the SERIES path. With both at least a quarter
+    P - 1 loses less than 4 ulp of l; up to 7 no power of a standardized h, below 46341 in a group
+    of 2^31, exceeds MAX_EXPONENT. True wherever an exponent is not active."""
+    plain = (tl.abs(e.eta_pos) >= 0.25) & (tl.abs(e.eta_neg) >= 0.25)
+    plain = plain & (e.eta_pos <= 7.0) & (e.eta_neg <= 7.0)
+    return (plain & (e.active_pos > 0) & (e.active_neg > 0)) == 0
 
 
 @triton.jit

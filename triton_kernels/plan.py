@@ -278,8 +278,8 @@ def find_plan(
     frozen: bool, fused: bool, shard: bool = False,
 ) -> Plan:  # fmt: skip
     """``tensors`` are all that have the input's shape, ``input`` among them; ``fused``: the main
-    pass sums the gradients of a layer's weights; ``shard``: a launch a round, whose sums a kernel
-    adds up whatever their number."""
+    pass sums the gradients of a layer's weights; ``shard``: each round is a launch of its own,
+    after which a kernel adds up its sums."""
     key = (
         input.shape, *(t.stride() for t in tensors), input.dtype, config.kind, config.num_groups,
         config.normalized_ndim, config.order, _series(config), config.channels_last,
@@ -298,7 +298,7 @@ def _make_plan(
     input: Tensor, tensors: tuple[Tensor, ...], config: Config, noisy: bool, backward: bool,
     frozen: bool, fused: bool, shard: bool,
 ) -> Plan:  # fmt: skip
-    layout = make_layout(input, torch.empty_like(input), config, noisy)
+    layout = make_layout(input, config, noisy)
     strides = tuple(layout.strides(t) for t in tensors)
     dense = layout.strides(natural_like(input, layout))
     assert dense is not None
@@ -356,7 +356,7 @@ def _series(config: Config) -> bool:
     return config.alpha != 0.0 or config.transform_eps > 0.0
 
 
-def _is_wide(input: Tensor, layout: Layout, strides: tuple[Strides | None, ...]) -> bool:
+def _is_wide(input: Tensor, layout: Layout, strides: tuple[Strides, ...]) -> bool:
     """Whether offsets within a group, or positions of the noise, exceed 31 bits."""
-    reach = max(s.run for s in (*strides, layout.noise) if s is not None) * layout.runs
+    reach = max(s.run for s in (*strides, layout.noise)) * layout.runs
     return max(reach + layout.length, input.numel()) >= 2**31 - 2**16

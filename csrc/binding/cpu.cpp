@@ -296,7 +296,7 @@ STABLE_TORCH_LIBRARY_IMPL(normnorm_cpu, CPU, m) {
 
 // How this library was built and what it chose, for `normnorm doctor`; read through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* normnorm_cpu_isa() {
-  static std::string text;
+  thread_local std::string text;
   try {
     text = normnorm::cpu::kernels().isa;
   } catch (const std::exception& e) {

@@ -8,8 +8,8 @@
 
 namespace normnorm {
 
-// Whether neither layout of these kernels follows the order of the noise: that of a channels_last tensor whose groups
-// are whole runs of its spatial axes.
+// Whether neither layout of these kernels follows the order of the noise: a layer normalization, which has rows alone,
+// with noise in channels_last order over more than one channel and position.
 bool noise_order_is_out_of_reach(const TensorView& input, const Config& c);
 
 // The layout that suits `output`, the tensor to be written, and the input; with noise, the one in the noise's order.

@@ -2,7 +2,9 @@
 #include <cuda_runtime_api.h>
 
 #include <exception>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../cuda/plan.h"
 #include "cuda_device.h"
@@ -74,11 +76,20 @@ NN_EXPORT const char* normnorm_cuda_plan_shape(const PlanRequest* request, PlanA
     c.channels_last = request->channels_last != 0;
     check_forward(a, c);
     const bool noise = request->noise && (!request->backward || request->affine);
+    if (noise && noise_order_is_out_of_reach(a.input, c))
+      throw std::invalid_argument("no kernel follows the noise's order in this memory format; the reference runs it");
     const Layout layout = cuda_layout(a.input, a.input, c, noise);
     cuda::Problem p = cuda_problem(Storage(request->storage), layout, c, noise);
-    // Never read: tensors that begin on a boundary, as torch allocates them.
+    // Never read: tensors that begin on a boundary, as torch allocates them. An op copies one that the layout cannot
+    // access in place.
     alignas(16) static char somewhere[16];
-    const Strides strides = *layout.strides(a.input);
+    std::vector<int64_t> dense(static_cast<size_t>(request->dim));
+    TensorView tensor = a.input;
+    if (!layout.strides(tensor)) {
+      layout.natural_strides(a.input, dense.data());
+      tensor.strides = dense.data();
+    }
+    const Strides strides = *layout.strides(tensor);
     p.input = p.output = p.grad_output = {somewhere, strides};
     if (request->affine) p.weight = p.bias = p.grad_weight = p.grad_bias = {somewhere, true};
     cuda::Device device;

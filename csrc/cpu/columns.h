@@ -47,9 +47,9 @@ NN_HD Strip<T> at(const Strip<T>& s, int64_t row, int64_t column) {
 // A tile is rows that are processed strip by strip while they are in the cache: kTileElements elements, or more where a
 // pass asks for a number of rows that kWideTile elements hold.
 constexpr int64_t kTileElements = 2048, kWideTile = 1 << 18;
-// The largest matrices, all threads' together, that cache values in scratch memory: w in the backward pass, and what half
-// types cannot hold in the forward pass, which saves more (the backward pass: a quarter). The C library keeps so much from
-// one call to the next.
+// Most elements, over all threads, that are cached in scratch memory. kSmallMatrix: w, in the backward pass.
+// kScratchMatrix: half types, in the forward pass; a quarter of it in the backward pass, which saves less. The C library
+// keeps freed memory of this size for the next call.
 constexpr int64_t kSmallMatrix = 1 << 17, kScratchMatrix = (1 << 23) - 4096;
 
 // Access to the chunks, tiles and strips of a problem in the columns layout.

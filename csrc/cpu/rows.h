@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBlock = 2048;       // elements in a block
 constexpr int64_t kShortRun = 512;     // shorter runs are gathered
-constexpr int64_t kRunInPlace = 128;   // in evaluation, shorter ones; those that are gathered are not prefetched
+constexpr int64_t kRunInPlace = 128;   // the same in evaluation; gathered runs are not prefetched
 constexpr int64_t kScratch = 1 << 18;  // groups up to this size cache intermediate values in a thread's scratch memory
 constexpr int64_t kSmallGroup = 1 << 17;  // groups up to this size cache a second value in the backward pass
 constexpr int64_t kMaxBundle = 16;     // groups processed together

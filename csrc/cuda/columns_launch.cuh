@@ -8,11 +8,11 @@ namespace normnorm {
 namespace cuda {
 namespace {
 
-// Blocks of a streaming launch that a multiprocessor has registers for: in the forward pass, in the backward pass's sums with
-// chunks of eight and of four elements, and in its second round without and with fused operations or ragged chunks.
-constexpr int kColumnBlocks = 4, kSumsBlocks = 2, kHalfSumsBlocks = 3, kGradientBlocks = 3, kLargeGradientBlocks = 2;
-// Of more rows a pass is streamed. On an H200 65536 rows took less time so; 12544 took the same; less was not told from
-// the host's time.
+// Blocks of a streaming launch that a multiprocessor has registers for: in the forward pass, in the backward pass's sums
+// with chunks of eight and of four elements, and in its second round without and with fused operations or ragged chunks.
+constexpr int kColumnBlocks = 4, kSumsBlocksOf8 = 2, kSumsBlocksOf4 = 3, kGradientBlocks = 3, kLargeGradientBlocks = 2;
+// A pass over more rows is streamed. On an H200 streaming was faster with 65536 rows and equal with 12544; with fewer the
+// host's time hid the difference.
 constexpr int64_t kResidentRows = 8192, kResidentGradientRows = 1024;
 
 // The forward and backward passes of one storage type, as RowsPass.
@@ -52,7 +52,7 @@ class ColumnsPass {
     }
     place_stream(workspace, device, backward);  // also for co-operating blocks, whose launch the device may refuse
     if (backward) {
-      a_.weight_partials = p.round == Round::kSums ? a_.partial  // not null: wanted, with the noise
+      a_.weight_partials = p.round == Round::kSums ? a_.partial  // not null: the sums include the noise
                                                    : partials_of(workspace, p.grad_weight);
       a_.bias_partials = partials_of(workspace, p.grad_bias);
     }
@@ -74,7 +74,7 @@ class ColumnsPass {
 
  private:
   void place_stream(Workspace& workspace, const Device& device, bool backward) {
-    a_.splits = splits(device, !backward ? kColumnBlocks : N == 8 ? kSumsBlocks : kHalfSumsBlocks);
+    a_.splits = splits(device, !backward ? kColumnBlocks : N == 8 ? kSumsBlocksOf8 : kSumsBlocksOf4);
     gradient_splits_ = splits(device, ragged_ || is_fused(p_, true) ? kLargeGradientBlocks : kGradientBlocks);
     if (plan_.tier != Tier::kGrid) plan_ = {Tier::kStreaming, kColumnThreads, int(a_.splits), int(slabs_), 0};
     a_.partial = workspace.take<Real>(slabs_ * a_.splits * kMaxSums * kTileColumns<T>);

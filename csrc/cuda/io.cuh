@@ -1,4 +1,4 @@
-// Loads and stores: a thread reads, computes and writes chunks, 16 bytes of storage as numbers of the compute type.
+// Loads and stores: a thread reads, computes and writes chunks, 16 bytes of storage (float64: 32) as numbers of the compute type.
 #pragma once
 
 #include "runtime.cuh"

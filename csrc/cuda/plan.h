@@ -6,7 +6,7 @@
 //     multiprocessor
 //   the same of a cluster, up to 8 blocks      kCluster   a cluster of such blocks (sm_90 on)       1 read, 1 write
 //   the same of many co-operating blocks       kGrid      a share of a cooperative launch's blocks  1 read, 1 write
-//   none of these                              kStreaming many blocks, a launch a round             4-5 reads, 1 write
+//   none of these                              kStreaming many blocks, a launch for each round      up to 5 reads, 1 write
 //
 // The backward pass keeps a group in one block or streams, which reads two tensors twice: where several blocks shared a
 // group, they waited longer for one another (benchmarks/NOTES.md).
@@ -52,13 +52,14 @@ struct Demand {
   bool one_block = false;          // there are no kernels for several blocks a group
 };
 
-// Threads of a block; more would spill. A fused backward pass loads a third tensor, for which twelve warps lack one or two
-// registers; the next smaller number is eight, because registers belong to quarters of a multiprocessor.
+// Most threads of a block; more would spill. Fused backward kernels load a third tensor and lack one or two registers
+// with twelve warps. Their limit is eight: a multiprocessor's four partitions have register files of their own, so that
+// nine to twelve warps leave a thread the same number.
 constexpr int kForwardBlock = 512, kBackwardBlock = 384, kFusedBackwardBlock = 256;
 constexpr int kLargestBlock = 512, kLargestCluster = 8;
 constexpr int kBlocksPerMultiprocessor = 2;  // where blocks wait for one another
 constexpr int kThreadChunks = 8;             // chunks a thread of a block; fewer warps wait at each barrier
-constexpr int kMostGridBlocks = 40;          // of a thread group: waiting for more takes longer than streaming
+constexpr int kMostGridBlocks = 40;          // that a group may need; a larger group is streamed
 constexpr int kGridMargin = 3;               // multiprocessors that a cooperative launch leaves to other streams
 
 inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks, bool sums_elements = false) {
@@ -75,7 +76,8 @@ inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks, boo
   return p;
 }
 
-// Static shared memory: a block of several exchanges its sums with all others.
+// Bytes of static shared memory. Demand has those of a block that exchanges sums with the others of a cluster; a block
+// alone in its thread group needs 1 / kLargestCluster of them.
 inline int static_shared(const Demand& d, Tier tier) {
   return tier == Tier::kBlock ? d.static_shared / kLargestCluster : d.static_shared;
 }
@@ -85,7 +87,7 @@ inline int64_t count_fitting(const Demand& d, const Device& device, const Plan& 
   return bytes > device.shared_bytes ? 0 : device.multiprocessor_shared / (bytes + 1024);
 }
 
-// The warps for `each` chunks a thread, as far as there are registers.
+// Threads of a block for `each` chunks a thread, in whole warps; at most d.largest_block.
 inline int block_threads(const Demand& d, int each) {
   const int64_t warps = ceil_div(d.chunks, 32 * each);
   return int(warps * 32 < d.largest_block ? warps * 32 : d.largest_block);
@@ -100,15 +102,15 @@ inline int fitting_blocks(const Demand& d, const Device& device, int threads, in
   return 0;
 }
 
-// Blocks of a cooperative launch, divided into thread groups: the smallest thread group that fits decides how many groups
-// each one processes in turn; then as few thread groups as need no more turns, of as many blocks as have a chunk for every
-// thread, because every block reads the sums of all others.
-inline int grid_blocks(const Device& device) {
+inline int cooperative_blocks(const Device& device) {
   const int multiprocessors = device.multiprocessors - kGridMargin;
   return device.cooperative && multiprocessors > 0 ? multiprocessors * kBlocksPerMultiprocessor : 0;
 }
+// The blocks of a cooperative launch, divided into thread groups. The smallest number of blocks that holds a group
+// determines the number of turns. As few thread groups as need no more turns share all blocks; none has more blocks than
+// have a chunk for every thread, because every block reads the sums of all others.
 inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
-  const int all = grid_blocks(device);
+  const int all = cooperative_blocks(device);
   for (int blocks = 1; blocks <= all && blocks <= kMostGridBlocks; ++blocks) {
     if (count_fitting(d, device, with_blocks(d, Tier::kGrid, threads, blocks)) < kBlocksPerMultiprocessor) continue;
     const int64_t turns = ceil_div(d.groups, all / blocks), thread_groups = ceil_div(d.groups, turns);
@@ -120,9 +122,9 @@ inline Plan grid_plan(const Demand& d, const Device& device, int threads) {
   return Plan();
 }
 
-// A block that sums the gradients of a weight per element too: the smallest size that maximizes the resident threads of a
-// multiprocessor. Streaming where these are fewer than half of those that registers allow: a separate kernel then sums the
-// gradients.
+// A block that sums the gradients of a weight per element too: the smallest size that maximizes the resident threads of
+// a multiprocessor. Streaming where these are fewer than half of those that registers allow: a separate kernel then sums
+// the gradients.
 inline Plan summing_plan(const Demand& d, const Device& device) {
   Plan best;
   int64_t most = d.largest_block / 2;
@@ -178,7 +180,7 @@ inline Plan choose_tile_plan(const Demand& d, const Device& device, int threads,
   Plan p;
   if (force.tier == Tier::kGrid) {
     p = with_blocks(d, Tier::kGrid, threads, force.blocks ? force.blocks : 1);
-    p.thread_groups = grid_blocks(device) / p.blocks;
+    p.thread_groups = cooperative_blocks(device) / p.blocks;
   } else if (force.tier == Tier::kAuto) {
     p = grid_plan(d, device, threads);
   }

@@ -96,7 +96,7 @@ KernelArgs<RealOf<T>> kernel_args(const Problem& p, const ChunkMode& mode) {
   a.inverse_count_double = p.round == Round::kGradient ? 1.0 : 1.0 / double(p.geometry.group_size());
   a.inverse_count = Real(a.inverse_count_double);
   a.settings = p.settings.as<Real>();
-  // psi and its slope by lambda then lose 2^-20 and 2^-16, where storage rounds to 2^-12 (float16) or 2^-9 of a value
+  // psi and its slope by lambda then lose 2^-20 and 2^-16, where storage rounds within 2^-11 (float16) or 2^-8 of a value
   if (sizeof(T) == 2) a.settings.small_exponent = Real(1) / 16;
   const auto tensor = [&](const Operand& t) { return FusedTensor{t.data, chunk_strides(p.geometry, t.stride, N)}; };
   a.fused = {tensor(p.residual), tensor(p.addend), tensor(p.sum), tensor(p.activated),
@@ -288,7 +288,7 @@ class RowsPass {
     stream_args_.partial = workspace.take<Real>(groups * stream_args_.splits * kMaxSums);
     stream_args_.mean = place_means<Real>(p_, workspace, groups);
     stream_args_.sums = workspace.take<Real>(groups * kMaxSums);
-    if (p_.round == Round::kSums) stream_args_.weight_partials = stream_args_.partial;  // not null: wanted, with the noise
+    if (p_.round == Round::kSums) stream_args_.weight_partials = stream_args_.partial;  // not null: the sums include the noise
   }
 
   void place_partials(Workspace& workspace, const Device& device) {

@@ -120,15 +120,23 @@ struct DeviceLog<double> {
 
 // How a group's powers are computed.
 enum class PrecisionPath {
-  kPlain,    // both exponents are well away from 0, and h is standardized, so that no power overflows
+  kPlain,    // no exponent is small or large, and h is standardized: no power overflows
   kBounded,  // the same with frozen statistics: h is unbounded, so exponents are clamped
-  kSeries,   // an exponent is small, so that P - 1 would cancel, or transform_eps > 0
+  kSeries,   // an exponent is small, so that P - 1 would cancel, or large; or transform_eps > 0
 };
+
+// Whether eta log(1 + |h|) can exceed kMaxExponent for a standardized h, which in a group of 2^31 is below 46341:
+// 80 / 7 is the logarithm of 92000.
+template <class S>
+NN_HD bool has_large_exponent(const Exponents<S>& e) {
+  return !((e.eta_pos <= S(7)) & (e.eta_neg <= S(7)));
+}
 
 template <class S>
 NN_HD PrecisionPath precision_path(const Exponents<S>& e, Settings<S> s, bool frozen) {
   if ((s.transform_eps > S(0)) | has_small_exponent(e, s.small_exponent)) return PrecisionPath::kSeries;
-  return frozen ? PrecisionPath::kBounded : PrecisionPath::kPlain;
+  if (frozen) return PrecisionPath::kBounded;
+  return has_large_exponent(e) ? PrecisionPath::kSeries : PrecisionPath::kPlain;
 }
 
 // A group's exponents for kPlain. With eta = 1 + sign(h) tilt, eta |log| = |log| + tilt log for the signed logarithm:
@@ -197,9 +205,9 @@ NN_HD PolarPair<double> polar_pair(uint32_t word, uint32_t next, double) {
   return {1.0, both.first, both.second};
 }
 
-// The keys of all rounds, computed once per group; per counter they would add half of the generator's cost. On a
-// GPU all threads of a warp must construct it together: the reduction over the warp tells the compiler that the keys
-// are uniform, so that they take uniform registers instead of fourteen registers of each thread.
+// The keys of all rounds, computed once per kernel or group; per counter they would add half of the generator's cost. On
+// a GPU all threads of a warp that have not exited must construct it together: the reduction over the warp tells the
+// compiler that the keys are uniform, so that they take uniform registers instead of fourteen registers of each thread.
 struct PhiloxSchedule {
   uint32_t key[2 * kPhiloxRounds];
 

@@ -11,7 +11,7 @@
 namespace normnorm {
 namespace {
 
-// Of the numbers that a seed gives; normnorm/noise.py has the same number, and refuses a library with another.
+// Version of the noise drawn from a seed: STREAM_VERSION of normnorm/noise.py. normnorm/backends/cpu.py refuses another.
 constexpr int kStreamVersion = 2;
 
 struct PhiloxWords {

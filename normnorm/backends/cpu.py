@@ -33,7 +33,7 @@ def left_out() -> bool:
 
 
 def library() -> ctypes.CDLL:
-    """The library, for what it says of itself."""
+    """The library by ctypes, for the functions that describe it."""
     return ctypes.CDLL(str(LIBRARY))
 
 
@@ -73,7 +73,7 @@ def unavailable_reason() -> str | None:
 
 
 def text(function: str) -> str:
-    """What a function of the library that returns a text returns."""
+    """The string that a C function of the library without arguments returns."""
     call = getattr(library(), function)
     call.restype = ctypes.c_char_p
     return str(call().decode())

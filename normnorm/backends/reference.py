@@ -66,8 +66,8 @@ def pull_back(
         return result
     differentiable = torch.is_grad_enabled()
     with _recording():
-        # A sum with zeros is a point of its own: it needs a gradient whether or not the primal
-        # does, fires none of the primal's hooks, and keeps its forward-mode tangent.
+        # Adding zeros that require a gradient makes a copy that requires one even if the primal
+        # does not, runs none of the primal's hooks, and keeps its forward-mode tangent.
         points = [primal + torch.zeros_like(primal).requires_grad_() for primal in primals]
         return torch.autograd.grad(
             function(*points), points, cotangents, create_graph=differentiable,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import layer_outputs
 from ..groups import input_of
+from ..running import modes
 
 # The default layers: torch's norm layers and normnorm's, which derive from the same bases.
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -63,7 +64,7 @@ def watching(
     is called with the name and output of each of ``layers`` and a function that returns a norm
     layer's input (:func:`normnorm.groups.input_of`); it may return a replacement output. Afterwards
     the model's state is restored. ValueError if a layer never ran or had an empty output."""
-    training = {module: module.training for module in model.modules()}
+    before = modes(model)
     silent = set(layers)
 
     def seen(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -85,8 +86,8 @@ def watching(
             yield
     finally:
         watch.remove()
-        for module, mode in training.items():
-            module.training = mode
+        for module, name, value in before:
+            setattr(module, name, value)
     if silent:
         names = ", ".join(repr(name) for name in layers if name in silent)
         raise ValueError(f"nothing passed through {names}")

@@ -213,9 +213,9 @@ def _check_cut(
         )
     if updates:
         raise ValueError(
-            f"running statistics are to be moved towards those of an input that is cut along "
-            f"dimension {dim} ({tuple(input.placements)}), of which a rank sees its shard alone; "
-            "use track_running_stats=False, or redistribute the input to Replicate first"
+            f"the input is sharded along dimension {dim} ({tuple(input.placements)}), so that each "
+            "rank would update the running statistics from its own shard; use "
+            "track_running_stats=False, or redistribute the input to Replicate first"
         )
 
 

@@ -16,6 +16,7 @@ from raw_ops import channels_last
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
+import normnorm
 from normnorm import reference
 from normnorm.statistics import Row
 
@@ -152,6 +153,17 @@ def test_only_the_output_requires_a_gradient_and_only_where_one_is_wanted(row, b
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             assert not function(input, weight, bias).requires_grad
+
+
+def test_an_inference_tensor_is_refused_before_running_statistics_move(backend):
+    layer = normnorm.BatchNormalNorm1d(3)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.inference_mode():
+        input = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="inference tensor cannot be saved"):
+        layer(input)
+    assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    layer.requires_grad_(False)(input)  # nothing is saved
 
 
 @each_kind

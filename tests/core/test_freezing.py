@@ -53,6 +53,16 @@ def test_frozen_statistics_are_used_and_do_not_move_whatever_train_asks():
     assert normnorm.unfreeze_statistics(model) == 0
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_measuring_a_model_leaves_the_mode_that_its_frozen_layers_return_to(mode):
+    model = make_model().train(mode)
+    normnorm.freeze_statistics(model[0])
+    normnorm.update_stats([X], model)
+    normnorm.diagnostics.diagnose(model, [X])
+    normnorm.unfreeze_statistics(model)
+    assert {module.training for module in model.modules()} == {mode}
+
+
 def test_an_unfrozen_layer_has_the_mode_that_was_asked_for_last():
     model = make_model()
     for mode in (True, False):

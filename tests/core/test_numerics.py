@@ -160,6 +160,19 @@ def test_lambda_of_one_hot_and_outlier_groups_is_not_clamped(dtype, backend, dev
     assert lmbda.max() > 6.2
 
 
+@each_dtype
+def test_a_lambda_of_hundreds_saturates_the_power(dtype, backend, device):
+    x = torch.tensor([10.0, *([1.0] * 32), *([-1.0] * 32)])[:, None].to(device, dtype)
+    case, g = Case("batch", (65, 1)), torch.ones_like(x)
+    for noise in (0.0, 0.4):
+        step = {"alpha": 300.0, "noise_train": noise}
+        y, _, gradient, *_ = raw_ops.both_passes(backend, case, {"x": x, "g": g}, **step)
+        assert not y.isnan().any()
+        assert not gradient.isnan().any()
+        if dtype != torch.float16:
+            assert y.isfinite().all()
+
+
 # --- evaluation ---
 
 

@@ -379,6 +379,11 @@ def bad_arguments_are_refused_before_anything_is_sent(rank, ranks):
         layer.noise_train = -1.0
         with pytest.raises(ValueError, match="noise_train"):
             layer(torch.randn(4, 3, 5))
+        layer.noise_train, tracked = 0.4, layer.num_batches_tracked
+        layer.num_batches_tracked = tracked.float()
+        with pytest.raises(TypeError, match="num_batches_tracked must be one int64"):
+            layer(torch.randn(4, 3, 5))
+        layer.num_batches_tracked = tracked
         fused = normnorm.sync.SyncBatchNormalNormAct2d(3)
         residuals = (torch.randn(4, 3, 1, 5), torch.ones(4, 3, 5, 5).long(), "x")
         for residual in residuals:

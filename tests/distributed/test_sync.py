@@ -124,7 +124,7 @@ def test_norm_and_activation_are_converted_in_place_and_back():
     assert type(layer) is SyncBatchNormalNormAct2d
     assert isinstance(layer, normnorm.SyncBatchNormalNorm)
     assert layer.process_group is group
-    assert vars(layer).keys() - kept.keys() == {"process_group", "_alone"}
+    assert vars(layer).keys() - kept.keys() == {"process_group", "_before_sync"}
     assert all(vars(layer)[name] is value for name, value in kept.items())
     assert objects == {
         name: id(t) for name, t in (*layer.named_parameters(), *layer.named_buffers())

@@ -555,6 +555,18 @@ def test_uninitialized_lazy_layers_are_replaced_and_restored(name):
     assert type(model[0]) is type(same)  # now the plain class too
 
 
+def test_a_lazy_layer_keeps_what_a_checkpoint_gave_it():
+    trained, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    trained(x + 2)
+    for restored in (False, True):
+        model = nn.Sequential(nn.LazyBatchNorm1d())
+        model[0].load_state_dict(trained.state_dict())
+        normnorm.replace_norms(model, **OFF)
+        if restored:
+            normnorm.restore_norms(model)
+        assert_close(model.eval()(x), trained.eval()(x))
+
+
 # The fast path of nn.TransformerEncoderLayer
 
 

@@ -215,6 +215,14 @@ def test_a_constant_group_has_no_shape_and_does_not_spoil_the_mean():
     assert nothing["lmbda"] == 1.0
 
 
+@pytest.mark.parametrize("shape", [(64,), (16, 6)])
+def test_an_input_without_leading_dimensions_is_one_group(shape):
+    layer = normnorm.LayerNormalNorm(shape)
+    with normnorm.monitor(layer) as watch:
+        layer(torch.randn(shape))
+        assert all(map(math.isfinite, watch.scalars().values()))
+
+
 def test_empty_and_meta_inputs_are_passed_over():
     layer = normnorm.LayerNormalNorm(16)
     with normnorm.monitor(layer) as watch:

@@ -203,6 +203,14 @@ def test_plan_follows_the_size_of_a_group(capsys):
 
 
 @without_kernels
+def test_plan_says_where_no_kernel_serves_a_layers_memory_format(capsys):
+    words = ("8x16x4x4", "--kind", "layer", "--memory-format", "channels_last")
+    assert cli.main(["doctor", "--plan", *words]) == 2
+    assert "the reference runs it" in capsys.readouterr().err
+    assert plan(capsys, *words, "--no-noise")["forward"]["layout"] == "rows"
+
+
+@without_kernels
 def test_plan_knows_the_memory_format_and_the_device(capsys):
     last = plan(capsys, "256x256x14x14", "--memory-format", "channels_last")
     if not torch.cuda.is_available():
