@@ -3,10 +3,12 @@ LayerNorm and LayerNormalNorm, over several seeds; a table, a plot and what they
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -180,17 +182,20 @@ def _train(found: list[Side]) -> list[Trainer]:
     world = World(0, 1, torch.device("cpu"))
     print("loading the data", file=sys.stderr, flush=True)
     trainers = [Trainer(side.experiment, load_data(side.experiment), world) for side in found]
+    # A transformer's step takes about eight times as long as a convolutional net's.
+    costs = [8 if side.experiment.model == "transformer" else 1 for side in found]
     with tqdm(
-        total=sum(trainer.experiment.epochs * trainer.steps for trainer in trainers),
+        total=sum(c * t.experiment.epochs * t.steps for c, t in zip(costs, trainers, strict=True)),
         bar_format="{percentage:3.0f} %|{bar}| {elapsed} passed, {remaining} left{postfix}",
         smoothing=0,
-        dynamic_ncols=True,
+        ncols=shutil.get_terminal_size().columns,  # 80 where the terminal does not say
         mininterval=0.2 if sys.stderr.isatty() else 15,
     ) as bar:
-        for number, (trainer, side) in enumerate(zip(trainers, found, strict=True)):
-            words = f"run {number + 1}/{len(trainers)}: {side.layer}"
+        runs = zip(trainers, found, costs, strict=True)
+        for number, (trainer, side, cost) in enumerate(runs, 1):
+            words = f"run {number}/{len(trainers)}: {side.layer}"
             bar.set_postfix_str(words, refresh=False)
-            side.epochs = trainer.train(bar.update)
+            side.epochs = trainer.train(partial(bar.update, cost))
             (*_, (layer, input, _)), _ = layer_runs(trainer)
             side.groups = list(normalization_groups(layer, input, side.experiment.copies))
             side.qq_r2 = [float(qq_r_squared(groups).nanmean()) for groups in side.groups]

@@ -48,8 +48,9 @@ def _load() -> str | None:
         if outcome == "left out":
             return f"the compiled kernels were left out at installation: {reason}"
         return (
-            f"{LIBRARY.parent} has no compiled kernels: install normnorm or, if it is installed, "
-            "start Python outside its source folder"
+            f"{LIBRARY.parent} has no compiled kernels, so that CPU tensors take plain PyTorch, "
+            "many times slower: install normnorm or, if it is installed, start Python outside its "
+            "source folder"
         )
     try:
         torch.ops.load_library(str(LIBRARY))
