@@ -166,8 +166,8 @@ def _channel_layout(input: Tensor, config: Config, channels_last: bool) -> Layou
 def make_layout(input: Tensor, config: Config, noisy: bool) -> Layout:
     """The layout of a pass over a non-empty input.
 
-    With noise it is the noise's order, so that neighbours share a counter; else that of the
-    tensors.
+    With noise it is the noise's order, so that neighbours share a counter; else that of the input
+    and of the tensor that ``torch.empty_like`` makes of it.
     """
     if config.kind == "layer":
         lead = input.dim() - config.normalized_ndim

@@ -18,8 +18,8 @@ ROWS = tl.constexpr(0)
 GROUP = tl.constexpr(1)
 COLUMNS = tl.constexpr(2)
 
-# The index of an element's weight and bias: inner; inner * runs + run; its place in the run;
-# inner * length + its place in the run.
+# The index of an element's weight and bias, in this order: inner; inner * runs + run; its place in
+# the run; inner * length + its place in the run.
 PER_GROUP = tl.constexpr(0)
 PER_RUN = tl.constexpr(1)
 PER_ELEMENT = tl.constexpr(2)

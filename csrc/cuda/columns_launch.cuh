@@ -52,7 +52,7 @@ class ColumnsPass {
     }
     place_stream(workspace, device, backward);  // also for co-operating blocks, whose launch the device may refuse
     if (backward) {
-      a_.weight_partials = p.round == Round::kSums ? a_.partial  // not null: the sums include the noise
+      a_.weight_partials = p.round == Round::kSums ? a_.partial  // not null: the kernel then includes the noise
                                                    : partials_of(workspace, p.grad_weight);
       a_.bias_partials = partials_of(workspace, p.grad_bias);
     }

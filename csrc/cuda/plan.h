@@ -59,7 +59,7 @@ constexpr int kForwardBlock = 512, kBackwardBlock = 384, kFusedBackwardBlock = 2
 constexpr int kLargestBlock = 512, kLargestCluster = 8;
 constexpr int kBlocksPerMultiprocessor = 2;  // where blocks wait for one another
 constexpr int kThreadChunks = 8;             // chunks a thread of a block; fewer warps wait at each barrier
-constexpr int kMostGridBlocks = 40;          // that a group may need; a larger group is streamed
+constexpr int kMostGridBlocks = 40;          // a group that needs more of a cooperative launch is streamed
 constexpr int kGridMargin = 3;               // multiprocessors that a cooperative launch leaves to other streams
 
 inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks, bool sums_elements = false) {
@@ -76,8 +76,8 @@ inline Plan with_blocks(const Demand& d, Tier tier, int threads, int blocks, boo
   return p;
 }
 
-// Bytes of static shared memory. Demand has those of a block that exchanges sums with the others of a cluster; a block
-// alone in its thread group needs 1 / kLargestCluster of them.
+// Bytes of static shared memory. Demand has those of a block that exchanges sums with the others of its thread group; a
+// block alone in it needs 1 / kLargestCluster of them.
 inline int static_shared(const Demand& d, Tier tier) {
   return tier == Tier::kBlock ? d.static_shared / kLargestCluster : d.static_shared;
 }
@@ -102,6 +102,7 @@ inline int fitting_blocks(const Demand& d, const Device& device, int threads, in
   return 0;
 }
 
+// The most blocks of a cooperative launch.
 inline int cooperative_blocks(const Device& device) {
   const int multiprocessors = device.multiprocessors - kGridMargin;
   return device.cooperative && multiprocessors > 0 ? multiprocessors * kBlocksPerMultiprocessor : 0;

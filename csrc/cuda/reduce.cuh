@@ -33,8 +33,9 @@ __device__ inline V warp_sum(V v) {
 template <int K>
 constexpr int kLanesFor = K == 1 ? 1 : 2 * kLanesFor<(K + 1) / 2>;
 
-// K sums over a warp at once: lane l is left with the total of v[k], k = l % kLanesFor<K> (or of the last). At each level a
-// lane keeps half of its numbers and gives its neighbour the other half: K + 1 to K + 3 shuffles for K = 2 to 8, instead of 5 K.
+// K sums over a warp at once: lane l is left with the total of v[k], k = l % kLanesFor<K> (or of the last). At each
+// level a lane keeps half of its numbers and gives its neighbour the other half: K + 1 to K + 3 shuffles for K = 2 to 8,
+// instead of 5 K.
 template <int kLevel = 1, class V, int K>
 __device__ __forceinline__ V transposed_sum(const V (&v)[K]) {
   if constexpr (K == 1) {

@@ -288,7 +288,8 @@ class RowsPass {
     stream_args_.partial = workspace.take<Real>(groups * stream_args_.splits * kMaxSums);
     stream_args_.mean = place_means<Real>(p_, workspace, groups);
     stream_args_.sums = workspace.take<Real>(groups * kMaxSums);
-    if (p_.round == Round::kSums) stream_args_.weight_partials = stream_args_.partial;  // not null: the sums include the noise
+    // not null, so that the kernel includes the noise in the sums
+    if (p_.round == Round::kSums) stream_args_.weight_partials = stream_args_.partial;
   }
 
   void place_partials(Workspace& workspace, const Device& device) {
